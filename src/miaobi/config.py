@@ -1,0 +1,313 @@
+"""What a run can be told: frozen dataclasses whose attribute docstrings are the command line's help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from miaobi.errors import UserError
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Text of any encoding and format -> tokens on disk."""
+
+    out: Path
+    """Directory for train.bin, val.bin, tokenizer.json and manifest.json."""
+    tokenizer: str = "char"
+    """char, bpe, or a directory (or tokenizer.json) whose tokenizer is reused."""
+    vocab_size: int | None = None
+    """Rows of the embedding. char: at most this many tokens, rarest characters become bytes. bpe: default 8192."""
+    min_frequency: int = 1
+    """char: characters seen less often than this become byte tokens. bpe: least count of a merged pair."""
+    format: Literal["auto", "text", "lines", "files", "jsonl", "csv", "dialogue"] = "auto"
+    """What a document is: text = split at blank lines, lines = one per line, files = one per file,
+    jsonl / csv = one per record (see --field), dialogue = one utterance a line, blank line between dialogues.
+    auto decides by the file's name."""
+    field: str = "text"
+    """Field of a .jsonl, .csv, .tsv or .parquet record that holds the text."""
+    dedup: Literal["none", "exact", "near"] = "exact"
+    """Drop repeated documents: exact = same text, near = MinHash over character 5-grams as well."""
+    near_threshold: float = 0.8
+    """Jaccard similarity from which --dedup=near calls two documents the same."""
+    normalize: Literal["none", "nfkc"] = "none"
+    """Unicode normalisation of the text before anything else."""
+    simplify: bool = False
+    """Convert Traditional to Simplified Chinese."""
+    split: Literal["hash", "tail"] = "hash"
+    """hash = whole documents, chosen by their content, so that adding files moves none;
+    tail = nanoGPT's cut: the last part of the characters, no document handling at all."""
+    val_fraction: float = 0.1
+    """Share of the documents (hash) or characters (tail) kept for validation."""
+    workers: int = 0
+    """Processes that read and encode; 0 = one per core."""
+    skip_bad: bool = False
+    """Skip and count records and files that cannot be read instead of stopping."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.val_fraction < 1.0:
+            raise UserError(f"val_fraction is {self.val_fraction}; give a share between 0 and 1, such as 0.1")
+        if not 0.0 < self.near_threshold <= 1.0:
+            raise UserError(f"near_threshold is {self.near_threshold}; give a similarity in (0, 1], such as 0.8")
+        if self.workers < 0:
+            raise UserError(f"workers is {self.workers}; give 0 for one per core, or a positive number")
+        if self.min_frequency < 1:
+            raise UserError(f"min_frequency is {self.min_frequency}; the smallest is 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text to learn from."""
+
+    data: str = "data"
+    """A directory made by `miaobi prepare`, or raw text (file, directory, glob), prepared once into the run."""
+    tokenizer: str = "char"
+    """Raw text only: char, bpe, or a directory whose tokenizer is reused."""
+    format: Literal["auto", "text", "lines", "files", "jsonl", "csv", "dialogue"] = "auto"
+    """Raw text only: what a document is; see `miaobi prepare --help`."""
+    field: str = "text"
+    """Raw text only: field of a record that holds the text."""
+    dedup: Literal["none", "exact", "near"] = "exact"
+    """Raw text only: which repeated documents are dropped."""
+    split: Literal["hash", "tail"] = "hash"
+    """Raw text only: hash = whole documents by content; tail = the last characters, as nanoGPT cuts."""
+    val_fraction: float = 0.1
+    """Raw text only: share kept for validation."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder. `None` means: decided by the family and the other sizes."""
+
+    family: Literal["auto", "gpt2", "qwen3"] = "auto"
+    """gpt2 = the seeds' model; qwen3 = RoPE, RMSNorm, QK-norm, SwiGLU. auto = qwen3, or gpt2 where the
+    configuration speaks of biases or of a seed's own keys."""
+    n_layer: int = 6
+    """Blocks."""
+    n_head: int = 6
+    """Attention heads."""
+    n_kv_head: int | None = None
+    """qwen3: key/value heads, fewer than n_head for grouped-query attention; default n_head."""
+    n_embd: int = 384
+    """Width of the residual stream."""
+    head_dim: int | None = None
+    """qwen3: width of one head; default n_embd / n_head."""
+    intermediate_size: int | None = None
+    """Width inside the MLP; default 4 n_embd (gpt2), 8/3 n_embd rounded down to 32 (qwen3): equal parameters."""
+    block_size: int = 256
+    """Context in tokens."""
+    vocab_size: int | None = None
+    """Rows of the embedding; default: as many as the prepared data has."""
+    dropout: float = 0.0
+    """Share of activations dropped in training (gpt2 family: embeddings, attention, residuals)."""
+    bias: bool = False
+    """gpt2: biases in linears and LayerNorms."""
+    activation: Literal["gelu", "gelu_new"] = "gelu"
+    """gpt2: exact GELU (nanoGPT, small-gpt) or its tanh approximation (hub GPT-2s)."""
+    rope_theta: float = 10000.0
+    """qwen3: base of the rotary angles."""
+    norm_eps: float | None = None
+    """Epsilon of the norms; default 1e-5 (gpt2), 1e-6 (qwen3)."""
+    tie_word_embeddings: bool = True
+    """Share the embedding with the output layer."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "block_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise UserError(
+                f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head}); "
+                f"try n_embd={self.n_embd // self.n_head * self.n_head or self.n_head} or another n_head"
+            )
+        if self.n_kv_head is not None and (self.n_kv_head < 1 or self.n_head % self.n_kv_head):
+            raise UserError(f"n_head ({self.n_head}) is not a multiple of n_kv_head ({self.n_kv_head})")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"dropout is {self.dropout}; give a share from 0 up to below 1")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise UserError(f"vocab_size is {self.vocab_size}; it must be at least 1")
+        if self.family == "qwen3" and self.bias:
+            raise UserError("the qwen3 family has no biases; drop bias or use --family=gpt2")
+        if self.family == "qwen3" and (self.head_dim or self.n_embd // self.n_head) % 2:
+            raise UserError("rotary embeddings need an even head width; change n_embd, n_head or head_dim")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How weights move. `None` means: the recipe of the family."""
+
+    optimizer: Literal["auto", "adamw", "muon"] = "auto"
+    """muon = Muon for the matrices inside blocks, AdamW for the rest; auto = adamw for gpt2, muon for qwen3."""
+    learning_rate: float | None = None
+    """Peak rate of AdamW; default 1e-3 (adamw), 3e-3 (muon's AdamW part)."""
+    muon_learning_rate: float = 0.02
+    """Peak rate of Muon, in units of an orthogonal update scaled by sqrt(max(1, rows/columns))."""
+    min_lr: float | None = None
+    """Rate at the end of the schedule; default learning_rate/10 (cosine), 0 (wsd)."""
+    schedule: Literal["auto", "cosine", "wsd", "constant"] = "auto"
+    """cosine = nanoGPT's; wsd = warm-up, stable, then linear decay; auto = cosine for adamw, wsd for muon."""
+    decay_fraction: float = 0.5
+    """wsd: share of the run spent decaying."""
+    warmup_iters: int | None = None
+    """Steps of linear warm-up; default 5% of max_iters, at most 2000 (adamw); 10 steps at most (muon)."""
+    lr_decay_iters: int | None = None
+    """Step at which the schedule ends; default max_iters."""
+    decay_lr: bool = True
+    """False: the rate stays at its peak."""
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices and embeddings."""
+    beta1: float = 0.9
+    """AdamW's first moment."""
+    beta2: float = 0.95
+    """AdamW's second moment."""
+    momentum: float = 0.95
+    """Muon's Nesterov momentum."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 = no clipping."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "muon_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and rate <= 0:
+                raise UserError(f"{name} is {rate}; it must be positive, such as 1e-3")
+        for name in ("min_lr", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it cannot be negative")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"{name} is {getattr(self, name)}; give a number from 0 up to below 1")
+        if not 0.0 < self.decay_fraction <= 1.0:
+            raise UserError(f"decay_fraction is {self.decay_fraction}; give a share in (0, 1]")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run."""
+
+    out_dir: str = "out"
+    """Run directory: config.yaml, metrics.jsonl, TensorBoard events, checkpoints."""
+    init_from: str = "scratch"
+    """scratch, resume (fail if there is nothing to resume), or a MODEL whose weights and tokenizer to start from."""
+    resume_from: str | None = None
+    """Run or checkpoint directory to continue from, when it is not out_dir."""
+    batch_size: int = 32
+    """Sequences per step. With gradient_accumulation_steps it is nanoGPT's micro-batch: the product is the step."""
+    gradient_accumulation_steps: int | None = None
+    """Micro-batches per step."""
+    micro_batch_size: int | None = None
+    """Sequences that go through the model at once; smaller needs less memory and changes no result."""
+    max_iters: int = 2000
+    """Steps of the whole run."""
+    max_epochs: int | None = None
+    """Stop after this many passes over the data, if that comes before max_iters."""
+    eval_interval: int = 250
+    """Steps between evaluations, checkpoints and printed samples."""
+    eval_iters: int = 20
+    """Evaluation size in batches, on fixed validation windows."""
+    eval_only: bool = False
+    """Evaluate the last checkpoint and leave."""
+    save_interval: int | None = None
+    """Steps between further checkpoints that are kept for good; default none beside best and last."""
+    log_interval: int = 10
+    """Steps between lines of metrics.jsonl and of the log."""
+    patience: int = 10
+    """Evaluations without improvement after which the run stops; 0 = never."""
+    sample_start: str = ""
+    """Prompt of the sample printed at each evaluation; empty = the first characters of the validation text."""
+    sample_tokens: int = 60
+    """Length of that sample; 0 = none."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the matrix products; auto = the fastest that the device does well."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile; auto = where it works and the run is long enough to win its cost back."""
+    parallel: Literal["auto", "none"] = "auto"
+    """How several processes share the work; one process runs as none."""
+    seed: int = 1337
+    """Seed of initialisation, data order and dropout."""
+    wandb_log: bool = False
+    """Log to Weights & Biases as well (pip install 'miaobi[track]')."""
+    wandb_project: str = "miaobi"
+    """Project name there."""
+    wandb_run_name: str | None = None
+    """Run name there."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation_steps", "micro_batch_size", "max_iters", "max_epochs"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("eval_interval", "eval_iters", "log_interval", "save_interval"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.patience < 0 or self.sample_tokens < 0:
+            raise UserError("patience and sample_tokens cannot be negative; 0 switches them off")
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences per step."""
+        return self.batch_size * (self.gradient_accumulation_steps or 1)
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that go through the model at once."""
+        return min(self.micro_batch_size or self.batch_size, self.global_batch)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything `miaobi train` can be told, in sections; keys are unique across them."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Continuations of a prompt."""
+
+    start: str = "\n"
+    """The prompt, or FILE:path for a file that holds it."""
+    num_samples: int = 10
+    """Continuations, all in one batch."""
+    max_new_tokens: int = 500
+    """Length of each."""
+    temperature: float = 0.8
+    """Below 1 = safer, above 1 = wilder, 0 = always the likeliest token."""
+    top_k: int = 200
+    """Keep only this many likeliest tokens; 0 = all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with this much probability."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest one."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that already occurred less likely (CTRL, arXiv:1909.05858)."""
+    seed: int = 1337
+    """Same seed, same text."""
+    stop: tuple[str, ...] = ()
+    """End a continuation before any of these strings."""
+    stream: bool = False
+    """Print the text as it is written, one sample after another."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights; auto = the fastest that the device does well."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile the decoding step."""
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1 or self.max_new_tokens < 1:
+            raise UserError("num_samples and max_new_tokens must be at least 1")
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}; it cannot be negative (0 = greedy)")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; give 0 for no limit or a positive number")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"top_p is {self.top_p}; give a probability in (0, 1]")
+        if not 0.0 <= self.min_p < 1.0:
+            raise UserError(f"min_p is {self.min_p}; give a share from 0 up to below 1")
+        if self.repetition_penalty <= 0:
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be positive (1 = none)")

@@ -1,0 +1,30 @@
+"""One console for logs, progress bars and warnings: stderr, so that stdout carries only results."""
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def log(message: str) -> None:
+    """One plain line on stderr; markup in user text (brackets) stays as typed."""
+    console.print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    """One line that stands out on stderr."""
+    console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+def progress(*columns: str | ProgressColumn) -> Progress:
+    """A progress bar with elapsed time and ETA; `columns` are shown between the bar and the times."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        *columns,
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=not console.is_terminal,
+    )

@@ -1,0 +1,110 @@
+"""What the machine at hand does well: device, precision, compilation, memory, peak speed."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+import sys
+import time
+
+import torch
+
+from miaobi.console import warn
+from miaobi.errors import UserError
+
+# Dense bf16 (or, where there is none, fp16/fp32) peaks in FLOP/s, from the vendors' data sheets.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "H20": 148e12,
+    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "V100": 125e12, "T4": 65e12,
+    "5090": 209.5e12, "5080": 112.6e12, "4090": 165.2e12, "4080": 97.5e12, "4070": 58.3e12, "4060": 30e12,
+    "3090": 71e12, "3080": 59.5e12, "3070": 40.6e12, "3060": 25.3e12,
+}  # fmt: skip
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` takes CUDA, then Apple MPS, then the CPU; a named device that is missing becomes a warning and the CPU.
+
+    Raises UserError for a name that torch does not know.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise UserError(f"device {name!r} is not known; give auto, cpu, cuda, cuda:N or mps") from e
+    if device.type == "cuda" and not torch.cuda.is_available():
+        warn(f"device {name} is not available here; using the CPU (--device=cpu says so without this line)")
+        return torch.device("cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name} does not exist; this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        warn("device mps is not available here; using the CPU")
+        return torch.device("cpu")
+    return device
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX); elsewhere bf16 is ~100x slower."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Precision of the matrix products: bf16 where the hardware has it, fp16 on older GPUs, else fp32."""
+    if name != "auto":
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+        if device.type == "cpu" and dtype != torch.float32 and not cpu_has_bf16():
+            warn(f"this CPU has no {name} arithmetic and would crawl; using float32")
+            return torch.float32
+        if device.type == "cpu" and dtype == torch.float16:
+            warn("float16 on a CPU is slow and overflows; using bfloat16")
+            return torch.bfloat16
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and cpu_has_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs: a C++ compiler on the CPU, Triton on CUDA."""
+    if device.type == "cpu":
+        return sys.platform == "linux" and any(shutil.which(cc) for cc in ("c++", "g++", "clang++"))
+    if device.type == "cuda":
+        return sys.platform == "linux" and torch.cuda.get_device_capability(device) >= (7, 0)
+    return False
+
+
+def keep_allocations() -> None:
+    """Tell glibc to keep freed memory inside the process.
+
+    By default every tensor above 128 kB is a fresh mmap whose pages the kernel must clear again at each step; on a
+    CPU that was most of the cost of log-softmax, fill and copy (figures in docs/lab-notes.md). Harmless elsewhere.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+    libc.mallopt(m_top_pad, 64 << 20)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that the device could reach: from the data sheet for known GPUs, else measured by a square product."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = [peak for key, peak in PEAK_FLOPS.items() if key in name]
+        if known:
+            return known[0]
+    n, best = 1024, float("inf")
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

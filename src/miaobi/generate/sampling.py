@@ -1,0 +1,53 @@
+"""From logits to the next token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from miaobi.config import SampleConfig
+
+
+def penalize_repeats(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make tokens that already occurred less likely (CTRL, arXiv:1909.05858).
+
+    Positive logits are divided by the penalty, negative ones multiplied: both move down.
+    logits: (B, V). seen: (B, V) bool. Returns (B, V).
+    """
+    if penalty == 1.0:
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def filter_logits(logits: Tensor, cfg: SampleConfig) -> Tensor:
+    """Temperature, then top-k, top-p (nucleus, arXiv:1904.09751) and min-p (arXiv:2407.01082): -inf where cut.
+
+    logits: (B, V) float32. Returns (B, V). The likeliest token always stays.
+    """
+    logits = logits / cfg.temperature
+    if 0 < cfg.top_k < logits.shape[-1]:
+        kth = logits.topk(cfg.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if cfg.top_p < 1.0:
+        ordered, index = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        cut = p.cumsum(-1) - p >= cfg.top_p  # probability before this token already suffices
+        logits = logits.masked_fill(torch.zeros_like(cut).scatter(1, index, cut), -torch.inf)
+    if cfg.min_p > 0.0:
+        p = logits.softmax(-1)
+        logits = logits.masked_fill(p < cfg.min_p * p.amax(-1, keepdim=True), -torch.inf)
+    return logits
+
+
+def next_token(logits: Tensor, cfg: SampleConfig, generator: torch.Generator) -> Tensor:
+    """One token per row: the likeliest at temperature 0, else drawn.
+
+    Draws by the exponential race argmax(p / e), e ~ Exp(1): the distribution of multinomial, without its host sync.
+    logits: (B, V). Returns (B,) int64.
+    """
+    logits = logits.float()
+    if cfg.temperature == 0:
+        return logits.argmax(-1)
+    p = filter_logits(logits, cfg).softmax(-1)
+    race = torch.empty_like(p).exponential_(generator=generator)
+    return (p / race).argmax(-1)

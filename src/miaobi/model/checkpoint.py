@@ -1,0 +1,170 @@
+"""A model directory is a Hugging Face model directory: written whole or not at all, read without executing anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from miaobi.corpus.tokenizer import Tokenizer
+from miaobi.errors import UserError
+from miaobi.model.families import hf_config, load_hf, model_config, to_hf
+from miaobi.model.transformer import Transformer
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A directory that appears at `path` complete: filled aside, flushed to the disk, then renamed.
+
+    If the body raises (a full disk, Ctrl-C) nothing is left behind and an older directory at `path` stays.
+    """
+    aside = path.parent / f".{path.name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in [p for p in aside.rglob("*") if p.is_file()] + [aside]:
+            flush(file)
+        if path.exists():
+            shutil.rmtree(path)
+        aside.rename(path)
+        flush(path.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def flush(path: Path) -> None:
+    """fsync a file, or a directory so that the names in it are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open directories
+    fd = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def point(link: Path, target: str) -> None:
+    """Make `link` name its sibling `target`: a relative symlink, or a one-line file where those are refused."""
+    aside = link.with_name(f".{link.name}.tmp")
+    aside.unlink(missing_ok=True)
+    try:
+        aside.symlink_to(target)
+    except OSError:
+        aside.write_text(target + "\n", encoding="utf-8")
+    os.replace(aside, link)
+
+
+def pointed(link: Path) -> Path | None:
+    """The sibling directory that `link` names, or None."""
+    if link.is_symlink():
+        name = os.readlink(link)
+    elif link.is_file():
+        name = link.read_text(encoding="utf-8").strip()
+    else:
+        return None
+    target = link.parent / Path(name).name  # only ever a sibling
+    return target if target.is_dir() else None
+
+
+def save_model(directory: Path, model: Transformer, tokenizer: Tokenizer, eot_id: int | None) -> None:
+    """Write config.json, model.safetensors, tokenizer and generation_config.json into an existing directory.
+
+    eot_id: the token that ended every training document; None where the model never saw one.
+    """
+    write_json(directory / "config.json", hf_config(model.cfg, eot_id))
+    write_json(
+        directory / "generation_config.json", {"bos_token_id": eot_id, "eos_token_id": eot_id, "do_sample": True}
+    )
+    save_file({k: v.cpu() for k, v in to_hf(model).items()}, directory / "model.safetensors", {"format": "pt"})
+    tokenizer.save(directory, model_max_length=model.cfg.block_size)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Indented UTF-8 JSON."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def model_directory(name: str | Path, checkpoint: str = "best") -> Path:
+    """The model directory that a MODEL argument means.
+
+    name: a run directory (its `checkpoint`: best, last or step-N), or a model directory.
+    Raises UserError if there is none.
+    """
+    path = Path(name)
+    if (path / "config.json").is_file():
+        return path
+    if (path / "checkpoints").is_dir():
+        found = pointed(path / "checkpoints" / checkpoint)
+        if found is None and (path / "checkpoints" / checkpoint / "config.json").is_file():
+            found = path / "checkpoints" / checkpoint
+        if found is not None:
+            return found
+        there = sorted(p.name for p in (path / "checkpoints").iterdir() if not p.name.startswith("."))
+        raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has: {', '.join(there) or 'none yet'}")
+    if not path.exists():
+        raise UserError(f"no model at {path}: no such directory. Give a run directory (out_dir of `miaobi train`) "
+                        "or a Hugging Face model directory")  # fmt: skip
+    raise UserError(f"no model at {path}: neither config.json nor checkpoints/ in it")
+
+
+def ends_documents(name: str | Path, checkpoint: str = "best") -> bool:
+    """Whether the model was trained on documents that end in an end-of-text token."""
+    config = model_directory(name, checkpoint) / "config.json"
+    return json.loads(config.read_text(encoding="utf-8")).get("eos_token_id") is not None
+
+
+def load_model(name: str | Path, checkpoint: str = "best") -> tuple[Transformer, Tokenizer]:
+    """Read a model directory (see `model_directory`) into a float32 model on the CPU, and its tokenizer.
+
+    Raises UserError for files that are missing, cut short, or do not fit together.
+    """
+    path = model_directory(name, checkpoint)
+    try:
+        hf = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        tensors = read_tensors(path)
+        cfg = model_config(hf, tensors)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path / 'config.json'} is not JSON (line {e.lineno}): {e.msg}") from e
+    except KeyError as e:
+        raise UserError(f"{path / 'config.json'} has no key {e}") from e
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    model.to_empty(device="cpu")
+    load_hf(model, tensors, str(path))
+    return model, Tokenizer.load(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of model.safetensors, its shards, or pytorch_model.bin (weights only: no code in it can run)."""
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").is_file():
+        files = [path / "model.safetensors"]
+    elif index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [path / Path(name).name for name in sorted(set(names))]
+    elif (path / "pytorch_model.bin").is_file():
+        return torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    else:
+        raise UserError("there is no model.safetensors or pytorch_model.bin")
+    tensors = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as e:
+            raise UserError(
+                f"{file.name} cannot be read ({e}); it was cut short or altered: copy it again, "
+                "or use another checkpoint (--checkpoint=last)"
+            ) from e
+    return tensors

@@ -1,0 +1,235 @@
+"""Our weights under Hugging Face's names and back: GPT2LMHeadModel and Qwen3ForCausalLM."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from miaobi.config import ModelConfig
+from miaobi.errors import UserError
+from miaobi.model.transformer import Transformer, head_dim, intermediate_size
+
+ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM"}
+
+GPT2_LAYER = {  # ours -> (theirs, stored transposed as Conv1D)
+    "attn_norm": ("ln_1", False),
+    "attn.qkv": ("attn.c_attn", True),
+    "attn.proj": ("attn.c_proj", True),
+    "mlp_norm": ("ln_2", False),
+    "mlp.up": ("mlp.c_fc", True),
+    "mlp.down": ("mlp.c_proj", True),
+}
+QWEN3_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn.q_norm": "self_attn.q_norm",
+    "attn.k_norm": "self_attn.k_norm",
+    "attn.proj": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.down": "mlp.down_proj",
+}
+
+
+def hf_config(cfg: ModelConfig, eot_id: int | None) -> dict:
+    """config.json of the family.
+
+    Both `rope_theta` and `rope_parameters` are written for qwen3: transformers 4 reads one, 5 the other.
+    """
+    common = {
+        "architectures": [ARCHITECTURES[cfg.family]],
+        "model_type": cfg.family,
+        "vocab_size": cfg.vocab_size,
+        "tie_word_embeddings": cfg.tie_word_embeddings,
+        "bos_token_id": eot_id,
+        "eos_token_id": eot_id,
+        "initializer_range": 0.02,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+    if cfg.family == "gpt2":
+        return common | {
+            "n_positions": cfg.block_size,
+            "n_embd": cfg.n_embd,
+            "n_layer": cfg.n_layer,
+            "n_head": cfg.n_head,
+            "n_inner": cfg.intermediate_size,
+            "activation_function": cfg.activation,
+            "layer_norm_epsilon": cfg.norm_eps or 1e-5,
+            "resid_pdrop": cfg.dropout,
+            "embd_pdrop": cfg.dropout,
+            "attn_pdrop": cfg.dropout,
+        }
+    return common | {
+        "hidden_size": cfg.n_embd,
+        "intermediate_size": intermediate_size(cfg),
+        "num_hidden_layers": cfg.n_layer,
+        "num_attention_heads": cfg.n_head,
+        "num_key_value_heads": cfg.n_kv_head or cfg.n_head,
+        "head_dim": head_dim(cfg),
+        "hidden_act": "silu",
+        "max_position_embeddings": cfg.block_size,
+        "rms_norm_eps": cfg.norm_eps or 1e-6,
+        "rope_theta": cfg.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
+
+
+def model_config(hf: dict, tensors: dict[str, Tensor]) -> ModelConfig:
+    """ModelConfig of a Hugging Face config.json.
+
+    gpt2's `bias` is read off the weights: a model trained without has zeros there (Hugging Face always has biases).
+
+    Raises UserError for an architecture or a setting that the decoder does not have.
+    """
+    kind = hf.get("model_type")
+    if kind == "gpt2":
+        _refuse(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+        if hf.get("activation_function", "gelu_new") not in ("gelu", "gelu_new"):
+            raise UserError(f"activation_function {hf['activation_function']!r} is not gelu or gelu_new")
+        return ModelConfig(
+            family="gpt2",
+            n_layer=hf["n_layer"],
+            n_head=hf["n_head"],
+            n_embd=hf["n_embd"],
+            intermediate_size=hf.get("n_inner"),
+            block_size=hf["n_positions"],
+            vocab_size=hf["vocab_size"],
+            bias=any(name.endswith(".bias") and t.ndim == 1 and bool(t.any()) for name, t in tensors.items()),
+            activation=hf.get("activation_function", "gelu_new"),
+            norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+            tie_word_embeddings=hf.get("tie_word_embeddings", True),
+        )
+    if kind == "qwen3":
+        _refuse(hf, attention_bias=False, use_sliding_window=False, hidden_act="silu")
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise UserError(f"rope type {rope.get('rope_type')!r} is not supported, only 'default'")
+        return ModelConfig(
+            family="qwen3",
+            n_layer=hf["num_hidden_layers"],
+            n_head=hf["num_attention_heads"],
+            n_kv_head=hf.get("num_key_value_heads"),
+            n_embd=hf["hidden_size"],
+            head_dim=hf.get("head_dim"),
+            intermediate_size=hf["intermediate_size"],
+            block_size=hf["max_position_embeddings"],
+            vocab_size=hf["vocab_size"],
+            rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+            norm_eps=hf.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        )
+    raise UserError(f"model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}")
+
+
+def _refuse(hf: dict, **supported) -> None:
+    for key, value in supported.items():
+        if hf.get(key, value) != value:
+            raise UserError(f"config.json has {key}={hf[key]!r}; the decoder only does {key}={value!r}")
+
+
+def to_hf(model: Transformer) -> dict[str, Tensor]:
+    """Weights under Hugging Face's names, padding rows trimmed, contiguous; tied output layers are left out."""
+    cfg, ours = model.cfg, {k: v.detach() for k, v in model.state_dict().items()}
+    V, out = cfg.vocab_size, {}
+    if cfg.family == "gpt2":
+        out["transformer.wte.weight"] = ours["wte.weight"][:V]
+        out["transformer.wpe.weight"] = ours["wpe.weight"]
+        for i in range(cfg.n_layer):
+            for mine, (theirs, transposed) in GPT2_LAYER.items():
+                weight = ours[f"blocks.{i}.{mine}.weight"]
+                width = weight.shape[0]
+                bias = ours.get(f"blocks.{i}.{mine}.bias", weight.new_zeros(width))
+                out[f"transformer.h.{i}.{theirs}.weight"] = weight.T if transposed else weight
+                out[f"transformer.h.{i}.{theirs}.bias"] = bias
+        out["transformer.ln_f.weight"] = ours["norm.weight"]
+        out["transformer.ln_f.bias"] = ours.get("norm.bias", ours["norm.weight"].new_zeros(cfg.n_embd))
+    else:
+        out["model.embed_tokens.weight"] = ours["wte.weight"][:V]
+        out["model.norm.weight"] = ours["norm.weight"]
+        for i, block in enumerate(model.blocks):
+            prefix = f"model.layers.{i}."
+            for mine, theirs in QWEN3_LAYER.items():
+                out[f"{prefix}{theirs}.weight"] = ours[f"blocks.{i}.{mine}.weight"]
+            q, k, v = ours[f"blocks.{i}.attn.qkv.weight"].split(qkv_widths(block.attn))
+            gate, up = ours[f"blocks.{i}.mlp.up.weight"].chunk(2)
+            for name, weight in {
+                "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+                "mlp.gate_proj": gate, "mlp.up_proj": up,
+            }.items():  # fmt: skip
+                out[f"{prefix}{name}.weight"] = weight
+    if model.lm_head is not None:
+        out["lm_head.weight"] = ours["lm_head.weight"][:V]
+    return {name: weight.contiguous() for name, weight in out.items()}
+
+
+def qkv_widths(attn) -> list[int]:
+    """Rows of q, k and v in the fused projection."""
+    return [n * attn.head_dim for n in (attn.n_head, attn.n_kv_head, attn.n_kv_head)]
+
+
+def load_hf(model: Transformer, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy Hugging Face weights into `model`, whose config came from `model_config`.
+
+    Raises UserError naming the first tensor that is missing, left over or of another shape.
+    """
+    cfg, rest = model.cfg, dict(tensors)
+    if cfg.family == "gpt2":
+        rest = {(n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}"): t for n, t in rest.items()}
+
+    def take(name: str) -> Tensor:
+        if name not in rest:
+            raise UserError(f"{where}: tensor {name} is missing; the checkpoint does not match its config.json")
+        return rest.pop(name)
+
+    new = {"wte.weight": take("transformer.wte.weight" if cfg.family == "gpt2" else "model.embed_tokens.weight")}
+    if cfg.family == "gpt2":
+        new["wpe.weight"] = take("transformer.wpe.weight")
+        for i in range(cfg.n_layer):
+            for mine, (theirs, transposed) in GPT2_LAYER.items():
+                weight = take(f"transformer.h.{i}.{theirs}.weight")
+                new[f"blocks.{i}.{mine}.weight"] = weight.T if transposed else weight
+                bias = rest.pop(f"transformer.h.{i}.{theirs}.bias", None)
+                if cfg.bias:
+                    new[f"blocks.{i}.{mine}.bias"] = bias
+            rest.pop(f"transformer.h.{i}.attn.bias", None)  # the causal mask that old files carry
+            rest.pop(f"transformer.h.{i}.attn.masked_bias", None)
+        new["norm.weight"] = take("transformer.ln_f.weight")
+        bias = rest.pop("transformer.ln_f.bias", None)
+        if cfg.bias:
+            new["norm.bias"] = bias
+    else:
+        new["norm.weight"] = take("model.norm.weight")
+        for i in range(cfg.n_layer):
+            prefix = f"model.layers.{i}."
+            for mine, theirs in QWEN3_LAYER.items():
+                new[f"blocks.{i}.{mine}.weight"] = take(f"{prefix}{theirs}.weight")
+            fused = {"attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                     "mlp.up": ("mlp.gate_proj", "mlp.up_proj")}  # fmt: skip
+            for mine, parts in fused.items():
+                new[f"blocks.{i}.{mine}.weight"] = torch.cat([take(f"{prefix}{p}.weight") for p in parts])
+    head = rest.pop("lm_head.weight", None)
+    if model.lm_head is not None:
+        if head is None:
+            raise UserError(f"{where}: lm_head.weight is missing although tie_word_embeddings is false")
+        new["lm_head.weight"] = head
+    if rest:
+        raise UserError(f"{where}: {len(rest)} tensors that the model does not have, such as {next(iter(rest))}")
+    _copy(model, new, where)
+
+
+@torch.no_grad()
+def _copy(model: Transformer, new: dict[str, Tensor], where: str) -> None:
+    for name, param in model.named_parameters():
+        source = new.get(name)
+        if source is None:
+            raise UserError(f"{where}: nothing to fill {name} with")
+        target = param
+        if name in ("wte.weight", "lm_head.weight"):
+            param.zero_()  # padding rows
+            target = param[: model.cfg.vocab_size]
+        if source.shape != target.shape:
+            raise UserError(f"{where}: {name} has shape {tuple(source.shape)}, config.json says {tuple(target.shape)}")
+        target.copy_(source)

@@ -1,0 +1,252 @@
+"""The one decoder: GPT-2's block and Qwen3's, switched by `ModelConfig.family`.
+
+gpt2: learned positions, LayerNorm, GELU MLP, optional biases, dropout (Radford et al. 2019).
+qwen3: RoPE (arXiv:2104.09864), RMSNorm (arXiv:1910.07467), QK-norm, SwiGLU (arXiv:2002.05202),
+grouped key/value heads (arXiv:2305.13245).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miaobi.config import ModelConfig
+
+VOCAB_MULTIPLE = 64  # matrix units like round widths; padding rows never leave this file
+
+
+@dataclass
+class KVCache:
+    """Keys and values of one layer in a buffer of fixed size; `length` positions are filled.
+
+    k, v: (B, H_kv, S, D).
+    """
+
+    k: Tensor
+    v: Tensor
+    length: int = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H_kv, T, D) behind what is there; return all filled positions."""
+        end = self.length + k.shape[2]
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+def rope_table(cfg: ModelConfig) -> Tensor:
+    """cos and sin of every position: (2, block_size, head_dim), halves repeated as Hugging Face rotates."""
+    half = head_dim(cfg) // 2
+    frequency = cfg.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
+    angle = torch.outer(torch.arange(cfg.block_size, dtype=torch.float32), frequency).repeat(1, 2)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotary position embedding of x (B, H, T, D) by rope (2, [B, 1,] T, D)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * rope[0] + torch.cat((-b, a), dim=-1) * rope[1]
+
+
+def head_dim(cfg: ModelConfig) -> int:
+    """Width of one attention head."""
+    return cfg.head_dim or cfg.n_embd // cfg.n_head
+
+
+def intermediate_size(cfg: ModelConfig) -> int:
+    """Width inside the MLP: 4C for GELU; 8C/3 for SwiGLU's three matrices, rounded down to 32."""
+    if cfg.intermediate_size:
+        return cfg.intermediate_size
+    return 4 * cfg.n_embd if cfg.family == "gpt2" else max(32, 8 * cfg.n_embd // 3 // 32 * 32)
+
+
+def make_norm(cfg: ModelConfig, width: int) -> nn.Module:
+    """LayerNorm (gpt2) or RMSNorm (qwen3) over the last dimension."""
+    if cfg.family == "gpt2":
+        return nn.LayerNorm(width, eps=cfg.norm_eps or 1e-5, bias=cfg.bias)
+    return nn.RMSNorm(width, eps=cfg.norm_eps or 1e-6)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; q, k and v come from one fused projection."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.n_head = cfg.n_head
+        self.n_kv_head = cfg.n_kv_head or cfg.n_head
+        self.head_dim = head_dim(cfg)
+        self.dropout = cfg.dropout
+        self.qkv = nn.Linear(cfg.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=cfg.bias)
+        self.proj = nn.Linear(self.n_head * self.head_dim, cfg.n_embd, bias=cfg.bias)
+        if cfg.family == "qwen3":
+            self.q_norm = make_norm(cfg, self.head_dim)
+            self.k_norm = make_norm(cfg, self.head_dim)
+        else:
+            self.q_norm = self.k_norm = None
+
+    def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        heads = self.qkv(x).view(B, T, -1, self.head_dim)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)  # (B, T, H, D)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        if rope is not None:
+            q, k = rotate(q, rope).to(v.dtype), rotate(k, rope).to(v.dtype)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and T > 1,
+            enable_gqa=self.n_kv_head != self.n_head,
+        )
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """GELU (gpt2) or SwiGLU (qwen3, gate and up projections fused)."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        width = intermediate_size(cfg)
+        self.gated = cfg.family == "qwen3"
+        self.approximate = "tanh" if cfg.activation == "gelu_new" else "none"
+        self.up = nn.Linear(cfg.n_embd, 2 * width if self.gated else width, bias=cfg.bias)
+        self.down = nn.Linear(width, cfg.n_embd, bias=cfg.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, up = self.up(x).chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then MLP."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.attn_norm = make_norm(cfg, cfg.n_embd)
+        self.attn = Attention(cfg)
+        self.mlp_norm = make_norm(cfg, cfg.n_embd)
+        self.mlp = MLP(cfg)
+        self.dropout = cfg.dropout
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        x = x + F.dropout(self.attn(self.attn_norm(x), rope, mask, cache), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model.
+
+    `cfg.family` and `cfg.vocab_size` must be resolved. Rows of the embedding beyond `vocab_size` pad it to a
+    multiple of 64; no logit is ever computed for them.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        rows = math.ceil(cfg.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.wte = nn.Embedding(rows, cfg.n_embd)
+        self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd) if cfg.family == "gpt2" else None
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.norm = make_norm(cfg, cfg.n_embd)
+        self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.n_embd, rows, bias=False)
+        self.rope = rope_table(cfg) if cfg.family == "qwen3" else None
+        self.init_weights()
+
+    def _apply(self, fn, recurse: bool = True):
+        """Keep the rotary table in float32 on the weights' device, whatever `.to` makes of the weights."""
+        super()._apply(fn, recurse)
+        if self.rope is not None:
+            self.rope = rope_table(self.cfg).to(self.wte.weight.device)
+        return self
+
+    def init_weights(self) -> None:
+        """GPT-2's: normal 0.02, residual projections by 1/sqrt(2 n_layer). qwen3: residual projections at zero,
+        so that every block starts as the identity (modded-nanogpt; measured in docs/lab-notes.md).
+        """
+        for name, p in self.named_parameters():
+            if p.ndim < 2:
+                continue  # norms and biases are born as ones and zeros
+            if name.endswith(("attn.proj.weight", "mlp.down.weight")):
+                std = 0.02 / math.sqrt(2 * self.cfg.n_layer) if self.cfg.family == "gpt2" else 0.0
+            else:
+                std = 0.02
+            nn.init.normal_(p, std=std)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Output matrix without padding rows: (V, C)."""
+        weight = self.wte.weight if self.lm_head is None else self.lm_head.weight
+        return weight[: self.cfg.vocab_size]
+
+    def num_parameters(self) -> int:
+        """Parameters as nanoGPT counts them: without the position table and without padding rows."""
+        total = sum(p.numel() for p in self.parameters())
+        if self.wpe is not None:
+            total -= self.wpe.weight.numel()
+        tables = 1 if self.lm_head is None else 2
+        return total - tables * (self.wte.num_embeddings - self.cfg.vocab_size) * self.cfg.n_embd
+
+    def hidden(
+        self,
+        ids: Tensor,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        caches: list[KVCache] | None = None,
+    ) -> Tensor:
+        """States after the last norm.
+
+        ids: (B, T). position_ids: (T,) or (B, T), default counts on from the caches. mask: boolean,
+        broadcastable to (B, H, T, S), True = may attend; default causal. Returns (B, T, C).
+        """
+        start = caches[0].length if caches else 0
+        T = ids.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(start, start + T, device=ids.device)
+        if mask is None and start > 0 and T > 1:  # is_causal would align the mask with the first key
+            S = start + T
+            mask = torch.ones(T, S, dtype=torch.bool, device=ids.device).tril(S - T)
+        x, rope = self.wte(ids), None
+        if self.wpe is not None:
+            x = F.dropout(x + self.wpe(position_ids), self.cfg.dropout, self.training)
+        else:
+            rope = self.rope[:, position_ids]  # (2, T, D) or (2, B, T, D)
+            rope = rope.unsqueeze(2) if rope.ndim == 4 else rope
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, caches[i] if caches else None)
+        return self.norm(x)
+
+    def forward(
+        self,
+        ids: Tensor,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        caches: list[KVCache] | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits (B, T, V), or (B, 1, V) of the last position when `last_only`. Arguments as in `hidden`."""
+        x = self.hidden(ids, position_ids, mask, caches)
+        return F.linear(x[:, -1:] if last_only else x, self.head_weight)
+
+    def make_caches(self, batch: int, length: int | None = None) -> list[KVCache]:
+        """Empty caches for `batch` streams of up to `length` (default block_size) positions."""
+        attn, weight = self.blocks[0].attn, self.wte.weight
+        shape = (batch, attn.n_kv_head, length or self.cfg.block_size, attn.head_dim)
+        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled() else weight.dtype
+        return [
+            KVCache(weight.new_zeros(shape, dtype=dtype), weight.new_zeros(shape, dtype=dtype)) for _ in self.blocks
+        ]

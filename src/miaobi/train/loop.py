@@ -1,0 +1,366 @@
+"""A training run: the same command again continues it, and ends where an undisturbed run would have."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import Progress as Bar
+
+from miaobi.config import RunConfig
+from miaobi.console import console, log, progress, warn
+from miaobi.corpus.dataset import IGNORE, PreparedData, batch, derive, windows_per_epoch
+from miaobi.corpus.tokenizer import Tokenizer
+from miaobi.device import can_compile, keep_allocations, peak_flops, pick_device, pick_dtype
+from miaobi.errors import UserError
+from miaobi.model.checkpoint import load_model
+from miaobi.model.loss import linear_cross_entropy
+from miaobi.model.transformer import Transformer
+from miaobi.overrides import Origin
+from miaobi.train.evaluate import validation_loss
+from miaobi.train.optimizer import make_optimizers, rate, set_rate
+from miaobi.train.recipe import length, resolve_model, resolve_optim
+from miaobi.train.source import open_data
+from miaobi.train.state import (
+    Progress,
+    load_optimizers,
+    load_progress,
+    open_run,
+    save_checkpoint,
+    start_run,
+)
+from miaobi.train.watch import Metrics, overfitting, since_best
+
+COMPILE_PAYS_AFTER = 200  # steps; a cold compile costs about half a minute on two cores
+
+Preview = Callable[[Transformer, Tokenizer, str, int], str]
+"""(model, tokenizer, prompt, tokens) -> prompt and continuation; printed at every evaluation."""
+
+
+def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None = None) -> dict:
+    """Train, or continue, the run that `cfg` describes.
+
+    Returns run, step, train_loss, val_loss, val_bits_per_char, best_step, tokens_per_second, parameters, stopped.
+    Raises UserError for settings and data that do not fit, a loss that is not finite, too little memory.
+    """
+    keep_allocations()
+    device = pick_device(cfg.train.device)
+    dtype = pick_dtype(cfg.train.dtype, device)
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it; no effect on CPUs
+    checkpoint = open_run(cfg, origin or {})
+    out = start_run(cfg, origin or {})
+    data = open_data(cfg, out)
+    tokenizer = Tokenizer.load(data.path)
+    run = Run(cfg, out, data, tokenizer, device, dtype, checkpoint)
+    try:
+        return run.go(preview)
+    except torch.OutOfMemoryError as e:
+        raise UserError(
+            f"out of memory on {device} with micro-batches of {cfg.train.micro_batch} x {cfg.model.block_size} tokens. "
+            f"Try --micro_batch_size={max(1, cfg.train.micro_batch // 2)} (same result, less memory), "
+            "then a smaller --block_size or model"
+        ) from e
+
+
+class Run:
+    """Everything that lives while a run trains."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        out: Path,
+        data: PreparedData,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        dtype: torch.dtype,
+        checkpoint: Path | None,
+    ) -> None:
+        self.cfg, self.out, self.data, self.tokenizer = cfg, out, data, tokenizer
+        self.device, self.dtype = device, dtype
+        self.model = build_model(cfg, data, tokenizer, checkpoint).to(device)
+        model_cfg = self.model.cfg
+        self.total_steps = length(cfg, windows_per_epoch(len(data.train), model_cfg.block_size))
+        self.optim = resolve_optim(cfg.optim, model_cfg.family, self.total_steps)
+        self.optimizers = make_optimizers(self.model, self.optim, self.optim.optimizer)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.progress = Progress(data=data.fingerprint)
+        if checkpoint is not None:
+            self.progress = load_progress(checkpoint)
+            if self.progress.data != data.fingerprint:
+                raise UserError(f"the data in {data.path} is not what {checkpoint} was trained on; "
+                                "restore it, or start another --out_dir")  # fmt: skip
+            load_optimizers(checkpoint, self.optimizers, self.scaler)
+        self.interrupted: str | None = None
+        self.parameters = self.model.num_parameters()
+
+    def go(self, preview: Preview | None) -> dict:
+        """Train to the end, to early stopping, or to an interruption."""
+        p, cfg = self.progress, self.cfg.train
+        first = p.step
+        log(self.headline())
+        if cfg.eval_only:
+            windows = cfg.eval_iters * cfg.batch_size
+            p.val_loss = validation_loss(self.model, self.data.val, windows, cfg.micro_batch, self.dtype)
+            p.val_bits_per_char = self.bits_per_char(p.val_loss)
+            return self.result("eval_only")
+        if p.step >= self.total_steps or (p.stopped == "patience" and p.step >= cfg.max_iters):
+            log(f"this run is finished ({p.stopped or 'max_iters'}, step {p.step}); a larger --max_iters extends it")
+            return self.result(p.stopped or "max_iters")
+        if p.stopped == "patience":
+            log(f"this run stopped early at step {p.step} (patience={cfg.patience})")
+            return self.result("patience")
+        if first:
+            log(f"continuing from step {first}")
+        self.maybe_compile()
+        self.peak = peak_flops(self.device, self.dtype)
+        wandb = {"project": cfg.wandb_project, "name": cfg.wandb_run_name} if cfg.wandb_log else None
+        metrics = Metrics(self.out, first, wandb)
+        with watch_signals(self), progress("{task.fields[figures]}") as bar:
+            task = bar.add_task("train", total=self.total_steps, completed=first, figures="",
+                                visible=console.is_terminal)  # fmt: skip
+            try:
+                self.steps(metrics, bar, task, preview)
+            finally:
+                metrics.close()
+        return self.result(p.stopped or "max_iters")
+
+    def steps(self, metrics: Metrics, bar: Bar, task, preview: Preview | None) -> None:
+        """The loop itself."""
+        p, cfg = self.progress, self.cfg.train
+        T = self.model.cfg.block_size
+        loss_sum = torch.tensor(p.loss_sum, dtype=torch.float64)
+        since_log, seconds_log, tokens_log = [], 0.0, 0
+        figures = ""
+        self.model.train()
+        while p.step < self.total_steps and p.stopped is None:
+            started = time.perf_counter()
+            loss, norm, tokens = self.step(p.step)
+            since_log.append(loss)
+            p.step += 1
+            p.tokens += tokens
+            evaluate = p.step % cfg.eval_interval == 0 or p.step == self.total_steps
+            if p.step % cfg.log_interval == 0 or evaluate or self.interrupted:
+                losses = torch.stack(since_log).cpu().double()  # the only wait for the device
+                elapsed = time.perf_counter() - started
+                if not bool(torch.isfinite(losses).all()):
+                    self.fail_not_finite(p.step - len(losses) + int((~torch.isfinite(losses)).nonzero()[0]) + 1)
+                loss_sum += losses.sum()
+                p.loss_sum, p.loss_steps = loss_sum.item(), p.loss_steps + len(losses)
+                seconds_log, tokens_log = seconds_log + elapsed, tokens_log + tokens
+                speed = tokens_log / seconds_log
+                share = rate(p.step - 1, self.optim)
+                metrics.log(
+                    p.step,
+                    train_loss=losses.mean().item(),
+                    learning_rate=share * self.optim.learning_rate,
+                    grad_norm=norm.item(),
+                    tokens_per_second=speed,
+                    mfu=speed * self.flops_per_token() / self.peak,
+                    epoch=p.tokens / len(self.data.train),
+                )
+                figures = f"loss {losses.mean():.3f}  {speed:,.0f} tok/s"
+                if not console.is_terminal:
+                    log(f"step {p.step}/{self.total_steps}  {figures}")
+                since_log, seconds_log, tokens_log = [], 0.0, 0
+                p.seconds += elapsed
+            else:
+                elapsed = time.perf_counter() - started
+                seconds_log, tokens_log = seconds_log + elapsed, tokens_log + tokens
+                p.seconds += elapsed
+            bits = f"  val {p.val_bits_per_char:.3f} bits/char" if p.val_bits_per_char else ""
+            bar.update(task, completed=p.step, figures=figures + bits)
+            if evaluate and not self.interrupted:
+                self.evaluate(metrics, T, preview)
+                loss_sum.zero_()
+            if evaluate or self.interrupted:
+                self.save()
+            if self.interrupted:
+                p.stopped = self.interrupted
+                log(f"{self.interrupted}: saved step {p.step} in {self.out}; the same command again goes on from there")
+
+    def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """One optimizer step: (mean loss in nats, gradient norm, tokens scored)."""
+        cfg, T = self.cfg.train, self.model.cfg.block_size
+        inputs, targets = batch(self.data.train, T, cfg.global_batch, cfg.seed, step)
+        scored = int((targets != IGNORE).sum())
+        total = torch.zeros((), device=self.device)
+        for micro, i in enumerate(range(0, cfg.global_batch, cfg.micro_batch)):
+            x, y = (self.to_device(a[i : i + cfg.micro_batch]) for a in (inputs, targets))
+            if self.model.cfg.dropout:
+                torch.manual_seed(derive(cfg.seed, "dropout", step, micro, 0))
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                hidden = self.model.hidden(x)
+                loss = linear_cross_entropy(hidden, self.model.head_weight, y) / scored
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        limit = self.optim.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        set_rate(self.optimizers, rate(step, self.optim))
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return total, norm, scored
+
+    def to_device(self, a: np.ndarray) -> torch.Tensor:
+        """Copy a batch over without waiting for it."""
+        t = torch.from_numpy(np.ascontiguousarray(a))
+        return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t.to(self.device)
+
+    def evaluate(self, metrics: Metrics, block_size: int, preview: Preview | None) -> None:
+        """Validation loss on fixed windows, best so far, warnings, early stopping, a sample."""
+        p, cfg = self.progress, self.cfg.train
+        affordable = max(1, p.tokens // block_size)  # an evaluation never costs more tokens than were trained
+        windows = min(cfg.eval_iters * cfg.batch_size, affordable)
+        p.val_loss = validation_loss(self.model, self.data.val, windows, cfg.micro_batch, self.dtype)
+        if not math.isfinite(p.val_loss):
+            self.fail_not_finite(p.step)
+        p.val_bits_per_char = self.bits_per_char(p.val_loss)
+        p.train_loss = p.loss_sum / max(1, p.loss_steps)
+        p.loss_sum, p.loss_steps = 0.0, 0
+        p.history.append([p.step, p.train_loss, p.val_loss])
+        if p.best_val_loss is None or p.val_loss < p.best_val_loss:
+            p.best_step, p.best_val_loss = p.step, p.val_loss
+        metrics.log(p.step, val_loss=p.val_loss, val_bits_per_char=p.val_bits_per_char)
+        log(f"step {p.step}: train loss {p.train_loss:.4f}, val loss {p.val_loss:.4f}, "
+            f"{p.val_bits_per_char:.3f} bits/char{', best so far' if p.best_step == p.step else ''}")  # fmt: skip
+        if (warning := overfitting(p.history)) is not None:
+            warn(warning)
+        if cfg.patience and since_best(p.history) >= cfg.patience and p.step < self.total_steps:
+            p.stopped = "patience"
+            log(f"stopped: no better validation loss for {cfg.patience} evaluations. "
+                f"The best model is step {p.best_step} (val {p.best_val_loss:.4f})")  # fmt: skip
+        if preview is not None and cfg.sample_tokens:
+            prompt = cfg.sample_start or self.tokenizer.decode(self.data.val.read(0, 8).tolist())
+            self.model.eval()
+            with torch.compiler.set_stance("force_eager"):
+                log("  " + preview(self.model, self.tokenizer, prompt, cfg.sample_tokens).replace("\n", "\n  "))
+            self.model.train()
+
+    def bits_per_char(self, nats_per_token: float) -> float:
+        """All nats of the validation text, separators included, over its characters."""
+        val = self.data.val
+        return nats_per_token * len(val) / max(1, val.characters) / math.log(2)
+
+    def save(self) -> None:
+        """Write a checkpoint; where the disk is full the run goes on with the last one in place."""
+        try:
+            save_checkpoint(self.out, self.model, self.tokenizer, self.optimizers, self.scaler, self.progress,
+                            self.data.eot_id, self.cfg.train.save_interval)  # fmt: skip
+        except OSError as e:
+            warn(f"checkpoint of step {self.progress.step} could not be written ({e}); training goes on, "
+                 "the checkpoint before it is still whole: free some space")  # fmt: skip
+
+    def fail_not_finite(self, step: int) -> None:
+        """Raise UserError: the loss is NaN or infinite."""
+        p = self.progress
+        last = self.out / "checkpoints" / "last"
+        kept = f"The last good checkpoint is {last}." if last.exists() else "No checkpoint was written yet."
+        raise UserError(
+            f"the loss is not finite at step {step} (after {p.tokens:,} tokens). {kept} "
+            f"Try a lower --learning_rate (now {self.optim.learning_rate:g}), a longer --warmup_iters, "
+            "or --dtype=float32, in another --out_dir"
+        )
+
+    def maybe_compile(self) -> None:
+        """Compile one block, shared by all layers; eager with one line of warning where that fails."""
+        wish, T = self.cfg.train.compile, self.model.cfg.block_size
+        worth = self.total_steps >= COMPILE_PAYS_AFTER and can_compile(self.device)
+        if wish is False or (wish == "auto" and not worth):
+            return
+        started = time.perf_counter()
+        for block in self.model.blocks:
+            block.compile()
+        x = torch.zeros(self.cfg.train.micro_batch, T, dtype=torch.long, device=self.device)
+        self.model.train()
+        try:
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                self.model.hidden(x).sum().backward()
+            log(f"compiled in {time.perf_counter() - started:.0f} s")
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            RuntimeError
+        ) as e:  # what the compilers raise (BackendCompilerFailed, InductorError, ...) derives from it
+            warn(f"torch.compile does not work here ({type(e).__name__}); going on without (--compile=False says so)")
+            for block in self.model.blocks:
+                block._compiled_call_impl = None
+        self.model.zero_grad(set_to_none=True)
+
+    def flops_per_token(self) -> float:
+        """Forward and backward: 6N + 12 L H D T (PaLM, arXiv:2204.02311, appendix B)."""
+        cfg, attn = self.model.cfg, self.model.blocks[0].attn
+        return 6 * self.parameters + 12 * cfg.n_layer * attn.n_head * attn.head_dim * cfg.block_size
+
+    def headline(self) -> str:
+        """What is about to be trained."""
+        cfg = self.model.cfg
+        return (
+            f"number of parameters: {self.parameters / 1e6:.2f}M  ({cfg.family}, {cfg.n_layer} layers, "
+            f"{cfg.n_head} heads, {cfg.n_embd} wide, block {cfg.block_size}, vocabulary {cfg.vocab_size})\n"
+            f"{self.optim.optimizer}, {self.cfg.train.global_batch} x {cfg.block_size} tokens a step, "
+            f"{self.total_steps} steps, {len(self.data.train):,} training tokens; "
+            f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
+        )
+
+    def result(self, stopped: str) -> dict:
+        """The JSON object of `miaobi train`."""
+        p = self.progress
+        return {
+            "run": str(self.out),
+            "step": p.step,
+            "train_loss": p.train_loss,
+            "val_loss": p.val_loss,
+            "val_bits_per_char": p.val_bits_per_char,
+            "best_step": p.best_step,
+            "best_val_loss": p.best_val_loss,
+            "tokens_per_second": p.tokens / p.seconds if p.seconds else None,
+            "parameters": self.parameters,
+            "stopped": stopped,
+        }
+
+
+def build_model(cfg: RunConfig, data: PreparedData, tokenizer: Tokenizer, checkpoint: Path | None) -> Transformer:
+    """The model to start with: new, from a checkpoint of this run, or from another MODEL's weights."""
+    source = checkpoint or (cfg.train.init_from if cfg.train.init_from not in ("scratch", "resume") else None)
+    if source is None:
+        torch.manual_seed(cfg.train.seed)
+        return Transformer(resolve_model(cfg.model, data.vocab_size))
+    model, theirs = load_model(source)
+    if theirs.backend.to_str() != tokenizer.backend.to_str():
+        raise UserError(f"{data.path} was prepared with another tokenizer than {source} has; "
+                        f"prepare it with --tokenizer={source}")  # fmt: skip
+    if model.cfg.block_size < cfg.model.block_size:
+        raise UserError(f"{source} has block_size {model.cfg.block_size}; set --block_size={model.cfg.block_size}")
+    changed = dataclasses.replace(model.cfg, dropout=cfg.model.dropout)
+    again = Transformer(changed)
+    again.load_state_dict(model.state_dict())
+    return again
+
+
+class watch_signals:  # noqa: N801 - reads as a context manager
+    """Ctrl-C and SIGTERM ask the run to save after the current step; a second one stops at once."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __enter__(self) -> None:
+        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(self, number: int, frame) -> None:
+        if self.run.interrupted:
+            raise KeyboardInterrupt
+        self.run.interrupted = "interrupted" if number == signal.SIGINT else "terminated"
+        log("finishing this step, then saving (again to stop at once)")
+
+    def __exit__(self, *exc) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,128 @@
+"""AdamW, Muon, and the learning rate over a run."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from miaobi.config import OptimConfig
+from miaobi.device import cpu_has_bf16
+from miaobi.model.families import qkv_widths
+from miaobi.model.transformer import Transformer
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of Jordan et al. 2024
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised by Newton-Schulz (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    Differs from torch.optim.Muon where it hurt here: fused q/k/v and gate/up matrices are orthogonalised part by
+    part, matrices of one shape go through one batched product, and the iterations run in fp32 on hardware without
+    bf16 (where torch's bf16-only iteration is about a hundred times slower).
+
+    Param groups carry `parts`: for each parameter, the row counts to split it into.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, momentum: float) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every matrix that has a gradient."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            for p, parts in zip(group["params"], group["parts"], strict=True):
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(buffer, group["momentum"])
+                for target, piece in zip(p.split(parts), update.split(parts), strict=True):
+                    by_shape.setdefault(piece.shape, []).append((target, piece))
+            for shape, pairs in by_shape.items():
+                scale = math.sqrt(max(1.0, shape[0] / shape[1]))
+                orthogonal = orthogonalize(torch.stack([piece for _, piece in pairs]))
+                for (target, _), o in zip(pairs, orthogonal, strict=True):
+                    target.add_(o, alpha=-group["lr"] * scale)
+        return loss
+
+
+def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrices of g (N, R, C), roughly: singular values end between 0.7 and 1.2."""
+    a, b, c = QUINTIC
+    fast_bf16 = g.device.type == "cuda" or (g.device.type == "cpu" and cpu_has_bf16())
+    x = g.to(torch.bfloat16 if fast_bf16 else torch.float32)
+    transposed = x.shape[-2] > x.shape[-1]
+    if transposed:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+    return (x.mT if transposed else x).to(g.dtype)
+
+
+def make_optimizers(model: Transformer, cfg: OptimConfig, kind: str) -> list[torch.optim.Optimizer]:
+    """AdamW over everything (`adamw`), or Muon for the blocks' matrices and AdamW for the rest (`muon`).
+
+    AdamW decays parameters of two dimensions only, as nanoGPT does. `lr` of each group is its peak; `set_rate`
+    scales it.
+    """
+    matrices = []
+    if kind == "muon":
+        for block in model.blocks:
+            gated = 2 if block.mlp.gated else 1
+            matrices += [
+                (block.attn.qkv.weight, qkv_widths(block.attn)),
+                (block.attn.proj.weight, [block.attn.proj.weight.shape[0]]),
+                (block.mlp.up.weight, [block.mlp.up.weight.shape[0] // gated] * gated),
+                (block.mlp.down.weight, [block.mlp.down.weight.shape[0]]),
+            ]
+    taken = {id(p) for p, _ in matrices}
+    rest = [p for p in model.parameters() if id(p) not in taken and p.requires_grad]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=fused)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if matrices:
+        group = {"params": [p for p, _ in matrices], "parts": [parts for _, parts in matrices]}
+        optimizers.append(Muon([group], lr=cfg.muon_learning_rate, momentum=cfg.momentum))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def rate(step: int, cfg: OptimConfig) -> float:
+    """Learning rate of `step` (0-based) as a share of the peak; `cfg` is resolved.
+
+    cosine is nanoGPT's get_lr; wsd (warm-up, stable, decay; arXiv:2404.06395) falls linearly at the end.
+    """
+    floor = cfg.min_lr / cfg.learning_rate
+    if cfg.warmup_iters and step < cfg.warmup_iters:
+        return (step + 1) / (cfg.warmup_iters + 1)
+    if not cfg.decay_lr or cfg.schedule == "constant":
+        return 1.0
+    if step >= cfg.lr_decay_iters:
+        return floor
+    if cfg.schedule == "cosine":
+        done = (step - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
+        return floor + 0.5 * (1.0 + math.cos(math.pi * done)) * (1.0 - floor)
+    decay_iters = max(1, round(cfg.decay_fraction * cfg.lr_decay_iters))
+    left = (cfg.lr_decay_iters - step) / decay_iters
+    return floor + min(1.0, left) * (1.0 - floor)
+
+
+def set_rate(optimizers: list[torch.optim.Optimizer], share: float) -> None:
+    """Scale every group's peak rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * share

@@ -1,0 +1,48 @@
+"""The numbers that a configuration leaves open, decided by family, size and length of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from miaobi.config import ModelConfig, OptimConfig, RunConfig
+from miaobi.console import warn
+from miaobi.errors import UserError
+
+
+def resolve_model(cfg: ModelConfig, vocab_size: int) -> ModelConfig:
+    """Fill in vocab_size. Raises UserError if the model has fewer rows than the data has tokens."""
+    if cfg.vocab_size is not None and cfg.vocab_size < vocab_size:
+        raise UserError(
+            f"vocab_size is {cfg.vocab_size}, but the data was prepared with {vocab_size} tokens; "
+            f"leave vocab_size out, or prepare again with --vocab_size={cfg.vocab_size}"
+        )
+    return dataclasses.replace(cfg, vocab_size=cfg.vocab_size or vocab_size)
+
+
+def resolve_optim(cfg: OptimConfig, family: str, max_iters: int) -> OptimConfig:
+    """Fill in optimizer, rates and schedule; see the help of each key for the rule."""
+    kind = cfg.optimizer if cfg.optimizer != "auto" else ("adamw" if family == "gpt2" else "muon")
+    schedule = cfg.schedule if cfg.schedule != "auto" else ("cosine" if kind == "adamw" else "wsd")
+    learning_rate = cfg.learning_rate or (1e-3 if kind == "adamw" else 3e-3)
+    min_lr = cfg.min_lr if cfg.min_lr is not None else (learning_rate / 10 if schedule == "cosine" else 0.0)
+    if min_lr > learning_rate:
+        warn(f"min_lr ({min_lr:g}) is above learning_rate ({learning_rate:g}): the rate will rise, not fall")
+    longest = 2000 if kind == "adamw" else 10
+    warmup = cfg.warmup_iters if cfg.warmup_iters is not None else min(longest, max_iters // 20)
+    return dataclasses.replace(
+        cfg,
+        optimizer=kind,
+        schedule=schedule,
+        learning_rate=learning_rate,
+        min_lr=min_lr,
+        warmup_iters=warmup,
+        lr_decay_iters=cfg.lr_decay_iters or max_iters,
+    )
+
+
+def length(cfg: RunConfig, windows: int) -> int:
+    """Steps of the run: max_iters, or fewer where max_epochs passes over `windows` windows come first."""
+    steps = cfg.train.max_iters
+    if cfg.train.max_epochs is not None:
+        steps = min(steps, max(1, cfg.train.max_epochs * windows // cfg.train.global_batch))
+    return steps

@@ -1,0 +1,169 @@
+"""A run on disk: which configuration it has, its checkpoints, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miaobi.config import RunConfig
+from miaobi.console import log
+from miaobi.corpus.tokenizer import Tokenizer
+from miaobi.errors import UserError
+from miaobi.model.checkpoint import point, pointed, save_model, written_whole
+from miaobi.model.transformer import Transformer
+from miaobi.overrides import Origin, flatten, load_config, read_yaml, save_config
+
+STEERING = {"init_from", "resume_from", "eval_only"}  # how a run is entered, not what it is
+
+
+@dataclass
+class Progress:
+    """What a run knows besides weights and optimizer; all of it survives a kill."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """Time spent in training steps."""
+    train_loss: float | None = None
+    """Mean since the evaluation before."""
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    val_loss: float | None = None
+    val_bits_per_char: float | None = None
+    best_step: int | None = None
+    best_val_loss: float | None = None
+    history: list[list[float]] = field(default_factory=list)
+    """[step, train loss, validation loss] of every evaluation."""
+    stopped: str | None = None
+    data: str = ""
+    """Fingerprint of the prepared data."""
+
+
+def open_run(cfg: RunConfig, origin: Origin) -> Path | None:
+    """Make or enter the run directory; return the checkpoint to continue from, or None for a new run.
+
+    Raises UserError where the directory holds a run of another configuration, or nothing where a run was asked for.
+    """
+    out = Path(cfg.train.out_dir)
+    last = pointed(out / "checkpoints" / "last")
+    if last is not None and cfg.train.init_from == "scratch" and origin.get("init_from") == "command line":
+        number = 1
+        while (aside := out.with_name(f"{out.name}.old-{number}")).exists():
+            number += 1
+        out.rename(aside)
+        log(f"--init_from=scratch: the run that was in {out} is now {aside}")
+        last = None
+    if last is not None:
+        refuse_changes(out, cfg)
+        return last
+    if cfg.train.resume_from:
+        return find_state(cfg.train.resume_from)
+    if cfg.train.init_from == "resume":
+        raise UserError(f"init_from=resume, but {out} has no checkpoint; leave it out to start a new run")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out_dir {out} is a file; choose another --out_dir")
+    return None
+
+
+def find_state(name: str) -> Path:
+    """The checkpoint directory with a train_state that `resume_from` means: a run's last, or step-N itself."""
+    path = Path(name)
+    if path.suffix in (".pth", ".pt"):
+        raise UserError(
+            f"resume_from: {path} is another project's checkpoint; it must be converted to a model directory"
+        )
+    found = pointed(path / "checkpoints" / "last") or path
+    if not (found / "train_state" / "progress.json").is_file():
+        raise UserError(f"resume_from: no train_state in {path}; give a run directory, RUN/checkpoints/step-N, "
+                        "or use --init_from to start from a model's weights alone")  # fmt: skip
+    return found
+
+
+def refuse_changes(out: Path, cfg: RunConfig) -> None:
+    """Raise UserError naming the first key in which `cfg` is not the run's own configuration.
+
+    A larger max_iters is let through: it extends the run.
+    """
+    values, _ = read_yaml(out / "config.yaml")
+    saved = flatten(load_config(None, list(values.items()))[0])
+    for key, now in flatten(cfg).items():
+        was = saved[key]
+        if key in STEERING or now == was or (key == "out_dir" and Path(now) == Path(was)):
+            continue
+        if key == "max_iters":
+            if now > was:
+                continue
+            advice = f"max_iters can only grow here (it was {was})"
+        else:
+            advice = "a run keeps its configuration"
+        raise UserError(
+            f"{out} holds a run with {key}={was}, now {key}={now}: {advice}. Take another --out_dir, "
+            "or --init_from=scratch to start over (the old run is moved aside, not deleted)"
+        )
+
+
+def start_run(cfg: RunConfig, origin: Origin) -> Path:
+    """Write config.yaml; returns the run directory."""
+    out = Path(cfg.train.out_dir)
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    save_config(out / "config.yaml", cfg, origin)
+    return out
+
+
+def save_checkpoint(
+    out: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    optimizers: list[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    progress: Progress,
+    eot_id: int | None,
+    save_interval: int | None,
+) -> Path:
+    """Write checkpoints/step-N whole, point `last` (and `best`) at it, drop those nothing points at any more."""
+    root = out / "checkpoints"
+    path = root / f"step-{progress.step}"
+    with written_whole(path) as aside:
+        save_model(aside, model, tokenizer, eot_id)
+        (aside / "train_state").mkdir()
+        state = {"optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict()}
+        torch.save(state, aside / "train_state" / "optimizer.pt")
+        text = json.dumps(asdict(progress), ensure_ascii=False)
+        (aside / "train_state" / "progress.json").write_text(text, encoding="utf-8")
+    if progress.best_step == progress.step:
+        point(root / "best", path.name)
+    point(root / "last", path.name)
+    keep = {path, pointed(root / "best")}
+    for old in root.glob("step-*"):
+        regular = save_interval and int(old.name[5:]) % save_interval == 0
+        if old not in keep and not regular:
+            shutil.rmtree(old)
+    return path
+
+
+def load_progress(checkpoint: Path) -> Progress:
+    """Counters of a checkpoint. Raises UserError if the file is damaged."""
+    file = checkpoint / "train_state" / "progress.json"
+    try:
+        return Progress(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"{file} cannot be read ({e}); continue from another checkpoint with --resume_from") from e
+
+
+def load_optimizers(checkpoint: Path, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
+    """Fill optimizer state in place. Raises UserError if the file is damaged or of another model."""
+    file = checkpoint / "train_state" / "optimizer.pt"
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        scaler.load_state_dict(state["scaler"])
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as e:
+        raise UserError(f"{file} cannot be read ({e}); it was cut short or altered: continue from another checkpoint "
+                        "with --resume_from=RUN/checkpoints/step-N")  from e  # fmt: skip

@@ -1,0 +1,72 @@
+"""What a run writes down, and what it warns of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Metrics:
+    """metrics.jsonl, TensorBoard events, and wandb where asked for."""
+
+    def __init__(self, out: Path, start: int, wandb_settings: dict[str, Any] | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
+
+        path = out / "metrics.jsonl"
+        kept = []
+        if start and path.exists():  # a killed run may have logged steps that are now run again
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= start]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(out), purge_step=start or None)
+        self.wandb = None
+        if wandb_settings is not None:
+            import wandb
+
+            self.wandb = wandb.init(dir=str(out), resume="allow", **wandb_settings)
+
+    def log(self, step: int, **values: float | None) -> None:
+        """One line of metrics.jsonl, one point of every curve."""
+        known = {key: value for key, value in values.items() if value is not None}
+        self.file.write(json.dumps({"step": step, **known}) + "\n")
+        self.file.flush()
+        for key, value in known.items():
+            self.board.add_scalar(key, value, step)
+        if self.wandb is not None:
+            self.wandb.log(known, step=step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self.file.close()
+        self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # cut by the kill
+
+
+def since_best(history: list[list[float]]) -> int:
+    """Evaluations since the one with the lowest validation loss."""
+    losses = [val for _, _, val in history]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+def overfitting(history: list[list[float]]) -> str | None:
+    """A plain-words warning when validation has risen twice running while training fell, else None."""
+    if len(history) < 3:
+        return None
+    (_, t0, v0), (_, t1, v1), (step, t2, v2) = history[-3:]
+    if not (v0 < v1 < v2 and t0 > t1 > t2):
+        return None
+    best = min(history, key=lambda row: row[2])
+    return (
+        f"step {step:.0f}: the model is learning the text by heart: training loss fell {t0:.2f} -> {t2:.2f} while "
+        f"validation rose {v0:.2f} -> {v2:.2f}. The best checkpoint so far is step {best[0]:.0f} (val {best[2]:.2f}) "
+        "and is kept. More text helps most; then a smaller model, or --dropout=0.2 and up"
+    )
