@@ -83,10 +83,23 @@ def parse(verb: str, kind: type, args: list[str]):
         kind,
         prog=f"miaobi {verb}",
         description=VERBS[verb],
-        args=args,
+        args=spelled_out(kind, args),
         use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes),
     )
+
+
+def spelled_out(kind: type, args: list[str]) -> list[str]:
+    """`--stream` as `--stream=True`, for every setting that is True or False."""
+    names = set()
+    for f in dataclasses.fields(kind):
+        inner = dataclasses.fields(f.type) if dataclasses.is_dataclass(f.type) else (f,)
+        names |= {f"--{i.name}" for i in inner if i.type in (bool, "bool")}
+    following = [*args[1:], "--"]
+    return [
+        f"{arg}=True" if arg in names and after not in ("True", "False") else arg
+        for arg, after in zip(args, following, strict=True)
+    ]
 
 
 def print_json(result: dict) -> None:
@@ -178,8 +191,10 @@ def split_train_args(args: list[str]) -> tuple[Path | None, list[tuple[str, str]
 
 def find_config(name: str) -> Path:
     """A CONFIG argument; where there is no such file, the one of that name that ships with miaobi."""
+    from miaobi.overrides import shipped_config
+
     path = Path(name)
-    shipped = Path(__file__).parent / "configs" / path.name
+    shipped = shipped_config(path.name)
     if path.suffix == ".py" and not path.exists():
         raise UserError(f"{name}: miaobi reads YAML; write the settings of {path.name} as {path.stem}.yaml")
     return shipped if not path.exists() and shipped.exists() else path
@@ -229,10 +244,14 @@ def sample(args: list[str]) -> None:
 
 def explained(arg: str) -> bool:
     """Whether a flag of nanoGPT's sample.py means nothing here (one line says why)."""
-    if arg.startswith("--init_from="):
-        print(f"miaobi: {arg} is not needed: the MODEL argument says where weights come from", file=sys.stderr)
-        return True
-    return False
+    reasons = {
+        "--init_from": "the MODEL argument says where weights come from",
+        "--compile": "decoding does not wait for a compiler",
+    }
+    key = arg.split("=")[0]
+    if key in reasons:
+        print(f"miaobi: {arg} is not needed: {reasons[key]}", file=sys.stderr)
+    return key in reasons
 
 
 def one_model(model: str | None, out_dir: str | None) -> str:
@@ -301,7 +320,6 @@ def demo(args: list[str]) -> None:
         """A look in half a minute; the model learns next to nothing."""
 
     as_json = take_flag(args, "--json")
-    args = ["--quick=True" if a == "--quick" else a for a in args]
     given = parse("demo", Args, args)
     from miaobi.demo import demo as run_demo
 

@@ -295,8 +295,6 @@ class SampleConfig:
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights; auto = the fastest that the device does well."""
-    compile: Literal["auto"] | bool = "auto"
-    """torch.compile the decoding step."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 1 or self.max_new_tokens < 1:

@@ -197,6 +197,13 @@ def load_config(path: Path | None, given: list[tuple[str, str]]) -> tuple[RunCon
     return with_values(RunConfig(), values), origin
 
 
+def shipped_config(name: str) -> Path:
+    """A configuration that comes with miaobi: inside an installed package, beside `src` in a checkout."""
+    package = Path(__file__).parent
+    folders = (package / "configs", package.parents[1] / "configs")
+    return next((f / name for f in folders if (f / name).is_file()), folders[0] / name)
+
+
 def save_config(path: Path, cfg: RunConfig, origin: Origin) -> None:
     """Write the configuration with, behind each value, where it came from. Read back by `read_yaml`."""
     tree = CommentedMap()

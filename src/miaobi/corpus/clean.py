@@ -1,0 +1,139 @@
+"""What happens to a document between reading and encoding: normalising, duplicate search, the train/validation split."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import unicodedata
+
+import numpy as np
+
+N_PERMUTATIONS = 128
+SHINGLE = 5
+"""Characters in a shingle; near duplicates are found by the sets of their shingles."""
+PIECE_CHARACTERS = 4000
+"""About how long the pieces of a cut document are."""
+
+_WHITE_SPACE = re.compile(r"\s+")
+_SENTENCE_END = re.compile(r"[。！？!?…][”’」』）)]*")
+
+
+def normalize_text(text: str, normalize: str = "none", simplify: bool = False) -> str:
+    """NFKC (full-width letters and digits become ASCII, and so on), then Traditional -> Simplified by OpenCC's t2s."""
+    if normalize == "nfkc":
+        text = unicodedata.normalize("NFKC", text)
+    return _opencc().convert(text) if simplify else text
+
+
+@functools.cache
+def _opencc():
+    from opencc import OpenCC  # loads its dictionaries, 0.1 s
+
+    return OpenCC("t2s")
+
+
+def cut_document(text: str) -> list[str]:
+    """A long document in pieces of about 4,000 characters, cut at paragraph ends (line ends).
+
+    A paragraph of more than twice that is cut at sentence ends, and where there are none, anywhere. The newline between
+    two pieces is left out, like the blank line between two documents.
+    """
+    if len(text) <= PIECE_CHARACTERS * 3 // 2:
+        return [text]
+    pieces, current, size = [], [], 0
+    for paragraph in _short_paragraphs(text):
+        current.append(paragraph)
+        size += len(paragraph)
+        if size >= PIECE_CHARACTERS:
+            pieces.append("".join(current))
+            current, size = [], 0
+    rest = "".join(current)
+    if pieces and len(rest) < PIECE_CHARACTERS // 2:
+        pieces[-1] += rest
+    else:
+        pieces.append(rest)
+    return [piece.strip("\n") for piece in pieces if piece and not piece.isspace()]
+
+
+def _short_paragraphs(text: str) -> list[str]:
+    limit = 2 * PIECE_CHARACTERS
+    paragraphs = []
+    for line in text.splitlines(keepends=True) if "\n" not in text else re.split(r"(?<=\n)", text):
+        start = 0
+        while len(line) - start > limit:
+            ends = [match.end() for match in _SENTENCE_END.finditer(line, start, start + PIECE_CHARACTERS)]
+            end = ends[-1] if ends else start + PIECE_CHARACTERS
+            paragraphs.append(line[start:end])
+            start = end
+        paragraphs.append(line[start:])
+    return paragraphs
+
+
+def content_digests(documents: list[str]) -> np.ndarray:
+    """(documents, 16) uint8: BLAKE2b of each document without the white space around it."""
+    digests = b"".join(hashlib.blake2b(d.strip().encode(), digest_size=16).digest() for d in documents)
+    return np.frombuffer(digests, np.uint8).reshape(-1, 16)
+
+
+def first_occurrences(digests: np.ndarray) -> np.ndarray:
+    """(n, 16) uint8 -> (n,) bool: True where a digest appears for the first time.
+
+    Takes 16 bytes a document for the digests and 24 more while sorting.
+    """
+    keys = np.ascontiguousarray(digests).view([("high", "<u8"), ("low", "<u8")]).ravel()
+    first = np.zeros(len(keys), bool)
+    if len(keys):
+        order = np.lexsort((keys["low"], keys["high"]))  # stable, so equal digests stay in source order
+        ordered = keys[order]
+        first[order[0]] = True
+        first[order[1:]] = ordered[1:] != ordered[:-1]
+    return first
+
+
+def is_validation(digests: np.ndarray, val_fraction: float) -> np.ndarray:
+    """(n, 16) uint8 -> (n,) bool: the hash split. Depends on a document's own content only."""
+    if not len(digests):
+        return np.zeros(0, bool)
+    low = np.ascontiguousarray(digests)[:, 8:].copy().view("<u8").ravel()
+    return low < np.uint64(min(int(val_fraction * 2**64), 2**64 - 1))
+
+
+def minhashes(documents: list[str]) -> list:
+    """One rensa.RMinHash a document, over the set of its character 5-grams, white space left out."""
+    from rensa import RMinHash
+
+    shingles = []
+    for document in documents:
+        text = _WHITE_SPACE.sub("", document)
+        shingles.append({text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))})
+    return RMinHash.from_token_sets(shingles, N_PERMUTATIONS, 42)
+
+
+class NearDuplicates:
+    """Finds documents like one seen before (estimated Jaccard similarity of 5-grams at or above a threshold).
+
+    Keeps state for every distinct document: about BYTES_PER_DOCUMENT resident bytes.
+    """
+
+    BYTES_PER_DOCUMENT = 3000
+
+    def __init__(self, threshold: float):
+        from rensa import RMinHashDeduplicator
+
+        self._index = RMinHashDeduplicator(threshold, N_PERMUTATIONS, True, num_bands=_n_bands(threshold))
+        self._count = 0
+
+    def is_new(self, minhash) -> bool:
+        """True, and remembered, when no earlier document is like it."""
+        self._count += 1
+        return self._index.add(str(self._count), minhash)
+
+
+def _n_bands(threshold: float) -> int:
+    """Fewest bands that still catch a pair at the threshold with probability 0.95: 1 - (1 - t^rows)^bands."""
+    for rows in (32, 16, 8, 4, 2, 1):
+        bands = N_PERMUTATIONS // rows
+        if 1 - (1 - threshold**rows) ** bands >= 0.95:
+            return bands
+    return N_PERMUTATIONS

@@ -1,0 +1,262 @@
+"""What is done to each stretch of text, in any process: survey it, count it, encode it.
+
+`prepare` calls these through `Workers.map`, which keeps the order of the sources, so the number of workers changes
+nothing in the result.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from miaobi.corpus import clean, read
+from miaobi.corpus.read import Block, Content, read_block
+from miaobi.corpus.tokenizer import Tokenizer
+from miaobi.errors import UserError
+
+N_CODE_POINTS = 0x110000
+MAX_BLOCKS_PER_TASK = 256
+_SLICE = 1 << 18
+"""Characters counted at a time, so that NumPy's 64-bit copies of them stay in the cache."""
+DROP, TRAIN, VAL = 0, 1, 2
+
+_tokenizer: Tokenizer | None = None
+"""The worker processes' copy."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """How documents are made; the same for every pass over the text."""
+
+    field: str
+    skip_bad: bool
+    whole: bool
+    """--split=tail: one document a block, newlines kept."""
+    normalize: str
+    simplify: bool
+    near: bool
+    cut: bool = False
+    """Cut long documents into pieces."""
+
+
+@dataclass
+class Survey:
+    """What the first pass learns about a task."""
+
+    digests: np.ndarray  # (documents, 16) uint8
+    lengths: np.ndarray  # (documents,) int64, characters
+    code_points: np.ndarray  # (distinct,) int64, of the documents, ascending
+    counts: np.ndarray  # (distinct,) int64
+    raw_code_points: np.ndarray  # (distinct,) int64, of the text as read
+    minhashes: list | None
+    blocks: list[tuple[int, str, int, int, int]]
+    """Per block: source, encoding, documents, characters as read, skipped."""
+    empty: int
+
+
+@dataclass
+class Part:
+    """What one task adds to one split."""
+
+    ids: np.ndarray
+    starts: np.ndarray  # (documents,) int64
+    characters: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Workers:
+    """Processes for `map`; with one worker everything happens here."""
+
+    count: int
+    tokenizer: Tokenizer | None = None
+    _pool: ProcessPoolExecutor | None = field(default=None, init=False)
+
+    def __enter__(self) -> Workers:
+        if self.count > 1:
+            # fork shares the loaded libraries; macOS has it too, but Apple's libraries break after it.
+            has_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+            context = multiprocessing.get_context("fork" if has_fork else "spawn")
+            self._pool = ProcessPoolExecutor(self.count, context, _start_worker, (self.tokenizer,))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable, tasks: Iterable[tuple]) -> Iterator[tuple[tuple[Block, ...], Any]]:
+        """(blocks, function(tokenizer, blocks, *others)) for each task (blocks, *others), in order.
+
+        At most two tasks per worker are under way or waiting, which bounds the memory.
+        """
+        if self._pool is None:
+            for task in tasks:
+                yield task[0], function(self.tokenizer, *task)
+            return
+        waiting: deque = deque()
+        try:
+            for task in tasks:
+                waiting.append((task[0], self._pool.submit(_run, function, task)))
+                if len(waiting) > 2 * self.count:
+                    blocks, future = waiting.popleft()
+                    yield blocks, future.result()
+            while waiting:
+                blocks, future = waiting.popleft()
+                yield blocks, future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed, most likely because memory ran out; try --workers=1"
+            ) from error
+
+
+def _start_worker(tokenizer: Tokenizer | None) -> None:
+    global _tokenizer
+    _tokenizer = tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one core
+
+
+def _run(function: Callable, task: tuple) -> Any:
+    return function(_tokenizer, *task)
+
+
+def tasks(blocks: Iterable[Block]) -> Iterator[tuple[Block, ...]]:
+    """Small blocks together, so that a directory of many small files costs few messages."""
+    group, size = [], 0
+    for block in blocks:
+        group.append(block)
+        size += block.end - block.start if block.records is None else sum(map(len, block.records))
+        if size >= read.BLOCK_BYTES or len(group) >= MAX_BLOCKS_PER_TASK:
+            yield tuple(group)
+            group, size = [], 0
+    if group:
+        yield tuple(group)
+
+
+def survey(_: Tokenizer | None, blocks: tuple[Block, ...], job: Job) -> Survey:
+    """First pass: digests, lengths and character counts."""
+    documents, raw, stats, empty = [], [], [], 0
+    for block in blocks:
+        content, found = _documents(block, job)
+        kept = found if job.whole else [document for document in found if document and not document.isspace()]
+        empty += len(found) - len(kept)
+        documents += kept
+        raw.append(content.raw)
+        stats.append((block.index, content.encoding, len(kept), len(content.raw), content.skipped))
+    counts = count_characters("".join(documents))
+    code_points = np.flatnonzero(counts)
+    return Survey(
+        digests=np.empty((0, 16), np.uint8) if job.whole else clean.content_digests(documents),
+        lengths=np.fromiter(map(len, documents), np.int64, len(documents)),
+        code_points=code_points,
+        counts=counts[code_points],
+        raw_code_points=_raw_code_points(raw, counts, job),
+        minhashes=clean.minhashes(documents) if job.near else None,
+        blocks=stats,
+        empty=empty,
+    )
+
+
+def count_kept(
+    _: Tokenizer | None, blocks: tuple[Block, ...], job: Job, choice: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(code points, counts) of the documents that a duplicate search left over in this task."""
+    kept = [document for document, where in zip(_all(blocks, job, choice), choice, strict=True) if where != DROP]
+    counts = count_characters("".join(kept))
+    code_points = np.flatnonzero(counts)
+    return code_points, counts[code_points]
+
+
+def sample_lines(
+    _: Tokenizer | None, blocks: tuple[Block, ...], job: Job, choice: np.ndarray | None, every: int
+) -> list[str]:
+    """Every n-th line of the kept documents, to train BPE on."""
+    documents = _all(blocks, job, choice)
+    if choice is not None:
+        documents = [document for document, where in zip(documents, choice, strict=True) if where != DROP]
+    return [line for document in documents for line in document.split("\n") if line][::every]
+
+
+def encode_documents(
+    tokenizer: Tokenizer, blocks: tuple[Block, ...], job: Job, choice: np.ndarray, end_id: int, newline_id: int | None,
+    dtype: str,
+) -> tuple[Part, Part]:  # fmt: skip
+    """Second pass of the hash split: train and val of this task."""
+    documents = _all(blocks, job, choice)
+    parts = []
+    for where in (TRAIN, VAL):
+        chosen = [documents[i] for i in np.flatnonzero(choice == where)]
+        ids, starts = tokenizer.encode_documents(chosen, end_id, newline_id)
+        text = "".join(chosen)
+        parts.append(Part(ids.astype(dtype), starts, len(text), utf8_length(text)))
+    return parts[0], parts[1]
+
+
+def encode_stretch(
+    tokenizer: Tokenizer, blocks: tuple[Block, ...], job: Job, n_train: int, dtype: str
+) -> tuple[Part, Part]:
+    """Second pass of the tail split: the first `n_train` characters of this task are train, the others val."""
+    text = "".join(_all(blocks, job, None))
+    parts = []
+    for piece in (text[:n_train], text[n_train:]):
+        ids = tokenizer.encode_array(piece)
+        parts.append(Part(ids.astype(dtype), np.empty(0, np.int64), len(piece), utf8_length(piece)))
+    return parts[0], parts[1]
+
+
+def count_characters(text: str) -> np.ndarray:
+    """(0x110000,) int64: occurrences of every code point."""
+    total = np.zeros(N_CODE_POINTS, np.int64)
+    code_points = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    for low in range(0, len(code_points), _SLICE):
+        counts = np.bincount(code_points[low : low + _SLICE])
+        total[: len(counts)] += counts
+    return total
+
+
+def utf8_length(text: str) -> int:
+    """Bytes of the text in UTF-8."""
+    code_points = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    return len(text) + sum(int(np.count_nonzero(code_points >= low)) for low in (0x80, 0x800, 0x10000))
+
+
+def _documents(block: Block, job: Job) -> tuple[Content, list[str]]:
+    content = read_block(block, job.field, job.skip_bad, job.whole)
+    documents = content.documents
+    if job.normalize != "none" or job.simplify:
+        documents = [clean.normalize_text(document, job.normalize, job.simplify) for document in documents]
+    if job.cut:
+        documents = [piece for document in documents for piece in clean.cut_document(document)]
+    return content, documents
+
+
+def _all(blocks: tuple[Block, ...], job: Job, choice: np.ndarray | None) -> list[str]:
+    """The documents as the survey saw them."""
+    documents = [document for block in blocks for document in _documents(block, job)[1]]
+    if not job.whole:
+        documents = [document for document in documents if document and not document.isspace()]
+    if choice is not None and len(choice) != len(documents):
+        raise UserError(f"{blocks[0].source.name} was changed while it was being read; run the command again")
+    return documents
+
+
+def _raw_code_points(raw: list[str], counts: np.ndarray, job: Job) -> np.ndarray:
+    """(distinct,) int64: the characters of the text as read, ascending.
+
+    Usually only newlines between documents are missing from the documents' own counts, which saves counting twice.
+    """
+    missing = sum(map(len, raw)) - int(counts.sum())
+    missing_newlines = sum(text.count("\n") for text in raw) - int(counts[ord("\n")])
+    if job.normalize != "none" or job.simplify or missing != missing_newlines:
+        return np.flatnonzero(count_characters("".join(raw)))
+    present = counts > 0
+    present[ord("\n")] |= missing_newlines > 0
+    return np.flatnonzero(present)

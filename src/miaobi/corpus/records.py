@@ -1,0 +1,154 @@
+"""Tables and JSON lines -> the texts in one of their fields."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+
+from miaobi.corpus import read
+from miaobi.corpus.read import Block, decode_block, text_blocks
+from miaobi.corpus.sources import DAMAGED, Source
+from miaobi.errors import UserError
+
+MAX_PACKED_TABLE = 512 << 20
+"""A packed parquet file is unpacked in memory, up to this many bytes."""
+
+
+def csv_blocks(source: Source, index: int, field: str, skip_bad: bool) -> Iterator[Block]:
+    """Rows of a .csv or .tsv. They may hold line breaks inside quotes, so they are parsed in order, in this process.
+
+    Raises:
+        UserError: no such field, a row with too few columns, a quote that is never closed.
+    """
+    encoding, bad = "utf-8", 0
+
+    def lines() -> Iterator[str]:
+        nonlocal encoding, bad
+        for block in text_blocks(source, index, whole=True):
+            text, encoding, replaced = decode_block(block, skip_bad)
+            bad += replaced
+            yield from io.StringIO(text, newline="")  # line breaks inside a field stay as they are
+
+    csv.field_size_limit(read.MAX_DOCUMENT_BYTES)
+    text_lines = lines()
+    header = next(text_lines, "")
+    is_tsv = source.inner_name.lower().endswith(".tsv") or ("\t" in header and "," not in header)
+    delimiter = "\t" if is_tsv else ","
+    names = next(csv.reader([header], delimiter=delimiter), [])
+    if field not in names:
+        raise UserError(_no_field(source, "line 1", field, names))
+    column, rows = names.index(field), csv.reader(text_lines, delimiter=delimiter)
+    records: list[str] = []
+    size = 0
+    try:
+        for row in rows:
+            if column < len(row):
+                records.append(row[column])
+                size += len(row[column])
+            elif row and not skip_bad:
+                raise UserError(
+                    f"{source.name}, line {rows.line_num + 1}: {len(row)} columns where the header has {len(names)}; "
+                    "quote fields that contain the delimiter, or leave such rows out with --skip_bad"
+                )
+            elif row:
+                bad += 1
+            if size > read.BLOCK_BYTES // 3:
+                yield Block(source, index, encoding=encoding, records=tuple(records), skipped=bad)
+                records, size, bad = [], 0, 0
+    except csv.Error as error:
+        raise UserError(f"{source.name}, line {rows.line_num + 1}: {error}; is a quote not closed?") from error
+    yield Block(source, index, encoding=encoding, records=tuple(records), skipped=bad)
+
+
+def parquet_blocks(source: Source, index: int, field: str, skip_bad: bool) -> Iterator[Block]:
+    """Rows of a .parquet file. Raises UserError: no such field, not text, a damaged file."""
+    import pyarrow as pa  # half a second that other formats need not wait for
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(_unpacked_table(source) if source.compression else source.path)
+        if field not in table.schema_arrow.names:
+            raise UserError(_no_field(source, "the table", field, table.schema_arrow.names))
+        row = 0
+        for batch in table.iter_batches(batch_size=1024, columns=[field]):
+            values = batch.column(0).to_pylist()
+            for offset, value in enumerate(values, start=1):
+                if not isinstance(value, str) and not skip_bad:
+                    raise UserError(
+                        f"{source.name}, row {row + offset}: field {field!r} is {type(value).__name__}, not text "
+                        "(--skip_bad leaves such rows out)"
+                    )
+            row += len(values)
+            records = tuple(value for value in values if isinstance(value, str))
+            yield Block(source, index, encoding="utf-8", records=records, skipped=len(values) - len(records))
+    except (pa.ArrowException, *DAMAGED) as error:
+        raise UserError(f"{source.name} is not a readable parquet file: {error}") from error
+
+
+def _unpacked_table(source: Source) -> io.BytesIO:
+    with source.open() as stream:
+        packed = source.read(stream, MAX_PACKED_TABLE + 1)
+    if len(packed) > MAX_PACKED_TABLE:
+        raise UserError(f"{source.name}: unpack it first; parquet is compressed inside and needs no second packing")
+    return io.BytesIO(packed)
+
+
+def json_records(block: Block, text: str, field: str, skip_bad: bool) -> tuple[list[str], int]:
+    """Texts of the JSON lines in a block, and how many lines were bad (`skip_bad`).
+
+    Raises:
+        UserError: a line that is no JSON object or has no text in `field`, with file and line.
+    """
+    records, bad = [], 0
+    for number, line in enumerate(text.split("\n")):
+        if not line or line.isspace():
+            continue
+        value, problem = _json_text(line, field)
+        if not problem:
+            records.append(value)
+        elif skip_bad:
+            bad += 1
+        else:
+            place = f"{block.source.name}, line {_first_line(block) + number}"
+            raise UserError(f"{place}: {problem} (--skip_bad leaves such lines out)")
+    return records, bad
+
+
+def _json_text(line: str, field: str) -> tuple[str, str]:
+    """(text, "") or ("", what is wrong)."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return "", f"not JSON ({error}); every line must be one object. An array: jq -c '.[]' FILE > FILE.jsonl"
+    if not isinstance(record, dict):
+        return "", f"{type(record).__name__} instead of an object with a field {field!r}"
+    if field not in record:
+        return "", f"no field {field!r}; the fields are {', '.join(record) or 'none'}. Name one with --field"
+    value = record[field]
+    if not isinstance(value, str):
+        return "", f"field {field!r} is {type(value).__name__}, not text"
+    if "\\u" in line:  # the only way for half a character to get through a decoder
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return "", f"field {field!r} has half a character (a lone surrogate)"
+    return value, ""
+
+
+def _first_line(block: Block) -> int:
+    """The block's line number in its file; counted only now that an error needs it."""
+    if block.first_line:
+        return block.first_line
+    line, left = 1, block.start
+    with open(block.source.path, "rb") as file:
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            line += piece.count(b"\n")
+            left -= len(piece)
+    return line
+
+
+def _no_field(source: Source, place: str, field: str, names: list[str]) -> str:
+    listed = ", ".join(map(str, names)) or "none"
+    return f"{source.name}, {place}: no field {field!r}; the fields are {listed}. Name one with --field"

@@ -1,0 +1,141 @@
+"""Which texts are behind the paths a user gives: files, directories, globs, packed files, zip archives."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import gzip
+import lzma
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+from miaobi.errors import UserError
+
+_COMPRESSION = {".gz": "gz", ".xz": "xz", ".zst": "zst", ".zip": "zip"}
+_FORMAT_BY_NAME = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+# Left out of directories: nanoGPT keeps prepare.py and meta.pkl beside its text, and `prepare` writes its own files.
+_NOT_TEXT = {".bin", ".idx", ".pkl", ".pt", ".pth", ".py", ".pyc", ".safetensors", ".npy", ".npz", ".md5", ".sha256"}
+_OWN_FILES = {"manifest.json", "tokenizer.json", "tokenizer_config.json"}
+DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError, zipfile.BadZipFile, RuntimeError)
+"""What the unpacking libraries raise (zipfile: RuntimeError for a password)."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One text: a file, or a member of a zip archive."""
+
+    path: Path
+    format: str
+    """text, lines, files, dialogue, jsonl, csv or parquet."""
+    compression: str = ""
+    """gz, xz, zst, zip or nothing."""
+    member: str = ""
+    """Name inside the zip archive; only ever read, never a path to write."""
+    size: int = 0
+    """Bytes on disk (a zip member: unpacked)."""
+
+    @property
+    def name(self) -> str:
+        """The path as the user knows it; `archive.zip!member` for a member."""
+        return f"{self.path}!{self.member}" if self.member else str(self.path)
+
+    @property
+    def inner_name(self) -> str:
+        """File name without the directory and without .gz, .xz, .zst."""
+        if self.member:
+            return self.member
+        return self.path.stem if self.compression else self.path.name
+
+    def open(self) -> BinaryIO:
+        """The unpacked bytes as a stream. Raises UserError when it cannot be opened."""
+        try:
+            if self.compression == "gz":
+                return gzip.open(self.path, "rb")
+            if self.compression == "xz":
+                return lzma.open(self.path, "rb")
+            if self.compression == "zst":
+                file = open(self.path, "rb")  # noqa: SIM115 - the reader closes it
+                return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=True)
+            if self.compression == "zip":
+                return zipfile.ZipFile(self.path).open(self.member)
+            return open(self.path, "rb")
+        except DAMAGED as error:
+            raise UserError(f"{self.name} cannot be opened: {error}") from error
+
+    def read(self, stream: BinaryIO, size: int) -> bytes:
+        """Up to `size` bytes of a stream that `open` gave. Raises UserError when the file is damaged."""
+        try:
+            return stream.read(size)
+        except DAMAGED as error:
+            raise UserError(f"{self.name} is damaged or cut short: {error}; fetch or pack it again") from error
+
+
+def find_sources(paths: list[str], format: str = "auto") -> list[Source]:
+    """The texts behind files, directories (recursive, sorted, hidden ones left out), globs and zip archives.
+
+    Raises:
+        UserError: a path is missing (close names are suggested), a directory or an archive holds no text.
+    """
+    sources: list[Source] = []
+    for given in paths:
+        path = Path(given).expanduser()
+        if path.is_dir():
+            found = [file for file in sorted(path.rglob("*")) if _is_corpus_file(file, path)]
+            if not found:
+                raise UserError(f"{given}: no text in this directory; put .txt, .jsonl, .csv or .parquet files there")
+        elif path.exists():
+            found = [path]
+        else:
+            found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+            if not found:
+                raise UserError(_missing(given, path))
+        for file in found:
+            sources.extend(_sources_in(file, format))
+    if not sources:
+        raise UserError("no source given; name a text file, a directory or a glob")
+    return sources
+
+
+def _is_corpus_file(file: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    return not hidden and file.suffix.lower() not in _NOT_TEXT and file.name not in _OWN_FILES and file.is_file()
+
+
+def _missing(given: str, path: Path) -> str:
+    parent = path.parent
+    if not parent.is_dir():
+        return f"{given}: no such file; its directory {parent} does not exist either"
+    names = [entry.name for entry in parent.iterdir()]
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(str(parent / name) for name in close)}?" if close else ""
+    return f"{given}: no such file or directory{hint}"
+
+
+def _sources_in(file: Path, format: str) -> list[Source]:
+    compression = _COMPRESSION.get(file.suffix.lower(), "")
+    if compression != "zip":
+        inner = file.stem if compression else file.name
+        return [Source(file, _format_of(inner, format), compression, size=file.stat().st_size)]
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = [m for m in archive.infolist() if not m.is_dir() and not _is_hidden(m.filename)]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{file} is not a readable zip archive: {error}") from error
+    if not members:
+        raise UserError(f"{file}: no text in this zip archive")
+    members.sort(key=lambda member: member.filename)
+    return [Source(file, _format_of(m.filename, format), "zip", m.filename, m.file_size) for m in members]
+
+
+def _is_hidden(member: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in member.split("/"))
+
+
+def _format_of(name: str, format: str) -> str:
+    by_name = _FORMAT_BY_NAME.get(Path(name).suffix.lower(), "text")
+    return by_name if format == "auto" or by_name == "parquet" else format

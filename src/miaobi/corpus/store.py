@@ -1,0 +1,204 @@
+"""Prepared data on disk, written aside and then renamed: a directory is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import numpy as np
+
+from miaobi.errors import UserError
+
+SHARD_BYTES = 1 << 31
+"""A split that is longer goes into several numbered shards."""
+FORMAT, VERSION = "miaobi-prepared", 1
+_OWN_NAMES = re.compile(r"(train|val)(-\d{5})?\.bin|(train|val)\.idx|tokenizer(_config)?\.json|manifest\.json")
+
+
+class SplitWriter:
+    """One split: its tokens in shards, the start of every document, and the counts for the manifest."""
+
+    def __init__(self, directory: Path, name: str, dtype: str):
+        self.directory, self.name, self.dtype = directory, name, np.dtype(dtype).newbyteorder("<")
+        self.tokens = self.characters = self.bytes = self.documents = 0
+        self._shards: list[dict] = []
+        self._shard_tokens = 0
+        self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
+        self._index = open(directory / f"{name}.idx", "wb")  # noqa: SIM115 - closed by close()
+
+    def write(self, ids: np.ndarray, starts: np.ndarray) -> None:
+        """Appends `ids` (n,) and `starts` (documents,), the places in `ids` where documents begin."""
+        self._index.write((starts + self.tokens).astype("<u8").tobytes())
+        self.documents += len(starts)
+        self.tokens += len(ids)
+        capacity = max(1, SHARD_BYTES // self.dtype.itemsize)
+        while len(ids):
+            if self._file is None or self._shard_tokens == capacity:
+                self._next_shard()
+            part, ids = np.split(ids, [capacity - self._shard_tokens])
+            data = memoryview(np.ascontiguousarray(part, self.dtype)).cast("B")
+            self._file.write(data)
+            self._digest.update(data)
+            self._shard_tokens += len(part)
+
+    def close(self) -> dict:
+        """Flushes to the disk. Returns this split's part of the manifest."""
+        if self._file is None:
+            self._next_shard()
+        self._end_shard()
+        _flush(self._index)
+        if len(self._shards) == 1:
+            only = self._shards[0]
+            os.replace(self.directory / only["file"], self.directory / f"{self.name}.bin")
+            only["file"] = f"{self.name}.bin"
+        return {
+            "tokens": self.tokens,
+            "characters": self.characters,
+            "bytes": self.bytes,
+            "documents": self.documents,
+            "shards": self._shards,
+        }
+
+    def abandon(self) -> None:
+        """Closes the files of a split that will not be finished; a full disk may refuse even that."""
+        for file in (self._file, self._index):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
+
+    def _next_shard(self) -> None:
+        if self._file is not None:
+            self._end_shard()
+        self._file = open(self.directory / f"{self.name}-{len(self._shards) + 1:05d}.bin", "wb")  # noqa: SIM115
+
+    def _end_shard(self) -> None:
+        file = Path(self._file.name).name
+        _flush(self._file)
+        self._shards.append({"file": file, "tokens": self._shard_tokens, "sha256": self._digest.hexdigest()})
+        self._shard_tokens, self._digest = 0, hashlib.sha256()
+
+
+class PreparedWriter:
+    """Context manager around a directory beside `out` that takes its place on `commit`, and vanishes otherwise."""
+
+    def __init__(self, out: Path, dtype: str):
+        self.out = out
+        self.directory = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+        self._dtype = dtype
+
+    def __enter__(self) -> PreparedWriter:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir()
+        self.train = SplitWriter(self.directory, "train", self._dtype)
+        self.val = SplitWriter(self.directory, "val", self._dtype)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self.train.abandon()
+            self.val.abandon()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def commit(self, manifest: dict) -> None:
+        """Writes the manifest and puts the new directory in place of the old one."""
+        with open(self.directory / "manifest.json", "w", encoding="utf-8") as file:
+            json.dump(manifest, file, ensure_ascii=False, indent=1)
+            file.write("\n")
+            _flush(file)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            with open(self.directory / name, "rb") as file:
+                os.fsync(file.fileno())
+        if self.out.is_dir() and any(not _OWN_NAMES.fullmatch(entry.name) for entry in self.out.iterdir()):
+            self._move_in()
+        else:
+            self._swap()
+
+    def _swap(self) -> None:
+        old = self.out.with_name(f".{self.out.name}.old-{os.getpid()}")
+        if self.out.is_dir():
+            os.replace(self.out, old)
+        os.replace(self.directory, self.out)
+        _sync_directory(self.out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _move_in(self) -> None:
+        """Into a directory that also holds the source text. Without a manifest it is no prepared data: that goes last."""
+        (self.out / "manifest.json").unlink(missing_ok=True)
+        for entry in list(self.out.iterdir()):
+            if _OWN_NAMES.fullmatch(entry.name):
+                entry.unlink()
+        for entry in sorted(self.directory.iterdir(), key=lambda e: e.name == "manifest.json"):
+            os.replace(entry, self.out / entry.name)
+        _sync_directory(self.out)
+
+
+def check_replaceable(out: Path, sources: list[Path]) -> None:
+    """Raises UserError when writing `out` would mix with or destroy files that are not prepared data.
+
+    Allowed: nothing there, an empty directory, prepared data, and a directory that holds one of the sources (nanoGPT's
+    data/NAME/input.txt), whose other files stay.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out={out} is a file; give the name of a directory")
+    names = {entry.name for entry in out.iterdir()}
+    if not names or is_prepared(out):
+        return
+    clash = sorted(name for name in names if _OWN_NAMES.fullmatch(name))
+    if clash:
+        raise UserError(f"--out={out} already has {clash[0]}, which miaobi prepare did not write; choose another --out")
+    if not any(source.resolve().is_relative_to(out.resolve()) for source in sources):
+        raise UserError(f"--out={out} holds other files ({sorted(names)[0]}, ...); choose a new or empty directory")
+
+
+def is_prepared(directory: Path) -> bool:
+    """Whether a directory has a manifest of ours."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+@contextlib.contextmanager
+def explain_full_disk(out: Path) -> Iterator[None]:
+    """Turns "no space left" and a refused write into a UserError; the temporary files are gone by then."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk of {out} is full; the unfinished files were removed. Free some space (about 2 bytes a "
+                "character are needed, 4 beyond 65,535 tokens) or choose another --out"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(f"{error.filename or out} cannot be written ({error.strerror}); choose another --out") from error
+        raise
+
+
+def _flush(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _sync_directory(directory: Path) -> None:
+    """A rename is on the disk once its directory is; Windows has no such call and needs none."""
+    if os.name == "posix":
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,349 @@
+"""Text <-> token ids: one class for characters, trained BPE, and tokenizers from the hub.
+
+Every kind keeps the promise that no text is lost: what the vocabulary lacks goes through the 256 byte pieces
+`<0x00>`..`<0xFF>`, which are ordinary vocabulary. Special tokens are only ever inserted by templates and by
+`prepare`; a literal `<sep>` or `<0x41>` in text stays text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from miaobi.errors import UserError
+
+EOT, PAD, SEP, IM_START, IM_END = SPECIALS = ("<|endoftext|>", "<pad>", "<sep>", "<|im_start|>", "<|im_end|>")
+BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+N_RESERVED = len(SPECIALS) + len(BYTE_PIECES)
+DEFAULT_BPE_VOCAB_SIZE = 8192
+_ABSENT = np.uint32(0xFFFFFFFF)
+_SLICE = 1 << 15
+"""Characters looked up at a time: NumPy widens indices to 64 bits, and this many stay in the second-level cache."""
+
+# Pieces that merges never cross: each newline and each digit alone, blanks, Han runs, other letters, the rest.
+# A newline alone means that text cut after a newline gives the same ids as text in one go.
+_PIECES = r"\n|[^\S\n]+|\p{N}|\p{Han}+|[\p{L}\p{M}&&[^\p{Han}]]+|[^\s\p{L}\p{M}\p{N}]+"
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with special-token parsing off, and a NumPy path for character vocabularies.
+
+    Attributes:
+        eot_id, pad_id, sep_id: ids of the specials, None where a foreign tokenizer has none.
+        vocab_size: number of ids, specials included.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: Mapping[str, object] | None = None):
+        """Wraps `backend`; `config` is its tokenizer_config.json, which knows a foreign tokenizer's eos and pad."""
+        self.backend = backend
+        self.backend.encode_special_tokens = True  # text never turns into special tokens
+        self.config = dict(config or {})
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        self.eot_id = self._special(EOT, "eos_token")
+        self.pad_id = self._special(PAD, "pad_token")
+        self.sep_id = self._special(SEP, "sep_token")
+        self._table = self._character_table()
+
+    # ---- making one -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def train_char(
+        cls, counts: Mapping[str, int], vocab_size: int | None = None, min_frequency: int = 1
+    ) -> Tokenizer:
+        """One token per character, most frequent first (ties by code point), the rest through byte pieces.
+
+        Args:
+            counts: character -> occurrences.
+            vocab_size: at most this many tokens, specials and bytes included; None keeps every character.
+            min_frequency: characters seen less often become bytes.
+
+        Raises:
+            UserError: `vocab_size` leaves no room beside the specials and bytes.
+        """
+        if vocab_size is not None and vocab_size <= N_RESERVED:
+            raise UserError(_too_small(vocab_size))
+        ordered = sorted((c for c, n in counts.items() if n >= min_frequency), key=lambda c: (-counts[c], c))
+        if vocab_size is not None:
+            ordered = ordered[: vocab_size - N_RESERVED]
+        return cls(_assemble(ordered, merges=[], pre_tokenizer=None))
+
+    @classmethod
+    def train_bpe(
+        cls, texts: Iterable[str], vocab_size: int = DEFAULT_BPE_VOCAB_SIZE, min_frequency: int = 2
+    ) -> Tokenizer:
+        """Merges learned from `texts`. Half of the vocabulary at most goes to single characters, the rest to merges.
+
+        Raises:
+            UserError: `vocab_size` leaves no room beside the specials and bytes.
+        """
+        if vocab_size <= N_RESERVED:
+            raise UserError(_too_small(vocab_size))
+        room = vocab_size - N_RESERVED
+        learner = tokenizers.Tokenizer(models.BPE())
+        learner.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), "isolated")
+        learner.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(
+                vocab_size=room,
+                min_frequency=max(min_frequency, 2),
+                limit_alphabet=max(1, room // 2),
+                show_progress=False,
+            ),
+        )
+        model = json.loads(learner.to_str())["model"]
+        pieces = sorted(model["vocab"], key=model["vocab"].get)
+        merges = [tuple(pair) for pair in model["merges"]]
+        # The trainer may exceed its size by a small alphabet; a merge goes with the piece it makes.
+        if len(pieces) > room:
+            kept = set(pieces[:room])
+            pieces, merges = pieces[:room], [pair for pair in merges if "".join(pair) in kept]
+        return cls(_assemble(pieces, merges, learner.pre_tokenizer))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """From a directory that holds tokenizer.json, or that file itself.
+
+        Raises:
+            UserError: no tokenizer.json there, or one that the tokenizers library cannot read.
+        """
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise UserError(f"{path}: no tokenizer.json there; give a directory that miaobi prepare or train wrote")
+        config_file = file.with_name("tokenizer_config.json")
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+            return cls.from_json(file.read_text(encoding="utf-8"), config)
+        except ValueError as error:
+            raise UserError(f"{file} is not a tokenizer the tokenizers library can read: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str, config: Mapping[str, object] | None = None) -> Tokenizer:
+        """From the content of a tokenizer.json. Raises ValueError when it is not one."""
+        try:
+            return cls(tokenizers.Tokenizer.from_str(text), config)
+        except Exception as error:
+            raise ValueError(str(error)) from error
+
+    def __reduce__(self) -> tuple:
+        return _rebuild, (self.backend.to_str(), self.config)
+
+    def save(self, directory: str | Path, model_max_length: int | None = None) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, which transformers.AutoTokenizer loads with the same ids."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,  # a literal special in text stays text, there too
+            **{name: token for name, token in (("eos_token", EOT), ("pad_token", PAD)) if self._id(token) is not None},
+            **self.config,
+        }
+        if model_max_length is not None:
+            config["model_max_length"] = model_max_length
+        self.backend.save(str(directory / "tokenizer.json"))
+        text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+    # ---- using it ---------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; no special token is added or recognised. Raises UserError on a lone surrogate."""
+        if self._table is not None and len(text) > 64:
+            return self.encode_array(text).tolist()
+        _reject_surrogates(text)
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` as (n,) uint32. Raises UserError on a lone surrogate."""
+        ids, _ = self.encode_documents([text], end_id=None)
+        return ids
+
+    def encode_documents(
+        self, documents: Sequence[str], end_id: int | None, newline_id: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Many documents in one array.
+
+        Args:
+            documents: texts.
+            end_id: id put after each document, None for none.
+            newline_id: id that stands for each newline instead of its own (dialogues: `<sep>`).
+
+        Returns:
+            ids (n,) uint32 and starts (documents,) int64, where each document begins in ids.
+
+        Raises:
+            UserError: a document has a lone surrogate.
+        """
+        if not documents:
+            return np.empty(0, np.uint32), np.empty(0, np.int64)
+        if self._table is None:
+            return self._encode_documents_slowly(documents, end_id, newline_id)
+        gap = 0 if end_id is None else 1
+        # Documents are joined by newlines, one token each, whose places then take end_id.
+        code_points = _code_points("\n".join([*documents, ""]) if gap else "".join(documents))
+        ids = np.empty(len(code_points), np.uint32)
+        for low in range(0, len(ids), _SLICE):
+            np.take(self._table, code_points[low : low + _SLICE], out=ids[low : low + _SLICE], mode="clip")
+        if newline_id is not None:
+            ids[code_points == ord("\n")] = newline_id
+        lengths = np.fromiter((len(document) + gap for document in documents), np.int64, len(documents))
+        ends = np.cumsum(lengths)
+        if gap:
+            ids[ends - 1] = end_id
+        missing = np.flatnonzero(ids == _ABSENT)
+        if len(missing):
+            ids, extra = _spell_in_bytes(ids, missing, code_points[missing], self._byte_ids)
+            ends = ends + _extra_before(missing, extra, ends)
+        starts = np.concatenate(([0], ends[:-1]))
+        return ids, starts
+
+    def _encode_documents_slowly(
+        self, documents: Sequence[str], end_id: int | None, newline_id: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        for document in documents:
+            _reject_surrogates(document)
+        if newline_id is None:
+            rows = [e.ids for e in self.backend.encode_batch_fast(documents, add_special_tokens=False)]
+        else:
+            rows = []
+            for document in documents:
+                lines = self.backend.encode_batch_fast(document.split("\n"), add_special_tokens=False)
+                row = lines[0].ids
+                for line in lines[1:]:
+                    row += [newline_id, *line.ids]
+                rows.append(row)
+        tail = [] if end_id is None else [end_id]
+        arrays = [np.array(row + tail, np.uint32) for row in rows]
+        ends = np.cumsum([len(array) for array in arrays])
+        return np.concatenate(arrays), np.concatenate(([0], ends[:-1])).astype(np.int64)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of `ids`, specials written out; bytes that form no character become U+FFFD."""
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        return self.backend.decode(ids, skip_special_tokens=False)
+
+    def decode_stable(self, ids: Sequence[int]) -> str:
+        """`decode` without the bytes of a character that is still incomplete at the end, for streaming.
+
+        The text of a longer prefix always starts with the text of a shorter one.
+        """
+        ids = list(ids)
+        tail = []
+        while len(tail) < min(3, len(ids)):
+            byte = self._byte_values.get(ids[-1 - len(tail)])
+            if byte is None or byte < 0x80:
+                break
+            tail.insert(0, byte)
+            if byte >= 0xC0:  # a lead byte says how many bytes the character has
+                needed = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+                if len(tail) < needed:
+                    return self.decode(ids[: -len(tail)])
+                break
+        return self.decode(ids)
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token by its name, None when there is no such token."""
+        return self._id(token)
+
+    # ---- inside -----------------------------------------------------------------------------------------------
+
+    def _id(self, token: str) -> int | None:
+        return self.backend.token_to_id(token)
+
+    def _special(self, ours: str, role: str) -> int | None:
+        """A foreign tokenizer names its end-of-text and padding in its config, ours by fixed names."""
+        named = self.config.get(role)
+        name = named.get("content") if isinstance(named, dict) else named
+        found = self._id(name) if isinstance(name, str) else None
+        return self._id(ours) if found is None else found
+
+    def _character_table(self) -> np.ndarray | None:
+        """(0x110000,) uint32 code point -> id when this is a character vocabulary as train_char makes it, else None."""
+        byte_ids = [self._id(piece) for piece in BYTE_PIECES]
+        self._byte_values = {id_: byte for byte, id_ in enumerate(byte_ids) if id_ is not None}
+        model = self.backend.model
+        if not (isinstance(model, models.BPE) and model.byte_fallback and None not in byte_ids):
+            return None
+        if self.backend.normalizer is not None or self.backend.pre_tokenizer is not None:
+            return None
+        if json.loads(self.backend.to_str())["model"]["merges"]:
+            return None
+        self._byte_ids = np.array(byte_ids, np.uint32)
+        table = np.full(0x110000, _ABSENT, np.uint32)
+        for token, id_ in self.backend.get_vocab(with_added_tokens=False).items():
+            if len(token) == 1:
+                table[ord(token)] = id_
+        return table
+
+
+def _rebuild(text: str, config: dict) -> Tokenizer:
+    return Tokenizer.from_json(text, config)
+
+
+def _assemble(pieces: list[str], merges: list[tuple[str, str]], pre_tokenizer) -> tokenizers.Tokenizer:
+    """Specials, bytes, then `pieces`, as a BPE model that falls back to bytes."""
+    vocab = {token: id_ for id_, token in enumerate((*SPECIALS, *BYTE_PIECES, *pieces))}
+    # The decoder Fuse after ByteFallback joins without spaces; no normalizer, so nothing is lost on the way in.
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True))
+    if pre_tokenizer is not None:
+        backend.pre_tokenizer = pre_tokenizer
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(list(SPECIALS))
+    return backend
+
+
+def _too_small(vocab_size: int) -> str:
+    return (
+        f"vocab_size={vocab_size} leaves no room for characters: {len(SPECIALS)} special tokens and 256 bytes come "
+        f"first. Give more than {N_RESERVED}; Chinese text has 3,000 to 8,000 characters"
+    )
+
+
+def _code_points(text: str) -> np.ndarray:
+    """(len(text),) uint32."""
+    try:
+        return np.frombuffer(text.encode("utf-32-le"), "<u4")
+    except UnicodeEncodeError as error:
+        raise UserError(_surrogate(text, error)) from error
+
+
+def _reject_surrogates(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(_surrogate(text, error)) from error
+
+
+def _surrogate(text: str, error: UnicodeEncodeError) -> str:
+    return (
+        f"the text has half a character (lone surrogate U+{ord(text[error.start]):04X}) at character {error.start}: it "
+        "was cut inside an emoji, or decoded wrongly; remove it"
+    )
+
+
+def _spell_in_bytes(
+    ids: np.ndarray, missing: np.ndarray, code_points: np.ndarray, byte_ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Replaces ids[missing], whose characters are `code_points`, by the ids of their UTF-8 bytes.
+
+    Returns the longer ids and, per missing character, how many ids more it took than one.
+    """
+    spelled = code_points.astype("<u4").tobytes().decode("utf-32-le").encode("utf-8")
+    extra = (code_points >= 0x80).astype(np.int64) + (code_points >= 0x800) + (code_points >= 0x10000)
+    repeats = np.ones(len(ids), np.int64)
+    repeats[missing] += extra
+    longer = np.repeat(ids, repeats)
+    longer[longer == _ABSENT] = byte_ids[np.frombuffer(spelled, np.uint8)]
+    return longer, extra
+
+
+def _extra_before(missing: np.ndarray, extra: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """How many ids byte spelling added before each position of `ends`."""
+    added = np.concatenate(([0], np.cumsum(extra)))
+    return added[np.searchsorted(missing, ends, side="left")]
