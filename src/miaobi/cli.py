@@ -98,7 +98,7 @@ def spelled_out(kind: type, args: list[str]) -> list[str]:
     following = [*args[1:], "--"]
     return [
         f"{arg}=True" if arg in names and after not in ("True", "False") else arg
-        for arg, after in zip(args, following, strict=True)
+        for arg, after in zip(args, following, strict=False)
     ]
 
 

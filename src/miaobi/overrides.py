@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from pathlib import Path
@@ -37,6 +38,8 @@ NO_LONGER = {  # keys of the seeds that mean nothing here, and why
     "tensorboard_path": "TensorBoard events are written into the run directory",
     "test_batch": "evaluation uses the training batch's size; results do not depend on it",
     "ddp": "several processes are recognised by themselves under torchrun",
+    "fsdp": "several processes are recognised by themselves under torchrun",
+    "sharding_strategy": "decided by --parallel",
     "local_rank": "set by torchrun",
     "world_size": "set by torchrun",
     "sentimental_data_path": "a setting of `miaobi classify`",
@@ -113,14 +116,16 @@ def coerce(key: str, value: Any, kind: Any, where: str) -> Any:
     """
     choices = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
     text = value if isinstance(value, str) else None
+    if types.NoneType in choices and (value is None or text in ("None", "null", "NULL")):
+        return None
     for choice in choices:
-        if choice is types.NoneType and (value is None or text in ("None", "null", "NULL")):
-            return None
         if typing.get_origin(choice) is Literal and value in typing.get_args(choice):
             return value
         if choice is bool and (isinstance(value, bool) or text in ("True", "true", "False", "false")):
             return value if isinstance(value, bool) else text.lower() == "true"
         if choice in (int, float) and not isinstance(value, bool) and value is not None:
+            if choice is int and (isinstance(value, int) or (text or "").isdecimal()):
+                return int(value)  # by way of a float it would lose digits
             try:
                 number = float(value)
             except (TypeError, ValueError):
@@ -151,6 +156,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except FileNotFoundError as e:
         there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise UserError(f"no configuration file {path}.{suggest(path.name, there)}") from e
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e}); give a YAML file") from e
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 (byte {e.start}); save it as UTF-8") from e
     except MarkedYAMLError as e:
@@ -185,6 +192,8 @@ def load_config(path: Path | None, given: list[tuple[str, str]]) -> tuple[RunCon
         place = f"{path}, line {lines[key]}"
         written.add(key)
         if (found := canonical(key, value, place)) is not None:
+            if found[0] in values:
+                raise UserError(f"{place}: {key} means {found[0]}, which was given at {origin[found[0]]}; keep one")
             values[found[0]], origin[found[0]] = found[1], place
     for key, value in given:
         written.add(key)
@@ -215,5 +224,7 @@ def save_config(path: Path, cfg: RunConfig, origin: Origin) -> None:
         tree[section.name] = inner
     yaml = YAML(typ="rt")
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    with path.open("w", encoding="utf-8") as f:
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("w", encoding="utf-8") as f:
         yaml.dump(tree, f)
+    os.replace(aside, path)  # a kill in the middle must not make the run unusable

@@ -1,4 +1,4 @@
-"""What happens to a document between reading and encoding: normalising, duplicate search, the train/validation split."""
+"""What happens to a document between reading and encoding: normalising, duplicate search, the split."""
 
 from __future__ import annotations
 
@@ -70,10 +70,15 @@ def _short_paragraphs(text: str) -> list[str]:
     return paragraphs
 
 
-def content_digests(documents: list[str]) -> np.ndarray:
-    """(documents, 16) uint8: BLAKE2b of each document without the white space around it."""
-    digests = b"".join(hashlib.blake2b(d.strip().encode(), digest_size=16).digest() for d in documents)
-    return np.frombuffer(digests, np.uint8).reshape(-1, 16)
+def content_digests(documents: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(documents, 16) uint8: BLAKE2b of each without the white space around it; (documents,) int64: its UTF-8 bytes."""
+    digests, sizes = [], np.empty(len(documents), np.int64)
+    for i, document in enumerate(documents):
+        content = document.strip()
+        data = content.encode()
+        digests.append(hashlib.blake2b(data, digest_size=16).digest())
+        sizes[i] = len(data) if len(content) == len(document) else len(document.encode())
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16), sizes
 
 
 def first_occurrences(digests: np.ndarray) -> np.ndarray:
@@ -103,11 +108,14 @@ def minhashes(documents: list[str]) -> list:
     """One rensa.RMinHash a document, over the set of its character 5-grams, white space left out."""
     from rensa import RMinHash
 
-    shingles = []
+    # One by one: rensa's batch call runs on a thread pool, which hangs in a process forked after the pool was used.
+    sketches = []
     for document in documents:
         text = _WHITE_SPACE.sub("", document)
-        shingles.append({text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))})
-    return RMinHash.from_token_sets(shingles, N_PERMUTATIONS, 42)
+        sketch = RMinHash(N_PERMUTATIONS, 42)
+        sketch.update({text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))})
+        sketches.append(sketch)
+    return sketches
 
 
 class NearDuplicates:
@@ -116,7 +124,7 @@ class NearDuplicates:
     Keeps state for every distinct document: about BYTES_PER_DOCUMENT resident bytes.
     """
 
-    BYTES_PER_DOCUMENT = 3000
+    BYTES_PER_DOCUMENT = 3300
 
     def __init__(self, threshold: float):
         from rensa import RMinHashDeduplicator

@@ -53,11 +53,12 @@ _BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff
 _CANDIDATES = ("utf-8", "gb18030", "big5", "utf-16-le", "utf-16-be")
 _VALID_UTF8_BONUS = 8.0  # nats: other encodings are valid UTF-8 only by accident, and only when very short
 _UNLIKELY = -11.3  # nats per character: below this, no reading looks like Chinese or like ASCII
+_UNLIKELY_UTF16 = -9.0  # with zero bytes it is either clearly UTF-16, or a binary file
 _MIXED = -8.0  # nats per non-ASCII character: below this a passage is worth a second reading
 
 
 def _big5_extensions(error: UnicodeError) -> tuple[str, int]:
-    """Python's big5 codec lacks the ETEN and Hong Kong additions; read those two bytes with the codecs that have them."""
+    """Python's big5 lacks the ETEN and Hong Kong additions: reads those two bytes with codecs that have them."""
     if isinstance(error, UnicodeDecodeError):
         pair = error.object[error.start : error.start + 2]
         for codec in ("cp950", "big5hkscs"):
@@ -139,6 +140,8 @@ def _score(text: str) -> tuple[float, float]:
 
 def _reading(sample: bytes, encoding: str) -> str:
     """`sample` read as `encoding`, a character cut off at the end dropped, U+FFFD for what is invalid."""
+    if encoding == "utf-8":
+        return codecs.getincrementaldecoder(encoding)("replace").decode(sample)
     try:
         return decode(sample[: complete_length(sample, encoding)], encoding)
     except UnicodeDecodeError:
@@ -167,6 +170,8 @@ def detect(sample: bytes, is_whole: bool = True) -> tuple[str, int] | None:
                 return name, 0
         control = sum(sample.count(c) for c in range(32) if c not in (8, 9, 10, 12, 13, 27))
         return None if control > len(sample) // 10 else ("utf-8", 0)
+    if len(sample) > 100 and b"\0" not in sample and "\ufffd" not in _reading(sample, "utf-8"):
+        return "utf-8", 0  # so much of anything else is never valid UTF-8
     candidates = _CANDIDATES if whole_units else _CANDIDATES[:3]
     if b"\0" in sample:
         candidates = candidates[3:]
@@ -182,7 +187,8 @@ def detect(sample: bytes, is_whole: bool = True) -> tuple[str, int] | None:
             best, best_score, best_text = name, score, text
     if not best:
         return None
-    if best_score / max(1, len(best_text)) >= _UNLIKELY or (best == "utf-8" and "\ufffd" not in best_text):
+    unlikely = _UNLIKELY if b"\0" not in sample else _UNLIKELY_UTF16
+    if best_score / max(1, len(best_text)) >= unlikely or (best == "utf-8" and "\ufffd" not in best_text):
         return best, 0
     return None if b"\0" in sample else _last_resort(sample)
 

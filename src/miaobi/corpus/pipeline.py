@@ -54,6 +54,7 @@ class Survey:
 
     digests: np.ndarray  # (documents, 16) uint8
     lengths: np.ndarray  # (documents,) int64, characters
+    sizes: np.ndarray  # (documents,) int64, UTF-8 bytes
     code_points: np.ndarray  # (distinct,) int64, of the documents, ascending
     counts: np.ndarray  # (distinct,) int64
     raw_code_points: np.ndarray  # (distinct,) int64, of the text as read
@@ -69,8 +70,6 @@ class Part:
 
     ids: np.ndarray
     starts: np.ndarray  # (documents,) int64
-    characters: int = 0
-    bytes: int = 0
 
 
 @dataclass
@@ -151,11 +150,18 @@ def survey(_: Tokenizer | None, blocks: tuple[Block, ...], job: Job) -> Survey:
         documents += kept
         raw.append(content.raw)
         stats.append((block.index, content.encoding, len(kept), len(content.raw), content.skipped))
+    if job.whole:
+        documents = ["".join(documents)]
     counts = count_characters("".join(documents))
     code_points = np.flatnonzero(counts)
+    if job.whole:
+        digests, sizes = np.empty((0, 16), np.uint8), np.array([utf8_length(code_points, counts[code_points])])
+    else:
+        digests, sizes = clean.content_digests(documents)
     return Survey(
-        digests=np.empty((0, 16), np.uint8) if job.whole else clean.content_digests(documents),
+        digests=digests,
         lengths=np.fromiter(map(len, documents), np.int64, len(documents)),
+        sizes=sizes,
         code_points=code_points,
         counts=counts[code_points],
         raw_code_points=_raw_code_points(raw, counts, job),
@@ -165,12 +171,12 @@ def survey(_: Tokenizer | None, blocks: tuple[Block, ...], job: Job) -> Survey:
     )
 
 
-def count_kept(
+def count_dropped(
     _: Tokenizer | None, blocks: tuple[Block, ...], job: Job, choice: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(code points, counts) of the documents that a duplicate search left over in this task."""
-    kept = [document for document, where in zip(_all(blocks, job, choice), choice, strict=True) if where != DROP]
-    counts = count_characters("".join(kept))
+    """(code points, counts) of the documents in this task that the duplicate search dropped."""
+    documents = _all(blocks, job, choice)
+    counts = count_characters("".join(documents[i] for i in np.flatnonzero(choice == DROP)))
     code_points = np.flatnonzero(counts)
     return code_points, counts[code_points]
 
@@ -195,37 +201,40 @@ def encode_documents(
     for where in (TRAIN, VAL):
         chosen = [documents[i] for i in np.flatnonzero(choice == where)]
         ids, starts = tokenizer.encode_documents(chosen, end_id, newline_id)
-        text = "".join(chosen)
-        parts.append(Part(ids.astype(dtype), starts, len(text), utf8_length(text)))
+        parts.append(Part(ids.astype(dtype, copy=False), starts))
     return parts[0], parts[1]
 
 
 def encode_stretch(
     tokenizer: Tokenizer, blocks: tuple[Block, ...], job: Job, n_train: int, dtype: str
-) -> tuple[Part, Part]:
-    """Second pass of the tail split: the first `n_train` characters of this task are train, the others val."""
+) -> tuple[Part, Part, int]:
+    """Second pass of the tail split: the first `n_train` characters of this task are train, the others val.
+
+    The last value is the number of UTF-8 bytes of the train part where the cut is inside this task, else 0.
+    """
     text = "".join(_all(blocks, job, None))
-    parts = []
+    parts, no_starts = [], np.empty(0, np.int64)
     for piece in (text[:n_train], text[n_train:]):
-        ids = tokenizer.encode_array(piece)
-        parts.append(Part(ids.astype(dtype), np.empty(0, np.int64), len(piece), utf8_length(piece)))
-    return parts[0], parts[1]
+        ids, _ = tokenizer.encode_documents([piece], end_id=None)
+        parts.append(Part(ids.astype(dtype, copy=False), no_starts))
+    return *parts, len(text[:n_train].encode()) if 0 < n_train < len(text) else 0
 
 
 def count_characters(text: str) -> np.ndarray:
-    """(0x110000,) int64: occurrences of every code point."""
-    total = np.zeros(N_CODE_POINTS, np.int64)
+    """(65536 or 0x110000,) int64: occurrences of every code point, the longer array only when it is needed."""
+    total = np.zeros(65536, np.int64)
     code_points = np.frombuffer(text.encode("utf-32-le"), "<u4")
     for low in range(0, len(code_points), _SLICE):
         counts = np.bincount(code_points[low : low + _SLICE])
+        if len(counts) > len(total):
+            total = np.concatenate((total, np.zeros(N_CODE_POINTS - len(total), np.int64)))
         total[: len(counts)] += counts
     return total
 
 
-def utf8_length(text: str) -> int:
-    """Bytes of the text in UTF-8."""
-    code_points = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    return len(text) + sum(int(np.count_nonzero(code_points >= low)) for low in (0x80, 0x800, 0x10000))
+def utf8_length(code_points: np.ndarray, counts: np.ndarray) -> int:
+    """Bytes in UTF-8 of a text with these characters."""
+    return int(sum(counts[code_points >= low].sum() for low in (0, 0x80, 0x800, 0x10000)))
 
 
 def _documents(block: Block, job: Job) -> tuple[Content, list[str]]:

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +19,17 @@ import numpy as np
 
 from miaobi import console
 from miaobi.config import PrepareConfig
-from miaobi.corpus import clean, pipeline, store
-from miaobi.corpus.pipeline import DROP, TRAIN, VAL, Job, Survey, Workers
-from miaobi.corpus.read import Block, iter_blocks
+from miaobi.corpus import pipeline, store
+from miaobi.corpus.pipeline import DROP, TRAIN, VAL, Workers
 from miaobi.corpus.sources import Source, find_sources
+from miaobi.corpus.survey import Corpus, read_tasks, take_survey, with_progress
 from miaobi.corpus.tokenizer import DEFAULT_BPE_VOCAB_SIZE, Tokenizer
 from miaobi.errors import UserError
 
 SMALL_INPUT_BYTES = 4 << 20
 """Below this, starting worker processes takes longer than the work."""
-MIN_VAL_DOCUMENTS, MIN_VAL_TOKENS = 20, 10 * 256
-"""A hash split with less for validation first cuts long documents into pieces."""
-BPE_SAMPLE_CHARACTERS = 20_000_000
-"""BPE is trained on evenly spaced lines of about so many characters; its trainer keeps all distinct words in memory."""
-
-
-@dataclasses.dataclass
-class Corpus:
-    """What the first pass found out about all sources together."""
-
-    sources: list[Source]
-    job: Job
-    lengths: list[np.ndarray]  # per task (documents,), characters
-    digests: list[np.ndarray]  # per task (documents, 16)
-    counts: list[tuple[np.ndarray, np.ndarray]]  # per task: code points, occurrences
-    choices: list[np.ndarray]  # per task (documents,): DROP, TRAIN or VAL
-    records: list[dict]  # per source: the manifest's entry
-    distinct: int = 0
-    skipped: int = 0
-    empty: int = 0
-    exact: int = 0
-    near: int = 0
+BPE_SAMPLE_CHARACTERS = 8_000_000
+"""BPE is trained on evenly spaced lines of about so many characters; its trainer needs some 65 bytes for each."""
 
 
 def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
@@ -73,7 +53,7 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
     out = Path(cfg.out).expanduser()
     store.check_replaceable(out, [file.path for file in files])
     workers = _worker_count(files, cfg)
-    corpus = _survey(files, cfg, workers)
+    corpus = take_survey(files, cfg, workers)
     tokenizer = _tokenizer(corpus, cfg, workers)
     with store.explain_full_disk(out):
         manifest = _write(out, corpus, tokenizer, cfg, workers)
@@ -102,106 +82,6 @@ def _worker_count(files: list[Source], cfg: PrepareConfig) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# First pass: survey, duplicates, split
-
-
-def _survey(files: list[Source], cfg: PrepareConfig, workers: int) -> Corpus:
-    job = Job(
-        cfg.field, cfg.skip_bad, cfg.split == "tail", cfg.normalize, cfg.simplify,
-        near=cfg.dedup == "near" and cfg.split == "hash",
-    )  # fmt: skip
-    corpus = _first_pass(files, job, cfg, workers)
-    if cfg.split == "tail":
-        return corpus
-    if _val_is_small(corpus) and any((lengths > clean.PIECE_CHARACTERS * 3 // 2).any() for lengths in corpus.lengths):
-        console.log(
-            f"few documents: long ones are cut at paragraph ends into pieces of about {clean.PIECE_CHARACTERS:,} "
-            "characters, so that validation gets some (--split=tail does not cut)"
-        )
-        corpus = _first_pass(files, dataclasses.replace(job, cut=True), cfg, workers)
-    _fill_empty_side(corpus, cfg)
-    return corpus
-
-
-def _first_pass(files: list[Source], job: Job, cfg: PrepareConfig, workers: int) -> Corpus:
-    records = [
-        {"path": f.name, "bytes": f.size, "encoding": "skipped", "documents": 0, "characters": 0} for f in files
-    ]
-    corpus = Corpus(files, job, [], [], [], [], records)
-    raw_presence = np.zeros(pipeline.N_CODE_POINTS, bool)
-    near = clean.NearDuplicates(cfg.near_threshold) if job.near else None
-    minhashes_new: list[np.ndarray] = []
-    with Workers(workers) as pool:
-        for _, found in _with_progress(pool.map(pipeline.survey, _tasks(corpus)), files, "reading"):
-            found: Survey
-            corpus.lengths.append(found.lengths)
-            corpus.digests.append(found.digests)
-            corpus.counts.append((found.code_points, found.counts))
-            corpus.empty += found.empty
-            raw_presence[found.raw_code_points] = True
-            for index, encoding, documents, characters, skipped in found.blocks:
-                record = records[index]
-                if encoding != "skipped" and record["encoding"] in ("skipped", "utf-8"):
-                    record["encoding"] = encoding  # a stretch of plain ASCII says utf-8 before the rest knows better
-                record["documents"] += documents
-                record["characters"] += characters
-                corpus.skipped += skipped
-            if near:
-                minhashes_new.append(np.array([near.is_new(minhash) for minhash in found.minhashes], bool))
-    corpus.distinct = int(raw_presence.sum())
-    if not job.whole:
-        _choose(corpus, minhashes_new, cfg)
-    if sum(record["characters"] for record in records) == 0:
-        raise UserError("no text in the sources" + (f"; {corpus.skipped} were skipped" if corpus.skipped else ""))
-    return corpus
-
-
-def _choose(corpus: Corpus, is_new: list[np.ndarray], cfg: PrepareConfig) -> None:
-    """Sets `choices`: duplicates dropped, the rest split by their content."""
-    digests = np.concatenate(corpus.digests) if corpus.digests else np.empty((0, 16), np.uint8)
-    choice = np.where(clean.is_validation(digests, cfg.val_fraction), VAL, TRAIN).astype(np.uint8)
-    if cfg.dedup != "none":
-        first = clean.first_occurrences(digests)
-        corpus.exact = int((~first).sum())
-        choice[~first] = DROP
-        if is_new:
-            near = first & ~np.concatenate(is_new)
-            corpus.near = int(near.sum())
-            choice[near] = DROP
-    ends = np.cumsum([len(d) for d in corpus.digests])
-    corpus.choices = np.split(choice, ends[:-1]) if len(ends) else []
-
-
-def _val_is_small(corpus: Corpus) -> bool:
-    documents = sum(int((choice == VAL).sum()) for choice in corpus.choices)
-    characters = sum(
-        int(lengths[choice == VAL].sum()) for lengths, choice in zip(corpus.lengths, corpus.choices, strict=True)
-    )
-    return documents < MIN_VAL_DOCUMENTS or characters < MIN_VAL_TOKENS
-
-
-def _fill_empty_side(corpus: Corpus, cfg: PrepareConfig) -> None:
-    """With a handful of documents, chance may leave one side of the split empty; it then gets the nearest document."""
-    choice = np.concatenate(corpus.choices)
-    kept = np.flatnonzero(choice != DROP)
-    if len(kept) < 2:
-        characters = sum(int(lengths.sum()) for lengths in corpus.lengths)
-        raise UserError(
-            f"the text is {len(kept)} document{'' if len(kept) == 1 else 's'} of {characters} characters: too little to "
-            "keep some for validation. Give more text; or --format=lines if every line is a document; or --split=tail "
-            "to cut the characters instead"
-        )
-    for side in (VAL, TRAIN):
-        if not (choice == side).any():
-            ranks = np.concatenate(corpus.digests)[kept][:, 8:].copy().view("<u8").ravel()
-            choice[kept[ranks.argmin() if side == VAL else ranks.argmax()]] = side
-            console.warn(
-                f"only {len(kept)} documents: one of them was put into {'validation' if side == VAL else 'training'}, "
-                "which had none"
-            )
-            corpus.choices = np.split(choice, np.cumsum([len(c) for c in corpus.choices])[:-1])
-
-
 # Vocabulary
 
 
@@ -221,37 +101,35 @@ def _tokenizer(corpus: Corpus, cfg: PrepareConfig, workers: int) -> Tokenizer:
         tokenizer = Tokenizer.load(Path(cfg.tokenizer).expanduser())
     if cfg.vocab_size is not None and tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(
-            f"--vocab_size={cfg.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens; leave --vocab_size out"
+            f"--vocab_size={cfg.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens; leave it out"
         )
     needed = {"sep": tokenizer.sep_id, "pad": tokenizer.pad_id} if cfg.format == "dialogue" else {}
     if cfg.split == "hash" and not needed:
         needed = {"end-of-text": tokenizer.eot_id}
     for name, id_ in needed.items():
         if id_ is None:
-            raise UserError(f"the tokenizer {cfg.tokenizer} has no {name} token to end documents with; use --tokenizer=char")
+            raise UserError(
+                f"the tokenizer {cfg.tokenizer} has no {name} token to end documents with; use --tokenizer=char"
+            )
     return tokenizer
 
 
 def _kept_counts(corpus: Corpus, workers: int) -> np.ndarray:
-    """(0x110000,) int64: characters of the kept documents. Tasks that lost some documents are counted again."""
+    """(0x110000,) int64: characters of the kept documents; what was dropped is read again and taken off."""
     total = np.zeros(pipeline.N_CODE_POINTS, np.int64)
-    partly = set()
+    lossy = set()
     for number, (code_points, counts) in enumerate(corpus.counts):
-        choice = corpus.choices[number] if corpus.choices else np.ones(1)
-        if (choice != DROP).all():
+        dropped = corpus.choices[number] == DROP if corpus.choices else np.zeros(1, bool)
+        if not dropped.all():
             total[code_points] += counts
-        elif (choice != DROP).any():
-            partly.add(number)
-    if partly:
-        again = (
-            (task, corpus.job, corpus.choices[number])
-            for number, (task, _) in enumerate(_tasks(corpus))
-            if number in partly
-        )
+            if dropped.any():
+                lossy.add(number)
+    if lossy:
+        jobs = ((task, corpus.job, corpus.choices[n]) for n, task in enumerate(read_tasks(corpus)) if n in lossy)
         with Workers(workers) as pool:
-            mapped = pool.map(pipeline.count_kept, again)
-            for _, (code_points, counts) in _with_progress(mapped, corpus.sources, "counting"):
-                total[code_points] += counts
+            results = pool.map(pipeline.count_dropped, jobs)
+            for _, (code_points, counts) in with_progress(results, corpus.sources, "counting"):
+                total[code_points] -= counts
     return total
 
 
@@ -262,7 +140,7 @@ def _bpe_sample(corpus: Corpus, workers: int) -> Iterator[str]:
         console.log(f"BPE is learned from every {every}th line, about {characters // every:,} characters")
     sampled = (
         (task, corpus.job, corpus.choices[number] if corpus.choices else None, every)
-        for number, (task, _) in enumerate(_tasks(corpus))
+        for number, task in enumerate(read_tasks(corpus))
     )
     with Workers(workers) as pool:
         for _, lines in pool.map(pipeline.sample_lines, sampled):
@@ -289,15 +167,16 @@ def _write(out: Path, corpus: Corpus, tokenizer: Tokenizer, cfg: PrepareConfig, 
             newline_id = tokenizer.sep_id if is_dialogue else None
             jobs = (
                 (task, corpus.job, corpus.choices[number], end_id, newline_id, dtype)
-                for number, (task, _) in enumerate(_tasks(corpus))
+                for number, task in enumerate(read_tasks(corpus))
                 if (corpus.choices[number] != DROP).any()
             )
+        train_bytes_at_cut = 0
         with Workers(workers, tokenizer) as pool:
-            for _, parts in _with_progress(pool.map(function, jobs), corpus.sources, "encoding"):
-                for split, part in zip((prepared.train, prepared.val), parts, strict=True):
-                    split.write(part.ids, part.starts)
-                    split.characters += part.characters
-                    split.bytes += part.bytes
+            for _, parts in with_progress(pool.map(function, jobs), corpus.sources, "encoding"):
+                prepared.train.write(parts[0].ids, parts[0].starts)
+                prepared.val.write(parts[1].ids, parts[1].starts)
+                train_bytes_at_cut += parts[2] if corpus.job.whole else 0
+        _count_text(corpus, cfg, prepared, train_bytes_at_cut)
         manifest = {
             "format": store.FORMAT,
             "version": store.VERSION,
@@ -326,40 +205,31 @@ def _write(out: Path, corpus: Corpus, tokenizer: Tokenizer, cfg: PrepareConfig, 
     return manifest
 
 
+def _tail_cut(corpus: Corpus, cfg: PrepareConfig) -> int:
+    """Characters of the training part."""
+    total = sum(int(lengths.sum()) for lengths in corpus.lengths)
+    cut = int(total * (1 - cfg.val_fraction))  # nanoGPT's data[:int(n*0.9)]
+    if cut in (0, total):
+        raise UserError(f"{total} characters are too few to cut into training and validation; give more text")
+    return cut
+
+
 def _tail_jobs(corpus: Corpus, cfg: PrepareConfig, dtype: str) -> Iterator[tuple]:
-    sizes = [int(lengths.sum()) for lengths in corpus.lengths]
-    n_train = int(sum(sizes) * (1 - cfg.val_fraction))  # nanoGPT's data[:int(n*0.9)]
-    if n_train == 0 or n_train == sum(sizes):
-        raise UserError(f"{sum(sizes)} characters are too few to cut into training and validation; give more text")
-    position = 0
-    for size, (task, _) in zip(sizes, _tasks(corpus), strict=True):
-        yield task, corpus.job, min(max(0, n_train - position), size), dtype
-        position += size
+    cut, position = _tail_cut(corpus, cfg), 0
+    for lengths, task in zip(corpus.lengths, read_tasks(corpus), strict=True):
+        yield task, corpus.job, max(0, cut - position), dtype
+        position += int(lengths.sum())
 
 
-# Both passes
-
-
-def _tasks(corpus: Corpus) -> Iterator[tuple[tuple[Block, ...], Job]]:
-    job = corpus.job
-    for task in pipeline.tasks(iter_blocks(corpus.sources, job.field, job.skip_bad, job.whole)):
-        yield task, job
-
-
-def _with_progress(results: Iterable[tuple], files: list[Source], what: str) -> Iterator[tuple]:
-    """Passes `results` on; shows a bar with the time left once it has taken two seconds."""
-    before = np.concatenate(([0], np.cumsum([file.size for file in files])))
-    began, bar, shown = time.perf_counter(), None, None
-    try:
-        for blocks, result in results:
-            yield blocks, result
-            if bar is None and time.perf_counter() - began > 2:
-                bar = console.progress()
-                bar.start()
-                shown = bar.add_task(what, total=int(before[-1]))
-            if bar is not None:
-                last = blocks[-1]
-                bar.update(shown, completed=min(int(before[last.index]) + last.end, int(before[last.index + 1])))
-    finally:
-        if bar is not None:
-            bar.stop()
+def _count_text(corpus: Corpus, cfg: PrepareConfig, prepared: store.PreparedWriter, train_bytes_at_cut: int) -> None:
+    """Characters and UTF-8 bytes of both splits, from what the first pass counted."""
+    lengths, sizes = np.concatenate(corpus.lengths), np.concatenate(corpus.sizes)
+    if corpus.job.whole:
+        cut = _tail_cut(corpus, cfg)
+        prepared.train.characters, prepared.val.characters = cut, int(lengths.sum()) - cut
+        prepared.train.bytes = int(sizes[np.cumsum(lengths) <= cut].sum()) + train_bytes_at_cut
+        prepared.val.bytes = int(sizes.sum()) - prepared.train.bytes
+        return
+    choice = np.concatenate(corpus.choices)
+    for split, side in ((prepared.train, TRAIN), (prepared.val, VAL)):
+        split.characters, split.bytes = int(lengths[choice == side].sum()), int(sizes[choice == side].sum())

@@ -2,7 +2,8 @@
 
 `iter_blocks` walks over the sources in the main process and cuts them into blocks of some megabytes; `read_block` turns
 one block into documents, in any process. A block of plain text is only a byte range, so workers read and decode one
-large file together; packed files and tables (csv, parquet) are unpacked in the main process and travel with their block.
+large file together; packed files and tables (csv, parquet) are unpacked in the main process and travel
+with their block.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from miaobi.corpus import encodings
-from miaobi.corpus.sources import Source
+from miaobi.corpus.sources import Source, find_sources
 from miaobi.errors import UserError
 
-BLOCK_BYTES = 8 << 20
-"""Size of a block. A worker needs about 15 times this; a few blocks wait in the main process."""
+BLOCK_BYTES = 2 << 20
+"""Size of a block. What is made of it stays in memory that is reused: 2 MiB was 1.7 times as fast as 8."""
 MAX_DOCUMENT_BYTES = 32 << 20
 """A text without a blank line for so long is cut at a line end, so that memory stays bounded."""
 MAX_FILE_BYTES = 64 << 20
@@ -118,26 +119,32 @@ def text_blocks(source: Source, index: int, whole: bool) -> Iterator[Block]:
 
 def _streamed_blocks(source: Source, index: int, at_blank_line: bool, in_one: bool) -> Iterator[Block]:
     """Unpacks in this process. The buffer exceeds what `_cut` looks at, so the cuts are those of a plain file."""
-    capacity = (MAX_FILE_BYTES if in_one else MAX_DOCUMENT_BYTES) + 64
-    buffer, offset, line, encoding, is_certain = bytearray(), 0, 1, "", False
+    needed = (MAX_FILE_BYTES if in_one else MAX_DOCUMENT_BYTES) + 64
+    buffer, head, offset, line, encoding, is_certain = bytearray(), 0, 0, 1, "", False
     with source.open() as stream:
         while True:
-            while len(buffer) < capacity and (piece := source.read(stream, BLOCK_BYTES)):
-                buffer += piece
+            if len(buffer) - head < needed:
+                del buffer[:head]
+                head = 0
+                while len(buffer) < 2 * needed and (piece := source.read(stream, BLOCK_BYTES)):
+                    buffer += piece
             if not buffer:
                 break
             if in_one and len(buffer) > MAX_FILE_BYTES:
                 raise UserError(_too_long(source))
             if not is_certain:
-                encoding, mark, is_certain = _find_encoding(source, buffer)
-                del buffer[:mark]
+                encoding, mark, is_certain = _find_encoding(source, buffer[head : head + BLOCK_BYTES])
+                mark = mark if offset == 0 else 0
+                head += mark
                 offset += mark
-            end = len(buffer) if in_one else _cut(buffer, 0, encoding, at_blank_line)
-            data = bytes(buffer[:end])
-            yield Block(source, index, offset, offset + end, encoding, data, first_line=line)
+            end = len(buffer) if in_one else _cut(buffer, head, encoding, at_blank_line)
+            if not is_certain:  # what was looked at is plain ASCII; the block may be longer
+                encoding, _, is_certain = _find_encoding(source, buffer[head:end] or b" ")
+            data = bytes(memoryview(buffer)[head:end])
+            yield Block(source, index, offset, offset + len(data), encoding, data, first_line=line)
             line += data.count(b"\n")
-            offset += end
-            del buffer[:end]
+            offset += len(data)
+            head = end
     if offset == 0:
         raise UserError(_empty(source))
 
@@ -279,3 +286,14 @@ def _too_long(source: Source) -> str:
         f"{source.name} is longer than {MAX_FILE_BYTES >> 20} MiB, too long for one document (--format=files); "
         "use --format=text or --format=lines"
     )
+
+
+def read_documents(paths: list[str], whole: bool = False) -> Iterator[str]:
+    """The documents of some sources, or (`whole`) their text as read, in pieces that join to it.
+
+    Raises:
+        UserError: what `iter_blocks` and `read_block` raise.
+    """
+    for block in iter_blocks(find_sources(paths), whole=whole):
+        content = read_block(block, whole=whole)
+        yield from [content.raw] if whole else content.documents

@@ -133,7 +133,8 @@ def _sources_in(file: Path, format: str) -> list[Source]:
 
 
 def _is_hidden(member: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in member.split("/"))
+    parts = [part for part in member.split("/") if part not in (".", "..")]
+    return any(part.startswith((".", "__MACOSX")) for part in parts)
 
 
 def _format_of(name: str, format: str) -> str:

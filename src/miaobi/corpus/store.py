@@ -133,7 +133,7 @@ class PreparedWriter:
         shutil.rmtree(old, ignore_errors=True)
 
     def _move_in(self) -> None:
-        """Into a directory that also holds the source text. Without a manifest it is no prepared data: that goes last."""
+        """Into a directory that also holds the source text. The manifest, which makes it prepared data, goes last."""
         (self.out / "manifest.json").unlink(missing_ok=True)
         for entry in list(self.out.iterdir()):
             if _OWN_NAMES.fullmatch(entry.name):
@@ -184,7 +184,9 @@ def explain_full_disk(out: Path) -> Iterator[None]:
                 "character are needed, 4 beyond 65,535 tokens) or choose another --out"
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{error.filename or out} cannot be written ({error.strerror}); choose another --out") from error
+            raise UserError(
+                f"{error.filename or out} cannot be written ({error.strerror}); choose another --out"
+            ) from error
         raise
 
 

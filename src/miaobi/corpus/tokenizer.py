@@ -7,6 +7,7 @@ Every kind keeps the promise that no text is lost: what the vocabulary lacks goe
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ EOT, PAD, SEP, IM_START, IM_END = SPECIALS = ("<|endoftext|>", "<pad>", "<sep>",
 BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 N_RESERVED = len(SPECIALS) + len(BYTE_PIECES)
 DEFAULT_BPE_VOCAB_SIZE = 8192
-_ABSENT = np.uint32(0xFFFFFFFF)
+_OWN_CONFIG = {"eos_token": EOT, "pad_token": PAD}
 _SLICE = 1 << 15
 """Characters looked up at a time: NumPy widens indices to 64 bits, and this many stay in the second-level cache."""
 
@@ -47,14 +48,13 @@ class Tokenizer:
         self.eot_id = self._special(EOT, "eos_token")
         self.pad_id = self._special(PAD, "pad_token")
         self.sep_id = self._special(SEP, "sep_token")
+        self._dtype = np.uint16 if self.vocab_size <= 65535 else np.uint32
+        self._absent = np.iinfo(self._dtype).max  # in the table: no token of its own
         self._table = self._character_table()
-
-    # ---- making one -------------------------------------------------------------------------------------------
+        self._token_bytes = self._bytes_of_tokens()
 
     @classmethod
-    def train_char(
-        cls, counts: Mapping[str, int], vocab_size: int | None = None, min_frequency: int = 1
-    ) -> Tokenizer:
+    def train_char(cls, counts: Mapping[str, int], vocab_size: int | None = None, min_frequency: int = 1) -> Tokenizer:
         """One token per character, most frequent first (ties by code point), the rest through byte pieces.
 
         Args:
@@ -70,7 +70,7 @@ class Tokenizer:
         ordered = sorted((c for c, n in counts.items() if n >= min_frequency), key=lambda c: (-counts[c], c))
         if vocab_size is not None:
             ordered = ordered[: vocab_size - N_RESERVED]
-        return cls(_assemble(ordered, merges=[], pre_tokenizer=None))
+        return cls(_assemble(ordered, merges=[], pre_tokenizer=None), _OWN_CONFIG)
 
     @classmethod
     def train_bpe(
@@ -102,7 +102,7 @@ class Tokenizer:
         if len(pieces) > room:
             kept = set(pieces[:room])
             pieces, merges = pieces[:room], [pair for pair in merges if "".join(pair) in kept]
-        return cls(_assemble(pieces, merges, learner.pre_tokenizer))
+        return cls(_assemble(pieces, merges, learner.pre_tokenizer), _OWN_CONFIG)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -125,10 +125,9 @@ class Tokenizer:
     @classmethod
     def from_json(cls, text: str, config: Mapping[str, object] | None = None) -> Tokenizer:
         """From the content of a tokenizer.json. Raises ValueError when it is not one."""
-        try:
-            return cls(tokenizers.Tokenizer.from_str(text), config)
-        except Exception as error:
-            raise ValueError(str(error)) from error
+        if "model" not in json.loads(text):
+            raise ValueError("it has no model")
+        return cls(tokenizers.Tokenizer.from_str(text), config)
 
     def __reduce__(self) -> tuple:
         return _rebuild, (self.backend.to_str(), self.config)
@@ -141,7 +140,6 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "split_special_tokens": True,  # a literal special in text stays text, there too
-            **{name: token for name, token in (("eos_token", EOT), ("pad_token", PAD)) if self._id(token) is not None},
             **self.config,
         }
         if model_max_length is not None:
@@ -149,8 +147,6 @@ class Tokenizer:
         self.backend.save(str(directory / "tokenizer.json"))
         text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
         (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
-
-    # ---- using it ---------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; no special token is added or recognised. Raises UserError on a lone surrogate."""
@@ -162,7 +158,7 @@ class Tokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as (n,) uint32. Raises UserError on a lone surrogate."""
         ids, _ = self.encode_documents([text], end_id=None)
-        return ids
+        return ids.astype(np.uint32)
 
     def encode_documents(
         self, documents: Sequence[str], end_id: int | None, newline_id: int | None = None
@@ -175,19 +171,20 @@ class Tokenizer:
             newline_id: id that stands for each newline instead of its own (dialogues: `<sep>`).
 
         Returns:
-            ids (n,) uint32 and starts (documents,) int64, where each document begins in ids.
+            ids (n,) uint16 or, with more than 65,535 of them, uint32; and starts (documents,) int64,
+            where each document begins in ids.
 
         Raises:
             UserError: a document has a lone surrogate.
         """
         if not documents:
-            return np.empty(0, np.uint32), np.empty(0, np.int64)
+            return np.empty(0, self._dtype), np.empty(0, np.int64)
         if self._table is None:
             return self._encode_documents_slowly(documents, end_id, newline_id)
         gap = 0 if end_id is None else 1
         # Documents are joined by newlines, one token each, whose places then take end_id.
         code_points = _code_points("\n".join([*documents, ""]) if gap else "".join(documents))
-        ids = np.empty(len(code_points), np.uint32)
+        ids = np.empty(len(code_points), self._dtype)
         for low in range(0, len(ids), _SLICE):
             np.take(self._table, code_points[low : low + _SLICE], out=ids[low : low + _SLICE], mode="clip")
         if newline_id is not None:
@@ -196,9 +193,9 @@ class Tokenizer:
         ends = np.cumsum(lengths)
         if gap:
             ids[ends - 1] = end_id
-        missing = np.flatnonzero(ids == _ABSENT)
+        missing = np.flatnonzero(ids == self._absent)
         if len(missing):
-            ids, extra = _spell_in_bytes(ids, missing, code_points[missing], self._byte_ids)
+            ids, extra = _spell_in_bytes(ids, missing, code_points[missing], self._byte_ids, self._absent)
             ends = ends + _extra_before(missing, extra, ends)
         starts = np.concatenate(([0], ends[:-1]))
         return ids, starts
@@ -219,54 +216,44 @@ class Tokenizer:
                     row += [newline_id, *line.ids]
                 rows.append(row)
         tail = [] if end_id is None else [end_id]
-        arrays = [np.array(row + tail, np.uint32) for row in rows]
+        arrays = [np.array(row + tail, self._dtype) for row in rows]
         ends = np.cumsum([len(array) for array in arrays])
         return np.concatenate(arrays), np.concatenate(([0], ends[:-1])).astype(np.int64)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`, specials written out; bytes that form no character become U+FFFD."""
+        """The text of `ids`, specials written out; bytes that form no character become U+FFFD.
+
+        The library's ByteFallback spoils a whole run of bytes for one that does not fit; here only that one is lost.
+        """
         ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-        return self.backend.decode(ids, skip_special_tokens=False)
+        if self._token_bytes is None:
+            return self.backend.decode(ids, skip_special_tokens=False)
+        return b"".join([self._token_bytes.get(id_, b"") for id_ in ids]).decode("utf-8", "replace")
 
     def decode_stable(self, ids: Sequence[int]) -> str:
-        """`decode` without the bytes of a character that is still incomplete at the end, for streaming.
+        """`decode` without what may still change when more ids follow: a character whose last bytes are missing.
 
-        The text of a longer prefix always starts with the text of a shorter one.
+        For streaming: the text of more ids always starts with the text of fewer.
         """
-        ids = list(ids)
-        tail = []
-        while len(tail) < min(3, len(ids)):
-            byte = self._byte_values.get(ids[-1 - len(tail)])
-            if byte is None or byte < 0x80:
-                break
-            tail.insert(0, byte)
-            if byte >= 0xC0:  # a lead byte says how many bytes the character has
-                needed = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-                if len(tail) < needed:
-                    return self.decode(ids[: -len(tail)])
-                break
-        return self.decode(ids)
+        if self._token_bytes is None:
+            return self.decode(ids).rstrip("\ufffd")
+        data = b"".join([self._token_bytes.get(id_, b"") for id_ in ids])
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token by its name, None when there is no such token."""
-        return self._id(token)
-
-    # ---- inside -----------------------------------------------------------------------------------------------
-
-    def _id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
 
     def _special(self, ours: str, role: str) -> int | None:
         """A foreign tokenizer names its end-of-text and padding in its config, ours by fixed names."""
         named = self.config.get(role)
         name = named.get("content") if isinstance(named, dict) else named
-        found = self._id(name) if isinstance(name, str) else None
-        return self._id(ours) if found is None else found
+        found = self.token_to_id(name) if isinstance(name, str) else None
+        return self.token_to_id(ours) if found is None else found
 
     def _character_table(self) -> np.ndarray | None:
-        """(0x110000,) uint32 code point -> id when this is a character vocabulary as train_char makes it, else None."""
-        byte_ids = [self._id(piece) for piece in BYTE_PIECES]
-        self._byte_values = {id_: byte for byte, id_ in enumerate(byte_ids) if id_ is not None}
+        """(0x110000,) code point -> id when this is a character vocabulary as train_char makes it, else None."""
+        byte_ids = [self.token_to_id(piece) for piece in BYTE_PIECES]
         model = self.backend.model
         if not (isinstance(model, models.BPE) and model.byte_fallback and None not in byte_ids):
             return None
@@ -274,11 +261,25 @@ class Tokenizer:
             return None
         if json.loads(self.backend.to_str())["model"]["merges"]:
             return None
-        self._byte_ids = np.array(byte_ids, np.uint32)
-        table = np.full(0x110000, _ABSENT, np.uint32)
+        self._byte_ids = np.array(byte_ids, self._dtype)
+        table = np.full(0x110000, self._absent, self._dtype)
         for token, id_ in self.backend.get_vocab(with_added_tokens=False).items():
             if len(token) == 1:
                 table[ord(token)] = id_
+        return table
+
+    def _bytes_of_tokens(self) -> dict[int, bytes] | None:
+        """What each id decodes to, for tokenizers whose decoder is ByteFallback and Fuse, as ours; else None.
+
+        Spare rows of a model's embedding have no entry and decode to nothing, as in the library.
+        """
+        decoder = json.loads(self.backend.to_str()).get("decoder") or {}
+        if [part["type"] for part in decoder.get("decoders", [])] != ["ByteFallback", "Fuse"]:
+            return None
+        table = {id_: token.encode() for token, id_ in self.backend.get_vocab(with_added_tokens=True).items()}
+        for byte, piece in enumerate(BYTE_PIECES):
+            if (id_ := self.token_to_id(piece)) is not None:
+                table[id_] = bytes((byte,))
         return table
 
 
@@ -328,7 +329,7 @@ def _surrogate(text: str, error: UnicodeEncodeError) -> str:
 
 
 def _spell_in_bytes(
-    ids: np.ndarray, missing: np.ndarray, code_points: np.ndarray, byte_ids: np.ndarray
+    ids: np.ndarray, missing: np.ndarray, code_points: np.ndarray, byte_ids: np.ndarray, absent: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Replaces ids[missing], whose characters are `code_points`, by the ids of their UTF-8 bytes.
 
@@ -339,7 +340,7 @@ def _spell_in_bytes(
     repeats = np.ones(len(ids), np.int64)
     repeats[missing] += extra
     longer = np.repeat(ids, repeats)
-    longer[longer == _ABSENT] = byte_ids[np.frombuffer(spelled, np.uint8)]
+    longer[longer == absent] = byte_ids[np.frombuffer(spelled, np.uint8)]
     return longer, extra
 
 

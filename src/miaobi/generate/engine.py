@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from miaobi.config import SampleConfig
+from miaobi.corpus.read import read_documents
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
@@ -59,6 +60,7 @@ class LanguageModel:
         done = [Completion(prompt, 0, "length") for _ in range(cfg.num_samples)]
         written: list[list[int]] = [[] for _ in done]
         running = [True] * len(done)
+        ends: list[int | None] = [None] * len(done)  # where a stop string cuts the continuation
         for tokens in self.tokens(prompt, cfg):
             for i, token in enumerate(tokens):
                 if not running[i]:
@@ -69,15 +71,13 @@ class LanguageModel:
                     continue
                 written[i].append(token)
                 if cfg.stop:
-                    text = self.tokenizer.decode(written[i])
-                    if (end := first_stop(text, cfg.stop)) is not None:
+                    ends[i] = first_stop(self.tokenizer.decode(written[i]), cfg.stop)
+                    if ends[i] is not None:
                         running[i], done[i].finish_reason = False, "stop"
-                        done[i].text = prompt + text[:end]
             if not any(running):
                 break
         for i, completion in enumerate(done):
-            if completion.text == prompt:
-                completion.text = prompt + self.tokenizer.decode(written[i])
+            completion.text = prompt + self.tokenizer.decode(written[i])[: ends[i]]
         return done
 
     def stream(self, prompt: str, cfg: SampleConfig | None = None, **overrides) -> Iterator[str]:
@@ -94,7 +94,8 @@ class LanguageModel:
             ids.append(token)
             text = self.tokenizer.decode_stable(ids)
             if (end := first_stop(text, cfg.stop)) is not None:
-                yield text[given:end]
+                if end > given:
+                    yield text[given:end]
                 return
             ready = len(text) - held_back(text, cfg.stop)
             if ready > given:
@@ -179,12 +180,10 @@ def read_prompt(start: str) -> str:
     """`--start`: text as it is, or FILE:path. Raises UserError if the file cannot be read."""
     if not start.startswith("FILE:"):
         return start
-    from miaobi.corpus.read import read_text
-
     path = Path(start[5:])
     if not path.is_file():
         raise UserError(f"--start={start}: no such file")
-    return read_text(path)
+    return "".join(read_documents([str(path)], whole=True))
 
 
 def preview(model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int) -> str:

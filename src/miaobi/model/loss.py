@@ -26,7 +26,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         w = weight.to(dtype)
         train = ctx.needs_input_grad[0]
         grad_x = torch.empty_like(x) if train else None
-        grad_w = torch.zeros_like(w) if train else None
+        grad_w = torch.zeros_like(w, dtype=torch.float32) if train else None  # sums over chunks need fp32
         total = x.new_zeros((), dtype=torch.float32)
         rows = max(1, (CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK) // V)
         for i in range(0, N, rows):
@@ -40,7 +40,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad.scatter_add_(1, index, grad.new_full((), -1.0).expand_as(index))
                 grad = grad.mul_(scored.unsqueeze(1)).to(dtype)
                 grad_x[i : i + rows] = grad @ w
-                grad_w.addmm_(grad.T, x_i)
+                if dtype == torch.float32:
+                    grad_w.addmm_(grad.T, x_i)
+                else:
+                    grad_w += grad.T @ x_i
         ctx.save_for_backward(grad_x, grad_w)
         ctx.weight_dtype = weight.dtype
         return total

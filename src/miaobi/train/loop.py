@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +17,13 @@ from miaobi.corpus.dataset import IGNORE, PreparedData, batch, derive, windows_p
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import can_compile, keep_allocations, peak_flops, pick_device, pick_dtype
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import load_model
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin
 from miaobi.train.evaluate import validation_loss
 from miaobi.train.optimizer import make_optimizers, rate, set_rate
-from miaobi.train.recipe import length, resolve_model, resolve_optim
-from miaobi.train.source import open_data
+from miaobi.train.recipe import length, resolve_optim
+from miaobi.train.source import build_model, open_data
 from miaobi.train.state import (
     Progress,
     load_optimizers,
@@ -35,9 +32,9 @@ from miaobi.train.state import (
     save_checkpoint,
     start_run,
 )
-from miaobi.train.watch import Metrics, overfitting, since_best
+from miaobi.train.watch import Metrics, on_signals, overfitting, since_best
 
-COMPILE_PAYS_AFTER = 200  # steps; a cold compile costs about half a minute on two cores
+COMPILE_PAYS_AFTER = 200  # steps; a cold compile costs about twenty seconds on two cores
 
 Preview = Callable[[Transformer, Tokenizer, str, int], str]
 """(model, tokenizer, prompt, tokens) -> prompt and continuation; printed at every evaluation."""
@@ -52,7 +49,8 @@ def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None 
     keep_allocations()
     device = pick_device(cfg.train.device)
     dtype = pick_dtype(cfg.train.dtype, device)
-    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it; no effect on CPUs
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as nanoGPT allows
     checkpoint = open_run(cfg, origin or {})
     out = start_run(cfg, origin or {})
     data = open_data(cfg, out)
@@ -121,7 +119,7 @@ class Run:
         self.peak = peak_flops(self.device, self.dtype)
         wandb = {"project": cfg.wandb_project, "name": cfg.wandb_run_name} if cfg.wandb_log else None
         metrics = Metrics(self.out, first, wandb)
-        with watch_signals(self), progress("{task.fields[figures]}") as bar:
+        with on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
             task = bar.add_task("train", total=self.total_steps, completed=first, figures="",
                                 visible=console.is_terminal)  # fmt: skip
             try:
@@ -259,6 +257,13 @@ class Run:
             warn(f"checkpoint of step {self.progress.step} could not be written ({e}); training goes on, "
                  "the checkpoint before it is still whole: free some space")  # fmt: skip
 
+    def interrupt(self, reason: str) -> None:
+        """Ask the loop to save after the step at hand; asked again, stop at once."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = reason
+        log("finishing this step, then saving (again to stop at once)")
+
     def fail_not_finite(self, step: int) -> None:
         """Raise UserError: the loss is NaN or infinite."""
         p = self.progress
@@ -273,7 +278,8 @@ class Run:
     def maybe_compile(self) -> None:
         """Compile one block, shared by all layers; eager with one line of warning where that fails."""
         wish, T = self.cfg.train.compile, self.model.cfg.block_size
-        worth = self.total_steps >= COMPILE_PAYS_AFTER and can_compile(self.device)
+        slow_products = self.device.type == "cpu" and self.dtype == torch.float32  # the rest is 3% of a step then
+        worth = self.total_steps >= COMPILE_PAYS_AFTER and can_compile(self.device) and not slow_products
         if wish is False or (wish == "auto" and not worth):
             return
         started = time.perf_counter()
@@ -326,41 +332,3 @@ class Run:
             "parameters": self.parameters,
             "stopped": stopped,
         }
-
-
-def build_model(cfg: RunConfig, data: PreparedData, tokenizer: Tokenizer, checkpoint: Path | None) -> Transformer:
-    """The model to start with: new, from a checkpoint of this run, or from another MODEL's weights."""
-    source = checkpoint or (cfg.train.init_from if cfg.train.init_from not in ("scratch", "resume") else None)
-    if source is None:
-        torch.manual_seed(cfg.train.seed)
-        return Transformer(resolve_model(cfg.model, data.vocab_size))
-    model, theirs = load_model(source)
-    if theirs.backend.to_str() != tokenizer.backend.to_str():
-        raise UserError(f"{data.path} was prepared with another tokenizer than {source} has; "
-                        f"prepare it with --tokenizer={source}")  # fmt: skip
-    if model.cfg.block_size < cfg.model.block_size:
-        raise UserError(f"{source} has block_size {model.cfg.block_size}; set --block_size={model.cfg.block_size}")
-    changed = dataclasses.replace(model.cfg, dropout=cfg.model.dropout)
-    again = Transformer(changed)
-    again.load_state_dict(model.state_dict())
-    return again
-
-
-class watch_signals:  # noqa: N801 - reads as a context manager
-    """Ctrl-C and SIGTERM ask the run to save after the current step; a second one stops at once."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def __enter__(self) -> None:
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(self, number: int, frame) -> None:
-        if self.run.interrupted:
-            raise KeyboardInterrupt
-        self.run.interrupted = "interrupted" if number == signal.SIGINT else "terminated"
-        log("finishing this step, then saving (again to stop at once)")
-
-    def __exit__(self, *exc) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from miaobi.errors import UserError
 
 
 class Metrics:
@@ -22,8 +28,10 @@ class Metrics:
         self.board = SummaryWriter(str(out), purge_step=start or None)
         self.wandb = None
         if wandb_settings is not None:
-            import wandb
-
+            try:
+                import wandb
+            except ImportError as e:
+                raise UserError("wandb_log needs wandb: pip install 'miaobi[track]'") from e
             self.wandb = wandb.init(dir=str(out), resume="allow", **wandb_settings)
 
     def log(self, step: int, **values: float | None) -> None:
@@ -70,3 +78,18 @@ def overfitting(history: list[list[float]]) -> str | None:
         f"validation rose {v0:.2f} -> {v2:.2f}. The best checkpoint so far is step {best[0]:.0f} (val {best[2]:.2f}) "
         "and is kept. More text helps most; then a smaller model, or --dropout=0.2 and up"
     )
+
+
+@contextmanager
+def on_signals(interrupt: Callable[[str], None]) -> Iterator[None]:
+    """Call `interrupt` with "interrupted" on Ctrl-C, "terminated" on SIGTERM (pre-emption); the old handlers return."""
+    reasons = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+    before = {number: signal.signal(number, lambda n, _: interrupt(reasons[n])) for number in reasons}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,163 @@
+"""The first pass of `prepare` over all sources: counts, duplicates and the split."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from miaobi import console
+from miaobi.config import PrepareConfig
+from miaobi.corpus import clean, pipeline
+from miaobi.corpus.pipeline import DROP, TRAIN, VAL, Job, Survey, Workers
+from miaobi.corpus.read import Block, iter_blocks
+from miaobi.corpus.sources import Source
+from miaobi.errors import UserError
+
+MIN_VAL_DOCUMENTS, MIN_VAL_TOKENS = 20, 10 * 256
+"""A hash split with less for validation first cuts long documents into pieces."""
+
+
+@dataclasses.dataclass
+class Corpus:
+    """What the first pass found out about all sources together."""
+
+    sources: list[Source]
+    job: Job
+    lengths: list[np.ndarray]  # per task (documents,), characters
+    sizes: list[np.ndarray]  # per task (documents,), UTF-8 bytes
+    digests: list[np.ndarray]  # per task (documents, 16)
+    counts: list[tuple[np.ndarray, np.ndarray]]  # per task: code points, occurrences
+    choices: list[np.ndarray]  # per task (documents,): DROP, TRAIN or VAL
+    records: list[dict]  # per source: the manifest's entry
+    distinct: int = 0
+    skipped: int = 0
+    empty: int = 0
+    exact: int = 0
+    near: int = 0
+
+
+def take_survey(files: list[Source], cfg: PrepareConfig, workers: int) -> Corpus:
+    """Reads everything once. Raises UserError for unreadable sources and for text too small to split."""
+    job = Job(
+        cfg.field, cfg.skip_bad, cfg.split == "tail", cfg.normalize, cfg.simplify,
+        near=cfg.dedup == "near" and cfg.split == "hash",
+    )  # fmt: skip
+    corpus = _first_pass(files, job, cfg, workers)
+    if cfg.split == "tail":
+        return corpus
+    if _val_is_small(corpus) and any((lengths > clean.PIECE_CHARACTERS * 3 // 2).any() for lengths in corpus.lengths):
+        console.log(
+            f"few documents: long ones are cut at paragraph ends into pieces of about {clean.PIECE_CHARACTERS:,} "
+            "characters, so that validation gets some (--split=tail does not cut)"
+        )
+        corpus = _first_pass(files, dataclasses.replace(job, cut=True), cfg, workers)
+    _fill_empty_side(corpus, cfg)
+    return corpus
+
+
+def _first_pass(files: list[Source], job: Job, cfg: PrepareConfig, workers: int) -> Corpus:
+    records = [{"path": f.name, "bytes": f.size, "encoding": "skipped", "documents": 0, "characters": 0} for f in files]
+    corpus = Corpus(files, job, [], [], [], [], [], records)
+    raw_presence = np.zeros(pipeline.N_CODE_POINTS, bool)
+    near = clean.NearDuplicates(cfg.near_threshold) if job.near else None
+    minhashes_new: list[np.ndarray] = []
+    with Workers(workers) as pool:
+        for _, found in with_progress(
+            pool.map(pipeline.survey, ((task, job) for task in read_tasks(corpus))), files, "reading"
+        ):
+            found: Survey
+            corpus.lengths.append(found.lengths)
+            corpus.sizes.append(found.sizes)
+            corpus.digests.append(found.digests)
+            corpus.counts.append((found.code_points, found.counts))
+            corpus.empty += found.empty
+            raw_presence[found.raw_code_points] = True
+            for index, encoding, documents, characters, skipped in found.blocks:
+                record = records[index]
+                if encoding != "skipped" and record["encoding"] in ("skipped", "utf-8"):
+                    record["encoding"] = encoding  # a stretch of plain ASCII says utf-8 before the rest knows better
+                record["documents"] = 1 if job.whole else record["documents"] + documents
+                record["characters"] += characters
+                corpus.skipped += skipped
+            if near:
+                minhashes_new.append(np.array([near.is_new(minhash) for minhash in found.minhashes], bool))
+    corpus.distinct = int(raw_presence.sum())
+    if not job.whole:
+        _choose(corpus, minhashes_new, cfg)
+    if sum(record["characters"] for record in records) == 0:
+        raise UserError("no text in the sources" + (f"; {corpus.skipped} were skipped" if corpus.skipped else ""))
+    return corpus
+
+
+def _choose(corpus: Corpus, is_new: list[np.ndarray], cfg: PrepareConfig) -> None:
+    """Sets `choices`: duplicates dropped, the rest split by their content."""
+    digests = np.concatenate(corpus.digests) if corpus.digests else np.empty((0, 16), np.uint8)
+    choice = np.where(clean.is_validation(digests, cfg.val_fraction), VAL, TRAIN).astype(np.uint8)
+    if cfg.dedup != "none":
+        first = clean.first_occurrences(digests)
+        corpus.exact = int((~first).sum())
+        choice[~first] = DROP
+        if is_new:
+            near = first & ~np.concatenate(is_new)
+            corpus.near = int(near.sum())
+            choice[near] = DROP
+    ends = np.cumsum([len(d) for d in corpus.digests])
+    corpus.choices = np.split(choice, ends[:-1]) if len(ends) else []
+
+
+def _val_is_small(corpus: Corpus) -> bool:
+    documents = sum(int((choice == VAL).sum()) for choice in corpus.choices)
+    characters = sum(
+        int(lengths[choice == VAL].sum()) for lengths, choice in zip(corpus.lengths, corpus.choices, strict=True)
+    )
+    return documents < MIN_VAL_DOCUMENTS or characters < MIN_VAL_TOKENS
+
+
+def _fill_empty_side(corpus: Corpus, cfg: PrepareConfig) -> None:
+    """With a handful of documents, chance may leave one side of the split empty; it then gets the nearest document."""
+    choice = np.concatenate(corpus.choices)
+    kept = np.flatnonzero(choice != DROP)
+    if len(kept) < 2:
+        characters = sum(int(lengths.sum()) for lengths in corpus.lengths)
+        raise UserError(
+            f"the text is {len(kept)} document{'' if len(kept) == 1 else 's'} of {characters} characters: too little "
+            "to keep some for validation. Give more text; or --format=lines if every line is a document; "
+            "or --split=tail to cut the characters instead"
+        )
+    for side in (VAL, TRAIN):
+        if not (choice == side).any():
+            ranks = np.concatenate(corpus.digests)[kept][:, 8:].copy().view("<u8").ravel()
+            choice[kept[ranks.argmin() if side == VAL else ranks.argmax()]] = side
+            console.warn(
+                f"only {len(kept)} documents: one of them was put into {'validation' if side == VAL else 'training'}, "
+                "which had none"
+            )
+            corpus.choices = np.split(choice, np.cumsum([len(c) for c in corpus.choices])[:-1])
+
+
+def read_tasks(corpus: Corpus) -> Iterator[tuple[Block, ...]]:
+    """The same tasks in every pass."""
+    job = corpus.job
+    return pipeline.tasks(iter_blocks(corpus.sources, job.field, job.skip_bad, job.whole))
+
+
+def with_progress(results: Iterable[tuple], files: list[Source], what: str) -> Iterator[tuple]:
+    """Passes `results` on; shows a bar with the time left once it has taken two seconds."""
+    before = np.concatenate(([0], np.cumsum([file.size for file in files])))
+    began, bar, shown = time.perf_counter(), None, None
+    try:
+        for blocks, result in results:
+            yield blocks, result
+            if bar is None and time.perf_counter() - began > 2:
+                bar = console.progress()
+                bar.start()
+                shown = bar.add_task(what, total=int(before[-1]))
+            if bar is not None:
+                last = blocks[-1]
+                bar.update(shown, completed=min(int(before[last.index]) + last.end, int(before[last.index + 1])))
+    finally:
+        if bar is not None:
+            bar.stop()

@@ -1,0 +1,254 @@
+"""Every encoding, packing and format gives back the text that was written; what cannot be read is named."""
+
+import csv
+import gzip
+import json
+import lzma
+import random
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from miaobi.corpus import encodings, read
+from miaobi.corpus.read import iter_blocks, read_block
+from miaobi.corpus.sources import find_sources
+from miaobi.errors import UserError
+
+SIMPLIFIED = (
+    "皇马昨晚在主场以三比一战胜了来访的对手，球迷们高兴地唱起歌来。\n主教练赛后说，大家都知道这场比赛很重要。\n\n"
+    "今天天气很好，我们去公园里走走吧。\n你说得对，可是我还没有吃饭呢！\n\n"
+    "经济发展的速度比去年同期提高了百分之五，这是一个很好的消息。"
+)
+TRADITIONAL = (
+    "皇馬昨晚在主場以三比一戰勝了來訪的對手，球迷們高興地唱起歌來。\n主教練賽後說，大家都知道這場比賽很重要。\n\n"
+    "今天天氣很好，我們去公園裡走走吧。\n你說得對，可是我還沒有吃飯呢！\n\n"
+    "經濟發展的速度比去年同期提高了百分之五，這是一個很好的消息。"
+)
+
+
+def contents(*paths: object, format: str = "auto", field: str = "text", skip_bad: bool = False, whole: bool = False):
+    blocks = iter_blocks(find_sources([str(p) for p in paths], format), field, skip_bad, whole)
+    return [read_block(block, field, skip_bad, whole) for block in blocks]
+
+
+def documents(*paths: object, **options: object) -> list[str]:
+    return [document for content in contents(*paths, **options) for document in content.documents]
+
+
+@pytest.mark.parametrize(
+    ("codec", "text", "name"),
+    [
+        ("utf-8", SIMPLIFIED, "utf-8"),
+        ("utf-8-sig", SIMPLIFIED, "utf-8-sig"),
+        ("gb18030", SIMPLIFIED + "😀㐀", "gb18030"),
+        ("gbk", TRADITIONAL, "gb18030"),
+        ("big5", TRADITIONAL, "big5"),
+        ("utf-16", SIMPLIFIED, "utf-16-le"),
+        ("utf-16-le", SIMPLIFIED, "utf-16-le"),
+        ("utf-16-be", TRADITIONAL + "😀", "utf-16-be"),
+    ],
+)
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+@pytest.mark.parametrize("block_bytes", [64, 1 << 20])
+def test_encodings(tmp_path, monkeypatch, codec, text, name, line_end, block_bytes):
+    monkeypatch.setattr(read, "BLOCK_BYTES", block_bytes)
+    path = tmp_path / "a.txt"
+    path.write_bytes((text * 3).replace("\n", line_end).encode(codec))
+    found = contents(path)
+    assert {c.encoding for c in found} == {name}
+    with open(path, encoding="utf-16" if codec == "utf-16" else codec, newline=None) as file:
+        assert "".join(c.raw for c in found) == file.read()
+    assert [d for c in found for d in c.documents] == (text * 3).split("\n\n")
+
+
+@pytest.mark.parametrize(("codec", "text"), [("gb18030", SIMPLIFIED), ("big5", TRADITIONAL), ("gb18030", TRADITIONAL)])
+@pytest.mark.parametrize(("length", "at_most_wrong"), [(4, 0.03), (8, 0.0)])
+def test_short_texts(codec, text, length, at_most_wrong):
+    wrong = total = 0
+    for start in range(len(text) - length):
+        snippet = text[start : start + length]
+        if all("\u4e00" <= c <= "\u9fff" for c in snippet):
+            total += 1
+            wrong += encodings.detect(snippet.encode(codec)) != (codec, 0)
+    assert total > 10
+    assert wrong / total <= at_most_wrong
+
+
+@pytest.mark.parametrize(
+    "text", ["plain ASCII", "café · naïve", "Привет, мир", "日本語のテキスト", "한국어", "x😀", "a\tb\n"]
+)
+def test_utf8_that_is_not_chinese(text):
+    assert encodings.detect(text.encode()) == ("utf-8", 0)
+
+
+def test_big5_with_hong_kong_and_eten_characters(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes((TRADITIONAL + "碁銹裏").encode("cp950") + "啲".encode("big5hkscs"))
+    assert contents(path)[0].raw == TRADITIONAL + "碁銹裏啲"
+
+
+def test_ascii_for_long_then_gbk(tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(encodings, "SAMPLE", 1 << 10)
+    text = "plain words\n\n" * 2000 + SIMPLIFIED
+    (tmp_path / "a.txt").write_bytes(text.encode("gbk"))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode("gbk")))
+    for name in ("a.txt", "b.txt.gz"):
+        assert "".join(c.raw for c in contents(tmp_path / name)) == text
+
+
+@pytest.mark.parametrize("packing", ["gz", "xz", "zst", "zip"])
+@pytest.mark.parametrize("codec", ["utf-8", "gb18030", "utf-16"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_packed_is_cut_like_plain(tmp_path, monkeypatch, packing, codec, whole):
+    monkeypatch.setattr(read, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(read, "MAX_DOCUMENT_BYTES", 400)
+    data = (SIMPLIFIED + "\n\n" + "没有换行的一段" * 100).encode(codec)
+    (tmp_path / "a.txt").write_bytes(data)
+    packed = tmp_path / f"a.txt.{packing}"
+    if packing == "zip":
+        packed = tmp_path / "a.zip"
+        with zipfile.ZipFile(packed, "w") as archive:
+            archive.writestr("../../evil/a.txt", data)
+            archive.writestr("__MACOSX/a.txt", b"\0\0")
+    else:
+        pack = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.ZstdCompressor().compress}[packing]
+        packed.write_bytes(pack(data))
+    plain, unpacked = contents(tmp_path / "a.txt", whole=whole), contents(packed, whole=whole)
+    assert unpacked == plain
+    assert len(plain) > 3
+    assert {p.name for p in tmp_path.rglob("*")} == {"a.txt", packed.name}  # nothing was extracted
+
+
+def test_blocks_change_nothing(tmp_path, monkeypatch):
+    rng = random.Random(0)
+    paragraphs = ["".join(rng.choices(SIMPLIFIED, k=rng.randint(1, 60))) for _ in range(200)]
+    text = "".join(p + rng.choice(["\n", "\n\n", "\n \t\n", "\r\n\r\n", "\n\n\n"]) for p in paragraphs)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    expected, whole = documents(tmp_path / "a.txt"), documents(tmp_path / "a.txt", whole=True)
+    for size in (1, 7, 100, 3000):
+        monkeypatch.setattr(read, "BLOCK_BYTES", size)
+        assert documents(tmp_path / "a.txt") == expected
+        assert "".join(documents(tmp_path / "a.txt", whole=True)) == whole[0]
+
+
+def test_formats(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("一\n二\n \n\n三\n", encoding="utf-8")
+    assert documents(path) == ["一\n二", "三"]
+    assert documents(path, format="lines") == ["一", "二", "三"]
+    assert documents(path, format="files") == ["一\n二\n \n\n三"]
+    assert documents(path, format="dialogue") == ["一\n二", "三"]
+    assert documents(path, whole=True) == ["一\n二\n \n\n三\n"]
+
+
+RECORDS = ["第一条\n有换行，有逗号", 'with "quotes"', "  前后空格  ", "😀𠮷", "制\t表"]
+
+
+def write_records(path: Path, encoding: str = "utf-8") -> None:
+    if path.suffix == ".jsonl":
+        lines = [json.dumps({"id": i, "text": t}, ensure_ascii=i % 2 == 0) for i, t in enumerate(RECORDS)]
+        path.write_text("\n".join(lines) + "\n\n", encoding=encoding)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table({"id": list(range(len(RECORDS))), "text": RECORDS}), path)
+    else:
+        with open(path, "w", encoding=encoding, newline="") as file:
+            writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writerows([("id", "text"), *enumerate(RECORDS)])
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.parquet"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030"])
+def test_records(tmp_path, monkeypatch, name, encoding):
+    write_records(tmp_path / name, encoding)
+    assert documents(tmp_path / name) == RECORDS
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.write(tmp_path / name, name)
+    assert documents(tmp_path / "b.zip") == RECORDS
+    monkeypatch.setattr(read, "BLOCK_BYTES", 16)
+    assert documents(tmp_path / name) == RECORDS
+    with pytest.raises(UserError, match=r"no field 'body'.*(id, text|id.*text)"):
+        contents(tmp_path / name, field="body")
+
+
+def test_json_error_names_file_and_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "BLOCK_BYTES", 32)
+    path = tmp_path / "a.jsonl"
+    good = '{"text": "好"}\n'
+    for bad in ('{"text": ', '["好"]', '{"title": "好"}', '{"text": 3}', '{"text": "\\ud800"}'):
+        path.write_text(good * 9 + bad + "\n" + good, encoding="utf-8")
+        with pytest.raises(UserError, match=r"a\.jsonl, line 10: "):
+            contents(path)
+        found = contents(path, skip_bad=True)
+        assert [d for c in found for d in c.documents] == ["好"] * 10
+        assert sum(c.skipped for c in found) == 1
+
+
+def test_csv_errors(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,text\n1,好\n2\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.csv, line 3: 1 columns"):
+        contents(path)
+    assert documents(path, skip_bad=True) == ["好"]
+
+
+def test_directories_and_globs(tmp_path):
+    for name in ("b.txt", "a/z.txt", "a/y.md", ".hidden/x.txt", "a/.x.txt", "train.bin", "prepare.py", "manifest.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    assert documents(tmp_path) == ["a/y.md", "a/z.txt", "b.txt"]
+    assert documents(tmp_path / "**" / "*.txt") == ["a/z.txt", "b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("empty.txt", b"", "is empty"),
+        ("empty.txt.gz", gzip.compress(b""), "is empty"),
+        ("a.txt", bytes(range(256)) * 4, "binary file"),
+        ("a.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\1\0\0\0\1\0\x08\x06\0\0\0" + bytes(range(256)), "binary"),
+        ("noise.txt", bytes(b or 1 for b in random.Random(2).randbytes(5000)), "makes sense"),
+        ("cut.txt.gz", gzip.compress(random.Random(3).randbytes(9000))[:-2000], "damaged|binary"),
+        ("cut.txt.xz", lzma.compress(SIMPLIFIED.encode() * 9)[:-40], "damaged"),
+        ("no.zip", b"PK no archive", "not a readable zip"),
+        ("no.parquet", b"PAR1 no table", "not a readable parquet"),
+        ("mixed.txt", SIMPLIFIED.encode() + b"\n\n" + SIMPLIFIED.encode("gbk"), r"byte \d+ does not fit"),
+        ("mixed.txt", (SIMPLIFIED.encode("gbk") + b"\n\n") * 9 + SIMPLIFIED.encode() * 2, r"byte \d+ does not fit"),
+        ("mixed.txt", (SIMPLIFIED.encode("gbk") + b"\n\n") * 20 + TRADITIONAL.encode("big5") * 9, "does not fit"),
+    ],
+)  # fmt: skip
+def test_bad_files(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message) as failure:
+        contents(tmp_path / name)
+    assert name in str(failure.value)
+    if name != "no.zip":
+        assert sum(c.skipped for c in contents(tmp_path / name, skip_bad=True)) >= (0 if name == "mixed.txt" else 1)
+
+
+def test_offset_of_the_bad_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "BLOCK_BYTES", 256)
+    data = SIMPLIFIED.encode() + b"\n\n" + SIMPLIFIED.encode()
+    bad = len(data) - 30
+    data = data[:bad] + b"\xff" + data[bad:]
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(UserError, match=rf"byte {data.index(0xFF)} does not fit"):
+        contents(tmp_path / "a.txt")
+    found = contents(tmp_path / "a.txt", skip_bad=True)
+    assert sum(c.skipped for c in found) >= 1
+    assert "\ufffd" in "".join(c.raw for c in found)
+
+
+def test_missing_path_suggests(tmp_path):
+    (tmp_path / "input.txt").write_text("好", encoding="utf-8")
+    with pytest.raises(UserError, match=r"did you mean .*input\.txt"):
+        find_sources([str(tmp_path / "inptu.txt")])
+    with pytest.raises(UserError, match="no such file"):
+        find_sources([str(tmp_path / "nowhere" / "a.txt")])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="no text in this directory"):
+        find_sources([str(tmp_path / "none")])
