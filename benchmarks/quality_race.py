@@ -50,6 +50,8 @@ class Args:
     block_size: int = 256
     batch_size: int = 32
     steps: int = 400
+    recipe_batch: int = 16
+    """Batch of the default recipe, which then takes more steps over the same number of tokens."""
     device: str = "cpu"
     """cpu, cuda, mps; nanoGPT trains in fp32 without compilation on any."""
     json: bool = False
@@ -68,6 +70,12 @@ class Args:
         """nanoGPT's settings for small models."""
         return {"learning_rate": 1e-3, "min_lr": 1e-4, "beta2": 0.99, "warmup_iters": min(50, self.steps // 2),
                 "lr_decay_iters": self.steps}  # fmt: skip
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The default recipe with its own batch: as many tokens, all else by default."""
+        steps = self.steps * self.batch_size // self.recipe_batch
+        return {"batch_size": self.recipe_batch, "max_iters": steps, "eval_interval": steps}
 
 
 def flags(values: dict[str, Any]) -> list[str]:
@@ -121,7 +129,8 @@ def run_miaobi(args: Args, work: Path, family: str, settings: dict[str, Any]) ->
     miaobi, data, out = [sys.executable, "-m", "miaobi"], work / "data", work / family
     if not data.exists():
         call([*miaobi, "prepare", str(args.data), f"--out={data}", "--split=tail"])
-    command = flags({"family": family, "sample_tokens": 0, "patience": 0} | args.shared | settings)
+    own = {"family": family, "sample_tokens": 0, "patience": 0}
+    command = flags(own | args.shared | settings)
     run = call([*miaobi, "train", f"--data={data}", f"--out_dir={out}", *command, "--json"])
     score = ["--stride=block", "--checkpoint=last", f"--device={args.device}"]
     scored = call([*miaobi, "eval", str(out), str(data), *score, "--json"])
@@ -162,7 +171,7 @@ def main() -> None:
     run = {
         "nanogpt": lambda work: run_nanogpt(args, work),
         "miaobi-gpt2": lambda work: run_miaobi(args, work, "gpt2", args.adamw),
-        "miaobi": lambda work: run_miaobi(args, work, "qwen3", {}),
+        "miaobi": lambda work: run_miaobi(args, work, "qwen3", args.recipe),
     }
     with tempfile.TemporaryDirectory() as work:
         for name in SIDES:

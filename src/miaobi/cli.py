@@ -25,16 +25,22 @@ def main(argv: list[str] | None = None) -> None:
     debug = take_flag(args, "--debug")
     try:
         run(args)
+        sys.stdout.flush()
     except UserError as e:
         if debug:
             raise
         print(f"miaobi: {e}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # `miaobi sample ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:  # a file or directory that cannot be read or written, a full disk
+        if debug:
+            raise
+        print(f"miaobi: {e.strerror or e}{f': {e.filename}' if e.filename else ''}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("miaobi: interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `miaobi sample ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(args: list[str]) -> None:
@@ -195,7 +201,7 @@ def find_config(name: str) -> Path:
 
     path = Path(name)
     shipped = shipped_config(path.name)
-    if path.suffix == ".py" and not path.exists():
+    if path.suffix == ".py":
         raise UserError(f"{name}: miaobi reads YAML; write the settings of {path.name} as {path.stem}.yaml")
     return shipped if not path.exists() and shipped.exists() else path
 
@@ -292,6 +298,8 @@ def evaluate(args: list[str]) -> None:
 
     as_json = take_flag(args, "--json")
     given = parse("eval", Args, args)
+    if given.batch_size < 1:
+        raise UserError(f"batch_size is {given.batch_size}; it must be at least 1")
     if not given.data:
         raise UserError("eval needs text: a prepared directory, or files")
     from miaobi.train.score import score
@@ -314,8 +322,8 @@ def demo(args: list[str]) -> None:
 
     @dataclass(frozen=True)
     class Args:
-        out_dir: str = "demo_run"
-        """Run directory."""
+        out_dir: str | None = None
+        """Run directory; default demo_run, or demo_quick_run."""
         quick: bool = False
         """A look in half a minute; the model learns next to nothing."""
 
@@ -323,7 +331,7 @@ def demo(args: list[str]) -> None:
     given = parse("demo", Args, args)
     from miaobi.demo import demo as run_demo
 
-    result = run_demo(Path(given.out_dir), given.quick)
+    result = run_demo(Path(given.out_dir or ("demo_quick_run" if given.quick else "demo_run")), given.quick)
     if as_json:
         print_json(result)
 

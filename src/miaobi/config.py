@@ -100,7 +100,7 @@ class ModelConfig:
     vocab_size: int | None = None
     """Rows of the embedding; default: as many as the prepared data has."""
     dropout: float = 0.0
-    """Share of activations dropped in training (gpt2 family: embeddings, attention, residuals)."""
+    """Share of activations dropped in training: attention and residuals, with gpt2 the embeddings too."""
     bias: bool = False
     """gpt2: biases in linears and LayerNorms."""
     activation: Literal["gelu", "gelu_new"] = "gelu"

@@ -41,8 +41,8 @@ def demo(out: Path, quick: bool = False) -> dict:
     prepared = out / "data"
     if not (prepared / "manifest.json").exists():
         out.mkdir(parents=True, exist_ok=True)
-        articles = peoples_daily()
-        text.write_text("\n\n".join(articles[:300] if quick else articles) + "\n", encoding="utf-8")
+        articles = peoples_daily()[: 300 if quick else None]
+        text.write_text("\n\n".join(articles) + "\n", encoding="utf-8")
         log(f"1. text: {len(articles):,} articles of the People's Daily, January 1998, in {text}")
         figures = prepare([str(text)], PrepareConfig(out=prepared))
         log(f"2. prepared: {figures['characters']:,} characters, {figures['distinct_characters']:,} distinct, "
@@ -91,7 +91,7 @@ def peoples_daily() -> list[str]:
         paragraph = untag(line)
         if not paragraph:
             continue
-        sentence = paragraph[-1] in "。！？”：；…）』"
+        sentence = re.sub("（[^）]*）$", "", paragraph)[-1:] in (*"。！？”：；…』", "")
         if not articles or (ended and not sentence):
             articles.append([])
         articles[-1].append(paragraph)

@@ -7,6 +7,8 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -92,6 +94,17 @@ def keep_allocations() -> None:
     libc.mallopt(m_mmap_max, 0)
     libc.mallopt(m_trim_threshold, 2**31 - 1)
     libc.mallopt(m_top_pad, 64 << 20)
+
+
+@contextmanager
+def explain_memory(device: torch.device, advice: str) -> Iterator[None]:
+    """Turn running out of memory, on a GPU or the CPU, into a UserError that ends in `advice`."""
+    try:
+        yield
+    except RuntimeError as e:  # torch.OutOfMemoryError is one; the CPU's allocator raises a plain one
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        raise UserError(f"out of memory on {device}: {advice}") from e
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

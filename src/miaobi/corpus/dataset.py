@@ -63,16 +63,17 @@ class PreparedData:
             manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
             if manifest["format"] != "miaobi-prepared":
                 raise KeyError("format")
+            width = np.dtype(manifest["dtype"]).itemsize
             shards = [s for split in ("train", "val") for s in manifest[split]["shards"]]
+            expected = [(path / Path(s["file"]).name, s["tokens"] * width, s["sha256"]) for s in shards]
         except FileNotFoundError as e:
             raise UserError(
                 f"{path} is not prepared data: no manifest.json. Run: miaobi prepare TEXT --out {path}"
             ) from e
         except (json.JSONDecodeError, KeyError, TypeError) as e:
             raise UserError(f"{path / 'manifest.json'} is damaged ({e}); prepare the data again") from e
-        width = np.dtype(manifest["dtype"]).itemsize
-        for shard in shards:
-            _check_shard(path / Path(shard["file"]).name, shard, width)
+        for shard in expected:
+            _check_shard(*shard)
         return cls(path, manifest)
 
     @cached_property
@@ -107,10 +108,9 @@ class PreparedData:
         return hashlib.sha256(" ".join(shards).encode()).hexdigest()
 
 
-def _check_shard(path: Path, shard: dict, width: int) -> None:
+def _check_shard(path: Path, expected: int, sha256: str) -> None:
     if not path.is_file():
         raise UserError(f"{path} is missing; prepare the data again")
-    expected = shard["tokens"] * width
     if path.stat().st_size != expected:
         raise UserError(f"{path} is truncated or altered: {path.stat().st_size} bytes, the manifest says {expected}; "
                         "prepare the data again")  # fmt: skip
@@ -118,7 +118,7 @@ def _check_shard(path: Path, shard: dict, width: int) -> None:
     with path.open("rb") as f:
         while chunk := f.read(CHUNK):
             digest.update(chunk)
-    if digest.hexdigest() != shard["sha256"]:
+    if digest.hexdigest() != sha256:
         raise UserError(f"{path} was altered: its SHA-256 is not the manifest's; prepare the data again")
 
 

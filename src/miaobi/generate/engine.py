@@ -13,7 +13,7 @@ from torch import Tensor
 from miaobi.config import SampleConfig
 from miaobi.corpus.read import read_documents
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.device import keep_allocations, pick_device, pick_dtype
+from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.generate.sampling import next_token, penalize_repeats
 from miaobi.model.checkpoint import load_model
@@ -195,5 +195,6 @@ def preview(model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int) 
 def timed(lm: LanguageModel, prompt: str, cfg: SampleConfig) -> tuple[list[Completion], float]:
     """Continuations of `prompt`, and the tokens per second over all streams."""
     started = time.perf_counter()
-    completions = lm.generate(prompt, cfg)
+    with explain_memory(lm.device, f"{cfg.num_samples} streams were too many; try a smaller --num_samples"):
+        completions = lm.generate(prompt, cfg)
     return completions, sum(c.tokens for c in completions) / (time.perf_counter() - started)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,6 +108,8 @@ def model_directory(name: str | Path, checkpoint: str = "best") -> Path:
         found = pointed(path / "checkpoints" / checkpoint)
         if found is None and (path / "checkpoints" / checkpoint / "config.json").is_file():
             found = path / "checkpoints" / checkpoint
+        if found is None and checkpoint == "best":
+            found = pointed(path / "checkpoints" / "last")  # interrupted before its first evaluation
         if found is not None:
             return found
         there = sorted(p.name for p in (path / "checkpoints").iterdir() if not p.name.startswith("."))
@@ -152,10 +155,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if (path / "model.safetensors").is_file():
         files = [path / "model.safetensors"]
     elif index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, KeyError) as e:
+            raise UserError(f"{index.name} is damaged ({e}); copy it again") from e
         files = [path / Path(name).name for name in sorted(set(names))]
     elif (path / "pytorch_model.bin").is_file():
-        return torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+            raise UserError(f"pytorch_model.bin cannot be read as plain weights ({e}); copy it again") from e
     else:
         raise UserError("there is no model.safetensors or pytorch_model.bin")
     tensors = {}

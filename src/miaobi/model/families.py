@@ -106,7 +106,8 @@ def model_config(hf: dict, tensors: dict[str, Tensor]) -> ModelConfig:
         _refuse(hf, attention_bias=False, use_sliding_window=False, hidden_act="silu")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise UserError(f"rope type {rope.get('rope_type')!r} is not supported, only 'default'")
+            kind = rope.get("rope_type", rope.get("type"))
+            raise UserError(f"rope type {kind!r} is not supported, only 'default'")
         return ModelConfig(
             family="qwen3",
             n_layer=hf["num_hidden_layers"],

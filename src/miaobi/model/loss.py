@@ -24,7 +24,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         N, V = x.shape[0], weight.shape[0]
         w = weight.to(dtype)
-        train = ctx.needs_input_grad[0]
+        train = any(ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x) if train else None
         grad_w = torch.zeros_like(w, dtype=torch.float32) if train else None  # sums over chunks need fp32
         total = x.new_zeros((), dtype=torch.float32)

@@ -15,7 +15,7 @@ from miaobi.config import RunConfig
 from miaobi.console import console, log, progress, warn
 from miaobi.corpus.dataset import IGNORE, PreparedData, batch, derive, windows_per_epoch
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.device import can_compile, keep_allocations, peak_flops, pick_device, pick_dtype
+from miaobi.device import can_compile, explain_memory, keep_allocations, peak_flops, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import Transformer
@@ -55,15 +55,13 @@ def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None 
     out = start_run(cfg, origin or {})
     data = open_data(cfg, out)
     tokenizer = Tokenizer.load(data.path)
-    run = Run(cfg, out, data, tokenizer, device, dtype, checkpoint)
-    try:
-        return run.go(preview)
-    except torch.OutOfMemoryError as e:
-        raise UserError(
-            f"out of memory on {device} with micro-batches of {cfg.train.micro_batch} x {cfg.model.block_size} tokens. "
-            f"Try --micro_batch_size={max(1, cfg.train.micro_batch // 2)} (same result, less memory), "
-            "then a smaller --block_size or model"
-        ) from e
+    micro = cfg.train.micro_batch
+    advice = (
+        f"micro-batches of {micro} x {cfg.model.block_size} tokens were too large. "
+        f"Try --micro_batch_size={max(1, micro // 2)} (same step, less memory), then a smaller --block_size or model"
+    )
+    with explain_memory(device, advice):
+        return Run(cfg, origin or {}, out, data, tokenizer, device, dtype, checkpoint).go(preview)
 
 
 class Run:
@@ -72,6 +70,7 @@ class Run:
     def __init__(
         self,
         cfg: RunConfig,
+        origin: Origin,
         out: Path,
         data: PreparedData,
         tokenizer: Tokenizer,
@@ -81,7 +80,7 @@ class Run:
     ) -> None:
         self.cfg, self.out, self.data, self.tokenizer = cfg, out, data, tokenizer
         self.device, self.dtype = device, dtype
-        self.model = build_model(cfg, data, tokenizer, checkpoint).to(device)
+        self.model = build_model(cfg, origin, data, tokenizer, checkpoint).to(device)
         model_cfg = self.model.cfg
         self.total_steps = length(cfg, windows_per_epoch(len(data.train), model_cfg.block_size))
         self.optim = resolve_optim(cfg.optim, model_cfg.family, self.total_steps)
@@ -107,12 +106,12 @@ class Run:
             p.val_loss = validation_loss(self.model, self.data.val, windows, cfg.micro_batch, self.dtype)
             p.val_bits_per_char = self.bits_per_char(p.val_loss)
             return self.result("eval_only")
-        if p.step >= self.total_steps or (p.stopped == "patience" and p.step >= cfg.max_iters):
+        if p.stopped == "patience" and self.total_steps > p.planned:  # extended: patience begins anew
+            p.stopped, p.history = None, [min(p.history, key=lambda row: row[2])]
+        p.planned = self.total_steps
+        if (p.step >= self.total_steps and p.evaluated == p.step) or p.stopped:
             log(f"this run is finished ({p.stopped or 'max_iters'}, step {p.step}); a larger --max_iters extends it")
             return self.result(p.stopped or "max_iters")
-        if p.stopped == "patience":
-            log(f"this run stopped early at step {p.step} (patience={cfg.patience})")
-            return self.result("patience")
         if first:
             log(f"continuing from step {first}")
         self.maybe_compile()
@@ -136,13 +135,17 @@ class Run:
         since_log, seconds_log, tokens_log = [], 0.0, 0
         figures = ""
         self.model.train()
+        if p.step and self.is_due(p.step) and p.evaluated != p.step:  # interrupted just before it
+            self.evaluate(metrics, T, preview)
+            self.save()
+            loss_sum.zero_()
         while p.step < self.total_steps and p.stopped is None:
             started = time.perf_counter()
             loss, norm, tokens = self.step(p.step)
             since_log.append(loss)
             p.step += 1
             p.tokens += tokens
-            evaluate = p.step % cfg.eval_interval == 0 or p.step == self.total_steps
+            evaluate = self.is_due(p.step)
             if p.step % cfg.log_interval == 0 or evaluate or self.interrupted:
                 losses = torch.stack(since_log).cpu().double()  # the only wait for the device
                 elapsed = time.perf_counter() - started
@@ -213,6 +216,10 @@ class Run:
         t = torch.from_numpy(np.ascontiguousarray(a))
         return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t.to(self.device)
 
+    def is_due(self, step: int) -> bool:
+        """Whether the run is evaluated after `step` steps."""
+        return step % self.cfg.train.eval_interval == 0 or step == self.total_steps
+
     def evaluate(self, metrics: Metrics, block_size: int, preview: Preview | None) -> None:
         """Validation loss on fixed windows, best so far, warnings, early stopping, a sample."""
         p, cfg = self.progress, self.cfg.train
@@ -222,6 +229,7 @@ class Run:
         if not math.isfinite(p.val_loss):
             self.fail_not_finite(p.step)
         p.val_bits_per_char = self.bits_per_char(p.val_loss)
+        p.evaluated = p.step
         p.train_loss = p.loss_sum / max(1, p.loss_steps)
         p.loss_sum, p.loss_steps = 0.0, 0
         p.history.append([p.step, p.train_loss, p.val_loss])
@@ -266,11 +274,10 @@ class Run:
 
     def fail_not_finite(self, step: int) -> None:
         """Raise UserError: the loss is NaN or infinite."""
-        p = self.progress
         last = self.out / "checkpoints" / "last"
         kept = f"The last good checkpoint is {last}." if last.exists() else "No checkpoint was written yet."
         raise UserError(
-            f"the loss is not finite at step {step} (after {p.tokens:,} tokens). {kept} "
+            f"the loss is not finite at step {step}. {kept} "
             f"Try a lower --learning_rate (now {self.optim.learning_rate:g}), a longer --warmup_iters, "
             "or --dtype=float32, in another --out_dir"
         )

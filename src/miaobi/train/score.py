@@ -9,7 +9,7 @@ import numpy as np
 from miaobi.corpus.dataset import PreparedData
 from miaobi.corpus.read import read_documents
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.device import keep_allocations, pick_device, pick_dtype
+from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import ends_documents, load_model
 from miaobi.train.evaluate import evaluate
@@ -33,7 +33,8 @@ def score(
     if len(tokens) < 2:
         raise UserError(f"nothing to score in {' '.join(sources)}")
     steps = stride_tokens(stride, model.cfg.block_size)
-    return evaluate(model.to(where), tokens, characters, text_bytes, steps, pick_dtype(dtype, where), batch_size)
+    with explain_memory(where, f"try a smaller --batch_size than {batch_size}"):
+        return evaluate(model.to(where), tokens, characters, text_bytes, steps, pick_dtype(dtype, where), batch_size)
 
 
 def stride_tokens(stride: str, block_size: int) -> int:

@@ -16,6 +16,7 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, model_directory
 from miaobi.model.transformer import Transformer
+from miaobi.overrides import Origin
 from miaobi.train.recipe import resolve_model
 
 
@@ -50,21 +51,32 @@ def prepared_as(wanted: PrepareConfig) -> bool:
     if not manifest.is_file():
         return False
     settings = {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(wanted).items()}
-    return json.loads(manifest.read_text(encoding="utf-8")).get("settings") == settings
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8")).get("settings") == settings
+    except ValueError:
+        return False  # damaged: prepare again
 
 
-def build_model(cfg: RunConfig, data: PreparedData, tokenizer: Tokenizer, checkpoint: Path | None) -> Transformer:
-    """The model to start with: new, from a checkpoint of this run, or from another MODEL's weights."""
+def build_model(
+    cfg: RunConfig, origin: Origin, data: PreparedData, tokenizer: Tokenizer, checkpoint: Path | None
+) -> Transformer:
+    """The model to start with: new, from a checkpoint, or from another MODEL's weights.
+
+    A checkpoint brings its own shape; raises UserError where the configuration explicitly asks for another.
+    """
     source = checkpoint or (cfg.train.init_from if cfg.train.init_from not in ("scratch", "resume") else None)
     if source is None:
         torch.manual_seed(cfg.train.seed)
         return Transformer(resolve_model(cfg.model, data.vocab_size))
     model, theirs = load_model(source)
     if theirs.backend.to_str() != tokenizer.backend.to_str():
-        raise UserError(f"{data.path} was prepared with another tokenizer than {source} has; "
-                        f"prepare it with --tokenizer={source}")  # fmt: skip
-    if model.cfg.block_size < cfg.model.block_size:
-        raise UserError(f"{source} has block_size {model.cfg.block_size}; set --block_size={model.cfg.block_size}")
+        raise UserError(
+            f"{data.path} was prepared with another tokenizer than {source} has; prepare it with --tokenizer={source}"
+        )
+    for key in ("family", "n_layer", "n_head", "n_embd", "block_size"):
+        asked, has = getattr(cfg.model, key), getattr(model.cfg, key)
+        if asked != has and not origin.get(key, "default").startswith(("default", "auto")):
+            raise UserError(f"{source} has {key}={has}, asked for was {key}={asked}; leave {key} out")
     changed = dataclasses.replace(model.cfg, dropout=cfg.model.dropout)
     again = Transformer(changed)
     again.load_state_dict(model.state_dict())

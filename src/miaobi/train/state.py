@@ -19,7 +19,8 @@ from miaobi.model.checkpoint import point, pointed, save_model, written_whole
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin, flatten, load_config, read_yaml, save_config
 
-STEERING = {"init_from", "resume_from", "eval_only"}  # how a run is entered, not what it is
+# How a run is entered, where it lies and how its memory is used, not what it is.
+STEERING = {"init_from", "resume_from", "eval_only", "out_dir", "micro_batch_size"}
 
 
 @dataclass
@@ -41,6 +42,10 @@ class Progress:
     history: list[list[float]] = field(default_factory=list)
     """[step, train loss, validation loss] of every evaluation."""
     stopped: str | None = None
+    evaluated: int = 0
+    """Step of the last evaluation."""
+    planned: int = 0
+    """Steps the run was to take when this was written."""
     data: str = ""
     """Fingerprint of the prepared data."""
 
@@ -94,7 +99,7 @@ def refuse_changes(out: Path, cfg: RunConfig) -> None:
     saved = flatten(load_config(None, list(values.items()))[0])
     for key, now in flatten(cfg).items():
         was = saved[key]
-        if key in STEERING or now == was or (key == "out_dir" and Path(now) == Path(was)):
+        if key in STEERING or now == was:
             continue
         if key == "max_iters":
             if now > was:
@@ -111,8 +116,11 @@ def refuse_changes(out: Path, cfg: RunConfig) -> None:
 def start_run(cfg: RunConfig, origin: Origin) -> Path:
     """Write config.yaml; returns the run directory."""
     out = Path(cfg.train.out_dir)
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    save_config(out / "config.yaml", cfg, origin)
+    try:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        save_config(out / "config.yaml", cfg, origin)
+    except OSError as e:
+        raise UserError(f"out_dir {out} cannot be written: {e.strerror}; choose another --out_dir") from e
     return out
 
 
@@ -157,12 +165,18 @@ def load_progress(checkpoint: Path) -> Progress:
 
 
 def load_optimizers(checkpoint: Path, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
-    """Fill optimizer state in place. Raises UserError if the file is damaged or of another model."""
+    """Fill optimizer state in place; rates and decays stay those of the configuration.
+
+    Raises UserError if the file is damaged or of another model.
+    """
     file = checkpoint / "train_state" / "optimizer.pt"
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)
+            for group, settings in zip(optimizer.param_groups, ours, strict=True):
+                group.update(settings)
         scaler.load_state_dict(state["scaler"])
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as e:
         raise UserError(f"{file} cannot be read ({e}); it was cut short or altered: continue from another checkpoint "
