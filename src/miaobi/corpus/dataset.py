@@ -24,8 +24,8 @@ class TokenStream:
     """Tokens of one split, over its shards, read through memory maps."""
 
     def __init__(self, directory: Path, split: dict, dtype: str) -> None:
-        self.shards = [np.memmap(directory / s["file"], dtype=dtype, mode="r") if s["tokens"] else np.empty(0, dtype)
-                       for s in split["shards"]]  # fmt: skip
+        files = [directory / Path(s["file"]).name for s in split["shards"]]  # a manifest names no other directory
+        self.shards = [np.memmap(f, dtype=dtype, mode="r") if f.stat().st_size else np.empty(0, dtype) for f in files]
         self.ends = np.cumsum([len(s) for s in self.shards])
         self.characters: int = split["characters"]
         self.bytes: int = split["bytes"]

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from miaobi.corpus import clean, read
-from miaobi.corpus.read import Block, Content, read_block
+from miaobi.corpus import clean, cutting
+from miaobi.corpus.cutting import Block
+from miaobi.corpus.read import Content, read_block
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 
@@ -133,7 +134,7 @@ def tasks(blocks: Iterable[Block]) -> Iterator[tuple[Block, ...]]:
     for block in blocks:
         group.append(block)
         size += block.end - block.start if block.records is None else sum(map(len, block.records))
-        if size >= read.BLOCK_BYTES or len(group) >= MAX_BLOCKS_PER_TASK:
+        if size >= cutting.BLOCK_BYTES or len(group) >= MAX_BLOCKS_PER_TASK:
             yield tuple(group)
             group, size = [], 0
     if group:

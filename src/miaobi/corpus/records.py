@@ -7,8 +7,8 @@ import io
 import json
 from collections.abc import Iterator
 
-from miaobi.corpus import read
-from miaobi.corpus.read import Block, decode_block, text_blocks
+from miaobi.corpus import cutting
+from miaobi.corpus.cutting import Block, decode_block, text_blocks
 from miaobi.corpus.sources import DAMAGED, Source
 from miaobi.errors import UserError
 
@@ -31,7 +31,7 @@ def csv_blocks(source: Source, index: int, field: str, skip_bad: bool) -> Iterat
             bad += replaced
             yield from io.StringIO(text, newline="")  # line breaks inside a field stay as they are
 
-    csv.field_size_limit(read.MAX_DOCUMENT_BYTES)
+    csv.field_size_limit(cutting.MAX_DOCUMENT_BYTES)
     text_lines = lines()
     header = next(text_lines, "")
     is_tsv = source.inner_name.lower().endswith(".tsv") or ("\t" in header and "," not in header)
@@ -54,7 +54,7 @@ def csv_blocks(source: Source, index: int, field: str, skip_bad: bool) -> Iterat
                 )
             elif row:
                 bad += 1
-            if size > read.BLOCK_BYTES // 3:
+            if size > cutting.BLOCK_BYTES // 3:
                 yield Block(source, index, encoding=encoding, records=tuple(records), skipped=bad)
                 records, size, bad = [], 0, 0
     except csv.Error as error:

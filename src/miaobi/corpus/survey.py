@@ -11,8 +11,9 @@ import numpy as np
 from miaobi import console
 from miaobi.config import PrepareConfig
 from miaobi.corpus import clean, pipeline
+from miaobi.corpus.cutting import Block
 from miaobi.corpus.pipeline import DROP, TRAIN, VAL, Job, Survey, Workers
-from miaobi.corpus.read import Block, iter_blocks
+from miaobi.corpus.read import iter_blocks
 from miaobi.corpus.sources import Source
 from miaobi.errors import UserError
 
