@@ -127,6 +127,8 @@ class ModelConfig:
             raise UserError(f"dropout is {self.dropout}; give a share from 0 up to below 1")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise UserError(f"vocab_size is {self.vocab_size}; it must be at least 1")
+        if self.family == "gpt2" and (self.head_dim is not None or self.n_kv_head is not None):
+            raise UserError("the gpt2 family has neither head_dim nor n_kv_head; drop them or use --family=qwen3")
         if self.family == "qwen3" and self.bias:
             raise UserError("the qwen3 family has no biases; drop bias or use --family=gpt2")
         if self.family == "qwen3" and (self.head_dim or self.n_embd // self.n_head) % 2:
@@ -169,8 +171,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "muon_learning_rate"):
             rate = getattr(self, name)
-            if rate is not None and rate <= 0:
-                raise UserError(f"{name} is {rate}; it must be positive, such as 1e-3")
+            if rate is not None and not 0 < rate < float("inf"):
+                raise UserError(f"{name} is {rate}; it must be positive and finite, such as 1e-3")
         for name in ("min_lr", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it cannot be negative")
@@ -200,7 +202,7 @@ class TrainConfig:
     max_iters: int = 2000
     """Steps of the whole run."""
     max_epochs: int | None = None
-    """Stop after this many passes over the data, if that comes before max_iters."""
+    """Stop after this many passes over the data; with max_iters as well, what comes first."""
     eval_interval: int = 250
     """Steps between evaluations, checkpoints and printed samples."""
     eval_iters: int = 20

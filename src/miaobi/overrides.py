@@ -47,6 +47,7 @@ NO_LONGER = {  # keys of the seeds that mean nothing here, and why
     "use_mask": "a setting of `miaobi classify`",
     "frozen": "a setting of `miaobi classify`",
 }
+UNLIMITED = 10**9
 SMALL_GPT = {"train_batch", "data_path", "decay_steps", "train_percent", "checkpoint_root"}
 
 Origin = dict[str, str]  # key -> where its value came from
@@ -199,6 +200,8 @@ def load_config(path: Path | None, given: list[tuple[str, str]]) -> tuple[RunCon
         written.add(key)
         if (found := canonical(key, value, f"--{key}")) is not None:
             values[found[0]], origin[found[0]] = found[1], "command line"
+    if values.get("max_epochs") is not None and "max_iters" not in values:
+        values["max_iters"], origin["max_iters"] = UNLIMITED, "max_epochs decides"
     if values.get("family", "auto") == "auto":
         seed_keys = sorted(written & (SMALL_GPT | {"bias"}))
         values["family"] = "gpt2" if seed_keys else "qwen3"

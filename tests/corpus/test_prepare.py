@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from miaobi.config import PrepareConfig
-from miaobi.corpus import pipeline, read, store
+from miaobi.corpus import cutting, pipeline, store
 from miaobi.corpus import prepare as prepare_module
 from miaobi.corpus.prepare import prepare
 from miaobi.corpus.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ def contents(out: Path) -> dict[str, bytes]:
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Many blocks and real worker processes although the text is small."""
-    monkeypatch.setattr(read, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(prepare_module, "SMALL_INPUT_BYTES", 0)
 
 
@@ -158,7 +158,7 @@ def test_workers_and_blocks_change_nothing(tmp_path, monkeypatch, settings):
     run(sources, tmp_path / "one", workers=1, **settings)
     monkeypatch.setattr(prepare_module, "SMALL_INPUT_BYTES", 0)
     run(sources, tmp_path / "two", workers=2, **settings)
-    monkeypatch.setattr(read, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(pipeline, "MAX_BLOCKS_PER_TASK", 3)
     run(sources, tmp_path / "blocks", workers=2, **settings)
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "blocks")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from miaobi.corpus import encodings, read
+from miaobi.corpus import cutting, encodings
 from miaobi.corpus.read import iter_blocks, read_block
 from miaobi.corpus.sources import find_sources
 from miaobi.errors import UserError
@@ -55,7 +55,7 @@ def documents(*paths: object, **options: object) -> list[str]:
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 @pytest.mark.parametrize("block_bytes", [64, 1 << 20])
 def test_encodings(tmp_path, monkeypatch, codec, text, name, line_end, block_bytes):
-    monkeypatch.setattr(read, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", block_bytes)
     path = tmp_path / "a.txt"
     path.write_bytes((text * 3).replace("\n", line_end).encode(codec))
     found = contents(path)
@@ -92,7 +92,7 @@ def test_big5_with_hong_kong_and_eten_characters(tmp_path):
 
 
 def test_ascii_for_long_then_gbk(tmp_path, monkeypatch):
-    monkeypatch.setattr(read, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", 1 << 12)
     monkeypatch.setattr(encodings, "SAMPLE", 1 << 10)
     text = "plain words\n\n" * 2000 + SIMPLIFIED
     (tmp_path / "a.txt").write_bytes(text.encode("gbk"))
@@ -105,8 +105,8 @@ def test_ascii_for_long_then_gbk(tmp_path, monkeypatch):
 @pytest.mark.parametrize("codec", ["utf-8", "gb18030", "utf-16"])
 @pytest.mark.parametrize("whole", [False, True])
 def test_packed_is_cut_like_plain(tmp_path, monkeypatch, packing, codec, whole):
-    monkeypatch.setattr(read, "BLOCK_BYTES", 100)
-    monkeypatch.setattr(read, "MAX_DOCUMENT_BYTES", 400)
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(cutting, "MAX_DOCUMENT_BYTES", 400)
     data = (SIMPLIFIED + "\n\n" + "没有换行的一段" * 100).encode(codec)
     (tmp_path / "a.txt").write_bytes(data)
     packed = tmp_path / f"a.txt.{packing}"
@@ -131,7 +131,7 @@ def test_blocks_change_nothing(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(text.encode())
     expected, whole = documents(tmp_path / "a.txt"), documents(tmp_path / "a.txt", whole=True)
     for size in (1, 7, 100, 3000):
-        monkeypatch.setattr(read, "BLOCK_BYTES", size)
+        monkeypatch.setattr(cutting, "BLOCK_BYTES", size)
         assert documents(tmp_path / "a.txt") == expected
         assert "".join(documents(tmp_path / "a.txt", whole=True)) == whole[0]
 
@@ -169,14 +169,14 @@ def test_records(tmp_path, monkeypatch, name, encoding):
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.write(tmp_path / name, name)
     assert documents(tmp_path / "b.zip") == RECORDS
-    monkeypatch.setattr(read, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", 16)
     assert documents(tmp_path / name) == RECORDS
     with pytest.raises(UserError, match=r"no field 'body'.*(id, text|id.*text)"):
         contents(tmp_path / name, field="body")
 
 
 def test_json_error_names_file_and_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(read, "BLOCK_BYTES", 32)
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", 32)
     path = tmp_path / "a.jsonl"
     good = '{"text": "好"}\n'
     for bad in ('{"text": ', '["好"]', '{"title": "好"}', '{"text": 3}', '{"text": "\\ud800"}'):
@@ -231,7 +231,7 @@ def test_bad_files(tmp_path, name, data, message):
 
 
 def test_offset_of_the_bad_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(read, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", 256)
     data = SIMPLIFIED.encode() + b"\n\n" + SIMPLIFIED.encode()
     bad = len(data) - 30
     data = data[:bad] + b"\xff" + data[bad:]

@@ -119,9 +119,11 @@ class LanguageModel:
         seen.scatter_(1, history, True)
         caches = self.model.make_caches(cfg.num_samples, min(S, len(prompt_ids) + cfg.max_new_tokens))
         logits = self.prefill(history[:1, -S:], caches)
-        for _ in range(cfg.max_new_tokens):
+        for left in range(cfg.max_new_tokens - 1, -1, -1):
             token = next_token(penalize_repeats(logits, seen, cfg.repetition_penalty), cfg, generator)  # (B,)
             yield token.tolist()
+            if not left:
+                return
             history = torch.cat((history, token[:, None]), dim=1)
             seen.scatter_(1, token[:, None], True)
             if caches[0].length < S:

@@ -86,7 +86,10 @@ def save_model(directory: Path, model: Transformer, tokenizer: Tokenizer, eot_id
     write_json(
         directory / "generation_config.json", {"bos_token_id": eot_id, "eos_token_id": eot_id, "do_sample": True}
     )
-    save_file({k: v.cpu() for k, v in to_hf(model).items()}, directory / "model.safetensors", {"format": "pt"})
+    try:
+        save_file({k: v.cpu() for k, v in to_hf(model).items()}, directory / "model.safetensors", {"format": "pt"})
+    except SafetensorError as e:  # how it reports a full disk
+        raise OSError(f"model.safetensors was not written whole ({e})") from e
     tokenizer.save(directory, model_max_length=model.cfg.block_size)
 
 

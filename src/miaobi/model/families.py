@@ -84,6 +84,8 @@ def model_config(hf: dict, tensors: dict[str, Tensor]) -> ModelConfig:
 
     Raises UserError for an architecture or a setting that the decoder does not have.
     """
+    if not isinstance(hf, dict):
+        raise UserError("config.json holds no settings")
     kind = hf.get("model_type")
     if kind == "gpt2":
         _refuse(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)

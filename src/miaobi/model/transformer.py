@@ -215,6 +215,8 @@ class Transformer(nn.Module):
         """
         start = caches[0].length if caches else 0
         T = ids.shape[1]
+        if start + T > self.cfg.block_size:
+            raise ValueError(f"{start + T} positions, but block_size is {self.cfg.block_size}")
         if position_ids is None:
             position_ids = torch.arange(start, start + T, device=ids.device)
         if mask is None and start > 0 and T > 1:  # is_causal would align the mask with the first key

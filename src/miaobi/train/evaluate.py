@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from miaobi.console import console, progress
 from miaobi.corpus.dataset import IGNORE, TokenStream, fixed_windows
+from miaobi.errors import UserError
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import Transformer
 
@@ -25,14 +27,26 @@ def nats(model: Transformer, inputs: np.ndarray, targets: np.ndarray, dtype: tor
         return linear_cross_entropy(model.hidden(x), model.head_weight, y).item()
 
 
+def eager(model: Transformer) -> AbstractContextManager:
+    """Run compiled blocks uncompiled: another graph would cost more to compile than an evaluation saves."""
+    if model.blocks[0]._compiled_call_impl is None:
+        return nullcontext()  # set_stance imports all of dynamo
+    return torch.compiler.set_stance("force_eager")
+
+
 def validation_loss(
     model: Transformer, stream: TokenStream, windows: int, batch_size: int, dtype: torch.dtype
 ) -> float:
-    """Nats per token over `windows` fixed windows of the stream; the model's mode is restored."""
+    """Nats per token over `windows` fixed windows of the stream; the model's mode is restored.
+
+    Raises UserError for a stream without a target.
+    """
+    if len(stream) < 2:
+        raise UserError("the validation part of the data is empty; prepare it with a larger --val_fraction")
     inputs, targets = fixed_windows(stream, model.cfg.block_size, windows)
     was_training = model.training
     model.eval()
-    with torch.compiler.set_stance("force_eager"):  # another graph would cost more to compile than it saves
+    with eager(model):
         total = sum(
             nats(model, inputs[i : i + batch_size], targets[i : i + batch_size], dtype)
             for i in range(0, len(inputs), batch_size)

@@ -20,7 +20,7 @@ from miaobi.errors import UserError
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin
-from miaobi.train.evaluate import validation_loss
+from miaobi.train.evaluate import eager, validation_loss
 from miaobi.train.optimizer import make_optimizers, rate, set_rate
 from miaobi.train.recipe import length, resolve_optim
 from miaobi.train.source import build_model, open_data
@@ -93,6 +93,10 @@ class Run:
                 raise UserError(f"the data in {data.path} is not what {checkpoint} was trained on; "
                                 "restore it, or start another --out_dir")  # fmt: skip
             load_optimizers(checkpoint, self.optimizers, self.scaler)
+        # The same windows at every evaluation, and never more tokens than were trained until the first of them.
+        first = min(cfg.train.eval_interval, self.total_steps) * cfg.train.global_batch
+        self.eval_windows = min(cfg.train.eval_iters * cfg.train.batch_size, first)
+        self.saved_best = (self.progress.best_step, self.progress.best_val_loss)
         self.interrupted: str | None = None
         self.parameters = self.model.num_parameters()
 
@@ -179,7 +183,7 @@ class Run:
             if evaluate and not self.interrupted:
                 self.evaluate(metrics, T, preview)
                 loss_sum.zero_()
-            if evaluate or self.interrupted:
+            if evaluate or self.interrupted or (cfg.save_interval and p.step % cfg.save_interval == 0):
                 self.save()
             if self.interrupted:
                 p.stopped = self.interrupted
@@ -223,9 +227,7 @@ class Run:
     def evaluate(self, metrics: Metrics, block_size: int, preview: Preview | None) -> None:
         """Validation loss on fixed windows, best so far, warnings, early stopping, a sample."""
         p, cfg = self.progress, self.cfg.train
-        affordable = max(1, p.tokens // block_size)  # an evaluation never costs more tokens than were trained
-        windows = min(cfg.eval_iters * cfg.batch_size, affordable)
-        p.val_loss = validation_loss(self.model, self.data.val, windows, cfg.micro_batch, self.dtype)
+        p.val_loss = validation_loss(self.model, self.data.val, self.eval_windows, cfg.micro_batch, self.dtype)
         if not math.isfinite(p.val_loss):
             self.fail_not_finite(p.step)
         p.val_bits_per_char = self.bits_per_char(p.val_loss)
@@ -247,7 +249,7 @@ class Run:
         if preview is not None and cfg.sample_tokens:
             prompt = cfg.sample_start or self.tokenizer.decode(self.data.val.read(0, 8).tolist())
             self.model.eval()
-            with torch.compiler.set_stance("force_eager"):
+            with eager(self.model):
                 log("  " + preview(self.model, self.tokenizer, prompt, cfg.sample_tokens).replace("\n", "\n  "))
             self.model.train()
 
@@ -257,11 +259,13 @@ class Run:
         return nats_per_token * len(val) / max(1, val.characters) / math.log(2)
 
     def save(self) -> None:
-        """Write a checkpoint; where the disk is full the run goes on with the last one in place."""
+        """Write a checkpoint; where the disk is full the run goes on with the last one, and the best, in place."""
         try:
             save_checkpoint(self.out, self.model, self.tokenizer, self.optimizers, self.scaler, self.progress,
                             self.data.eot_id, self.cfg.train.save_interval)  # fmt: skip
+            self.saved_best = (self.progress.best_step, self.progress.best_val_loss)
         except OSError as e:
+            self.progress.best_step, self.progress.best_val_loss = self.saved_best
             warn(f"checkpoint of step {self.progress.step} could not be written ({e}); training goes on, "
                  "the checkpoint before it is still whole: free some space")  # fmt: skip
 

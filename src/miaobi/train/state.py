@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -56,14 +57,18 @@ def open_run(cfg: RunConfig, origin: Origin) -> Path | None:
     Raises UserError where the directory holds a run of another configuration, or nothing where a run was asked for.
     """
     out = Path(cfg.train.out_dir)
-    last = pointed(out / "checkpoints" / "last")
-    if last is not None and cfg.train.init_from == "scratch" and origin.get("init_from") == "command line":
+    link = out / "checkpoints" / "last"
+    last = pointed(link)
+    if os.path.lexists(link) and cfg.train.init_from == "scratch" and origin.get("init_from") == "command line":
         number = 1
         while (aside := out.with_name(f"{out.name}.old-{number}")).exists():
             number += 1
         out.rename(aside)
         log(f"--init_from=scratch: the run that was in {out} is now {aside}")
         last = None
+    elif last is None and os.path.lexists(link):
+        raise UserError(f"{link} names a checkpoint that is gone; continue from another with --resume_from="
+                        f"{link.parent}/step-N in a new --out_dir, or start over with --init_from=scratch")  # fmt: skip
     if last is not None:
         refuse_changes(out, cfg)
         return last
@@ -141,7 +146,7 @@ def save_checkpoint(
         save_model(aside, model, tokenizer, eot_id)
         (aside / "train_state").mkdir()
         state = {"optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict()}
-        torch.save(state, aside / "train_state" / "optimizer.pt")
+        write_state(state, aside / "train_state" / "optimizer.pt")
         text = json.dumps(asdict(progress), ensure_ascii=False)
         (aside / "train_state" / "progress.json").write_text(text, encoding="utf-8")
     if progress.best_step == progress.step:
@@ -153,6 +158,16 @@ def save_checkpoint(
         if old not in keep and not regular:
             shutil.rmtree(old)
     return path
+
+
+def write_state(state: dict[str, Any], path: Path) -> None:
+    """torch.save, whose own error for a full disk is a RuntimeError without a reason. Raises OSError."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as e:
+        if "PytorchStreamWriter" not in str(e) and "unexpected pos" not in str(e):
+            raise
+        raise OSError(f"{path.name} was not written whole; is the disk full?") from e
 
 
 def load_progress(checkpoint: Path) -> Progress:

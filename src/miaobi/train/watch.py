@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from miaobi.console import warn
 from miaobi.errors import UserError
 
 
@@ -24,6 +25,7 @@ class Metrics:
         if start and path.exists():  # a killed run may have logged steps that are now run again
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= start]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self.warned = False
         self.file = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(out), purge_step=start or None)
         self.wandb = None
@@ -37,17 +39,30 @@ class Metrics:
     def log(self, step: int, **values: float | None) -> None:
         """One line of metrics.jsonl, one point of every curve."""
         known = {key: value for key, value in values.items() if value is not None}
-        self.file.write(json.dumps({"step": step, **known}) + "\n")
-        self.file.flush()
-        for key, value in known.items():
-            self.board.add_scalar(key, value, step)
+        with self.going_on():
+            self.file.write(json.dumps({"step": step, **known}) + "\n")
+            self.file.flush()
+        with self.going_on():
+            for key, value in known.items():
+                self.board.add_scalar(key, value, step)
         if self.wandb is not None:
             self.wandb.log(known, step=step)
 
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """A full disk costs curves, not the run; said once."""
+        try:
+            yield
+        except OSError as e:
+            if not self.warned:
+                warn(f"metrics could not be written ({e}); training goes on without them: free some space")
+            self.warned = True
+
     def close(self) -> None:
         """Flush everything."""
-        self.file.close()
-        self.board.close()
+        for sink in (self.file, self.board):
+            with self.going_on():
+                sink.close()
         if self.wandb is not None:
             self.wandb.finish()
 

@@ -1,0 +1,127 @@
+"""A small learnable text, and runs trained on it once per session."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; subprocesses inherit it, so that they end bit-identical
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import hypothesis
+import pytest
+import torch
+
+from miaobi import cli
+from miaobi.config import PrepareConfig
+from miaobi.overrides import load_config
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("miaobi", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("miaobi")
+
+WHO = "皇马 曼联 国家队 主教练 球迷 裁判 门将 前锋"
+DID = "赢得 输掉 期待 谈到 错过 准备"
+WHAT = "比赛 联赛 冠军 转会 训练"
+
+
+def sports_text(documents: int = 300, seed: int = 0) -> str:
+    """Documents of two to six sentences, who did what, separated by blank lines."""
+    draw = random.Random(seed)
+
+    def sentence() -> str:
+        return "".join(draw.choice(words.split()) for words in (WHO, DID, WHAT)) + draw.choice("。，！")
+
+    return "\n\n".join("".join(sentence() for _ in range(draw.randint(2, 6))) for _ in range(documents)) + "\n"
+
+
+def tiny(**values: object) -> list[str]:
+    """Command-line flags of a run that takes seconds; `values` replace or add some."""
+    flags = {
+        "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 8, "max_iters": 20,
+        "eval_interval": 10, "eval_iters": 2, "log_interval": 5, "sample_tokens": 0, "device": "cpu",
+        "dtype": "float32", "compile": False,
+    } | values  # fmt: skip
+    return [f"--{key}={value}" for key, value in flags.items()]
+
+
+class Answer(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def miaobi(capsys: pytest.CaptureFixture) -> Callable[..., Answer]:
+    """`miaobi("sample", run, "--json")` inside this process."""
+
+    def command(*args: object) -> Answer:
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main([str(a) for a in args])
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 1
+        return Answer(code, *capsys.readouterr())
+
+    return command
+
+
+@pytest.fixture
+def train() -> Callable[..., dict]:
+    """`train(out_dir=..., data=...)`: a tiny run through `load_config`, as `miaobi train` does it."""
+    from miaobi.train.loop import train as train_run
+
+    def run(preview=None, **values: object) -> dict:
+        given = [tuple(flag[2:].split("=", 1)) for flag in tiny(**values)]
+        return train_run(*load_config(None, given), preview)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text as a file."""
+    path = tmp_path_factory.mktemp("corpus") / "sports.txt"
+    path.write_text(sports_text(), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`prepared(tokenizer="bpe")`: the text prepared, once per set of settings."""
+    from miaobi.corpus.prepare import prepare
+
+    known: dict[tuple, Path] = {}
+
+    def get(**settings: object) -> Path:
+        key = tuple(sorted(settings.items()))
+        if key not in known:
+            known[key] = tmp_path_factory.mktemp("prepared") / "data"
+            prepare([str(corpus_file)], PrepareConfig(out=known[key], workers=1, **settings))
+        return known[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def trained(prepared: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """`trained("gpt2", "bpe")`: a run directory, trained once per session."""
+    from miaobi.train.loop import train as train_run
+
+    known: dict[tuple[str, str], Path] = {}
+
+    def get(family: str = "gpt2", tokenizer: str = "char") -> Path:
+        if (family, tokenizer) not in known:
+            out = known[family, tokenizer] = tmp_path_factory.mktemp("run") / f"{family}-{tokenizer}"
+            vocab_size = {"vocab_size": 400} if tokenizer == "bpe" else {}
+            data = prepared(tokenizer=tokenizer, **vocab_size)
+            flags = tiny(data=data, out_dir=out, family=family, bias=family == "gpt2", max_iters=40)
+            train_run(*load_config(None, [tuple(flag[2:].split("=", 1)) for flag in flags]))
+        return known[family, tokenizer]
+
+    return get

@@ -1,0 +1,219 @@
+"""Directories that exist whole or not at all, pointers, and damaged models."""
+
+import errno
+import json
+import os
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from miaobi.config import ModelConfig
+from miaobi.corpus.tokenizer import Tokenizer
+from miaobi.errors import UserError
+from miaobi.model.checkpoint import load_model, model_directory, point, pointed, save_model, written_whole
+from miaobi.model.families import to_hf
+from miaobi.model.transformer import Transformer
+
+TOKENIZER = Tokenizer.train_char(Counter("皇马赢得比赛"))
+CFG = ModelConfig(family="gpt2", n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=TOKENIZER.vocab_size)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A model directory."""
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", Transformer(CFG), TOKENIZER, TOKENIZER.eot_id)
+    return tmp_path / "model"
+
+
+def everything(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+# --- whole or not at all -----------------------------------------------------------------------------------------
+
+
+def test_what_is_written_appears_complete_and_replaces_what_was_there(tmp_path):
+    for content in ("one", "two"):
+        with written_whole(tmp_path / "step-1") as aside:
+            (aside / "deep").mkdir()
+            (aside / "deep" / "file").write_text(content)
+            assert not (tmp_path / "step-1" / "deep" / "file").exists() or content == "two"
+        assert everything(tmp_path) == {"step-1/deep/file": content.encode()}
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt(), SystemExit(1)])
+def test_a_failure_leaves_nothing_behind_and_the_old_directory_in_place(tmp_path, fault):
+    with written_whole(tmp_path / "step-1") as aside:
+        (aside / "file").write_text("old")
+
+    def write_and_fail() -> None:
+        with written_whole(tmp_path / "step-1") as aside:
+            (aside / "file").write_text("new")
+            raise fault
+
+    with pytest.raises(type(fault)):
+        write_and_fail()
+    assert everything(tmp_path) == {"step-1/file": b"old"}
+    assert os.listdir(tmp_path) == ["step-1"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_failing_flush_or_rename_leaves_nothing_half_done(tmp_path, monkeypatch, call):
+    def fail(*args: object) -> None:
+        raise OSError(errno.EIO, "injected")
+
+    monkeypatch.setattr(*((os, "fsync", fail) if call == "fsync" else (Path, "rename", fail)))
+    with pytest.raises(OSError, match="injected"), written_whole(tmp_path / "step-1") as aside:
+        (aside / "file").write_text("new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_leftovers_of_a_killed_process_do_not_get_in(tmp_path):
+    (tmp_path / ".step-1.tmp").mkdir()
+    (tmp_path / ".step-1.tmp" / "garbage").write_text("x")
+    with written_whole(tmp_path / "step-1") as aside:
+        (aside / "file").write_text("new")
+    assert everything(tmp_path) == {"step-1/file": b"new"}
+
+
+def test_files_are_flushed_before_the_name_appears(tmp_path, monkeypatch):
+    order = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("fsync"), fsync(fd))[1])
+    monkeypatch.setattr(Path, "rename", lambda a, b: (order.append("rename"), rename(a, b))[1])
+    with written_whole(tmp_path / "step-1") as aside:
+        for name in "abc":
+            (aside / name).write_text(name)
+    assert order == ["fsync"] * 4 + ["rename", "fsync"]  # three files and their directory, then the parent
+
+
+# --- pointers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["symlinks", "symlinks refused"])
+def links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "symlinks refused":
+
+        def refuse(*args: object, **kwargs: object) -> None:
+            raise OSError("A required privilege is not held by the client")
+
+        monkeypatch.setattr(Path, "symlink_to", refuse)
+
+
+@pytest.mark.usefixtures("links")
+def test_a_pointer_names_its_sibling_and_can_be_moved(tmp_path):
+    (run := tmp_path / "run").mkdir()
+    link = run / "last"
+    assert pointed(link) is None
+    for name in ("step-1", "step-2"):
+        (run / name).mkdir()
+        point(link, name)
+        assert pointed(link) == run / name
+    assert sorted(os.listdir(run)) == ["last", "step-1", "step-2"]
+    run.rename(moved := tmp_path / "moved")  # relative: a copied run still works
+    assert pointed(moved / "last") == moved / "step-2"
+    (moved / "step-2").rmdir()
+    assert pointed(moved / "last") is None
+
+
+def test_a_pointer_cannot_lead_out_of_its_run(tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last").write_text("../secret\n")
+    assert pointed(tmp_path / "run" / "last") is None
+
+
+@pytest.mark.usefixtures("links")
+def test_a_model_argument_is_a_run_or_a_model_directory(tmp_path, directory):
+    run = tmp_path / "run"
+    for name in ("step-1", "step-2"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+        save_model(run / "checkpoints" / name, Transformer(CFG), TOKENIZER, TOKENIZER.eot_id)
+    point(run / "checkpoints" / "best", "step-1")
+    point(run / "checkpoints" / "last", "step-2")
+    assert model_directory(directory) == directory
+    assert model_directory(run).resolve().name == "step-1"
+    assert model_directory(str(run), "last").resolve().name == "step-2"
+    assert model_directory(run, "step-2").name == "step-2"
+    with pytest.raises(UserError, match=r"no checkpoint 'step-9'; it has: best, last, step-1, step-2"):
+        model_directory(run, "step-9")
+
+
+def test_no_model_says_what_was_looked_for(tmp_path):
+    with pytest.raises(UserError, match="no such directory"):
+        model_directory(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"neither config\.json nor checkpoints/"):
+        model_directory(tmp_path)
+
+
+# --- damaged models ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.95])
+def test_a_file_cut_short_is_named(directory, name, kept):
+    whole = (directory / name).read_bytes()
+    (directory / name).write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(UserError, match=name):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_named(directory, name):
+    (directory / name).unlink()
+    with pytest.raises(UserError, match=name):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("config", ["[]", "3", '{"model_type": "gpt2"}', '{"model_type": "gpt2", "n_layer": "two"}'])
+def test_a_config_that_makes_no_sense_is_named(directory, config):
+    (directory / "config.json").write_text(config)
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_model(directory)
+
+
+def test_a_damaged_or_incomplete_index_is_named(directory):
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
+    index = directory / "model.safetensors.index.json"
+    for content in ("{", "{}", '{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'):
+        index.write_text(content)
+        with pytest.raises(UserError, match=r"index\.json|model-00002-of-00002"):
+            load_model(directory)
+
+
+class Bomb:
+    """A pickle of it creates a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_model_directory_is_executed(directory, tmp_path):
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
+    with pytest.raises(UserError, match=r"pytorch_model\.bin"):
+        load_model(directory)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_train_state_is_not_read_through_a_model_argument(directory, tmp_path):
+    (directory / "train_state").mkdir()
+    (directory / "train_state" / "optimizer.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
+    load_model(directory)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_saved_files_are_what_the_hub_expects(directory):
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+            "tokenizer_config.json"} <= set(os.listdir(directory))  # fmt: skip
+    generation = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+    assert generation["eos_token_id"] == TOKENIZER.eot_id
+    assert json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))["model_max_length"] == 8
+    assert all(t.is_contiguous() and t.dtype == torch.float32 for t in to_hf(load_model(directory)[0]).values())

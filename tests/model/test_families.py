@@ -1,0 +1,189 @@
+"""Our weights in transformers' models and theirs in ours: the same logits, both ways."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from miaobi.config import ModelConfig
+from miaobi.corpus.tokenizer import Tokenizer
+from miaobi.errors import UserError
+from miaobi.model.checkpoint import load_model, save_model
+from miaobi.model.families import hf_config
+from miaobi.model.transformer import Transformer
+
+SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 290}
+CONFIGS = {
+    "gpt2": ModelConfig(family="gpt2", **SIZES),
+    "gpt2-bias": ModelConfig(family="gpt2", bias=True, **SIZES),
+    "gpt2-tanh-untied-narrow": ModelConfig(
+        family="gpt2", activation="gelu_new", tie_word_embeddings=False, intermediate_size=48, norm_eps=1e-3, **SIZES
+    ),
+    "qwen3": ModelConfig(family="qwen3", **SIZES),
+    "qwen3-grouped": ModelConfig(family="qwen3", n_kv_head=2, rope_theta=5e5, norm_eps=1e-3, **SIZES),
+    "qwen3-untied-wide-heads": ModelConfig(
+        family="qwen3", n_kv_head=1, head_dim=16, tie_word_embeddings=False, intermediate_size=40, **SIZES
+    ),
+}
+TOKENIZER = Tokenizer.train_char(Counter("皇马赢得比赛的冠军和转会球迷们期待国家队错过点球主教练谈到"))
+X = torch.randint(0, SIZES["vocab_size"], (3, 16), generator=torch.Generator().manual_seed(0))
+
+
+def random_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Every parameter, biases and norms included, away from where it is born."""
+    torch.manual_seed(0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(params=CONFIGS)
+def ours(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Transformer, Path]:
+    """A random model and the directory it was saved in."""
+    model = random_weights(Transformer(CONFIGS[request.param]))
+    save_model(tmp_path, model, TOKENIZER, TOKENIZER.eot_id)
+    return model, tmp_path
+
+
+@torch.no_grad()
+def test_transformers_computes_our_logits(ours):
+    model, path = ours
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert type(theirs).__name__ == json.loads((path / "config.json").read_text())["architectures"][0]
+    torch.testing.assert_close(theirs.eval()(X).logits, model(X), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_loading_gives_the_same_model_back(ours):
+    model, path = ours
+    again, tokenizer = load_model(path)
+    torch.testing.assert_close(again.eval()(X), model(X), atol=0, rtol=0)
+    assert tokenizer.encode("皇马😀") == TOKENIZER.encode("皇马😀")
+    assert again.num_parameters() == model.num_parameters()
+    assert hf_config(again.cfg, TOKENIZER.eot_id) == json.loads((path / "config.json").read_text(encoding="utf-8"))
+
+
+def test_the_traps_of_the_formats_are_written_out(tmp_path):
+    for name in ("gpt2", "qwen3-grouped"):
+        (tmp_path / name).mkdir()
+        save_model(tmp_path / name, random_weights(Transformer(CONFIGS[name])), TOKENIZER, 0)
+    gpt2, qwen3 = (
+        json.loads((tmp_path / n / "config.json").read_text(encoding="utf-8")) for n in ("gpt2", "qwen3-grouped")
+    )
+    assert gpt2["activation_function"] == "gelu", "the seeds' GELU is the exact one"
+    assert gpt2["tie_word_embeddings"] is qwen3["tie_word_embeddings"] is True
+    assert qwen3["head_dim"] == 8
+    assert qwen3["rope_theta"] == qwen3["rope_parameters"]["rope_theta"] == 5e5
+    assert gpt2["vocab_size"] == qwen3["vocab_size"] == 290, "padding to 64 is internal"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2")
+    biases = {name: p for name, p in theirs.named_parameters() if name.endswith(".bias")}
+    assert len(biases) == 2 * 6 + 1
+    assert all((p == 0).all() for p in biases.values())
+
+
+HUB = {
+    "gpt2": transformers.GPT2Config(
+        n_layer=2, n_head=4, n_embd=32, n_positions=16, vocab_size=301, bos_token_id=0, eos_token_id=0
+    ),
+    "gpt2-untied": transformers.GPT2Config(
+        n_layer=2, n_head=4, n_embd=32, n_positions=16, vocab_size=301, n_inner=40, activation_function="gelu",
+        tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+    ),
+    "qwen3": transformers.Qwen3Config(
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=56,
+        head_dim=16, max_position_embeddings=16, vocab_size=301, tie_word_embeddings=False,
+    ),
+    "qwen3-tied-far": transformers.Qwen3Config(
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, hidden_size=32, intermediate_size=56,
+        head_dim=8, max_position_embeddings=16, vocab_size=301, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shards", ["10GB", "20KB"])
+@pytest.mark.parametrize("kind", HUB)
+@torch.no_grad()
+def test_models_saved_by_transformers_compute_the_same_here(tmp_path, kind, shards):
+    theirs = random_weights(transformers.AutoModelForCausalLM.from_config(HUB[kind]))
+    theirs.save_pretrained(tmp_path, max_shard_size=shards)
+    TOKENIZER.save(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shards == "20KB")
+    model, _ = load_model(tmp_path)
+    torch.testing.assert_close(model.eval()(X), theirs(X).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_half_precision_weights_of_the_hub_are_read_as_float32(tmp_path):
+    theirs = random_weights(transformers.AutoModelForCausalLM.from_config(HUB["qwen3"])).bfloat16()
+    theirs.save_pretrained(tmp_path)
+    TOKENIZER.save(tmp_path)
+    model, _ = load_model(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    torch.testing.assert_close(model.eval()(X), theirs(X).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_bare_body_of_an_old_gpt2_file_is_understood(tmp_path):
+    """openai-community/gpt2 on the hub has no `transformer.` prefix and carries its causal masks."""
+    from safetensors.torch import load_file, save_file
+
+    theirs = random_weights(transformers.AutoModelForCausalLM.from_config(HUB["gpt2"]))
+    theirs.save_pretrained(tmp_path)
+    TOKENIZER.save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    old = {name.removeprefix("transformer."): t for name, t in tensors.items() if name != "lm_head.weight"}
+    for i in range(2):
+        old[f"h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+    save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
+    model, _ = load_model(tmp_path)
+    torch.testing.assert_close(model.eval()(X), theirs(X).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("gpt2", {"model_type": "llama"}, "llama"),
+        ("gpt2", {"model_type": None}, "model_type"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
+        ("gpt2", {"activation_function": "relu"}, "relu"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "yarn"),
+        ("qwen3", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ("qwen3", {"hidden_act": "gelu"}, "hidden_act"),
+    ],
+)
+def test_what_the_decoder_cannot_do_is_refused_by_name(tmp_path, name, changes, message):
+    save_model(tmp_path, Transformer(CONFIGS[name]), TOKENIZER, 0)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gpt2-bias", "qwen3"])
+def test_tensors_that_do_not_fit_the_config_are_named(tmp_path, name):
+    from safetensors.torch import load_file, save_file
+
+    save_model(tmp_path, random_weights(Transformer(CONFIGS[name])), TOKENIZER, 0)
+    whole = load_file(tmp_path / "model.safetensors")
+    for key in whole:
+        save_file({k: t for k, t in whole.items() if k != key}, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError):
+            load_model(tmp_path)
+    key = next(k for k in whole if k.endswith(("c_fc.weight", "down_proj.weight")))
+    for broken, message in (
+        (whole | {"extra.weight": torch.ones(3)}, "extra.weight"),
+        (whole | {key: whole[key][:-1].contiguous()}, "shape"),
+    ):
+        save_file(broken, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=message):
+            load_model(tmp_path)

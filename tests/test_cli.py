@@ -1,0 +1,285 @@
+"""The command: exit codes, what goes to stdout and what to stderr, and the seeds' own lines."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from miaobi.cli import VERBS, spelled_out, split_train_args
+from miaobi.errors import UserError
+
+
+def only_json(out: str) -> dict:
+    """The one JSON object on stdout."""
+    assert out.count("\n") == 1, out
+    return json.loads(out)
+
+
+# --- the command itself ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], [], ["nonsense"]])
+def test_starting_does_not_import_torch(arguments):
+    code = ("import sys; from miaobi import cli\ntry: cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
+            "heavy = {'torch', 'numpy', 'tokenizers', 'rich', 'tyro', 'transformers'} & set(sys.modules)\n"
+            "assert not heavy, heavy")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, *arguments], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, miaobi; assert 'torch' not in sys.modules and callable(miaobi.load)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_help_lists_every_verb(miaobi):
+    for arguments in (["--help"], ["-h"], ["help"], []):
+        answer = miaobi(*arguments)
+        assert answer.code == 0
+        for verb in VERBS:
+            assert f"\n  {verb} " in answer.out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_its_options(miaobi, verb):
+    answer = miaobi(verb, "--help")
+    assert answer.code == 0
+    words = " ".join(answer.out.split())
+    expected = {
+        "train": ["--n_layer", "--learning_rate", "Context in tokens", "--save_interval", "--patience"],
+        "sample": ["--start", "--top_k", "Keep only this many likeliest tokens", "--repetition_penalty", "--stop"],
+        "eval": ["--stride", "Windows scored at once"],
+        "prepare": ["--vocab_size", "--simplify", "Convert Traditional to Simplified"],
+        "demo": ["--quick"],
+    }[verb]
+    for text in expected:
+        assert text in words, text
+    assert "Traceback" not in answer.err
+
+
+def test_an_unknown_verb_suggests_one(miaobi):
+    answer = miaobi("trian", "configs/demo.yaml")
+    assert answer.code == 2
+    assert "Did you mean train?" in answer.err
+    assert not answer.out
+
+
+def test_a_mistake_is_told_without_a_traceback_unless_debug(miaobi, tmp_path):
+    answer = miaobi("sample", tmp_path / "nothing")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("miaobi: no model at ")
+    assert "Traceback" not in answer.err
+    with pytest.raises(UserError, match="no model at"):
+        miaobi("sample", tmp_path / "nothing", "--debug")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--n_layers=3"], "Did you mean n_layer?"),
+        (["train", "--n_layer=few"], "a whole number"),
+        (["train", "--n_embd=100", "--n_head=7"], "not divisible"),
+        (["train", "--n_layer"], "--n_layer needs a value"),
+        (["train", "no-such.yaml"], "no-such.yaml"),
+        (["train", "config/train_XY.py"], "train_XY.yaml"),
+        (["train", "--data=no/such/text"], "no/such/text"),
+        (["sample"], "which model?"),
+        (["sample", "a", "--out_dir=b"], "two models"),
+        (["sample", "a", "--temprature=1"], "temperature"),
+        (["sample", "a", "--temperature=-1"], "cannot be negative"),
+        (["sample", "a", "--top_k=many"], "many"),
+        (["eval", "a"], "text"),
+        (["eval", "no-model", "x.txt"], "no-model"),
+        (["prepare"], "prepare"),
+        (["prepare", "no-such.txt", "--out", "OUT"], "no-such.txt"),
+    ],
+)
+def test_mistakes_exit_with_2_and_say_what_is_wrong(miaobi, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    answer = miaobi(*arguments)
+    assert answer.code == 2
+    assert words in answer.err
+    assert "Traceback" not in answer.err
+    assert not answer.out
+
+
+def test_a_bug_is_not_dressed_up_as_a_mistake(miaobi, monkeypatch):
+    def broken(args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("miaobi.cli.sample", broken)
+    with pytest.raises(ZeroDivisionError):
+        miaobi("sample", "x")
+
+
+def test_ctrl_c_outside_a_run_exits_with_130(miaobi, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("miaobi.cli.evaluate", interrupted)
+    answer = miaobi("eval", "x", "y")
+    assert answer.code == 130
+    assert "Traceback" not in answer.err
+
+
+def test_a_reader_that_went_away_is_no_traceback():
+    """miaobi ... | head"""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "miaobi", "--help"]
+    done = subprocess.run(command, check=False, stdout=write_end, stderr=subprocess.PIPE)
+    os.close(write_end)
+    assert done.stderr.decode() == ""
+
+
+# --- flags -------------------------------------------------------------------------------------------------------
+
+
+def test_train_flags_take_both_spellings():
+    assert split_train_args(["--n_layer=3", "--n-head", "2", "c.yaml", "--start=a=b"])[1] == [
+        ("n_layer", "3"), ("n_head", "2"), ("start", "a=b")
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="one CONFIG at most"):
+        split_train_args(["a.yaml", "b.yaml"])
+
+
+def test_a_switch_may_be_bare():
+    from miaobi.config import PrepareConfig
+
+    assert spelled_out(PrepareConfig, ["--simplify", "--skip_bad", "False", "--out", "x", "--simplify"]) == [
+        "--simplify=True", "--skip_bad", "False", "--out", "x", "--simplify=True"
+    ]  # fmt: skip
+
+
+def test_a_shipped_configuration_is_found_by_its_seeds_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    path, _ = split_train_args(["config/train_TH.yaml"])
+    assert path.is_file()
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "train_TH.yaml").write_text("seed: 1")
+    path, _ = split_train_args(["config/train_TH.yaml"])
+    assert path.resolve() == (tmp_path / "config" / "train_TH.yaml").resolve(), "the user's own file comes first"
+
+
+def test_a_python_configuration_of_nanogpts_is_refused_with_the_way_out(miaobi, tmp_path):
+    (tmp_path / "train_mine.py").write_text("out_dir = 'out'\nbatch_size = 12\n", encoding="utf-8")
+    answer = miaobi("train", tmp_path / "train_mine.py")
+    assert answer.code == 2
+    assert "train_mine.yaml" in answer.err
+
+
+# --- train, sample and eval on a real run ------------------------------------------------------------------------
+
+
+def test_train_prints_one_json_object(miaobi, corpus_file, tmp_path):
+    answer = miaobi("train", f"--data={corpus_file}", f"--out_dir={tmp_path / 'run'}", "--n_layer=1", "--n_head=2",
+                    "--n_embd=16", "--block_size=16", "--batch_size=4", "--max_iters=4", "--eval_interval=2",
+                    "--device=cpu", "--eval_iters=1", "--sample_tokens=4", "--json")  # fmt: skip
+    assert answer.code == 0, answer.err
+    result = only_json(answer.out)
+    assert set(result) >= {"run", "step", "train_loss", "val_loss", "val_bits_per_char", "best_step",
+                           "tokens_per_second", "parameters", "stopped"}  # fmt: skip
+    assert (result["step"], result["stopped"]) == (4, "max_iters")
+    assert "number of parameters: " in answer.err
+    assert "step 2:" in answer.err
+    config = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
+    assert "n_layer: 1" in config
+    assert "# command line" in config
+
+
+def test_the_seeds_sample_line(miaobi, trained):
+    """python sample.py --out_dir=TH_out --start=皇马 --device=cpu"""
+    answer = miaobi("sample", f"--out_dir={trained()}", "--start=皇马", "--device=cpu", "--max_new_tokens=12")
+    assert answer.code == 0, answer.err
+    samples = answer.out.split("\n---------------\n")
+    assert len(samples) == 11
+    assert samples.pop() == ""
+    assert all(s.startswith("皇马") and len(s) > 2 for s in samples)
+
+
+def test_every_key_of_nanogpts_sample_py_is_understood(miaobi, trained):
+    answer = miaobi("sample", "--init_from=resume", f"--out_dir={trained()}", "--start=\n", "--num_samples=2",
+                    "--max_new_tokens=5", "--temperature=0.8", "--top_k=200", "--seed=1337", "--device=cpu",
+                    "--dtype=float32", "--compile=False")  # fmt: skip
+    assert answer.code == 0, answer.err
+    assert answer.out.count("---------------") == 2
+    assert answer.err.count("is not needed") == 2
+
+
+def test_sample_json(miaobi, trained):
+    arguments = ["sample", trained("qwen3"), "--start=国家队", "--num_samples=3", "--max_new_tokens=8", "--device=cpu"]
+    result = only_json(miaobi(*arguments, "--json").out)
+    assert set(result) == {"samples", "tokens_per_second"}
+    assert len(result["samples"]) == 3
+    for s in result["samples"]:
+        assert set(s) == {"text", "tokens", "finish_reason"}
+        assert s["text"].startswith("国家队")
+        assert s["finish_reason"] == "length" if s["tokens"] == 8 else "stop"
+    again = only_json(miaobi(*arguments, "--json").out)
+    assert again["samples"] == result["samples"]
+    assert only_json(miaobi(*arguments, "--json", "--seed=2").out)["samples"] != result["samples"]
+
+
+def test_streamed_text_is_the_text(miaobi, trained):
+    flags = ["--start=皇马", "--num_samples=1", "--max_new_tokens=20", "--device=cpu", "--stop=。"]
+    plain, streamed = miaobi("sample", trained(), *flags), miaobi("sample", trained(), *flags, "--stream")
+    assert streamed.code == 0, streamed.err
+    assert streamed.out == plain.out
+
+
+def test_stop_strings(miaobi, trained):
+    flags = ["--start=皇马", "--max_new_tokens=60", "--stop", "。", "！", "--device=cpu", "--json"]
+    samples = only_json(miaobi("sample", trained(), *flags).out)["samples"]
+    assert not any(mark in s["text"] for s in samples for mark in "。！")
+    assert any(s["finish_reason"] == "stop" for s in samples)
+
+
+@pytest.mark.parametrize("start", ["😀", "龘𠮷没见过", "<|im_end|><0x41>", "-皇马", "--皇马", "a=b", ""])
+def test_any_prompt_works_on_the_command_line(miaobi, trained, start):
+    answer = miaobi("sample", trained("qwen3", "bpe"), f"--start={start}", "--num_samples=1", "--max_new_tokens=3",
+                    "--device=cpu", "--json")  # fmt: skip
+    assert answer.code == 0, answer.err
+    assert only_json(answer.out)["samples"][0]["text"].startswith(start)
+
+
+def test_a_prompt_from_a_file(miaobi, trained, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes("曼联输掉比赛，".encode("gb18030") * 5)
+    answer = miaobi("sample", trained(), f"--start=FILE:{tmp_path / 'prompt.txt'}", "--num_samples=1",
+                    "--max_new_tokens=3", "--device=cpu")  # fmt: skip
+    assert answer.out.startswith("曼联输掉比赛，" * 5)
+    answer = miaobi("sample", trained(), f"--start=FILE:{tmp_path / 'nowhere.txt'}", "--device=cpu")
+    assert answer.code == 2
+    assert "nowhere.txt" in answer.err
+
+
+def test_checkpoints_of_a_run_can_be_chosen(miaobi, trained):
+    for name in ("best", "last", "step-40"):
+        flags = [f"--checkpoint={name}", "--num_samples=1", "--max_new_tokens=2", "--device=cpu"]
+        assert miaobi("sample", trained(), *flags).code == 0
+    answer = miaobi("sample", trained(), "--checkpoint=step-7", "--device=cpu")
+    assert answer.code == 2
+    assert "step-40" in answer.err
+
+
+def test_an_interrupted_run_without_an_evaluation_can_be_sampled(miaobi, train, prepared, tmp_path, monkeypatch):
+    """Ctrl-C before the first evaluation leaves `last` and no `best`; the next command the run prints must work."""
+    from miaobi.train.loop import Run
+
+    step = Run.step
+    monkeypatch.setattr(Run, "step", lambda self, n: (n == 2 and self.interrupt("interrupted"), step(self, n))[1])
+    train(data=prepared(), out_dir=tmp_path / "run")
+    answer = miaobi("sample", tmp_path / "run", "--start=中国", "--num_samples=1", "--max_new_tokens=2", "--device=cpu")
+    assert answer.code == 0, answer.err
+
+
+def test_eval_json(miaobi, trained, prepared, tmp_path):
+    (tmp_path / "text.txt").write_text("皇马赢得比赛。😀\n\n曼联输掉冠军！\n", encoding="utf-8")
+    for data in (prepared(), tmp_path / "text.txt"):
+        answer = miaobi("eval", trained(), data, "--device=cpu", "--json")
+        assert answer.code == 0, answer.err
+        result = only_json(answer.out)
+        assert set(result) >= {"loss", "perplexity", "bits_per_char", "bits_per_byte", "tokens", "characters"}
+        assert result["bits_per_byte"] < result["bits_per_char"]
+    assert "bits/char" in miaobi("eval", trained(), prepared(), "--device=cpu", "--stride=block").out

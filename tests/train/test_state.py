@@ -1,0 +1,245 @@
+"""A run on disk: what it keeps, what it refuses, and how it goes on."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from miaobi.errors import UserError
+from miaobi.model.checkpoint import pointed
+from miaobi.train.state import Progress, find_state, load_progress
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(p.name for p in (run / "checkpoints").iterdir())
+
+
+def weights(run: Path, name: str = "last") -> bytes:
+    return (pointed(run / "checkpoints" / name) / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(prepared, tmp_path_factory) -> Path:
+    """A run of 30 steps, evaluated every 10; copy it before changing it."""
+    from miaobi.overrides import load_config
+    from miaobi.train.loop import train as train_run
+
+    out = tmp_path_factory.mktemp("state") / "run"
+    train_run(*load_config(None, list(settings(prepared(), out).items())))
+    return out
+
+
+def settings(data: Path, out: Path) -> dict[str, str]:
+    return {"data": str(data), "out_dir": str(out), "n_layer": "1", "n_head": "2", "n_embd": "16", "block_size": "16",
+            "batch_size": "4", "max_iters": "30", "eval_interval": "10", "eval_iters": "2", "sample_tokens": "0",
+            "device": "cpu", "dtype": "float32", "compile": "False", "schedule": "constant",
+            "warmup_iters": "0", "log_interval": "5", "dropout": "0.1"}  # fmt: skip
+
+
+@pytest.fixture
+def again(prepared, finished, tmp_path, monkeypatch):
+    """A copy of the finished run, and `again(key=value)`: the same command on it, with changes."""
+    from miaobi.overrides import load_config
+    from miaobi.train.loop import train as train_run
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    config = (run / "config.yaml").read_text(encoding="utf-8")
+    (run / "config.yaml").write_text(config.replace(str(finished), str(run)), encoding="utf-8")
+
+    def command(**changes: object) -> dict:
+        given = settings(prepared(), run) | {key: str(value) for key, value in changes.items()}
+        return train_run(*load_config(None, list(given.items())))
+
+    command.run = run
+    return command
+
+
+# --- what is kept ------------------------------------------------------------------------------------------------
+
+
+def test_best_and_last_are_kept_and_nothing_else(finished):
+    steps = {p.resolve().name for p in (pointed(finished / "checkpoints" / n) for n in ("best", "last"))}
+    assert checkpoints(finished) == sorted({"best", "last"} | steps)
+    assert "step-30" in steps
+    assert os.readlink(finished / "checkpoints" / "last") == "step-30", "relative"
+    assert {"config.yaml", "metrics.jsonl", "checkpoints"} <= set(os.listdir(finished))
+    assert {"optimizer.pt", "progress.json"} == set(os.listdir(finished / "checkpoints" / "last" / "train_state"))
+
+
+def test_best_is_the_step_with_the_lowest_validation_loss(train, prepared, tmp_path):
+    result = train(data=prepared(), out_dir=tmp_path / "run", max_iters=40, eval_interval=5, learning_rate=0.03)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    best = min(losses, key=losses.get)
+    assert (result["best_step"], result["best_val_loss"]) == (best, losses[best])
+    assert pointed(tmp_path / "run" / "checkpoints" / "best").name == f"step-{best}"
+
+
+def test_every_nth_checkpoint_is_kept_where_asked_also_between_evaluations(train, prepared, tmp_path):
+    train(data=prepared(), out_dir=tmp_path / "run", max_iters=20, eval_interval=10, save_interval=4)
+    assert {"step-4", "step-8", "step-12", "step-16", "step-20"} <= set(checkpoints(tmp_path / "run"))
+
+
+# --- the same command again --------------------------------------------------------------------------------------
+
+
+def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(again, capsys):
+    before = weights(again.run)
+    result = again()
+    assert (result["step"], result["stopped"]) == (30, "max_iters")
+    assert "finished" in capsys.readouterr().err
+    assert weights(again.run) == before
+    assert result["val_loss"] == load_progress(again.run / "checkpoints" / "last").val_loss
+
+
+def test_a_larger_max_iters_extends_to_what_a_longer_run_would_have_been(again, prepared, tmp_path):
+    from miaobi.overrides import load_config
+    from miaobi.train.loop import train as train_run
+
+    assert again(max_iters=50)["step"] == 50
+    longer = settings(prepared(), tmp_path / "longer") | {"max_iters": "50"}
+    train_run(*load_config(None, list(longer.items())))
+    assert weights(again.run) == weights(tmp_path / "longer")
+    assert again(max_iters=50)["stopped"] == "max_iters"
+    with pytest.raises(UserError, match=r"max_iters=50, now max_iters=30: max_iters can only grow"):
+        again()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"n_layer": 2}, {"learning_rate": 5e-4}, {"batch_size": 8}, {"seed": 1}, {"dropout": 0.2}, {"beta2": 0.99},
+     {"data": "elsewhere"}, {"dtype": "bfloat16"}, {"optimizer": "adamw"}],
+)  # fmt: skip
+def test_a_changed_setting_is_refused_by_name_with_both_ways_out(again, change):
+    before = (again.run / "config.yaml").read_bytes(), weights(again.run)
+    (key,) = change
+    with pytest.raises(UserError, match=rf"{key}=.*now {key}=.*--out_dir.*--init_from=scratch"):
+        again(**change)
+    assert before == ((again.run / "config.yaml").read_bytes(), weights(again.run))
+
+
+def test_evaluating_a_finished_run_is_no_change(again):
+    before = weights(again.run)
+    result = again(eval_only=True)
+    assert (result["stopped"], result["step"]) == ("eval_only", 30)
+    assert result["val_loss"] == pytest.approx(load_progress(again.run / "checkpoints" / "last").val_loss, abs=1e-6)
+    assert weights(again.run) == before
+    assert again()["stopped"] == "max_iters"
+
+
+def test_init_from_scratch_moves_the_old_run_aside(again, capsys):
+    before = weights(again.run)
+    assert again(init_from="scratch", seed=5)["step"] == 30
+    assert weights(again.run) != before
+    assert weights(again.run.with_name("run.old-1")) == before
+    assert "run.old-1" in capsys.readouterr().err
+    again(init_from="scratch")
+    assert again.run.with_name("run.old-2").is_dir()
+
+
+def test_init_from_resume_wants_something_to_resume(again, tmp_path):
+    assert again(init_from="resume", max_iters=31)["step"] == 31
+    with pytest.raises(UserError, match="no checkpoint"):
+        again(init_from="resume", out_dir=tmp_path / "new")
+
+
+# --- resume_from and init_from -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [".", "checkpoints/last", "checkpoints/step-30"])
+def test_resume_from_continues_another_run_elsewhere(again, tmp_path, name):
+    expected = again(out_dir=tmp_path / "new", resume_from=again.run / name, max_iters=40)
+    assert expected["step"] == 40
+    again(max_iters=40)
+    assert weights(tmp_path / "new") == weights(again.run)
+    assert again(out_dir=tmp_path / "new", resume_from=again.run / name, max_iters=40)["stopped"] == "max_iters"
+
+
+def test_resume_from_something_else_is_explained(tmp_path):
+    with pytest.raises(UserError, match="no train_state"):
+        find_state(str(tmp_path))
+    with pytest.raises(UserError, match="converted"):
+        find_state("checkpoints/pretrained/cpt300M.pth")
+
+
+def test_resume_from_a_model_of_another_size_is_refused_by_name(again, tmp_path):
+    with pytest.raises(UserError, match="n_layer"):
+        again(out_dir=tmp_path / "new", resume_from=again.run, n_layer=2, max_iters=40)
+
+
+def test_other_data_is_refused(again, prepared, tmp_path):
+    with pytest.raises(UserError, match="data"):
+        again(out_dir=tmp_path / "new", resume_from=again.run, data=prepared(split="tail"), max_iters=40)
+
+
+def test_init_from_starts_a_new_run_from_a_models_weights(train, trained, prepared, tmp_path):
+    """Fine-tuning: the weights of a model, none of its steps."""
+    model = trained("gpt2", "char")
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "family": "gpt2", "bias": True}
+    result = train(data=prepared(), out_dir=tmp_path / "new", init_from=model, max_iters=1, learning_rate=1e-9, **sizes)
+    assert result["step"] == 1
+    from miaobi.model.checkpoint import load_model
+
+    before, after = (dict(load_model(path, "best")[0].named_parameters()) for path in (model, tmp_path / "new"))
+    assert before.keys() == after.keys()
+    assert all((before[name] - after[name]).abs().max() < 1e-6 for name in before)
+
+
+def test_init_from_prepares_raw_text_with_the_models_tokenizer(train, trained, tmp_path):
+    text = "前锋罚进点球，鱻鱻没见过的字。\n\n" + "皇马期待冠军！\n\n门将错过比赛。\n\n" * 40
+    (tmp_path / "more.txt").write_text(text, encoding="utf-8")
+    train(data=tmp_path / "more.txt", out_dir=tmp_path / "new", init_from=trained("qwen3", "char"), max_iters=2,
+          family="qwen3", dedup="none")  # fmt: skip
+    ours, theirs = (
+        (path / "tokenizer.json").read_bytes()
+        for path in (tmp_path / "new" / "checkpoints" / "last", trained("qwen3", "char") / "checkpoints" / "last")
+    )
+    assert ours == theirs
+
+
+def test_init_from_a_model_with_another_tokenizer_is_refused(train, trained, prepared, tmp_path):
+    with pytest.raises(UserError, match="another tokenizer"):
+        train(data=prepared(tokenizer="bpe", vocab_size=400), out_dir=tmp_path / "new", init_from=trained("gpt2"))
+
+
+def test_sizes_that_contradict_the_model_started_from_are_refused(train, trained, prepared, tmp_path):
+    with pytest.raises(UserError, match="n_layer"):
+        train(data=prepared(), out_dir=tmp_path / "new", init_from=trained("gpt2"), family="gpt2", bias=True, n_layer=3)
+
+
+# --- damage ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("name", ["model.safetensors", "train_state/optimizer.pt", "train_state/progress.json"])
+def test_a_checkpoint_cut_short_is_an_error_that_names_the_file(again, name, kept):
+    file = pointed(again.run / "checkpoints" / "last") / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(UserError, match=Path(name).name):
+        again(max_iters=40)
+
+
+def test_a_pointer_to_nothing_does_not_start_over_in_silence(again):
+    """Somebody deleted step-30 by hand: what is left must not be overwritten by a run from step 0."""
+    shutil.rmtree(pointed(again.run / "checkpoints" / "last"))
+    with pytest.raises(UserError, match="last"):
+        again()
+
+
+def test_progress_survives_its_file(tmp_path):
+    progress = Progress(step=7, tokens=9, history=[[5.0, 1.0, 2.0]], best_step=5, best_val_loss=2.0, data="x")
+    (tmp_path / "train_state").mkdir()
+    from dataclasses import asdict
+
+    (tmp_path / "train_state" / "progress.json").write_text(json.dumps(asdict(progress)))
+    assert load_progress(tmp_path) == progress
+
+
+def test_a_run_directory_that_is_a_file_is_refused(again, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        again(out_dir=tmp_path / "file")

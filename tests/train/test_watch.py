@@ -1,0 +1,114 @@
+"""What a run writes down and warns of."""
+
+import json
+import os
+import signal
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from miaobi.train.watch import Metrics, on_signals, overfitting, since_best
+
+RISING = [[100, 4.0, 4.5], [200, 3.0, 4.2], [300, 2.0, 5.1], [400, 1.2, 5.2], [500, 0.3, 6.4], [600, 0.13, 7.2]]
+
+
+def test_the_seeds_overfitting_is_told_in_plain_words():
+    """Its figures: train 1.18, 0.30, 0.13 while validation went 5.20, 6.41, 7.19."""
+    seed = [[2000, 1.1798, 5.1980], [3000, 0.2954, 6.4054], [4000, 0.1332, 7.1862]]
+    warning = overfitting(seed)
+    assert "by heart" in warning
+    assert "1.18 -> 0.13" in warning
+    assert "5.20 -> 7.19" in warning
+    assert "step 2000" in warning, "the best checkpoint so far"
+    assert "step 200 " in overfitting(RISING)
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [],
+        RISING[:2],
+        RISING[:3],  # validation rose once
+        [[1, 3.0, 5.0], [2, 3.1, 5.1], [3, 3.2, 5.2]],  # both rise: a rate too high, not learning by heart
+        [[1, 3.0, 5.0], [2, 2.0, 4.0], [3, 1.0, 3.0]],
+        [[1, 3.0, 5.0], [2, 2.0, 5.1], [3, 1.0, 5.05]],
+    ],
+)
+def test_no_warning_without_cause(history):
+    assert overfitting(history) is None
+
+
+@given(st.lists(st.floats(0, 10), max_size=20))
+def test_evaluations_since_the_best(losses):
+    count, best = 0, float("inf")
+    for loss in losses:
+        count, best = (0, loss) if loss < best else (count + 1, best)
+    assert since_best([[i, 0.0, loss] for i, loss in enumerate(losses)]) == count
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_figures_go_to_metrics_jsonl_and_tensorboard(tmp_path):
+    metrics = Metrics(tmp_path, 0, None)
+    for step in (10, 20):
+        metrics.log(step, train_loss=5.0 / step, val_loss=None)
+    metrics.close()
+    assert lines(tmp_path) == [{"step": 10, "train_loss": 0.5}, {"step": 20, "train_loss": 0.25}]
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    assert board.Tags()["scalars"] == ["train_loss"]
+    assert [(e.step, e.value) for e in board.Scalars("train_loss")] == [(10, 0.5), (20, 0.25)]
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
+    metrics = Metrics(tmp_path, 0, None)
+    metrics.log(10, train_loss=1.0)
+    assert lines(tmp_path) == [{"step": 10, "train_loss": 1.0}]
+    metrics.close()
+
+
+def test_what_a_killed_run_logged_after_its_checkpoint_is_dropped(tmp_path):
+    metrics = Metrics(tmp_path, 0, None)
+    for step in range(10, 60, 10):
+        metrics.log(step, train_loss=float(step))
+    metrics.close()
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 6')  # cut by the kill
+    metrics = Metrics(tmp_path, 30, None)
+    metrics.log(40, train_loss=-1.0)
+    metrics.close()
+    assert [(row["step"], row["train_loss"]) for row in lines(tmp_path)] == [(10, 10), (20, 20), (30, 30), (40, -1)]
+
+
+def test_a_new_run_starts_a_new_file(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "train_loss": 1}\n')
+    Metrics(tmp_path, 0, None).close()
+    assert lines(tmp_path) == []
+
+
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_signals_become_requests_and_the_old_handlers_return(number, reason):
+    heard, before = [], signal.getsignal(number)
+    with on_signals(heard.append):
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+    assert heard == [reason, reason]
+    assert signal.getsignal(number) is before
+
+
+def test_a_thread_that_may_not_handle_signals_still_trains():
+    done = []
+
+    def body() -> None:
+        with on_signals(done.append):
+            done.append("ran")
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert done == ["ran"]
