@@ -134,60 +134,59 @@ class Run:
     def steps(self, metrics: Metrics, bar: Bar, task, preview: Preview | None) -> None:
         """The loop itself."""
         p, cfg = self.progress, self.cfg.train
-        T = self.model.cfg.block_size
-        loss_sum = torch.tensor(p.loss_sum, dtype=torch.float64)
-        since_log, seconds_log, tokens_log = [], 0.0, 0
-        figures = ""
+        waiting, tokens, seconds, figures = [], 0, 0.0, ""  # since the last line of metrics
         self.model.train()
         if p.step and self.is_due(p.step) and p.evaluated != p.step:  # interrupted just before it
-            self.evaluate(metrics, T, preview)
+            self.evaluate(metrics, preview)
             self.save()
-            loss_sum.zero_()
         while p.step < self.total_steps and p.stopped is None:
             started = time.perf_counter()
-            loss, norm, tokens = self.step(p.step)
-            since_log.append(loss)
-            p.step += 1
-            p.tokens += tokens
-            evaluate = self.is_due(p.step)
-            if p.step % cfg.log_interval == 0 or evaluate or self.interrupted:
-                losses = torch.stack(since_log).cpu().double()  # the only wait for the device
-                elapsed = time.perf_counter() - started
-                if not bool(torch.isfinite(losses).all()):
-                    self.fail_not_finite(p.step - len(losses) + int((~torch.isfinite(losses)).nonzero()[0]) + 1)
-                loss_sum += losses.sum()
-                p.loss_sum, p.loss_steps = loss_sum.item(), p.loss_steps + len(losses)
-                seconds_log, tokens_log = seconds_log + elapsed, tokens_log + tokens
-                speed = tokens_log / seconds_log
-                share = rate(p.step - 1, self.optim)
-                metrics.log(
-                    p.step,
-                    train_loss=losses.mean().item(),
-                    learning_rate=share * self.optim.learning_rate,
-                    grad_norm=norm.item(),
-                    tokens_per_second=speed,
-                    mfu=speed * self.flops_per_token() / self.peak,
-                    epoch=p.tokens / len(self.data.train),
-                )
-                figures = f"loss {losses.mean():.3f}  {speed:,.0f} tok/s"
-                if not console.is_terminal:
-                    log(f"step {p.step}/{self.total_steps}  {figures}")
-                since_log, seconds_log, tokens_log = [], 0.0, 0
-                p.seconds += elapsed
-            else:
-                elapsed = time.perf_counter() - started
-                seconds_log, tokens_log = seconds_log + elapsed, tokens_log + tokens
-                p.seconds += elapsed
+            loss, norm, scored = self.step(p.step)
+            waiting.append(loss)
+            p.step, p.tokens, tokens = p.step + 1, p.tokens + scored, tokens + scored
+            due, interrupted = self.is_due(p.step), self.interrupted  # a signal may come at any time: look once
+            save = due or interrupted or bool(cfg.save_interval and p.step % cfg.save_interval == 0)
+            losses = None
+            if save or p.step % cfg.log_interval == 0:
+                losses = torch.stack(waiting).cpu().double()  # the only wait for the device
+            seconds += time.perf_counter() - started
+            if losses is not None:
+                figures = self.record(metrics, losses, norm.item(), tokens, seconds)
+                waiting, tokens, seconds = [], 0, 0.0
             bits = f"  val {p.val_bits_per_char:.3f} bits/char" if p.val_bits_per_char else ""
             bar.update(task, completed=p.step, figures=figures + bits)
-            if evaluate and not self.interrupted:
-                self.evaluate(metrics, T, preview)
-                loss_sum.zero_()
-            if evaluate or self.interrupted or (cfg.save_interval and p.step % cfg.save_interval == 0):
+            if due and not interrupted:
+                self.evaluate(metrics, preview)
+            if save:
                 self.save()
-            if self.interrupted:
-                p.stopped = self.interrupted
-                log(f"{self.interrupted}: saved step {p.step} in {self.out}; the same command again goes on from there")
+            if interrupted:
+                p.stopped = interrupted
+                log(f"{interrupted}: saved step {p.step} in {self.out}; the same command again goes on from there")
+
+    def record(self, metrics: Metrics, losses: torch.Tensor, norm: float, tokens: int, seconds: float) -> str:
+        """Write down the last steps, whose losses are (steps,) float64; returns the figures to show.
+
+        Raises UserError for a loss that is not finite.
+        """
+        p = self.progress
+        if not bool(torch.isfinite(losses).all()):
+            self.fail_not_finite(p.step - len(losses) + int((~torch.isfinite(losses)).nonzero()[0]) + 1)
+        p.loss_sum, p.loss_steps = p.loss_sum + losses.sum().item(), p.loss_steps + len(losses)
+        p.seconds += seconds
+        speed = tokens / seconds
+        metrics.log(
+            p.step,
+            train_loss=losses.mean().item(),
+            learning_rate=rate(p.step - 1, self.optim) * self.optim.learning_rate,
+            grad_norm=norm,
+            tokens_per_second=speed,
+            mfu=speed * self.flops_per_token() / self.peak,
+            epoch=p.tokens / len(self.data.train),
+        )
+        figures = f"loss {losses.mean():.3f}  {speed:,.0f} tok/s"
+        if not console.is_terminal:
+            log(f"step {p.step}/{self.total_steps}  {figures}")
+        return figures
 
     def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """One optimizer step: (mean loss in nats, gradient norm, tokens scored)."""
@@ -224,7 +223,7 @@ class Run:
         """Whether the run is evaluated after `step` steps."""
         return step % self.cfg.train.eval_interval == 0 or step == self.total_steps
 
-    def evaluate(self, metrics: Metrics, block_size: int, preview: Preview | None) -> None:
+    def evaluate(self, metrics: Metrics, preview: Preview | None) -> None:
         """Validation loss on fixed windows, best so far, warnings, early stopping, a sample."""
         p, cfg = self.progress, self.cfg.train
         p.val_loss = validation_loss(self.model, self.data.val, self.eval_windows, cfg.micro_batch, self.dtype)
