@@ -82,7 +82,7 @@ class Miaobi:
         data = PreparedData.open(work / "data")
         tokenizer = Tokenizer.load(data.path)
         dtype = pick_dtype(cfg.train.dtype, self.device)
-        self.run = Run(cfg, start_run(cfg, origin), data, tokenizer, self.device, dtype, checkpoint=None)
+        self.run = Run(cfg, origin, start_run(cfg, origin), data, tokenizer, self.device, dtype, checkpoint=None)
         self.done = 0
         (work / "weights").mkdir()
         save_model(work / "weights", self.run.model, tokenizer, data.eot_id)
