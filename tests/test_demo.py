@@ -91,12 +91,12 @@ def test_quick_demo_runs_once_and_then_says_so(tmp_path: Path, monkeypatch: pyte
     assert {sample for sample in result["samples"] if not sample.startswith(demo.PROMPTS)} == set()
     assert result["stopped"] == "max_iters"
     assert result["step"] == demo.QUICK["max_iters"]
-    assert "miaobi sample demo_run --start=北京" in first.err
-    metrics = (tmp_path / "demo_run" / "metrics.jsonl").read_bytes()
+    assert "miaobi sample demo_quick_run --start=北京" in first.err
+    metrics = (tmp_path / "demo_quick_run" / "metrics.jsonl").read_bytes()
 
     second = miaobi("demo", "--quick", "--json")
     assert second.code == 0, second.err
     assert "this run is finished" in second.err
     assert "tok/s" not in second.err, "no step was trained"
     assert json.loads(second.out) == result
-    assert (tmp_path / "demo_run" / "metrics.jsonl").read_bytes() == metrics
+    assert (tmp_path / "demo_quick_run" / "metrics.jsonl").read_bytes() == metrics

@@ -150,7 +150,7 @@ def test_prepare_speed_alone(text):
 
 @pytest.mark.slow
 def test_quality_race_merges_results(text, tmp_path):
-    sizes = (*SMALL, "--batch_size", 2, "--steps", 20)
+    sizes = (*SMALL, "--batch_size", 2, "--recipe_batch", 2, "--steps", 20)
     common_flags = ("--data", text, "--results", tmp_path / "race.json", *sizes)
     run("quality_race", *common_flags, "--sides", "miaobi-gpt2")
     told = run("quality_race", *common_flags, "--sides", "miaobi", "--plot", tmp_path / "race.png")
