@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,8 @@ def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None 
     Returns run, step, train_loss, val_loss, val_bits_per_char, best_step, tokens_per_second, parameters, stopped.
     Raises UserError for settings and data that do not fit, a loss that is not finite, too little memory.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training with several processes is not built yet; start miaobi train without torchrun")
     keep_allocations()
     device = pick_device(cfg.train.device)
     dtype = pick_dtype(cfg.train.dtype, device)
