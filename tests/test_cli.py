@@ -283,3 +283,11 @@ def test_eval_json(miaobi, trained, prepared, tmp_path):
         assert set(result) >= {"loss", "perplexity", "bits_per_char", "bits_per_byte", "tokens", "characters"}
         assert result["bits_per_byte"] < result["bits_per_char"]
     assert "bits/char" in miaobi("eval", trained(), prepared(), "--device=cpu", "--stride=block").out
+
+
+def test_several_processes_are_refused_before_they_race_on_one_directory(miaobi, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    answer = miaobi("train", "--data=nowhere", f"--out_dir={tmp_path / 'run'}")
+    assert answer.code == 2
+    assert "several processes" in answer.err
+    assert not (tmp_path / "run").exists()
