@@ -73,7 +73,7 @@ def write_model(args: Args, at: Path) -> None:
                 matrix.weight.normal_(std=0.1)
     log(f"number of parameters: {model.num_parameters() / 1e6:.2f}M")
     at.mkdir()
-    save_model(at, model, tokenizer, eot_id=None)
+    save_model(at, model, tokenizer, end_ids=())
 
 
 class Miaobi:

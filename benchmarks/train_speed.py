@@ -85,7 +85,7 @@ class Miaobi:
         self.run = Run(cfg, origin, start_run(cfg, origin), data, tokenizer, self.device, dtype, checkpoint=None)
         self.done = 0
         (work / "weights").mkdir()
-        save_model(work / "weights", self.run.model, tokenizer, data.eot_id)
+        save_model(work / "weights", self.run.model, tokenizer, data.end_ids)
         self.first = self.loss_fp32(*batch(data.train, args.block_size, args.batch_size, SEED, 0))
         self.run.maybe_compile()
         self.run.model.train()

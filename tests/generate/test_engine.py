@@ -57,7 +57,7 @@ def test_greedy_tokens_are_those_of_naive_recomputation_past_the_block(lm, promp
 def test_greedy_text_is_what_transformers_generates(lm, penalty, tmp_path):
     from miaobi.model.checkpoint import save_model
 
-    save_model(tmp_path, lm.model, TOKENIZER, None)
+    save_model(tmp_path, lm.model, TOKENIZER, ())
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.tensor([TOKENIZER.encode("皇马赢得")])
     out = theirs.generate(ids, max_new_tokens=BLOCK - 4, do_sample=False, repetition_penalty=penalty, pad_token_id=0,

@@ -25,7 +25,7 @@ CFG = ModelConfig(family="gpt2", n_layer=1, n_head=2, n_embd=16, block_size=8, v
 def directory(tmp_path: Path) -> Path:
     """A model directory."""
     (tmp_path / "model").mkdir()
-    save_model(tmp_path / "model", Transformer(CFG), TOKENIZER, TOKENIZER.eot_id)
+    save_model(tmp_path / "model", Transformer(CFG), TOKENIZER, (TOKENIZER.eot_id,))
     return tmp_path / "model"
 
 
@@ -132,7 +132,7 @@ def test_a_model_argument_is_a_run_or_a_model_directory(tmp_path, directory):
     run = tmp_path / "run"
     for name in ("step-1", "step-2"):
         (run / "checkpoints" / name).mkdir(parents=True)
-        save_model(run / "checkpoints" / name, Transformer(CFG), TOKENIZER, TOKENIZER.eot_id)
+        save_model(run / "checkpoints" / name, Transformer(CFG), TOKENIZER, (TOKENIZER.eot_id,))
     point(run / "checkpoints" / "best", "step-1")
     point(run / "checkpoints" / "last", "step-2")
     assert model_directory(directory) == directory

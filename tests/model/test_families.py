@@ -44,7 +44,7 @@ def random_weights(model: torch.nn.Module) -> torch.nn.Module:
 def ours(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Transformer, Path]:
     """A random model and the directory it was saved in."""
     model = random_weights(Transformer(CONFIGS[request.param]))
-    save_model(tmp_path, model, TOKENIZER, TOKENIZER.eot_id)
+    save_model(tmp_path, model, TOKENIZER, (TOKENIZER.eot_id,))
     return model, tmp_path
 
 
@@ -65,13 +65,13 @@ def test_loading_gives_the_same_model_back(ours):
     torch.testing.assert_close(again.eval()(X), model(X), atol=0, rtol=0)
     assert tokenizer.encode("皇马😀") == TOKENIZER.encode("皇马😀")
     assert again.num_parameters() == model.num_parameters()
-    assert hf_config(again.cfg, TOKENIZER.eot_id) == json.loads((path / "config.json").read_text(encoding="utf-8"))
+    assert hf_config(again.cfg, (TOKENIZER.eot_id,)) == json.loads((path / "config.json").read_text(encoding="utf-8"))
 
 
 def test_the_traps_of_the_formats_are_written_out(tmp_path):
     for name in ("gpt2", "qwen3-grouped"):
         (tmp_path / name).mkdir()
-        save_model(tmp_path / name, random_weights(Transformer(CONFIGS[name])), TOKENIZER, 0)
+        save_model(tmp_path / name, random_weights(Transformer(CONFIGS[name])), TOKENIZER, (0,))
     gpt2, qwen3 = (
         json.loads((tmp_path / n / "config.json").read_text(encoding="utf-8")) for n in ("gpt2", "qwen3-grouped")
     )
@@ -162,7 +162,7 @@ def test_the_bare_body_of_an_old_gpt2_file_is_understood(tmp_path):
     ],
 )
 def test_what_the_decoder_cannot_do_is_refused_by_name(tmp_path, name, changes, message):
-    save_model(tmp_path, Transformer(CONFIGS[name]), TOKENIZER, 0)
+    save_model(tmp_path, Transformer(CONFIGS[name]), TOKENIZER, (0,))
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) | changes
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError, match=message):
@@ -173,7 +173,7 @@ def test_what_the_decoder_cannot_do_is_refused_by_name(tmp_path, name, changes, 
 def test_tensors_that_do_not_fit_the_config_are_named(tmp_path, name):
     from safetensors.torch import load_file, save_file
 
-    save_model(tmp_path, random_weights(Transformer(CONFIGS[name])), TOKENIZER, 0)
+    save_model(tmp_path, random_weights(Transformer(CONFIGS[name])), TOKENIZER, (0,))
     whole = load_file(tmp_path / "model.safetensors")
     for key in whole:
         save_file({k: t for k, t in whole.items() if k != key}, tmp_path / "model.safetensors", {"format": "pt"})

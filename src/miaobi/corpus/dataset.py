@@ -102,6 +102,12 @@ class PreparedData:
         return self.manifest["eot_id"]
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text or a turn, the one that ends a document last."""
+        eot = () if self.eot_id is None else (self.eot_id,)
+        return tuple(self.manifest.get("end_ids", eot))
+
+    @property
     def fingerprint(self) -> str:
         """Hash of all tokens: two directories with the same one train the same."""
         shards = [s["sha256"] for split in ("train", "val") for s in self.manifest[split]["shards"]]

@@ -118,6 +118,9 @@ class Tokenizer:
         config_file = file.with_name("tokenizer_config.json")
         try:
             config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+            template = file.with_name("chat_template.jinja")
+            if template.is_file():
+                config["chat_template"] = template.read_text(encoding="utf-8")
             return cls.from_json(file.read_text(encoding="utf-8"), config)
         except ValueError as error:
             raise UserError(f"{file} is not a tokenizer the tokenizers library can read: {error}") from error
@@ -133,15 +136,22 @@ class Tokenizer:
         return _rebuild, (self.backend.to_str(), self.config)
 
     def save(self, directory: str | Path, model_max_length: int | None = None) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which transformers.AutoTokenizer loads with the same ids."""
+        """Writes tokenizer.json and tokenizer_config.json, which transformers.AutoTokenizer loads with the same ids,
+        and chat_template.jinja where there is a template."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        template = self.config.get("chat_template")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            "split_special_tokens": True,  # a literal special in text stays text, there too
-            **self.config,
+            # A literal special in text stays text, there too; but transformers renders templates to text first.
+            "split_special_tokens": template is None,
+            **{
+                key: value for key, value in self.config.items() if key != "chat_template" or not isinstance(value, str)
+            },
         }
+        if isinstance(template, str):
+            (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
         (directory / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")

@@ -77,15 +77,19 @@ def pointed(link: Path) -> Path | None:
     return target if target.is_dir() else None
 
 
-def save_model(directory: Path, model: Transformer, tokenizer: Tokenizer, eot_id: int | None) -> None:
+def save_model(directory: Path, model: Transformer, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> None:
     """Write config.json, model.safetensors, tokenizer and generation_config.json into an existing directory.
 
-    eot_id: the token that ended every training document; None where the model never saw one.
+    end_ids: tokens that end a text or a turn, the one that ends a document last; empty where the model saw none.
     """
-    write_json(directory / "config.json", hf_config(model.cfg, eot_id))
+    config = hf_config(model.cfg, end_ids)
+    write_json(directory / "config.json", config)
+    ends = list(end_ids) if len(end_ids) > 1 else config["eos_token_id"]
     write_json(
-        directory / "generation_config.json", {"bos_token_id": eot_id, "eos_token_id": eot_id, "do_sample": True}
-    )
+        directory / "generation_config.json",
+        {"bos_token_id": config["bos_token_id"], "eos_token_id": ends, "pad_token_id": tokenizer.pad_id,
+         "do_sample": True},
+    )  # fmt: skip
     try:
         save_file({k: v.cpu() for k, v in to_hf(model).items()}, directory / "model.safetensors", {"format": "pt"})
     except SafetensorError as e:  # how it reports a full disk

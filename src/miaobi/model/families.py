@@ -29,7 +29,7 @@ QWEN3_LAYER = {
 }
 
 
-def hf_config(cfg: ModelConfig, eot_id: int | None) -> dict:
+def hf_config(cfg: ModelConfig, end_ids: tuple[int, ...]) -> dict:
     """config.json of the family.
 
     Both `rope_theta` and `rope_parameters` are written for qwen3: transformers 4 reads one, 5 the other.
@@ -39,8 +39,8 @@ def hf_config(cfg: ModelConfig, eot_id: int | None) -> dict:
         "model_type": cfg.family,
         "vocab_size": cfg.vocab_size,
         "tie_word_embeddings": cfg.tie_word_embeddings,
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
+        "bos_token_id": end_ids[-1] if end_ids else None,
+        "eos_token_id": end_ids[-1] if end_ids else None,
         "initializer_range": 0.02,
         "dtype": "float32",
         "torch_dtype": "float32",

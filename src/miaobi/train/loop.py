@@ -264,7 +264,7 @@ class Run:
         """Write a checkpoint; where the disk is full the run goes on with the last one, and the best, in place."""
         try:
             save_checkpoint(self.out, self.model, self.tokenizer, self.optimizers, self.scaler, self.progress,
-                            self.data.eot_id, self.cfg.train.save_interval)  # fmt: skip
+                            self.data.end_ids, self.cfg.train.save_interval)  # fmt: skip
             self.saved_best = (self.progress.best_step, self.progress.best_val_loss)
         except OSError as e:
             self.progress.best_step, self.progress.best_val_loss = self.saved_best

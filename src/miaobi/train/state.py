@@ -136,14 +136,14 @@ def save_checkpoint(
     optimizers: list[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
     progress: Progress,
-    eot_id: int | None,
+    end_ids: tuple[int, ...],
     save_interval: int | None,
 ) -> Path:
     """Write checkpoints/step-N whole, point `last` (and `best`) at it, drop those nothing points at any more."""
     root = out / "checkpoints"
     path = root / f"step-{progress.step}"
     with written_whole(path) as aside:
-        save_model(aside, model, tokenizer, eot_id)
+        save_model(aside, model, tokenizer, end_ids)
         (aside / "train_state").mkdir()
         state = {"optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict()}
         write_state(state, aside / "train_state" / "optimizer.pt")
