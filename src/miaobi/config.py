@@ -23,8 +23,16 @@ class PrepareConfig:
     """char: characters seen less often than this become byte tokens. bpe: least count of a merged pair."""
     format: Literal["auto", "text", "lines", "files", "jsonl", "csv", "dialogue"] = "auto"
     """What a document is: text = split at blank lines, lines = one per line, files = one per file,
-    jsonl / csv = one per record (see --field), dialogue = one utterance a line, blank line between dialogues.
+    jsonl / csv = one per record (see --field), dialogue = one utterance a line, blank line between dialogues; or, in
+    .jsonl files, records with messages (OpenAI), conversations (ShareGPT) or instruction/input/output (Alpaca).
     auto decides by the file's name."""
+    template: Literal["auto", "sep", "chatml"] = "auto"
+    """Dialogues: sep = chit-chat, both speakers alike; chatml = system, user and assistant. auto = the tokenizer's own
+    template, else chatml for .jsonl and sep for text."""
+    loss: Literal["auto", "all", "assistant"] = "auto"
+    """Dialogues: which turns are learned; auto = all of them with sep, the assistant's elsewhere."""
+    weights: tuple[float, ...] = ()
+    """How much of each SOURCE is taken: 0.3 = that share of its documents, 2 = each twice per epoch; default 1."""
     field: str = "text"
     """Field of a .jsonl, .csv, .tsv or .parquet record that holds the text."""
     dedup: Literal["none", "exact", "near"] = "exact"
@@ -37,7 +45,7 @@ class PrepareConfig:
     """Convert Traditional to Simplified Chinese."""
     split: Literal["hash", "tail"] = "hash"
     """hash = whole documents, chosen by their content, so that adding files moves none;
-    tail = nanoGPT's cut: the last part of the characters, no document handling at all."""
+    tail = nanoGPT's cut: the last part of the characters, no document handling at all (dialogues: the last ones)."""
     val_fraction: float = 0.1
     """Share of the documents (hash) or characters (tail) kept for validation."""
     workers: int = 0
@@ -52,6 +60,8 @@ class PrepareConfig:
             raise UserError(f"near_threshold is {self.near_threshold}; give a similarity in (0, 1], such as 0.8")
         if self.workers < 0:
             raise UserError(f"workers is {self.workers}; give 0 for one per core, or a positive number")
+        if any(not 0 < weight <= 100 for weight in self.weights):
+            raise UserError(f"weights are {self.weights}; give a positive number up to 100 for every source")
         if self.min_frequency < 1:
             raise UserError(f"min_frequency is {self.min_frequency}; the smallest is 1")
 
@@ -66,6 +76,16 @@ class DataConfig:
     """Raw text only: char, bpe, or a directory whose tokenizer is reused."""
     format: Literal["auto", "text", "lines", "files", "jsonl", "csv", "dialogue"] = "auto"
     """Raw text only: what a document is; see `miaobi prepare --help`."""
+    template: Literal["auto", "sep", "chatml"] = "auto"
+    """Raw dialogues only: sep = chit-chat, both speakers alike; chatml = system, user and assistant."""
+    loss: Literal["auto", "all", "assistant"] = "auto"
+    """Raw dialogues only: which turns are learned."""
+    packing: Literal["auto", "documents", "stream"] = "auto"
+    """documents = several whole dialogues in a block, none attending to another; stream = windows cut anywhere, as for
+    text. auto = documents for dialogues."""
+    long_history: float = 0.1
+    """Dialogues: share of the blocks in which they follow each other as one conversation, so that late positions are
+    trained."""
     field: str = "text"
     """Raw text only: field of a record that holds the text."""
     dedup: Literal["none", "exact", "near"] = "exact"
@@ -74,6 +94,10 @@ class DataConfig:
     """Raw text only: hash = whole documents by content; tail = the last characters, as nanoGPT cuts."""
     val_fraction: float = 0.1
     """Raw text only: share kept for validation."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.long_history <= 1.0:
+            raise UserError(f"long_history is {self.long_history}; give a share from 0 to 1")
 
 
 @dataclass(frozen=True)

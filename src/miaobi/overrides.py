@@ -206,6 +206,10 @@ def load_config(path: Path | None, given: list[tuple[str, str]]) -> tuple[RunCon
         seed_keys = sorted(written & (SMALL_GPT | {"bias"}))
         values["family"] = "gpt2" if seed_keys else "qwen3"
         origin["family"] = f"auto, because {', '.join(seed_keys)} is given" if seed_keys else "auto"
+    if written & {"data_path", "train_percent"}:  # small-gpt's corpus and its cut
+        for key, value in {"format": "dialogue", "split": "tail"}.items():
+            if key not in values:
+                values[key], origin[key] = value, "small-gpt's way, because data_path is given"
     return with_values(RunConfig(), values), origin
 
 

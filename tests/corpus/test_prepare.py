@@ -204,8 +204,16 @@ def test_dialogue(tmp_path):
             lines = np.split(part[:-1], seams)
             found.append("\n".join(tokenizer.decode(line[n > 0 :]) for n, line in enumerate(lines)))
     assert sorted(found) == sorted(dialogues)
-    with pytest.raises(UserError, match="split=tail"):
-        run(tmp_path / "a.txt", tmp_path / "x", format="dialogue", split="tail")
+
+
+def test_the_tail_of_dialogues_is_whole_dialogues_repeats_and_all(tmp_path):
+    dialogues = [f"你好{i % 30}\n好" for i in range(100)]  # small-gpt's cut drops nothing
+    run(write(tmp_path / "a.txt", dialogues), tmp_path / "out", format="dialogue", split="tail", val_fraction=0.2)
+    data = manifest(tmp_path / "out")
+    assert (data["train"]["documents"], data["val"]["documents"]) == (80, 20)
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    val = tokenizer.decode(tokens(tmp_path / "out", "val"))
+    assert val == "".join(d.replace("\n", "<sep>") + "<pad>" for d in dialogues[80:])
 
 
 def test_novel_in_one_document_is_cut(tmp_path, capsys):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miaobi.config import ModelConfig
-from miaobi.corpus.dataset import IGNORE, fixed_windows
+from miaobi.corpus.dataset import IGNORE, TextWindows
 from miaobi.model.transformer import Transformer
 from miaobi.train.evaluate import evaluate, sliding, validation_loss
 
@@ -105,16 +105,10 @@ def test_the_stride_decides_how_much_context_a_token_has():
 @pytest.mark.parametrize(("n", "windows"), [(30, 100), (200, 5), (9, 3), (5, 2), (200, 1)])
 def test_validation_loss_is_the_mean_over_its_windows(n, windows):
     model, stream = random_model(dropout=0.5), Stream(random_tokens(n))
-    inputs, targets = (torch.from_numpy(a) for a in fixed_windows(stream, BLOCK, windows))
+    fixed = TextWindows(stream, BLOCK).fixed(windows)
+    inputs, targets = torch.from_numpy(fixed.inputs), torch.from_numpy(fixed.targets)
     expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORE).item()
     for batch_size in (1, 3, 64):
         model.train()
-        assert validation_loss(model, stream, windows, batch_size, torch.float32) == pytest.approx(expected, rel=1e-5)
+        assert validation_loss(model, fixed, batch_size, torch.float32) == pytest.approx(expected, rel=1e-5)
         assert model.training, "the mode is restored"
-
-
-def test_validation_without_text_is_not_a_perfect_score():
-    from miaobi.errors import UserError
-
-    with pytest.raises(UserError, match="validation"):
-        validation_loss(random_model(), Stream(random_tokens(0)), 4, 4, torch.float32)

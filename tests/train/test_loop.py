@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miaobi.corpus.dataset import IGNORE, PreparedData, batch, windows_per_epoch
+from miaobi.corpus.dataset import IGNORE, PreparedData, TokenStream, batch, windows_per_epoch
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, pointed
@@ -103,9 +103,9 @@ def test_every_micro_batch_of_every_step_draws_its_own_dropout(new_run, monkeypa
     run, masks = new_run(dropout=0.3, micro_batch_size=2), []
     run.model.train()
 
-    def draw(ids: torch.Tensor) -> torch.Tensor:
+    def draw(ids: torch.Tensor, *where: object) -> torch.Tensor:
         masks.append(tuple(torch.rand(3).tolist()))  # what dropout would be made of
-        return hidden(ids)
+        return hidden(ids, *where)
 
     hidden = run.model.hidden
     monkeypatch.setattr(run.model, "hidden", draw)
@@ -164,15 +164,21 @@ def test_no_evaluation_before_the_first_interval_and_none_dearer_than_the_traini
     validation_loss, step = loop.validation_loss, Run.step
     monkeypatch.setattr(Run, "step", lambda self, n: (steps.append(n), step(self, n))[1])
 
-    def spy(model, stream, windows, *args):
-        calls.append((len(steps), windows))
-        return validation_loss(model, stream, windows, *args)
+    def spy(model, windows, *args):
+        calls.append((len(steps), len(windows.inputs)))
+        return validation_loss(model, windows, *args)
 
     monkeypatch.setattr(loop, "validation_loss", spy)
     train(data=prepared(), out_dir=tmp_path / "run", max_iters=7, eval_interval=5, eval_iters=1000)
     assert [at for at, _ in calls] == [5, 7]
     for at, windows in calls:
         assert 0 < windows * 32 <= at * 8 * 32
+
+
+def test_validation_without_text_is_refused(train, prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(TokenStream, "__len__", lambda self: 0 if self.name == "val" else int(self.ends[-1]))
+    with pytest.raises(UserError, match="validation part of the data is empty"):
+        train(data=prepared(), out_dir=tmp_path / "run")
 
 
 def test_epochs_end_a_run(train, prepared, tmp_path):

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,10 +21,23 @@ IGNORE = -100  # target that is not scored
 CHUNK = 1 << 24  # bytes hashed at a time
 
 
+class Batch(NamedTuple):
+    """Windows to train on, int64 (rows, block_size) each."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    """The next token, or IGNORE."""
+    positions: np.ndarray | None = None
+    """Where each token stands in its document; None: in the window."""
+    documents: np.ndarray | None = None
+    """Tokens with the same number may attend to each other; None: all may."""
+
+
 class TokenStream:
     """Tokens of one split, over its shards, read through memory maps."""
 
-    def __init__(self, directory: Path, split: dict, dtype: str) -> None:
+    def __init__(self, directory: Path, split: dict, dtype: str, name: str) -> None:
+        self.directory, self.name = directory, name
         files = [directory / Path(s["file"]).name for s in split["shards"]]  # a manifest names no other directory
         self.shards = [np.memmap(f, dtype=dtype, mode="r") if f.stat().st_size else np.empty(0, dtype) for f in files]
         self.ends = np.cumsum([len(s) for s in self.shards])
@@ -33,6 +47,32 @@ class TokenStream:
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where each document begins: (documents,) int64."""
+        return self._beside("idx", "<u8").astype(np.int64)
+
+    @cached_property
+    def turns(self) -> np.ndarray:
+        """Where a dialogue may be cut, its beginning included: (turns,) int64."""
+        return self._beside("turns", "<u8").astype(np.int64)
+
+    @cached_property
+    def scored(self) -> np.ndarray | None:
+        """Which tokens are learned: (tokens,) uint8; None = all."""
+        return self._beside("scored", "u1") if (self.directory / f"{self.name}.scored").is_file() else None
+
+    def read_scored(self, start: int, stop: int) -> np.ndarray:
+        """Whether the tokens [start, stop) are learned."""
+        return np.ones(stop - start, bool) if self.scored is None else self.scored[start:stop].astype(bool)
+
+    def _beside(self, kind: str, dtype: str) -> np.ndarray:
+        file = self.directory / f"{self.name}.{kind}"
+        try:
+            return np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)
+        except (OSError, ValueError) as e:
+            raise UserError(f"{file} is missing or truncated; prepare the data again") from e
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64."""
@@ -79,12 +119,12 @@ class PreparedData:
     @cached_property
     def train(self) -> TokenStream:
         """The training split."""
-        return TokenStream(self.path, self.manifest["train"], self.little_endian)
+        return TokenStream(self.path, self.manifest["train"], self.little_endian, "train")
 
     @cached_property
     def val(self) -> TokenStream:
         """The validation split."""
-        return TokenStream(self.path, self.manifest["val"], self.little_endian)
+        return TokenStream(self.path, self.manifest["val"], self.little_endian, "val")
 
     @property
     def little_endian(self) -> str:
@@ -106,6 +146,16 @@ class PreparedData:
         """Tokens that end a text or a turn, the one that ends a document last."""
         eot = () if self.eot_id is None else (self.eot_id,)
         return tuple(self.manifest.get("end_ids", eot))
+
+    @property
+    def is_dialogue(self) -> bool:
+        """Whether the documents are dialogues."""
+        return self.manifest["kind"] == "dialogue"
+
+    @property
+    def sep_id(self) -> int | None:
+        """Token between two turns where both speakers are alike, else None."""
+        return self.end_ids[0] if self.manifest.get("template") == "sep" else None
 
     @property
     def fingerprint(self) -> str:
@@ -215,3 +265,23 @@ def fixed_windows(stream: TokenStream, block_size: int, count: int) -> tuple[np.
         inputs[row, : len(tokens) - 1] = tokens[:-1]
         targets[row, : len(tokens) - 1] = tokens[1:]
     return inputs, targets
+
+
+@dataclass(frozen=True)
+class TextWindows:
+    """A stream of text as windows; the interface of `packing.PackedDialogues`."""
+
+    stream: TokenStream
+    block_size: int
+
+    def __len__(self) -> int:
+        """Windows in an epoch."""
+        return windows_per_epoch(len(self.stream), self.block_size)
+
+    def batch(self, batch_size: int, seed: int, step: int, rows: slice = slice(None)) -> Batch:
+        """The windows of `step`; see the function `batch`."""
+        return Batch(*batch(self.stream, self.block_size, batch_size, seed, step, rows))
+
+    def fixed(self, count: int) -> Batch:
+        """The same `count` windows at every call; see `fixed_windows`."""
+        return Batch(*fixed_windows(self.stream, self.block_size, count))

@@ -6,6 +6,7 @@ nothing in the result.
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import sys
@@ -18,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from miaobi.corpus import clean, cutting
+from miaobi.corpus import clean, cutting, dialogue
 from miaobi.corpus.cutting import Block
+from miaobi.corpus.dialogue import Encoded
 from miaobi.corpus.read import Content, read_block
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
@@ -47,6 +49,10 @@ class Job:
     near: bool
     cut: bool = False
     """Cut long documents into pieces."""
+    dialogue: str = ""
+    """Dialogues: lines (one utterance each) or roles (packed messages)."""
+    replies_only: bool = False
+    """Dialogues with roles: only the assistant's turns are learned."""
 
 
 @dataclass
@@ -63,14 +69,6 @@ class Survey:
     blocks: list[tuple[int, str, int, int, int]]
     """Per block: source, encoding, documents, characters as read, skipped."""
     empty: int
-
-
-@dataclass
-class Part:
-    """What one task adds to one split."""
-
-    ids: np.ndarray
-    starts: np.ndarray  # (documents,) int64
 
 
 @dataclass
@@ -193,22 +191,31 @@ def sample_lines(
 
 
 def encode_documents(
-    tokenizer: Tokenizer, blocks: tuple[Block, ...], job: Job, choice: np.ndarray, end_id: int, newline_id: int | None,
-    dtype: str,
-) -> tuple[Part, Part]:  # fmt: skip
+    tokenizer: Tokenizer, blocks: tuple[Block, ...], job: Job, choice: np.ndarray, end_id: int, dtype: str
+) -> tuple[Encoded, Encoded]:
     """Second pass of the hash split: train and val of this task."""
     documents = _all(blocks, job, choice)
     parts = []
-    for where in (TRAIN, VAL):
-        chosen = [documents[i] for i in np.flatnonzero(choice == where)]
-        ids, starts = tokenizer.encode_documents(chosen, end_id, newline_id)
-        parts.append(Part(ids.astype(dtype, copy=False), starts))
+    for copies in (copies_in_training(choice), choice == VAL):
+        chosen = [documents[i] for i in np.repeat(np.arange(len(documents)), copies)]
+        if job.dialogue == "lines":
+            part = dialogue.encode_lines(tokenizer, chosen)
+        elif job.dialogue:
+            part = dialogue.encode_roles(tokenizer, chosen, job.replies_only)
+        else:
+            part = Encoded(*tokenizer.encode_documents(chosen, end_id))
+        parts.append(dataclasses.replace(part, ids=part.ids.astype(dtype, copy=False)))
     return parts[0], parts[1]
+
+
+def copies_in_training(choice: np.ndarray) -> np.ndarray:
+    """How often each document is in the training part: values above VAL say one less than themselves."""
+    return np.where(choice > VAL, choice.astype(np.int64) - 1, choice == TRAIN)
 
 
 def encode_stretch(
     tokenizer: Tokenizer, blocks: tuple[Block, ...], job: Job, n_train: int, dtype: str
-) -> tuple[Part, Part, int]:
+) -> tuple[Encoded, Encoded, int]:
     """Second pass of the tail split: the first `n_train` characters of this task are train, the others val.
 
     The last value is the number of UTF-8 bytes of the train part where the cut is inside this task, else 0.
@@ -217,7 +224,7 @@ def encode_stretch(
     parts, no_starts = [], np.empty(0, np.int64)
     for piece in (text[:n_train], text[n_train:]):
         ids, _ = tokenizer.encode_documents([piece], end_id=None)
-        parts.append(Part(ids.astype(dtype, copy=False), no_starts))
+        parts.append(Encoded(ids.astype(dtype, copy=False), no_starts))
     return *parts, len(text[:n_train].encode()) if 0 < n_train < len(text) else 0
 
 
@@ -243,6 +250,10 @@ def _documents(block: Block, job: Job) -> tuple[Content, list[str]]:
     documents = content.documents
     if job.normalize != "none" or job.simplify:
         documents = [clean.normalize_text(document, job.normalize, job.simplify) for document in documents]
+    if job.dialogue == "lines":
+        documents = [dialogue.as_lines(document) for document in documents]
+    elif job.dialogue:
+        documents = [dialogue.packed(dialogue.unpacked(document)) for document in documents]
     if job.cut:
         documents = [piece for document in documents for piece in clean.cut_document(document)]
     return content, documents
@@ -265,7 +276,7 @@ def _raw_code_points(raw: list[str], counts: np.ndarray, job: Job) -> np.ndarray
     """
     missing = sum(map(len, raw)) - int(counts.sum())
     missing_newlines = sum(text.count("\n") for text in raw) - int(counts[ord("\n")])
-    if job.normalize != "none" or job.simplify or missing != missing_newlines:
+    if job.normalize != "none" or job.simplify or job.dialogue or missing != missing_newlines:
         return np.flatnonzero(count_characters("".join(raw)))
     present = counts > 0
     present[ord("\n")] |= missing_newlines > 0

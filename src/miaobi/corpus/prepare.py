@@ -8,6 +8,7 @@ together in the order of the sources.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import time
 from collections import Counter
@@ -19,11 +20,13 @@ import numpy as np
 
 from miaobi import console
 from miaobi.config import PrepareConfig
-from miaobi.corpus import pipeline, store
-from miaobi.corpus.pipeline import DROP, TRAIN, VAL, Workers
+from miaobi.corpus import dialogue, pipeline, store
+from miaobi.corpus.dialogue import Encoded
+from miaobi.corpus.pipeline import DROP, VAL, Job, Workers
 from miaobi.corpus.sources import Source, find_sources
 from miaobi.corpus.survey import Corpus, read_tasks, take_survey, with_progress
-from miaobi.corpus.tokenizer import DEFAULT_BPE_VOCAB_SIZE, Tokenizer
+from miaobi.corpus.template import CHATML_TEMPLATE, ROLES, SEP_TEMPLATE
+from miaobi.corpus.tokenizer import DEFAULT_BPE_VOCAB_SIZE, IM_END, IM_START, PAD, SEP, Tokenizer
 from miaobi.errors import UserError
 
 SMALL_INPUT_BYTES = 4 << 20
@@ -47,13 +50,16 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
         UserError: what the user can mend: unreadable input, too little text, a full disk, an --out in use.
     """
     began = time.perf_counter()
-    if cfg.split == "tail" and cfg.format == "dialogue":
-        raise UserError("--split=tail cuts inside dialogues; use --split=hash with --format=dialogue")
-    files = find_sources(sources, cfg.format)
+    found = [find_sources([source], cfg.format) for source in sources]
+    files = [file for group in found for file in group]
+    if cfg.weights and len(cfg.weights) != len(sources):
+        raise UserError(f"{len(cfg.weights)} weights for {len(sources)} sources; give one number for each source")
+    weights = [w for w, group in zip(cfg.weights or [1.0] * len(sources), found, strict=True) for _ in group]
     out = Path(cfg.out).expanduser()
     store.check_replaceable(out, [file.path for file in files])
     workers = _worker_count(files, cfg)
-    corpus = take_survey(files, cfg, workers)
+    job = _job(files, cfg)
+    corpus = take_survey(files, job, cfg, workers, weights)
     tokenizer = _tokenizer(corpus, cfg, workers)
     with store.explain_full_disk(out):
         manifest = _write(out, corpus, tokenizer, cfg, workers)
@@ -73,6 +79,11 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
     }
 
 
+def settings_of(cfg: PrepareConfig) -> dict[str, Any]:
+    """How the data was prepared, as the manifest tells it."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
+
+
 def _worker_count(files: list[Source], cfg: PrepareConfig) -> int:
     size = sum(file.size * (4 if file.compression else 1) for file in files)
     if size < SMALL_INPUT_BYTES:
@@ -82,12 +93,43 @@ def _worker_count(files: list[Source], cfg: PrepareConfig) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _job(files: list[Source], cfg: PrepareConfig) -> Job:
+    """How documents are made of these files. Raises UserError for settings that do not go together."""
+    way, replies_only = "", False
+    if cfg.format == "dialogue":
+        way = "lines" if _template(files, cfg) == SEP_TEMPLATE else "roles"
+        replies_only = cfg.loss == "assistant" or (cfg.loss == "auto" and way == "roles")
+        if replies_only and way == "lines":
+            raise UserError("--loss=assistant needs roles, and in the sep template both speakers are alike; "
+                            "use --template=chatml or --loss=all")  # fmt: skip
+    elif cfg.template != "auto" or cfg.loss != "auto":
+        raise UserError("--template and --loss are for dialogues; add --format=dialogue")
+    return Job(
+        cfg.field, cfg.skip_bad, cfg.split == "tail" and not way, cfg.normalize, cfg.simplify,
+        near=cfg.dedup == "near" and cfg.split == "hash", dialogue=way, replies_only=replies_only,
+    )  # fmt: skip
+
+
+def _template(files: list[Source], cfg: PrepareConfig) -> str:
+    """Jinja source of the template that the dialogues are rendered with."""
+    if cfg.template != "auto":
+        return {"sep": SEP_TEMPLATE, "chatml": CHATML_TEMPLATE}[cfg.template]
+    if cfg.tokenizer not in ("char", "bpe"):
+        own = Tokenizer.load(Path(cfg.tokenizer).expanduser()).config.get("chat_template")
+        if own:
+            return str(own)
+    return CHATML_TEMPLATE if any(file.format == "messages" for file in files) else SEP_TEMPLATE
+
+
 # Vocabulary
 
 
 def _tokenizer(corpus: Corpus, cfg: PrepareConfig, workers: int) -> Tokenizer:
     if cfg.tokenizer == "char":
         counts = _kept_counts(corpus, workers)
+        counts[[ord(mark) for mark in dialogue.MARKS.values()]] = 0
+        if corpus.job.dialogue == "roles":
+            counts[[ord(c) for c in set("\n" + "".join(ROLES))]] += 1  # the template writes them
         present = np.flatnonzero(counts)
         tokenizer = Tokenizer.train_char(
             {chr(c): int(n) for c, n in zip(present.tolist(), counts[present].tolist(), strict=True)},
@@ -103,15 +145,35 @@ def _tokenizer(corpus: Corpus, cfg: PrepareConfig, workers: int) -> Tokenizer:
         raise UserError(
             f"--vocab_size={cfg.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens; leave it out"
         )
-    needed = {"sep": tokenizer.sep_id, "pad": tokenizer.pad_id} if cfg.format == "dialogue" else {}
-    if cfg.split == "hash" and not needed:
-        needed = {"end-of-text": tokenizer.eot_id}
-    for name, id_ in needed.items():
-        if id_ is None:
-            raise UserError(
-                f"the tokenizer {cfg.tokenizer} has no {name} token to end documents with; use --tokenizer=char"
-            )
+    if corpus.job.dialogue:
+        return _with_template(tokenizer, _template(corpus.sources, cfg))
+    if cfg.split == "hash" and tokenizer.eot_id is None:
+        raise UserError(
+            f"the tokenizer {cfg.tokenizer} has no end-of-text token to end documents with; use --tokenizer=char"
+        )
     return tokenizer
+
+
+def _with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    """The tokenizer that carries `template` into every model. Raises UserError when it lacks a control token."""
+    config = {**tokenizer.config, "chat_template": template, "split_special_tokens": False}
+    if template == SEP_TEMPLATE:
+        dialogue.require(tokenizer, (SEP, PAD), "the sep template")
+        config |= {"eos_token": PAD, "sep_token": SEP}
+    elif template == CHATML_TEMPLATE:
+        dialogue.require(tokenizer, (IM_START, IM_END), "the chatml template")
+        config |= {"eos_token": IM_END}
+    return Tokenizer(tokenizer.backend, config)
+
+
+def _end_ids(tokenizer: Tokenizer, corpus: Corpus) -> list[int]:
+    """Tokens that end a text or a turn, the one that ends a document last; none where the text is one stream."""
+    if corpus.job.whole:
+        return []
+    if corpus.job.dialogue == "lines":
+        return [tokenizer.sep_id, tokenizer.pad_id]
+    end = dialogue.end_of_turn(tokenizer) if corpus.job.dialogue else None
+    return [tokenizer.eot_id if end is None else end]
 
 
 def _kept_counts(corpus: Corpus, workers: int) -> np.ndarray:
@@ -153,37 +215,36 @@ def _bpe_sample(corpus: Corpus, workers: int) -> Iterator[str]:
 def _write(out: Path, corpus: Corpus, tokenizer: Tokenizer, cfg: PrepareConfig, workers: int) -> dict[str, Any]:
     vocab_size = cfg.vocab_size or tokenizer.vocab_size
     dtype = "uint16" if vocab_size <= 65535 else "uint32"
-    is_dialogue = cfg.format == "dialogue"
-    end_id = tokenizer.pad_id if is_dialogue else tokenizer.eot_id
+    end_ids = _end_ids(tokenizer, corpus)
     with store.PreparedWriter(out, dtype) as prepared:
         tokenizer.save(prepared.directory)
         if corpus.job.whole:
-            end_id = None
             function, jobs = pipeline.encode_stretch, _tail_jobs(corpus, cfg, dtype)
             for split in (prepared.train, prepared.val):
-                split.write(np.empty(0, dtype), np.zeros(1, np.int64))  # one document, from the first token on
+                split.write(Encoded(np.empty(0, dtype), np.zeros(1, np.int64)))  # one document, from the first token
         else:
             function = pipeline.encode_documents
-            newline_id = tokenizer.sep_id if is_dialogue else None
             jobs = (
-                (task, corpus.job, corpus.choices[number], end_id, newline_id, dtype)
+                (task, corpus.job, corpus.choices[number], end_ids[-1], dtype)
                 for number, task in enumerate(read_tasks(corpus))
                 if (corpus.choices[number] != DROP).any()
             )
         train_bytes_at_cut = 0
         with Workers(workers, tokenizer) as pool:
             for _, parts in with_progress(pool.map(function, jobs), corpus.sources, "encoding"):
-                prepared.train.write(parts[0].ids, parts[0].starts)
-                prepared.val.write(parts[1].ids, parts[1].starts)
+                prepared.train.write(parts[0])
+                prepared.val.write(parts[1])
                 train_bytes_at_cut += parts[2] if corpus.job.whole else 0
         _count_text(corpus, cfg, prepared, train_bytes_at_cut)
         manifest = {
             "format": store.FORMAT,
             "version": store.VERSION,
-            "kind": "dialogue" if is_dialogue else "text",
+            "kind": "dialogue" if corpus.job.dialogue else "text",
+            "template": {"lines": "sep", "roles": "roles"}.get(corpus.job.dialogue),
             "dtype": dtype,
             "vocab_size": vocab_size,
-            "eot_id": end_id,
+            "eot_id": end_ids[-1] if end_ids else None,
+            "end_ids": end_ids,
             "train": prepared.train.close(),
             "val": prepared.val.close(),
             "sources": corpus.records,
@@ -197,9 +258,7 @@ def _write(out: Path, corpus: Corpus, tokenizer: Tokenizer, cfg: PrepareConfig, 
                 "empty_removed": corpus.empty,
                 "skipped": corpus.skipped,
             },
-            "settings": {
-                key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(cfg).items()
-            },
+            "settings": settings_of(cfg),
         }
         prepared.commit(manifest)
     return manifest
@@ -231,5 +290,5 @@ def _count_text(corpus: Corpus, cfg: PrepareConfig, prepared: store.PreparedWrit
         prepared.val.bytes = int(sizes.sum()) - prepared.train.bytes
         return
     choice = np.concatenate(corpus.choices)
-    for split, side in ((prepared.train, TRAIN), (prepared.val, VAL)):
-        split.characters, split.bytes = int(lengths[choice == side].sum()), int(sizes[choice == side].sum())
+    for split, copies in ((prepared.train, pipeline.copies_in_training(choice)), (prepared.val, choice == VAL)):
+        split.characters, split.bytes = int((lengths * copies).sum()), int((sizes * copies).sum())

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from miaobi.corpus.cutting import Block, decode_block, text_blocks
-from miaobi.corpus.records import csv_blocks, json_records, parquet_blocks
+from miaobi.corpus.dialogue import without_marks
+from miaobi.corpus.records import csv_blocks, json_dialogues, json_records, parquet_blocks
 from miaobi.corpus.sources import Source, find_sources
 from miaobi.errors import UserError
 
@@ -72,6 +73,9 @@ def read_block(block: Block, field: str = "text", skip_bad: bool = False, whole:
             if source.format == "jsonl":
                 records, bad = json_records(block, text, field, skip_bad)
                 skipped += bad
+            elif source.format == "messages":
+                records, bad = json_dialogues(block, text, skip_bad)
+                return Content(without_marks("".join(records)), records, encoding, skipped + bad)
     except UserError:
         if not skip_bad:
             raise

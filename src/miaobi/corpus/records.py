@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from miaobi.corpus import cutting
 from miaobi.corpus.cutting import Block, decode_block, text_blocks
+from miaobi.corpus.dialogue import messages_of, packed
 from miaobi.corpus.sources import DAMAGED, Source
 from miaobi.errors import UserError
 
@@ -101,11 +102,31 @@ def json_records(block: Block, text: str, field: str, skip_bad: bool) -> tuple[l
     Raises:
         UserError: a line that is no JSON object or has no text in `field`, with file and line.
     """
+    return _each_line(block, text, skip_bad, lambda record: _field_text(record, field))
+
+
+def json_dialogues(block: Block, text: str, skip_bad: bool) -> tuple[list[str], int]:
+    """Dialogues of the JSON lines in a block, packed, and how many lines were bad (`skip_bad`).
+
+    Raises:
+        UserError: a line that is no dialogue in a known shape, with file and line.
+    """
+
+    def dialogue(record: dict) -> tuple[str, str]:
+        messages, problem = messages_of(record)
+        return packed(messages), problem
+
+    return _each_line(block, text, skip_bad, dialogue)
+
+
+def _each_line(
+    block: Block, text: str, skip_bad: bool, take: Callable[[dict], tuple[str, str]]
+) -> tuple[list[str], int]:
     records, bad = [], 0
     for number, line in enumerate(text.split("\n")):
         if not line or line.isspace():
             continue
-        value, problem = _json_text(line, field)
+        value, problem = _json_line(line, take)
         if not problem:
             records.append(value)
         elif skip_bad:
@@ -116,25 +137,30 @@ def json_records(block: Block, text: str, field: str, skip_bad: bool) -> tuple[l
     return records, bad
 
 
-def _json_text(line: str, field: str) -> tuple[str, str]:
+def _json_line(line: str, take: Callable[[dict], tuple[str, str]]) -> tuple[str, str]:
     """(text, "") or ("", what is wrong)."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         return "", f"not JSON ({error}); every line must be one object. An array: jq -c '.[]' FILE > FILE.jsonl"
     if not isinstance(record, dict):
-        return "", f"{type(record).__name__} instead of an object with a field {field!r}"
-    if field not in record:
-        return "", f"no field {field!r}; the fields are {', '.join(record) or 'none'}. Name one with --field"
-    value = record[field]
-    if not isinstance(value, str):
-        return "", f"field {field!r} is {type(value).__name__}, not text"
-    if "\\u" in line:  # the only way for half a character to get through a decoder
+        return "", f"{type(record).__name__} instead of an object"
+    value, problem = take(record)
+    if not problem and "\\u" in line:  # the only way for half a character to get through a decoder
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            return "", f"field {field!r} has half a character (a lone surrogate)"
-    return value, ""
+            return "", "it has half a character (a lone surrogate)"
+    return value, problem
+
+
+def _field_text(record: dict, field: str) -> tuple[str, str]:
+    if field not in record:
+        hint = " These are dialogues: --format=dialogue" if {"messages", "conversations"} & record.keys() else ""
+        return "", f"no field {field!r}; the fields are {', '.join(record) or 'none'}. Name one with --field.{hint}"
+    if not isinstance(record[field], str):
+        return "", f"field {field!r} is {type(record[field]).__name__}, not text"
+    return record[field], ""
 
 
 def _first_line(block: Block) -> int:

@@ -16,12 +16,15 @@ from typing import BinaryIO
 
 import numpy as np
 
+from miaobi.corpus.dialogue import Encoded
 from miaobi.errors import UserError
 
 SHARD_BYTES = 1 << 31
 """A split that is longer goes into several numbered shards."""
 FORMAT, VERSION = "miaobi-prepared", 1
-_OWN_NAMES = re.compile(r"(train|val)(-\d{5})?\.bin|(train|val)\.idx|tokenizer(_config)?\.json|manifest\.json")
+_OWN_NAMES = re.compile(
+    r"(train|val)(-\d{5})?\.bin|(train|val)\.(idx|turns|scored)|tokenizer(_config)?\.json|chat_template\.jinja|manifest\.json"
+)
 
 
 class SplitWriter:
@@ -34,12 +37,18 @@ class SplitWriter:
         self._shard_tokens = 0
         self._file: BinaryIO | None = None
         self._digest = hashlib.sha256()
-        self._index = open(directory / f"{name}.idx", "wb")  # noqa: SIM115 - closed by close()
+        self._beside: dict[str, BinaryIO] = {}  # idx, turns, scored
+        self._add("idx", b"")
 
-    def write(self, ids: np.ndarray, starts: np.ndarray) -> None:
-        """Appends `ids` (n,) and `starts` (documents,), the places in `ids` where documents begin."""
-        self._index.write((starts + self.tokens).astype("<u8").tobytes())
-        self.documents += len(starts)
+    def write(self, part: Encoded) -> None:
+        """Appends documents."""
+        ids = part.ids
+        self._add("idx", (part.starts + self.tokens).astype("<u8").tobytes())
+        if part.turns is not None:
+            self._add("turns", (part.turns + self.tokens).astype("<u8").tobytes())
+        if part.scored is not None:
+            self._add("scored", part.scored.astype(np.uint8).tobytes())
+        self.documents += len(part.starts)
         self.tokens += len(ids)
         capacity = max(1, SHARD_BYTES // self.dtype.itemsize)
         while len(ids):
@@ -56,7 +65,8 @@ class SplitWriter:
         if self._file is None:
             self._next_shard()
         self._end_shard()
-        _flush(self._index)
+        for file in self._beside.values():
+            _flush(file)
         if len(self._shards) == 1:
             only = self._shards[0]
             os.replace(self.directory / only["file"], self.directory / f"{self.name}.bin")
@@ -71,10 +81,15 @@ class SplitWriter:
 
     def abandon(self) -> None:
         """Closes the files of a split that will not be finished; a full disk may refuse even that."""
-        for file in (self._file, self._index):
+        for file in (self._file, *self._beside.values()):
             if file is not None:
                 with contextlib.suppress(OSError):
                     file.close()
+
+    def _add(self, kind: str, data: bytes) -> None:
+        if kind not in self._beside:
+            self._beside[kind] = open(self.directory / f"{self.name}.{kind}", "wb")  # noqa: SIM115 - close() does
+        self._beside[kind].write(data)
 
     def _next_shard(self) -> None:
         if self._file is not None:
@@ -116,8 +131,8 @@ class PreparedWriter:
             json.dump(manifest, file, ensure_ascii=False, indent=1)
             file.write("\n")
             _flush(file)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            with open(self.directory / name, "rb") as file:
+        for path in self.directory.glob("*.j*"):  # the tokenizer's files
+            with open(path, "rb") as file:
                 os.fsync(file.fileno())
         if self.out.is_dir() and any(not _OWN_NAMES.fullmatch(entry.name) for entry in self.out.iterdir()):
             self._move_in()

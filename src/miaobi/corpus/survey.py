@@ -31,7 +31,8 @@ class Corpus:
     sizes: list[np.ndarray]  # per task (documents,), UTF-8 bytes
     digests: list[np.ndarray]  # per task (documents, 16)
     counts: list[tuple[np.ndarray, np.ndarray]]  # per task: code points, occurrences
-    choices: list[np.ndarray]  # per task (documents,): DROP, TRAIN or VAL
+    owners: list[np.ndarray]  # per task (documents,): which source a document is from
+    choices: list[np.ndarray]  # per task (documents,): DROP, TRAIN or VAL; above it, TRAIN several times
     records: list[dict]  # per source: the manifest's entry
     distinct: int = 0
     skipped: int = 0
@@ -40,28 +41,32 @@ class Corpus:
     near: int = 0
 
 
-def take_survey(files: list[Source], cfg: PrepareConfig, workers: int) -> Corpus:
-    """Reads everything once. Raises UserError for unreadable sources and for text too small to split."""
-    job = Job(
-        cfg.field, cfg.skip_bad, cfg.split == "tail", cfg.normalize, cfg.simplify,
-        near=cfg.dedup == "near" and cfg.split == "hash",
-    )  # fmt: skip
-    corpus = _first_pass(files, job, cfg, workers)
-    if cfg.split == "tail":
+def take_survey(files: list[Source], job: Job, cfg: PrepareConfig, workers: int, weights: list[float]) -> Corpus:
+    """Reads everything once; `weights` has one number for each of the files.
+
+    Raises UserError for unreadable sources and for text too small to split.
+    """
+    corpus = _first_pass(files, job, cfg, workers, weights)
+    if job.whole:
+        return corpus
+    if job.dialogue:
+        _fill_empty_side(corpus, cfg)
+        _repeat(corpus, weights)
         return corpus
     if _val_is_small(corpus) and any((lengths > clean.PIECE_CHARACTERS * 3 // 2).any() for lengths in corpus.lengths):
         console.log(
             f"few documents: long ones are cut at paragraph ends into pieces of about {clean.PIECE_CHARACTERS:,} "
             "characters, so that validation gets some (--split=tail does not cut)"
         )
-        corpus = _first_pass(files, dataclasses.replace(job, cut=True), cfg, workers)
+        corpus = _first_pass(files, dataclasses.replace(job, cut=True), cfg, workers, weights)
     _fill_empty_side(corpus, cfg)
+    _repeat(corpus, weights)
     return corpus
 
 
-def _first_pass(files: list[Source], job: Job, cfg: PrepareConfig, workers: int) -> Corpus:
+def _first_pass(files: list[Source], job: Job, cfg: PrepareConfig, workers: int, weights: list[float]) -> Corpus:
     records = [{"path": f.name, "bytes": f.size, "encoding": "skipped", "documents": 0, "characters": 0} for f in files]
-    corpus = Corpus(files, job, [], [], [], [], [], records)
+    corpus = Corpus(files, job, [], [], [], [], [], [], records)
     raw_presence = np.zeros(pipeline.N_CODE_POINTS, bool)
     near = clean.NearDuplicates(cfg.near_threshold) if job.near else None
     minhashes_new: list[np.ndarray] = []
@@ -74,6 +79,8 @@ def _first_pass(files: list[Source], job: Job, cfg: PrepareConfig, workers: int)
             corpus.sizes.append(found.sizes)
             corpus.digests.append(found.digests)
             corpus.counts.append((found.code_points, found.counts))
+            from_each = [(index, documents) for index, _, documents, _, _ in found.blocks]
+            corpus.owners.append(np.repeat(*np.array(from_each, np.int64).reshape(-1, 2).T))
             corpus.empty += found.empty
             raw_presence[found.raw_code_points] = True
             for index, encoding, documents, characters, skipped in found.blocks:
@@ -87,26 +94,46 @@ def _first_pass(files: list[Source], job: Job, cfg: PrepareConfig, workers: int)
                 minhashes_new.append(np.array([near.is_new(minhash) for minhash in found.minhashes], bool))
     corpus.distinct = int(raw_presence.sum())
     if not job.whole:
-        _choose(corpus, minhashes_new, cfg)
+        _choose(corpus, minhashes_new, cfg, np.array(weights))
     if sum(record["characters"] for record in records) == 0:
         raise UserError("no text in the sources" + (f"; {corpus.skipped} were skipped" if corpus.skipped else ""))
     return corpus
 
 
-def _choose(corpus: Corpus, is_new: list[np.ndarray], cfg: PrepareConfig) -> None:
-    """Sets `choices`: duplicates dropped, the rest split by their content."""
+def _choose(corpus: Corpus, is_new: list[np.ndarray], cfg: PrepareConfig, weights: np.ndarray) -> None:
+    """Sets `choices`: duplicates dropped, sources thinned by their weights, the rest split."""
     digests = np.concatenate(corpus.digests) if corpus.digests else np.empty((0, 16), np.uint8)
-    choice = np.where(clean.is_validation(digests, cfg.val_fraction), VAL, TRAIN).astype(np.uint8)
-    if cfg.dedup != "none":
-        first = clean.first_occurrences(digests)
-        corpus.exact = int((~first).sum())
-        choice[~first] = DROP
+    keep = np.ones(len(digests), bool)
+    if cfg.dedup != "none" and cfg.split == "hash":
+        keep = clean.first_occurrences(digests)
+        corpus.exact = int((~keep).sum())
         if is_new:
-            near = first & ~np.concatenate(is_new)
+            near = keep & ~np.concatenate(is_new)
             corpus.near = int(near.sum())
-            choice[near] = DROP
+            keep &= ~near
+    if (weights < 1).any():
+        keep &= _shares(digests) < weights[np.concatenate(corpus.owners)]
+    if cfg.split == "hash":
+        is_val = clean.is_validation(digests, cfg.val_fraction)
+    else:  # the last dialogues
+        is_val = np.cumsum(keep) > int(keep.sum() * (1 - cfg.val_fraction))
+    choice = np.where(keep, np.where(is_val, VAL, TRAIN), DROP).astype(np.uint8)
     ends = np.cumsum([len(d) for d in corpus.digests])
     corpus.choices = np.split(choice, ends[:-1]) if len(ends) else []
+
+
+def _shares(digests: np.ndarray) -> np.ndarray:
+    """(documents,) float64 in [0, 1), by content and unrelated to the split."""
+    return digests[:, :8].copy().view("<u8").ravel() / 2.0**64
+
+
+def _repeat(corpus: Corpus, weights: list[float]) -> None:
+    """Training documents of sources with a weight above 1 are marked to come several times."""
+    for choice, owners, digests in zip(corpus.choices, corpus.owners, corpus.digests, strict=True):
+        weight = np.array(weights)[owners]
+        copies = np.floor(weight) + (_shares(digests) < weight - np.floor(weight))
+        often = (choice == TRAIN) & (copies > 1)
+        choice[often] = copies[often] + 1
 
 
 def _val_is_small(corpus: Corpus) -> bool:

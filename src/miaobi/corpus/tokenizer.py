@@ -254,6 +254,10 @@ class Tokenizer:
         """The id of a token by its name, None when there is no such token."""
         return self.backend.token_to_id(token)
 
+    def is_control(self, id_: int) -> bool:
+        """Whether `id_` is a token that no text turns into."""
+        return id_ in self.backend.get_added_tokens_decoder()
+
     def _special(self, ours: str, role: str) -> int | None:
         """A foreign tokenizer names its end-of-text and padding in its config, ours by fixed names."""
         named = self.config.get(role)

@@ -53,6 +53,16 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return x * rope[0] + torch.cat((-b, a), dim=-1) * rope[1]
 
 
+def document_mask(documents: Tensor) -> Tensor:
+    """Who may attend to whom in blocks of several documents: documents (B, T) numbers them -> (B, 1, T, T) bool.
+
+    Causal and block-diagonal.
+    """
+    T = documents.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
+    return (causal & (documents[:, :, None] == documents[:, None, :])).unsqueeze(1)
+
+
 def head_dim(cfg: ModelConfig) -> int:
     """Width of one attention head."""
     return cfg.head_dim or cfg.n_embd // cfg.n_head

@@ -10,21 +10,34 @@ from itertools import islice
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from miaobi.console import console, progress
-from miaobi.corpus.dataset import IGNORE, TokenStream, fixed_windows
-from miaobi.errors import UserError
+from miaobi.corpus.dataset import IGNORE, Batch
 from miaobi.model.loss import linear_cross_entropy
-from miaobi.model.transformer import Transformer
+from miaobi.model.transformer import Transformer, document_mask
+
+
+def place(batch: Batch, rows: slice, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Rows of a batch on the device, without waiting for the copy: inputs, targets, position_ids, attention mask."""
+
+    def copied(a: np.ndarray | None) -> Tensor | None:
+        if a is None:
+            return None
+        t = torch.from_numpy(np.ascontiguousarray(a[rows]))
+        return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+
+    inputs, targets, positions, documents = map(copied, batch)
+    return inputs, targets, positions, None if documents is None else document_mask(documents)
 
 
 @torch.no_grad()
-def nats(model: Transformer, inputs: np.ndarray, targets: np.ndarray, dtype: torch.dtype) -> float:
-    """Sum of -log p over targets that are not IGNORE; inputs and targets: int64 (B, T)."""
+def nats(model: Transformer, batch: Batch, dtype: torch.dtype, rows: slice = slice(None)) -> float:
+    """Sum of -log p over targets that are not IGNORE."""
     device = model.wte.weight.device
-    x, y = (torch.from_numpy(a).to(device) for a in (inputs, targets))
+    inputs, targets, positions, mask = place(batch, rows, device)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        return linear_cross_entropy(model.hidden(x), model.head_weight, y).item()
+        return linear_cross_entropy(model.hidden(inputs, positions, mask), model.head_weight, targets).item()
 
 
 def eager(model: Transformer) -> AbstractContextManager:
@@ -34,25 +47,16 @@ def eager(model: Transformer) -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager")
 
 
-def validation_loss(
-    model: Transformer, stream: TokenStream, windows: int, batch_size: int, dtype: torch.dtype
-) -> float:
-    """Nats per token over `windows` fixed windows of the stream; the model's mode is restored.
-
-    Raises UserError for a stream without a target.
-    """
-    if len(stream) < 2:
-        raise UserError("the validation part of the data is empty; prepare it with a larger --val_fraction")
-    inputs, targets = fixed_windows(stream, model.cfg.block_size, windows)
+def validation_loss(model: Transformer, windows: Batch, batch_size: int, dtype: torch.dtype) -> float:
+    """Nats per scored token over the windows; the model's mode is restored."""
     was_training = model.training
     model.eval()
     with eager(model):
         total = sum(
-            nats(model, inputs[i : i + batch_size], targets[i : i + batch_size], dtype)
-            for i in range(0, len(inputs), batch_size)
+            nats(model, windows, dtype, slice(i, i + batch_size)) for i in range(0, len(windows.inputs), batch_size)
         )
     model.train(was_training)
-    return total / max(1, int((targets != IGNORE).sum()))
+    return total / max(1, int((windows.targets != IGNORE).sum()))
 
 
 def sliding(tokens: np.ndarray, block_size: int, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -97,9 +101,9 @@ def evaluate(
     with progress("{task.completed:,.0f} tokens") as bar:
         task = bar.add_task("eval", total=len(tokens) - 1, visible=console.is_terminal)
         while group := list(islice(windows, batch_size)):
-            inputs, targets = (np.stack(side) for side in zip(*group, strict=True))
-            total += nats(model, inputs, targets, dtype)
-            scored += int((targets != IGNORE).sum())
+            batch = Batch(*(np.stack(side) for side in zip(*group, strict=True)))
+            total += nats(model, batch, dtype)
+            scored += int((batch.targets != IGNORE).sum())
             bar.update(task, completed=scored)
     return {
         "loss": total / scored,

@@ -8,23 +8,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.progress import Progress as Bar
 
 from miaobi.config import RunConfig
 from miaobi.console import console, log, progress, warn
-from miaobi.corpus.dataset import IGNORE, PreparedData, batch, derive, windows_per_epoch
+from miaobi.corpus.dataset import IGNORE, PreparedData, derive
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import can_compile, explain_memory, keep_allocations, peak_flops, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin
-from miaobi.train.evaluate import eager, validation_loss
+from miaobi.train.evaluate import eager, place, validation_loss
 from miaobi.train.optimizer import make_optimizers, rate, set_rate
 from miaobi.train.recipe import length, resolve_optim
-from miaobi.train.source import build_model, open_data
+from miaobi.train.source import build_model, open_blocks, open_data
 from miaobi.train.state import (
     Progress,
     load_optimizers,
@@ -85,7 +84,8 @@ class Run:
         self.device, self.dtype = device, dtype
         self.model = build_model(cfg, origin, data, tokenizer, checkpoint).to(device)
         model_cfg = self.model.cfg
-        self.total_steps = length(cfg, windows_per_epoch(len(data.train), model_cfg.block_size))
+        self.blocks, val_blocks = open_blocks(cfg.data, data, model_cfg.block_size)
+        self.total_steps = length(cfg, len(self.blocks))
         self.optim = resolve_optim(cfg.optim, model_cfg.family, self.total_steps)
         self.optimizers = make_optimizers(self.model, self.optim, self.optim.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -98,7 +98,8 @@ class Run:
             load_optimizers(checkpoint, self.optimizers, self.scaler)
         # The same windows at every evaluation, and never more tokens than were trained until the first of them.
         first = min(cfg.train.eval_interval, self.total_steps) * cfg.train.global_batch
-        self.eval_windows = min(cfg.train.eval_iters * cfg.train.batch_size, first)
+        wished = cfg.train.eval_iters * cfg.train.batch_size
+        self.eval_windows = val_blocks.fixed(wished if cfg.train.eval_only else min(wished, first))
         self.saved_best = (self.progress.best_step, self.progress.best_val_loss)
         self.interrupted: str | None = None
         self.parameters = self.model.num_parameters()
@@ -109,8 +110,7 @@ class Run:
         first = p.step
         log(self.headline())
         if cfg.eval_only:
-            windows = cfg.eval_iters * cfg.batch_size
-            p.val_loss = validation_loss(self.model, self.data.val, windows, cfg.micro_batch, self.dtype)
+            p.val_loss = validation_loss(self.model, self.eval_windows, cfg.micro_batch, self.dtype)
             p.val_bits_per_char = self.bits_per_char(p.val_loss)
             return self.result("eval_only")
         if p.stopped == "patience" and self.total_steps > p.planned:  # extended: patience begins anew
@@ -184,7 +184,7 @@ class Run:
             grad_norm=norm,
             tokens_per_second=speed,
             mfu=speed * self.flops_per_token() / self.peak,
-            epoch=p.tokens / len(self.data.train),
+            epoch=p.step * self.cfg.train.global_batch / len(self.blocks),
         )
         figures = f"loss {losses.mean():.3f}  {speed:,.0f} tok/s"
         if not console.is_terminal:
@@ -193,16 +193,16 @@ class Run:
 
     def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
         """One optimizer step: (mean loss in nats, gradient norm, tokens scored)."""
-        cfg, T = self.cfg.train, self.model.cfg.block_size
-        inputs, targets = batch(self.data.train, T, cfg.global_batch, cfg.seed, step)
-        scored = int((targets != IGNORE).sum())
+        cfg = self.cfg.train
+        batch = self.blocks.batch(cfg.global_batch, cfg.seed, step)
+        scored = int((batch.targets != IGNORE).sum())
         total = torch.zeros((), device=self.device)
         for micro, i in enumerate(range(0, cfg.global_batch, cfg.micro_batch)):
-            x, y = (self.to_device(a[i : i + cfg.micro_batch]) for a in (inputs, targets))
+            x, y, positions, mask = place(batch, slice(i, i + cfg.micro_batch), self.device)
             if self.model.cfg.dropout:
                 torch.manual_seed(derive(cfg.seed, "dropout", step, micro, 0))
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                hidden = self.model.hidden(x)
+                hidden = self.model.hidden(x, positions, mask)
                 loss = linear_cross_entropy(hidden, self.model.head_weight, y) / scored
             self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -217,11 +217,6 @@ class Run:
         self.scaler.update()
         return total, norm, scored
 
-    def to_device(self, a: np.ndarray) -> torch.Tensor:
-        """Copy a batch over without waiting for it."""
-        t = torch.from_numpy(np.ascontiguousarray(a))
-        return t.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else t.to(self.device)
-
     def is_due(self, step: int) -> bool:
         """Whether the run is evaluated after `step` steps."""
         return step % self.cfg.train.eval_interval == 0 or step == self.total_steps
@@ -229,7 +224,7 @@ class Run:
     def evaluate(self, metrics: Metrics, preview: Preview | None) -> None:
         """Validation loss on fixed windows, best so far, warnings, early stopping, a sample."""
         p, cfg = self.progress, self.cfg.train
-        p.val_loss = validation_loss(self.model, self.data.val, self.eval_windows, cfg.micro_batch, self.dtype)
+        p.val_loss = validation_loss(self.model, self.eval_windows, cfg.micro_batch, self.dtype)
         if not math.isfinite(p.val_loss):
             self.fail_not_finite(p.step)
         p.val_bits_per_char = self.bits_per_char(p.val_loss)
@@ -256,9 +251,13 @@ class Run:
             self.model.train()
 
     def bits_per_char(self, nats_per_token: float) -> float:
-        """All nats of the validation text, separators included, over its characters."""
+        """All nats of the validation text, separators included, over its characters.
+
+        The first character of a dialogue is given to the model, not predicted, and not counted.
+        """
         val = self.data.val
-        return nats_per_token * len(val) / max(1, val.characters) / math.log(2)
+        given = val.documents if self.data.is_dialogue else 0
+        return nats_per_token * (len(val) - given) / max(1, val.characters - given) / math.log(2)
 
     def save(self) -> None:
         """Write a checkpoint; where the disk is full the run goes on with the last one, and the best, in place."""
@@ -301,8 +300,10 @@ class Run:
         x = torch.zeros(self.cfg.train.micro_batch, T, dtype=torch.long, device=self.device)
         self.model.train()
         try:
+            _, _, positions, mask = place(self.blocks.fixed(1), slice(0, 1), self.device)  # the kind that comes
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                self.model.hidden(x).sum().backward()
+                mask = None if mask is None else mask.expand(len(x), -1, -1, -1)
+                self.model.hidden(x, positions, mask).sum().backward()
             log(f"compiled in {time.perf_counter() - started:.0f} s")
         except torch.OutOfMemoryError:
             raise

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from miaobi.config import PrepareConfig, RunConfig
+from miaobi.config import DataConfig, PrepareConfig, RunConfig
 from miaobi.console import log
-from miaobi.corpus.dataset import PreparedData
-from miaobi.corpus.prepare import prepare
+from miaobi.corpus.dataset import PreparedData, TextWindows
+from miaobi.corpus.packing import PackedDialogues
+from miaobi.corpus.prepare import prepare, settings_of
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, model_directory
@@ -34,6 +35,8 @@ def open_data(cfg: RunConfig, out: Path) -> PreparedData:
         tokenizer=str(model_directory(cfg.train.init_from)) if start_from else d.tokenizer,
         vocab_size=None if start_from else cfg.model.vocab_size,
         format=d.format,
+        template=d.template,
+        loss=d.loss,
         field=d.field,
         dedup=d.dedup,
         split=d.split,
@@ -45,14 +48,35 @@ def open_data(cfg: RunConfig, out: Path) -> PreparedData:
     return PreparedData.open(wanted.out)
 
 
+def open_blocks(
+    cfg: DataConfig, data: PreparedData, block_size: int
+) -> tuple[PackedDialogues | TextWindows, PackedDialogues | TextWindows]:
+    """Training and validation as blocks: dialogues packed (unless `packing` is stream), text in windows.
+
+    Raises UserError for a split that is too small.
+    """
+    if len(data.val) < 2:
+        raise UserError("the validation part of the data is empty; prepare it with a larger --val_fraction")
+    if not data.is_dialogue or cfg.packing == "stream":
+        if cfg.packing == "documents":
+            raise UserError("packing=documents is for dialogues; prepare the data with --format=dialogue")
+        if data.train.scored is not None:
+            raise UserError("packing=stream learns all tokens, but the data marks the assistant's; use packing=auto")
+        return TextWindows(data.train, block_size), TextWindows(data.val, block_size)
+    train = PackedDialogues(data.train, block_size, cfg.long_history, data.sep_id)
+    log(f"{len(train.starts):,} dialogues in {len(train):,} blocks, {train.useful:.1%} of their tokens in use"
+        + (f"; {train.cut_dialogues:,} dialogues were longer than a block and were cut between turns, "
+           f"{train.cut_turns:,} turns inside" if train.cut_dialogues else ""))  # fmt: skip
+    return train, PackedDialogues(data.val, block_size)
+
+
 def prepared_as(wanted: PrepareConfig) -> bool:
     """Whether `wanted.out` holds data prepared with just these settings (an earlier try may have had others)."""
     manifest = wanted.out / "manifest.json"
     if not manifest.is_file():
         return False
-    settings = {key: str(v) if isinstance(v, Path) else v for key, v in dataclasses.asdict(wanted).items()}
     try:
-        return json.loads(manifest.read_text(encoding="utf-8")).get("settings") == settings
+        return json.loads(manifest.read_text(encoding="utf-8")).get("settings") == settings_of(wanted)
     except ValueError:
         return False  # damaged: prepare again
 
