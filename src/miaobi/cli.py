@@ -286,6 +286,9 @@ def evaluate(args: list[str]) -> None:
         """Which checkpoint of a run: best, last or step-N."""
         split: Literal["val", "train"] = "val"
         """Part of a prepared directory."""
+        format: Literal["auto", "text", "lines", "files", "jsonl", "csv", "dialogue"] = "auto"
+        """Raw text: what a document is, as in `miaobi prepare`; auto takes text for dialogues where the model is a
+        chit-chat model. Dialogues with roles are scored on the assistant's turns."""
         stride: str = "half"
         """Tokens scored per window: half (a block's half; each has at least that much context), block (as nanoGPT
         scores), or a number."""
@@ -304,8 +307,8 @@ def evaluate(args: list[str]) -> None:
         raise UserError("eval needs text: a prepared directory, or files")
     from miaobi.train.score import score
 
-    result = score(given.model, list(given.data), given.checkpoint, given.split, given.stride, given.batch_size,
-                   given.device, given.dtype)  # fmt: skip
+    result = score(given.model, list(given.data), given.checkpoint, given.split, given.format, given.stride,
+                   given.batch_size, given.device, given.dtype)  # fmt: skip
     if as_json:
         print_json(result)
         return

@@ -7,6 +7,7 @@ less than 1% of a block stays empty, against 77 to 86% when every dialogue is pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -68,7 +69,10 @@ class PackedDialogues:
 
     def fixed(self, count: int) -> Batch:
         """`count` blocks, always the same ones, spread evenly; fewer where there are not so many."""
-        chosen = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64))
+        return self.take(np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64)))
+
+    def take(self, chosen: Sequence[int]) -> Batch:
+        """Some blocks by number, in an order that never changes."""
         blocks = [self._block(int(pack), self._deal(0, 0), False) for pack in chosen]
         return Batch(*(np.stack(part) for part in zip(*blocks, strict=True)))
 

@@ -106,12 +106,12 @@ def _universal_newlines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def read_documents(paths: list[str], whole: bool = False) -> Iterator[str]:
+def read_documents(paths: list[str], format: str = "auto", whole: bool = False) -> Iterator[str]:
     """The documents of some sources, or (`whole`) their text as read, in pieces that join to it.
 
     Raises:
         UserError: what `iter_blocks` and `read_block` raise.
     """
-    for block in iter_blocks(find_sources(paths), whole=whole):
+    for block in iter_blocks(find_sources(paths, format), whole=whole):
         content = read_block(block, whole=whole)
         yield from [content.raw] if whole else content.documents

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 
@@ -92,16 +92,32 @@ def evaluate(
     """Score a token sequence whose first token is given as context.
 
     tokens: (N,). characters, text_bytes: length of the text that tokens[1:] encode, in code points and UTF-8 bytes.
+    Returns what `score_batches` returns.
+    """
+    windows = sliding(tokens, model.cfg.block_size, stride)
+    groups = iter(lambda: list(islice(windows, batch_size)), [])
+    batches = (Batch(*(np.stack(side) for side in zip(*group, strict=True))) for group in groups)
+    return score_batches(model, batches, len(tokens) - 1, characters, text_bytes, dtype)
+
+
+def score_batches(
+    model: Transformer,
+    batches: Iterable[Batch],
+    total_tokens: int,
+    characters: int,
+    text_bytes: int,
+    dtype: torch.dtype,
+) -> dict:
+    """Score batches that hold every token once.
+
     Returns loss (nats per token), perplexity, bits_per_char, bits_per_byte, tokens, characters, seconds.
     """
     started = time.perf_counter()
     model.eval()
-    windows = sliding(tokens, model.cfg.block_size, stride)
     total, scored = 0.0, 0
     with progress("{task.completed:,.0f} tokens") as bar:
-        task = bar.add_task("eval", total=len(tokens) - 1, visible=console.is_terminal)
-        while group := list(islice(windows, batch_size)):
-            batch = Batch(*(np.stack(side) for side in zip(*group, strict=True)))
+        task = bar.add_task("eval", total=total_tokens, visible=console.is_terminal)
+        for batch in batches:
             total += nats(model, batch, dtype)
             scored += int((batch.targets != IGNORE).sum())
             bar.update(task, completed=scored)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from miaobi.corpus.dataset import PreparedData
+from miaobi.corpus.dataset import PreparedData, TokenStream
+from miaobi.corpus.dialogue import Encoded, as_lines, encode_lines, encode_roles
+from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.read import read_documents
+from miaobi.corpus.template import SEP_TEMPLATE
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import ends_documents, load_model
-from miaobi.train.evaluate import evaluate
+from miaobi.train.evaluate import evaluate, score_batches
 
 
 def score(
-    name: str, sources: list[str], checkpoint: str, split: str, stride: str, batch_size: int, device: str, dtype: str
-) -> dict:
-    """Score a prepared directory's split, or raw text, every character once.
+    name: str, sources: list[str], checkpoint: str, split: str, format: str, stride: str, batch_size: int, device: str,
+    dtype: str,
+) -> dict:  # fmt: skip
+    """Score a prepared directory's split, or raw text, every character once; dialogues one by one.
 
     Returns what `evaluate` returns. Raises UserError for a model and data that do not belong together.
     """
@@ -26,15 +31,76 @@ def score(
     where = pick_device(device)
     model, tokenizer = load_model(name, checkpoint)
     prepared = len(sources) == 1 and (Path(sources[0]) / "manifest.json").is_file()
-    if prepared:
-        tokens, characters, text_bytes = prepared_tokens(sources[0], split, tokenizer)
-    else:
-        tokens, characters, text_bytes = raw_tokens(sources, tokenizer, ends_documents(name, checkpoint))
-    if len(tokens) < 2:
-        raise UserError(f"nothing to score in {' '.join(sources)}")
-    steps = stride_tokens(stride, model.cfg.block_size)
+    steps, precision = stride_tokens(stride, model.cfg.block_size), pick_dtype(dtype, where)
+    stream = dialogues(sources, split, format, tokenizer, prepared)
     with explain_memory(where, f"try a smaller --batch_size than {batch_size}"):
-        return evaluate(model.to(where), tokens, characters, text_bytes, steps, pick_dtype(dtype, where), batch_size)
+        if stream is not None:
+            blocks = PackedDialogues(stream, model.cfg.block_size)
+            batches = (blocks.take(range(len(blocks))[i : i + batch_size]) for i in range(0, len(blocks), batch_size))
+            return score_batches(model.to(where), batches, len(stream), *reply_text(stream, tokenizer), precision)
+        if prepared:
+            tokens, characters, text_bytes = prepared_tokens(sources[0], split, tokenizer)
+        else:
+            tokens, characters, text_bytes = raw_tokens(sources, tokenizer, ends_documents(name, checkpoint), format)
+        if len(tokens) < 2:
+            raise UserError(f"nothing to score in {' '.join(sources)}")
+        return evaluate(model.to(where), tokens, characters, text_bytes, steps, precision, batch_size)
+
+
+@dataclass
+class MemoryStream:
+    """Encoded dialogues with the interface of `dataset.TokenStream`."""
+
+    parts: Encoded
+
+    def __len__(self) -> int:
+        return len(self.parts.ids)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """(dialogues,) int64."""
+        return self.parts.starts
+
+    @property
+    def turns(self) -> np.ndarray:
+        """(turns,) int64."""
+        return self.parts.turns
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int64."""
+        return self.parts.ids[start:stop].astype(np.int64)
+
+    def read_scored(self, start: int, stop: int) -> np.ndarray:
+        """Whether the tokens [start, stop) are scored."""
+        return np.ones(stop - start, bool) if self.parts.scored is None else self.parts.scored[start:stop]
+
+
+def dialogues(
+    sources: list[str], split: str, format: str, tokenizer: Tokenizer, prepared: bool
+) -> TokenStream | MemoryStream | None:
+    """The dialogues to score, or None for plain text. With roles, the assistant's turns are scored."""
+    if prepared:
+        data = open_prepared(sources[0], tokenizer)
+        return (data.val if split == "val" else data.train) if data.is_dialogue else None
+    template = tokenizer.config.get("chat_template")
+    if (format == "auto" and template != SEP_TEMPLATE) or format not in ("auto", "dialogue"):
+        return None
+    documents = list(read_documents(sources, "dialogue"))
+    if template == SEP_TEMPLATE:
+        return MemoryStream(encode_lines(tokenizer, [as_lines(document) for document in documents]))
+    return MemoryStream(encode_roles(tokenizer, documents, replies_only=True))
+
+
+def reply_text(stream: TokenStream | MemoryStream, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Characters and UTF-8 bytes of what is scored; a dialogue's first token is given, an end of turn is a newline."""
+    n = len(stream)
+    scored = stream.read_scored(0, n).astype(bool)
+    scored[stream.starts] = False
+    ids = stream.read(0, n)[scored]
+    is_control = np.isin(ids, list(tokenizer.backend.get_added_tokens_decoder()))
+    text = tokenizer.decode(ids[~is_control])
+    turns = int((ids == tokenizer.sep_id).sum()) if tokenizer.sep_id is not None else 0
+    return len(text) + turns, len(text.encode()) + turns
 
 
 def stride_tokens(stride: str, block_size: int) -> int:
@@ -47,12 +113,18 @@ def stride_tokens(stride: str, block_size: int) -> int:
     return int(stride)
 
 
-def prepared_tokens(source: str, split: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int, int]:
-    """Tokens of a split, with one token of context in front, and its length in characters and bytes."""
+def open_prepared(source: str, tokenizer: Tokenizer) -> PreparedData:
+    """Prepared data of the model's own tokenizer. Raises UserError for another."""
     data = PreparedData.open(source)
     if Tokenizer.load(data.path).backend.to_str() != tokenizer.backend.to_str():
         raise UserError(f"{source} was prepared with another tokenizer than the model's; give the raw text instead, "
                         "or prepare it with --tokenizer=MODEL")  # fmt: skip
+    return data
+
+
+def prepared_tokens(source: str, split: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int, int]:
+    """Tokens of a split, with one token of context in front, and its length in characters and bytes."""
+    data = open_prepared(source, tokenizer)
     stream = data.val if split == "val" else data.train
     if not len(stream):
         raise UserError(f"the {split} part of {source} is empty")
@@ -63,11 +135,11 @@ def prepared_tokens(source: str, split: str, tokenizer: Tokenizer) -> tuple[np.n
     return np.concatenate((context, stream.read(0, len(stream)))), stream.characters, stream.bytes
 
 
-def raw_tokens(sources: list[str], tokenizer: Tokenizer, documents: bool) -> tuple[np.ndarray, int, int]:
+def raw_tokens(sources: list[str], tokenizer: Tokenizer, documents: bool, format: str) -> tuple[np.ndarray, int, int]:
     """Tokens of raw text as its documents, or as one stream for a model that knows no end of text."""
     end = [tokenizer.eot_id] if documents else []
     parts, characters, text_bytes = [np.array([tokenizer.eot_id or 0])], 0, 0
-    for text in read_documents(sources, whole=not documents):
+    for text in read_documents(sources, format, whole=not documents):
         parts += [tokenizer.encode_array(text), np.array(end, np.int64)]
         characters += len(text)
         text_bytes += len(text.encode("utf-8"))
