@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from miaobi.config import ModelConfig
 from miaobi.model.loss import linear_cross_entropy
-from miaobi.model.transformer import Transformer, rotate
+from miaobi.model.transformer import Transformer, document_block_mask, document_mask, rotate
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 70}
 CONFIGS = {
@@ -183,3 +183,12 @@ def test_dropout_acts_in_training_and_follows_the_seed():
             outs.append(model(x))
         torch.testing.assert_close(outs[0], outs[1], atol=0, rtol=0)
         assert not torch.allclose(outs[0], outs[2])
+
+
+@torch.no_grad()
+def test_flex_attention_sees_what_the_plain_mask_sees(model):
+    documents = torch.tensor([[0] * 5 + [1] * 2 + [2] * 4 + [-1] * 1, [0] * 12])
+    positions = torch.arange(12).expand(2, -1)
+    plain = model.hidden(ids(2, 12), positions, document_mask(documents))
+    flex = model.hidden(ids(2, 12), positions, document_block_mask(documents))
+    torch.testing.assert_close(flex, plain, atol=1e-5, rtol=1e-4)

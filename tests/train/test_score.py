@@ -18,8 +18,8 @@ TEXT += "前锋错过转会，" * 20
 
 
 def miaobi_score(run, *sources, **changes) -> dict:
-    settings = {"checkpoint": "best", "split": "val", "format": "auto", "stride": "half", "batch_size": 4, "device": "cpu",
-                "dtype": "float32"} | changes  # fmt: skip
+    settings = {"checkpoint": "best", "split": "val", "format": "auto", "stride": "half", "batch_size": 4,
+                "device": "cpu", "dtype": "float32"} | changes  # fmt: skip
     return score(str(run), [str(s) for s in sources], **settings)
 
 

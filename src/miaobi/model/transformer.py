@@ -63,6 +63,20 @@ def document_mask(documents: Tensor) -> Tensor:
     return (causal & (documents[:, :, None] == documents[:, None, :])).unsqueeze(1)
 
 
+def document_block_mask(documents: Tensor):
+    """`document_mask` for FlexAttention (arXiv:2412.05496): its compiled kernel skips what no token attends to.
+
+    For CUDA; on the CPU it has no backward.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask  # imports the compiler
+
+    def same_document(b, h, q, k):
+        return (q >= k) & (documents[b, q] == documents[b, k])
+
+    B, T = documents.shape
+    return create_block_mask(same_document, B, None, T, T, device=documents.device)
+
+
 def head_dim(cfg: ModelConfig) -> int:
     """Width of one attention head."""
     return cfg.head_dim or cfg.n_embd // cfg.n_head
@@ -110,15 +124,16 @@ class Attention(nn.Module):
             q, k = rotate(q, rope).to(v.dtype), rotate(k, rope).to(v.dtype)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and T > 1,
-            enable_gqa=self.n_kv_head != self.n_head,
-        )
+        grouped = self.n_kv_head != self.n_head
+        if mask is None or isinstance(mask, Tensor):
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(
+                q, k, v, mask, dropout_p=dropout, is_causal=mask is None and T > 1, enable_gqa=grouped
+            )
+        else:
+            from torch.nn.attention.flex_attention import flex_attention
+
+            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
         return self.proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -15,11 +15,14 @@ from torch import Tensor
 from miaobi.console import console, progress
 from miaobi.corpus.dataset import IGNORE, Batch
 from miaobi.model.loss import linear_cross_entropy
-from miaobi.model.transformer import Transformer, document_mask
+from miaobi.model.transformer import Transformer, document_block_mask, document_mask
 
 
-def place(batch: Batch, rows: slice, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Rows of a batch on the device, without waiting for the copy: inputs, targets, position_ids, attention mask."""
+def place(batch: Batch, rows: slice, device: torch.device, flex: bool = False) -> tuple:
+    """Rows of a batch on the device, without waiting for the copy: inputs, targets, position_ids, attention mask.
+
+    flex: mask for the compiled FlexAttention instead of for scaled_dot_product_attention.
+    """
 
     def copied(a: np.ndarray | None) -> Tensor | None:
         if a is None:
@@ -28,7 +31,9 @@ def place(batch: Batch, rows: slice, device: torch.device) -> tuple[Tensor, Tens
         return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
     inputs, targets, positions, documents = map(copied, batch)
-    return inputs, targets, positions, None if documents is None else document_mask(documents)
+    if documents is None:
+        return inputs, targets, positions, None
+    return inputs, targets, positions, document_block_mask(documents) if flex else document_mask(documents)
 
 
 @torch.no_grad()

@@ -102,6 +102,7 @@ class Run:
         self.eval_windows = val_blocks.fixed(wished if cfg.train.eval_only else min(wished, first))
         self.saved_best = (self.progress.best_step, self.progress.best_val_loss)
         self.interrupted: str | None = None
+        self.flex = False
         self.parameters = self.model.num_parameters()
 
     def go(self, preview: Preview | None) -> dict:
@@ -198,7 +199,7 @@ class Run:
         scored = int((batch.targets != IGNORE).sum())
         total = torch.zeros((), device=self.device)
         for micro, i in enumerate(range(0, cfg.global_batch, cfg.micro_batch)):
-            x, y, positions, mask = place(batch, slice(i, i + cfg.micro_batch), self.device)
+            x, y, positions, mask = place(batch, slice(i, i + cfg.micro_batch), self.device, self.flex)
             if self.model.cfg.dropout:
                 torch.manual_seed(derive(cfg.seed, "dropout", step, micro, 0))
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
@@ -289,7 +290,7 @@ class Run:
 
     def maybe_compile(self) -> None:
         """Compile one block, shared by all layers; eager with one line of warning where that fails."""
-        wish, T = self.cfg.train.compile, self.model.cfg.block_size
+        cfg, wish = self.cfg.train, self.cfg.train.compile
         slow_products = self.device.type == "cpu" and self.dtype == torch.float32  # the rest is 3% of a step then
         worth = self.total_steps >= COMPILE_PAYS_AFTER and can_compile(self.device) and not slow_products
         if wish is False or (wish == "auto" and not worth):
@@ -297,12 +298,12 @@ class Run:
         started = time.perf_counter()
         for block in self.model.blocks:
             block.compile()
-        x = torch.zeros(self.cfg.train.micro_batch, T, dtype=torch.long, device=self.device)
+        # FlexAttention knows no dropout, and needs the compiler to be fast.
+        self.flex = self.device.type == "cuda" and self.model.cfg.dropout == 0.0
+        x, _, positions, mask = place(self.blocks.fixed(cfg.micro_batch), slice(None), self.device, self.flex)
         self.model.train()
         try:
-            _, _, positions, mask = place(self.blocks.fixed(1), slice(0, 1), self.device)  # the kind that comes
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                mask = None if mask is None else mask.expand(len(x), -1, -1, -1)
                 self.model.hidden(x, positions, mask).sum().backward()
             log(f"compiled in {time.perf_counter() - started:.0f} s")
         except torch.OutOfMemoryError:
@@ -311,6 +312,7 @@ class Run:
             RuntimeError
         ) as e:  # what the compilers raise (BackendCompilerFailed, InductorError, ...) derives from it
             warn(f"torch.compile does not work here ({type(e).__name__}); going on without (--compile=False says so)")
+            self.flex = False
             for block in self.model.blocks:
                 block._compiled_call_impl = None
         self.model.zero_grad(set_to_none=True)
