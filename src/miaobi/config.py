@@ -104,21 +104,21 @@ class DataConfig:
 class ModelConfig:
     """The decoder. `None` means: decided by the family and the other sizes."""
 
-    family: Literal["auto", "gpt2", "qwen3"] = "auto"
-    """gpt2 = the seeds' model; qwen3 = RoPE, RMSNorm, QK-norm, SwiGLU. auto = qwen3, or gpt2 where the
-    configuration speaks of biases or of a seed's own keys."""
+    family: Literal["auto", "gpt2", "qwen3", "llama"] = "auto"
+    """gpt2 = the seeds' model; qwen3 = RoPE, RMSNorm, QK-norm, SwiGLU; llama = qwen3 without QK-norm, for hub models.
+    auto = qwen3, or gpt2 where the configuration speaks of biases or of a seed's own keys."""
     n_layer: int = 6
     """Blocks."""
     n_head: int = 6
     """Attention heads."""
     n_kv_head: int | None = None
-    """qwen3: key/value heads, fewer than n_head for grouped-query attention; default n_head."""
+    """qwen3, llama: key/value heads, fewer than n_head for grouped-query attention; default n_head."""
     n_embd: int = 384
     """Width of the residual stream."""
     head_dim: int | None = None
-    """qwen3: width of one head; default n_embd / n_head."""
+    """qwen3, llama: width of one head; default n_embd / n_head."""
     intermediate_size: int | None = None
-    """Width inside the MLP; default 4 n_embd (gpt2), 8/3 n_embd rounded down to 32 (qwen3): equal parameters."""
+    """Width inside the MLP; default 4 n_embd (gpt2), 8/3 n_embd rounded down to 32 (others): equal parameters."""
     block_size: int = 256
     """Context in tokens."""
     vocab_size: int | None = None
@@ -130,9 +130,19 @@ class ModelConfig:
     activation: Literal["gelu", "gelu_new"] = "gelu"
     """gpt2: exact GELU (nanoGPT, small-gpt) or its tanh approximation (hub GPT-2s)."""
     rope_theta: float = 10000.0
-    """qwen3: base of the rotary angles."""
+    """qwen3, llama: base of the rotary angles."""
+    rope_type: Literal["default", "linear", "llama3"] = "default"
+    """How a hub model's rotary angles were stretched to a longer context; the four keys below say how far."""
+    rope_factor: float = 1.0
+    """linear, llama3: angles of slow frequencies are divided by this."""
+    rope_low_freq_factor: float = 1.0
+    """llama3: frequencies that turn at most this often within the original context are slow."""
+    rope_high_freq_factor: float = 4.0
+    """llama3: frequencies that turn at least this often keep their angles; between the two they blend."""
+    rope_original_context: int = 8192
+    """llama3: tokens of context before the stretch."""
     norm_eps: float | None = None
-    """Epsilon of the norms; default 1e-5 (gpt2), 1e-6 (qwen3)."""
+    """Epsilon of the norms; default 1e-5 (gpt2), 1e-6 (others)."""
     tie_word_embeddings: bool = True
     """Share the embedding with the output layer."""
 
@@ -153,10 +163,16 @@ class ModelConfig:
             raise UserError(f"vocab_size is {self.vocab_size}; it must be at least 1")
         if self.family == "gpt2" and (self.head_dim is not None or self.n_kv_head is not None):
             raise UserError("the gpt2 family has neither head_dim nor n_kv_head; drop them or use --family=qwen3")
-        if self.family == "qwen3" and self.bias:
-            raise UserError("the qwen3 family has no biases; drop bias or use --family=gpt2")
-        if self.family == "qwen3" and (self.head_dim or self.n_embd // self.n_head) % 2:
+        rotary = self.family in ("qwen3", "llama")
+        if rotary and self.bias:
+            raise UserError(f"the {self.family} family has no biases; drop bias or use --family=gpt2")
+        if rotary and (self.head_dim or self.n_embd // self.n_head) % 2:
             raise UserError("rotary embeddings need an even head width; change n_embd, n_head or head_dim")
+        if self.rope_factor <= 0 or self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            raise UserError(
+                f"rope_factor ({self.rope_factor}) must be positive, and rope_high_freq_factor "
+                f"({self.rope_high_freq_factor}) above rope_low_freq_factor ({self.rope_low_freq_factor})"
+            )
 
 
 @dataclass(frozen=True)

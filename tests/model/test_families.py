@@ -27,7 +27,13 @@ CONFIGS = {
     "qwen3-untied-wide-heads": ModelConfig(
         family="qwen3", n_kv_head=1, head_dim=16, tie_word_embeddings=False, intermediate_size=40, **SIZES
     ),
-}
+    "llama": ModelConfig(family="llama", n_kv_head=2, tie_word_embeddings=False, **SIZES),
+    "llama-linear": ModelConfig(family="llama", rope_type="linear", rope_factor=4.0, **SIZES),
+    "llama-stretched": ModelConfig(
+        family="llama", head_dim=16, rope_type="llama3", rope_factor=8.0, rope_low_freq_factor=0.5,
+        rope_high_freq_factor=2.0, rope_original_context=8, **SIZES
+    ),
+}  # fmt: skip
 TOKENIZER = Tokenizer.train_char(Counter("皇马赢得比赛的冠军和转会球迷们期待国家队错过点球主教练谈到"))
 X = torch.randint(0, SIZES["vocab_size"], (3, 16), generator=torch.Generator().manual_seed(0))
 
@@ -38,6 +44,20 @@ def random_weights(model: torch.nn.Module) -> torch.nn.Module:
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.2)
     return model.eval()
+
+
+def as_pickles(directory: Path) -> None:
+    """Rewrite a directory's safetensors as the pytorch_model.bin that older transformers wrote."""
+    from safetensors.torch import load_file
+
+    for file in directory.glob("model*.safetensors"):
+        torch.save(load_file(file), directory / f"pytorch_{file.stem}.bin")
+        file.unlink()
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        text = index.read_text(encoding="utf-8").replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+        (directory / "pytorch_model.bin.index.json").write_text(text, encoding="utf-8")
+        index.unlink()
 
 
 @pytest.fixture(params=CONFIGS)
@@ -86,6 +106,14 @@ def test_the_traps_of_the_formats_are_written_out(tmp_path):
     assert all((p == 0).all() for p in biases.values())
 
 
+LLAMA = {
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32,
+    "intermediate_size": 56, "max_position_embeddings": 96, "vocab_size": 301,
+}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 5e2, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 HUB = {
     "gpt2": transformers.GPT2Config(
         n_layer=2, n_head=4, n_embd=32, n_positions=16, vocab_size=301, bos_token_id=0, eos_token_id=0
@@ -103,6 +131,17 @@ HUB = {
         head_dim=8, max_position_embeddings=16, vocab_size=301, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     ),
+    "llama": transformers.LlamaConfig(**LLAMA),
+    "llama-tied-ungrouped": transformers.LlamaConfig(
+        **LLAMA | {"num_key_value_heads": 4}, tie_word_embeddings=True, head_dim=16, rms_norm_eps=1e-3
+    ),
+    "llama-linear": transformers.LlamaConfig(
+        **LLAMA, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    ),
+    "llama-3": transformers.LlamaConfig(**LLAMA, rope_parameters=LLAMA3_ROPE),
+    "qwen3-linear": transformers.Qwen3Config(
+        **LLAMA, head_dim=8, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    ),
 }  # fmt: skip
 
 
@@ -114,6 +153,38 @@ def test_models_saved_by_transformers_compute_the_same_here(tmp_path, kind, shar
     theirs.save_pretrained(tmp_path, max_shard_size=shards)
     TOKENIZER.save(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shards == "20KB")
+    model, _ = load_model(tmp_path)
+    context = torch.randint(0, 301, (2, model.cfg.block_size), generator=torch.Generator().manual_seed(1))
+    for ids in (X, context):  # the longest context: far beyond original_max_position_embeddings
+        torch.testing.assert_close(model.eval()(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "llama3"])
+@torch.no_grad()
+def test_the_older_spelling_of_stretched_angles_is_read(tmp_path, rope_type):
+    """transformers 4 wrote rope_scaling and rope_theta, and before that `type` for `rope_type`."""
+    rope = {k: v for k, v in LLAMA3_ROPE.items() if rope_type == "llama3" or k in ("rope_theta", "factor")}
+    rope["rope_type"] = rope_type
+    theirs = random_weights(transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, rope_parameters=rope)))
+    theirs.save_pretrained(tmp_path)
+    TOKENIZER.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    old = config.pop("rope_parameters")
+    config |= {"rope_theta": old.pop("rope_theta"), "rope_scaling": {"type": old.pop("rope_type"), **old}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    model, _ = load_model(tmp_path)
+    torch.testing.assert_close(model.eval()(X), theirs.eval()(X).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "llama-3"])
+@pytest.mark.parametrize("shards", ["10GB", "20KB"])
+@torch.no_grad()
+def test_pytorch_model_bin_whole_and_in_shards(tmp_path, name, shards):
+    theirs = random_weights(transformers.AutoModelForCausalLM.from_config(HUB[name]))
+    theirs.save_pretrained(tmp_path, max_shard_size=shards)
+    TOKENIZER.save(tmp_path)
+    as_pickles(tmp_path)
+    assert (tmp_path / "pytorch_model.bin.index.json").exists() == (shards == "20KB")
     model, _ = load_model(tmp_path)
     torch.testing.assert_close(model.eval()(X), theirs(X).logits, atol=1e-4, rtol=1e-4)
 
@@ -149,7 +220,7 @@ def test_the_bare_body_of_an_old_gpt2_file_is_understood(tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("gpt2", {"model_type": "llama"}, "llama"),
+        ("gpt2", {"model_type": "bert"}, "'bert' is not one of .*GPT2LMHeadModel, Qwen3ForCausalLM, LlamaForCausalLM"),
         ("gpt2", {"model_type": None}, "model_type"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
@@ -157,8 +228,13 @@ def test_the_bare_body_of_an_old_gpt2_file_is_understood(tmp_path):
         ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window"),
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "yarn"),
-        ("qwen3", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ("qwen3", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ("qwen3", {"hidden_act": "gelu"}, "hidden_act"),
+        ("qwen3", {"rope_parameters": {"rope_type": "linear"}}, "has no key 'factor'"),
+        ("qwen3", {"num_attention_heads": "four"}, "a value of the wrong kind"),
+        ("qwen3", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
     ],
 )
 def test_what_the_decoder_cannot_do_is_refused_by_name(tmp_path, name, changes, message):
@@ -169,7 +245,7 @@ def test_what_the_decoder_cannot_do_is_refused_by_name(tmp_path, name, changes, 
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["gpt2-bias", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2-bias", "qwen3", "llama"])
 def test_tensors_that_do_not_fit_the_config_are_named(tmp_path, name):
     from safetensors.torch import load_file, save_file
 
@@ -179,11 +255,9 @@ def test_tensors_that_do_not_fit_the_config_are_named(tmp_path, name):
         save_file({k: t for k, t in whole.items() if k != key}, tmp_path / "model.safetensors", {"format": "pt"})
         with pytest.raises(UserError):
             load_model(tmp_path)
-    key = next(k for k in whole if k.endswith(("c_fc.weight", "down_proj.weight")))
-    for broken, message in (
-        (whole | {"extra.weight": torch.ones(3)}, "extra.weight"),
-        (whole | {key: whole[key][:-1].contiguous()}, "shape"),
-    ):
+    wrong = [whole | {k: whole[k][:-1].contiguous()} for k in whole if k.endswith(("fc.weight", "_proj.weight"))]
+    assert len(wrong) >= 4
+    for broken, message in [(whole | {"extra.weight": torch.ones(3)}, "extra.weight"), *((b, "shape") for b in wrong)]:
         save_file(broken, tmp_path / "model.safetensors", {"format": "pt"})
         with pytest.raises(UserError, match=message):
             load_model(tmp_path)

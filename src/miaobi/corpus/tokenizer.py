@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from miaobi.corpus.foreign import join_word_pieces, read_config, read_foreign
 from miaobi.errors import UserError
 
 EOT, PAD, SEP, IM_START, IM_END = SPECIALS = ("<|endoftext|>", "<pad>", "<sep>", "<|im_start|>", "<|im_end|>")
@@ -48,6 +49,11 @@ class Tokenizer:
         self.eot_id = self._special(EOT, "eos_token")
         self.pad_id = self._special(PAD, "pad_token")
         self.sep_id = self._special(SEP, "sep_token")
+        self._word_pieces = None
+        if isinstance(backend.model, models.WordPiece):  # BERT's: [SEP] ends a text, and text is joined anew
+            self._word_pieces = {id_: token for token, id_ in backend.get_vocab(with_added_tokens=True).items()}
+            self._specials = frozenset(t.content for t in backend.get_added_tokens_decoder().values() if t.special)
+            self.eot_id = self.sep_id if self.eot_id is None else self.eot_id
         self._dtype = np.uint16 if self.vocab_size <= 65535 else np.uint32
         self._absent = np.iinfo(self._dtype).max  # in the table: no token of its own
         self._table = self._character_table()
@@ -106,21 +112,21 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """From a directory that holds tokenizer.json, or that file itself.
+        """From a directory that holds tokenizer.json (or that file), BERT's vocab.txt, or GPT-2's vocab.json and
+        merges.txt.
 
         Raises:
-            UserError: no tokenizer.json there, or one that the tokenizers library cannot read.
+            UserError: no such file there, or one that the tokenizers library cannot read.
         """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
-            raise UserError(f"{path}: no tokenizer.json there; give a directory that miaobi prepare or train wrote")
-        config_file = file.with_name("tokenizer_config.json")
+            if (found := read_foreign(path)) is not None:
+                return cls(*found)
+            raise UserError(f"{path}: no tokenizer.json there, nor vocab.txt, nor vocab.json with merges.txt; give a "
+                            "directory that miaobi prepare or train wrote, or a whole model of the hub")  # fmt: skip
+        config = read_config(file.parent)
         try:
-            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-            template = file.with_name("chat_template.jinja")
-            if template.is_file():
-                config["chat_template"] = template.read_text(encoding="utf-8")
             return cls.from_json(file.read_text(encoding="utf-8"), config)
         except ValueError as error:
             raise UserError(f"{file} is not a tokenizer the tokenizers library can read: {error}") from error
@@ -236,6 +242,9 @@ class Tokenizer:
         The library's ByteFallback spoils a whole run of bytes for one that does not fit; here only that one is lost.
         """
         ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        if self._word_pieces is not None:
+            known = (self._word_pieces[id_] for id_ in ids if id_ in self._word_pieces)
+            return join_word_pieces(known, self._specials)
         if self._token_bytes is None:
             return self.backend.decode(ids, skip_special_tokens=False)
         return b"".join([self._token_bytes.get(id_, b"") for id_ in ids]).decode("utf-8", "replace")
@@ -245,6 +254,8 @@ class Tokenizer:
 
         For streaming: the text of more ids always starts with the text of fewer.
         """
+        if self._word_pieces is not None:
+            return self.decode(ids)
         if self._token_bytes is None:
             return self.decode(ids).rstrip("\ufffd")
         data = b"".join([self._token_bytes.get(id_, b"") for id_ in ids])

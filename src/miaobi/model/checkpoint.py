@@ -15,9 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from miaobi.corpus.foreign import read_json
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.families import hf_config, load_hf, model_config, to_hf
+from miaobi.model.hub import resolve
 from miaobi.model.transformer import Transformer
 
 
@@ -84,11 +86,11 @@ def save_model(directory: Path, model: Transformer, tokenizer: Tokenizer, end_id
     """
     config = hf_config(model.cfg, end_ids)
     write_json(directory / "config.json", config)
-    ends = list(end_ids) if len(end_ids) > 1 else config["eos_token_id"]
+    ends = [*(id_ for id_ in model.end_ids if id_ not in end_ids), *end_ids]  # what ended a text before still does
     write_json(
         directory / "generation_config.json",
-        {"bos_token_id": config["bos_token_id"], "eos_token_id": ends, "pad_token_id": tokenizer.pad_id,
-         "do_sample": True},
+        {"bos_token_id": config["bos_token_id"], "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+         "pad_token_id": tokenizer.pad_id, "do_sample": True},
     )  # fmt: skip
     try:
         save_file({k: v.cpu() for k, v in to_hf(model).items()}, directory / "model.safetensors", {"format": "pt"})
@@ -105,10 +107,10 @@ def write_json(path: Path, value: dict) -> None:
 def model_directory(name: str | Path, checkpoint: str = "best") -> Path:
     """The model directory that a MODEL argument means.
 
-    name: a run directory (its `checkpoint`: best, last or step-N), or a model directory.
+    name: a run directory (its `checkpoint`: best, last or step-N), a model directory, or a hub name (`resolve`).
     Raises UserError if there is none.
     """
-    path = Path(name)
+    path = resolve(str(name))
     if (path / "config.json").is_file():
         return path
     if (path / "checkpoints").is_dir():
@@ -123,14 +125,28 @@ def model_directory(name: str | Path, checkpoint: str = "best") -> Path:
         raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has: {', '.join(there) or 'none yet'}")
     if not path.exists():
         raise UserError(f"no model at {path}: no such directory. Give a run directory (out_dir of `miaobi train`) "
-                        "or a Hugging Face model directory")  # fmt: skip
+                        "a Hugging Face model directory, or a model of the hub as OWNER/NAME")  # fmt: skip
     raise UserError(f"no model at {path}: neither config.json nor checkpoints/ in it")
 
 
 def ends_documents(name: str | Path, checkpoint: str = "best") -> bool:
     """Whether the model was trained on documents that end in an end-of-text token."""
-    config = model_directory(name, checkpoint) / "config.json"
-    return json.loads(config.read_text(encoding="utf-8")).get("eos_token_id") is not None
+    return read_json(model_directory(name, checkpoint) / "config.json").get("eos_token_id") is not None
+
+
+def end_ids(path: Path) -> tuple[int, ...]:
+    """Tokens that end a text or a turn, as a model directory says; often more than one in a chat model.
+
+    generation_config.json is asked first, then config.json. Raises UserError for a damaged file.
+    """
+    for file in ("generation_config.json", "config.json"):
+        named = read_json(path / file).get("eos_token_id")
+        if named is not None:
+            ids = named if isinstance(named, list) else [named]
+            if not all(type(id_) is int for id_ in ids):
+                raise UserError(f"{path / file}: eos_token_id is {named!r}; it must be a token id, or a list of them")
+            return tuple(ids)
+    return ()
 
 
 def load_model(name: str | Path, checkpoint: str = "best") -> tuple[Transformer, Tokenizer]:
@@ -139,48 +155,65 @@ def load_model(name: str | Path, checkpoint: str = "best") -> tuple[Transformer,
     Raises UserError for files that are missing, cut short, or do not fit together.
     """
     path = model_directory(name, checkpoint)
+    hf = read_json(path / "config.json")
     try:
-        hf = json.loads((path / "config.json").read_text(encoding="utf-8"))
         tensors = read_tensors(path)
         cfg = model_config(hf, tensors)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path / 'config.json'} is not JSON (line {e.lineno}): {e.msg}") from e
     except KeyError as e:
         raise UserError(f"{path / 'config.json'} has no key {e}") from e
+    except TypeError as e:
+        raise UserError(f"{path / 'config.json'} has a value of the wrong kind ({e})") from e
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, config.json says vocab_size is "
+                        f"{cfg.vocab_size}; they are not of one model")  # fmt: skip
     with torch.device("meta"):
         model = Transformer(cfg)
     model.to_empty(device="cpu")
     load_hf(model, tensors, str(path))
-    return model, Tokenizer.load(path)
+    model.end_ids = end_ids(path)
+    return model, tokenizer
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of model.safetensors, its shards, or pytorch_model.bin (weights only: no code in it can run)."""
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").is_file():
-        files = [path / "model.safetensors"]
-    elif index.is_file():
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, KeyError) as e:
-            raise UserError(f"{index.name} is damaged ({e}); copy it again") from e
-        files = [path / Path(name).name for name in sorted(set(names))]
-    elif (path / "pytorch_model.bin").is_file():
-        try:
-            return torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-            raise UserError(f"pytorch_model.bin cannot be read as plain weights ({e}); copy it again") from e
-    else:
-        raise UserError("there is no model.safetensors or pytorch_model.bin")
-    tensors = {}
-    for file in files:
-        try:
-            tensors |= load_file(file)
-        except (SafetensorError, OSError) as e:
-            raise UserError(
-                f"{file.name} cannot be read ({e}); it was cut short or altered: copy it again, "
-                "or use another checkpoint (--checkpoint=last)"
-            ) from e
+    """Tensors of model.safetensors or pytorch_model.bin (weights only: no code in it can run), whole or in shards.
+
+    Raises UserError for files that are missing, cut short or altered.
+    """
+    for whole, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
+        index = path / f"{whole}.index.json"
+        if (path / whole).is_file():
+            return read(path / whole)
+        if index.is_file():
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict):
+                raise UserError(f"{index.name} is damaged (it has no weight_map); copy it again")
+            tensors: dict[str, Tensor] = {}
+            for name in sorted(set(names.values())):
+                tensors |= read(path / Path(name).name)
+            return tensors
+    raise UserError("there is no model.safetensors or pytorch_model.bin")
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of one .safetensors file. Raises UserError if it is not whole."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as e:
+        raise UserError(
+            f"{file.name} cannot be read ({e}); it was cut short or altered: copy it again, "
+            "or use another checkpoint (--checkpoint=last)"
+        ) from e
+
+
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """Tensors of one .bin file. Raises UserError if it is not whole, or holds anything but tensors."""
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise UserError(f"{file.name} cannot be read as plain weights ({e}); copy it again") from e
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UserError(f"{file.name} holds more than named tensors; it is not a Hugging Face model's")
     return tensors

@@ -1,4 +1,4 @@
-"""Our weights under Hugging Face's names and back: GPT2LMHeadModel and Qwen3ForCausalLM."""
+"""Our weights under Hugging Face's names and back: GPT2LMHeadModel, Qwen3ForCausalLM, LlamaForCausalLM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from miaobi.config import ModelConfig
 from miaobi.errors import UserError
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
 
-ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 GPT2_LAYER = {  # ours -> (theirs, stored transposed as Conv1D)
     "attn_norm": ("ln_1", False),
@@ -19,20 +19,19 @@ GPT2_LAYER = {  # ours -> (theirs, stored transposed as Conv1D)
     "mlp.up": ("mlp.c_fc", True),
     "mlp.down": ("mlp.c_proj", True),
 }
-QWEN3_LAYER = {
+LLAMA_LAYER = {
     "attn_norm": "input_layernorm",
-    "attn.q_norm": "self_attn.q_norm",
-    "attn.k_norm": "self_attn.k_norm",
     "attn.proj": "self_attn.o_proj",
     "mlp_norm": "post_attention_layernorm",
     "mlp.down": "mlp.down_proj",
 }
+QWEN3_LAYER = LLAMA_LAYER | {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
 
 
 def hf_config(cfg: ModelConfig, end_ids: tuple[int, ...]) -> dict:
     """config.json of the family.
 
-    Both `rope_theta` and `rope_parameters` are written for qwen3: transformers 4 reads one, 5 the other.
+    `rope_theta` and `rope_scaling` are written beside `rope_parameters`: transformers 4 reads those, 5 this.
     """
     common = {
         "architectures": [ARCHITECTURES[cfg.family]],
@@ -58,6 +57,8 @@ def hf_config(cfg: ModelConfig, end_ids: tuple[int, ...]) -> dict:
             "embd_pdrop": cfg.dropout,
             "attn_pdrop": cfg.dropout,
         }
+    common |= {"use_sliding_window": False, "sliding_window": None} if cfg.family == "qwen3" else {"mlp_bias": False}
+    scaling = rope_scaling(cfg)
     return common | {
         "hidden_size": cfg.n_embd,
         "intermediate_size": intermediate_size(cfg),
@@ -69,12 +70,25 @@ def hf_config(cfg: ModelConfig, end_ids: tuple[int, ...]) -> dict:
         "max_position_embeddings": cfg.block_size,
         "rms_norm_eps": cfg.norm_eps or 1e-6,
         "rope_theta": cfg.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+        "rope_scaling": scaling,
+        "rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": cfg.rope_theta},
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "sliding_window": None,
     }
+
+
+def rope_scaling(cfg: ModelConfig) -> dict | None:
+    """How the rotary angles are stretched, in Hugging Face's words; None if they are not."""
+    if cfg.rope_type == "default":
+        return None
+    scaling = {"rope_type": cfg.rope_type, "factor": cfg.rope_factor}
+    if cfg.rope_type == "llama3":
+        scaling |= {
+            "low_freq_factor": cfg.rope_low_freq_factor,
+            "high_freq_factor": cfg.rope_high_freq_factor,
+            "original_max_position_embeddings": cfg.rope_original_context,
+        }
+    return scaling
 
 
 def model_config(hf: dict, tensors: dict[str, Tensor]) -> ModelConfig:
@@ -86,6 +100,8 @@ def model_config(hf: dict, tensors: dict[str, Tensor]) -> ModelConfig:
     """
     if not isinstance(hf, dict):
         raise UserError("config.json holds no settings")
+    if hf.get("quantization_config"):
+        raise UserError("config.json has a quantization_config; take the model whose weights are not quantized")
     kind = hf.get("model_type")
     if kind == "gpt2":
         _refuse(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
@@ -104,14 +120,10 @@ def model_config(hf: dict, tensors: dict[str, Tensor]) -> ModelConfig:
             norm_eps=hf.get("layer_norm_epsilon", 1e-5),
             tie_word_embeddings=hf.get("tie_word_embeddings", True),
         )
-    if kind == "qwen3":
-        _refuse(hf, attention_bias=False, use_sliding_window=False, hidden_act="silu")
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            kind = rope.get("rope_type", rope.get("type"))
-            raise UserError(f"rope type {kind!r} is not supported, only 'default'")
+    if kind in ("qwen3", "llama"):
+        _refuse(hf, attention_bias=False, mlp_bias=False, use_sliding_window=False, hidden_act="silu")
         return ModelConfig(
-            family="qwen3",
+            family=kind,
             n_layer=hf["num_hidden_layers"],
             n_head=hf["num_attention_heads"],
             n_kv_head=hf.get("num_key_value_heads"),
@@ -120,11 +132,31 @@ def model_config(hf: dict, tensors: dict[str, Tensor]) -> ModelConfig:
             intermediate_size=hf["intermediate_size"],
             block_size=hf["max_position_embeddings"],
             vocab_size=hf["vocab_size"],
-            rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)),
+            **_rope(hf),
             norm_eps=hf.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=hf.get("tie_word_embeddings", False),
         )
-    raise UserError(f"model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}")
+    raise UserError(f"model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}; "
+                    f"miaobi runs {', '.join(ARCHITECTURES.values())}")  # fmt: skip
+
+
+def _rope(hf: dict) -> dict:
+    """The rope keys of ModelConfig, from transformers 5's rope_parameters or 4's rope_theta and rope_scaling."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    found = {"rope_type": kind, "rope_theta": rope.get("rope_theta", hf.get("rope_theta", 10000.0))}
+    if kind == "default":
+        return found
+    if kind == "linear":
+        return found | {"rope_factor": rope["factor"]}
+    if kind == "llama3":
+        return found | {
+            "rope_factor": rope["factor"],
+            "rope_low_freq_factor": rope["low_freq_factor"],
+            "rope_high_freq_factor": rope["high_freq_factor"],
+            "rope_original_context": rope["original_max_position_embeddings"],
+        }
+    raise UserError(f"rope type {kind!r} is not supported, only default, linear and llama3")
 
 
 def _refuse(hf: dict, **supported) -> None:
@@ -154,7 +186,7 @@ def to_hf(model: Transformer) -> dict[str, Tensor]:
         out["model.norm.weight"] = ours["norm.weight"]
         for i, block in enumerate(model.blocks):
             prefix = f"model.layers.{i}."
-            for mine, theirs in QWEN3_LAYER.items():
+            for mine, theirs in rotary_layer(cfg).items():
                 out[f"{prefix}{theirs}.weight"] = ours[f"blocks.{i}.{mine}.weight"]
             q, k, v = ours[f"blocks.{i}.attn.qkv.weight"].split(qkv_widths(block.attn))
             gate, up = ours[f"blocks.{i}.mlp.up.weight"].chunk(2)
@@ -166,6 +198,11 @@ def to_hf(model: Transformer) -> dict[str, Tensor]:
     if model.lm_head is not None:
         out["lm_head.weight"] = ours["lm_head.weight"][:V]
     return {name: weight.contiguous() for name, weight in out.items()}
+
+
+def rotary_layer(cfg: ModelConfig) -> dict[str, str]:
+    """Weights of a block that have the same form here and there: ours -> theirs."""
+    return QWEN3_LAYER if cfg.family == "qwen3" else LLAMA_LAYER
 
 
 def qkv_widths(attn) -> list[int]:
@@ -182,10 +219,13 @@ def load_hf(model: Transformer, tensors: dict[str, Tensor], where: str) -> None:
     if cfg.family == "gpt2":
         rest = {(n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}"): t for n, t in rest.items()}
 
-    def take(name: str) -> Tensor:
+    def take(name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         if name not in rest:
             raise UserError(f"{where}: tensor {name} is missing; the checkpoint does not match its config.json")
-        return rest.pop(name)
+        tensor = rest.pop(name)
+        if shape is not None and tensor.shape != shape:
+            raise UserError(f"{where}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}")
+        return tensor
 
     new = {"wte.weight": take("transformer.wte.weight" if cfg.family == "gpt2" else "model.embed_tokens.weight")}
     if cfg.family == "gpt2":
@@ -207,12 +247,16 @@ def load_hf(model: Transformer, tensors: dict[str, Tensor], where: str) -> None:
         new["norm.weight"] = take("model.norm.weight")
         for i in range(cfg.n_layer):
             prefix = f"model.layers.{i}."
-            for mine, theirs in QWEN3_LAYER.items():
+            for mine, theirs in rotary_layer(cfg).items():
                 new[f"blocks.{i}.{mine}.weight"] = take(f"{prefix}{theirs}.weight")
             fused = {"attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                      "mlp.up": ("mlp.gate_proj", "mlp.up_proj")}  # fmt: skip
+            widths = {"attn.qkv": qkv_widths(model.blocks[i].attn), "mlp.up": [intermediate_size(cfg)] * 2}
             for mine, parts in fused.items():
-                new[f"blocks.{i}.{mine}.weight"] = torch.cat([take(f"{prefix}{p}.weight") for p in parts])
+                sizes = zip(parts, widths[mine], strict=True)
+                weights = [take(f"{prefix}{part}.weight", (width, cfg.n_embd)) for part, width in sizes]
+                new[f"blocks.{i}.{mine}.weight"] = torch.cat(weights)
+            rest.pop(f"{prefix}self_attn.rotary_emb.inv_freq", None)  # a constant that old files carry
     head = rest.pop("lm_head.weight", None)
     if model.lm_head is not None:
         if head is None:

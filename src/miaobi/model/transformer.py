@@ -1,8 +1,9 @@
-"""The one decoder: GPT-2's block and Qwen3's, switched by `ModelConfig.family`.
+"""The one decoder: GPT-2's block, Qwen3's and Llama's, switched by `ModelConfig.family`.
 
 gpt2: learned positions, LayerNorm, GELU MLP, optional biases, dropout (Radford et al. 2019).
 qwen3: RoPE (arXiv:2104.09864), RMSNorm (arXiv:1910.07467), QK-norm, SwiGLU (arXiv:2002.05202),
 grouped key/value heads (arXiv:2305.13245).
+llama: qwen3 without QK-norm, its angles possibly stretched (rope types linear and llama3).
 """
 
 from __future__ import annotations
@@ -41,10 +42,26 @@ class KVCache:
 
 def rope_table(cfg: ModelConfig) -> Tensor:
     """cos and sin of every position: (2, block_size, head_dim), halves repeated as Hugging Face rotates."""
+    angle = torch.outer(torch.arange(cfg.block_size, dtype=torch.float32), rope_frequencies(cfg)).repeat(1, 2)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rope_frequencies(cfg: ModelConfig) -> Tensor:
+    """Radians per position: (head_dim / 2,).
+
+    linear divides all by rope_factor (arXiv:2306.15595); llama3 only those that turn less than
+    rope_low_freq_factor times within the original context, blending up to rope_high_freq_factor (arXiv:2407.21783).
+    """
     half = head_dim(cfg) // 2
     frequency = cfg.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
-    angle = torch.outer(torch.arange(cfg.block_size, dtype=torch.float32), frequency).repeat(1, 2)
-    return torch.stack((angle.cos(), angle.sin()))
+    if cfg.rope_type == "default":
+        return frequency
+    if cfg.rope_type == "linear":
+        return frequency / cfg.rope_factor
+    turns = cfg.rope_original_context * frequency / (2 * math.pi)
+    low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / cfg.rope_factor)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -90,7 +107,7 @@ def intermediate_size(cfg: ModelConfig) -> int:
 
 
 def make_norm(cfg: ModelConfig, width: int) -> nn.Module:
-    """LayerNorm (gpt2) or RMSNorm (qwen3) over the last dimension."""
+    """LayerNorm (gpt2) or RMSNorm (others) over the last dimension."""
     if cfg.family == "gpt2":
         return nn.LayerNorm(width, eps=cfg.norm_eps or 1e-5, bias=cfg.bias)
     return nn.RMSNorm(width, eps=cfg.norm_eps or 1e-6)
@@ -138,12 +155,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GELU (gpt2) or SwiGLU (qwen3, gate and up projections fused)."""
+    """GELU (gpt2) or SwiGLU (others, gate and up projections fused)."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         width = intermediate_size(cfg)
-        self.gated = cfg.family == "qwen3"
+        self.gated = cfg.family != "gpt2"
         self.approximate = "tanh" if cfg.activation == "gelu_new" else "none"
         self.up = nn.Linear(cfg.n_embd, 2 * width if self.gated else width, bias=cfg.bias)
         self.down = nn.Linear(width, cfg.n_embd, bias=cfg.bias)
@@ -180,6 +197,9 @@ class Transformer(nn.Module):
     multiple of 64; no logit is ever computed for them.
     """
 
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end a text, as said by the model directory that the weights came from."""
+
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
@@ -189,7 +209,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = make_norm(cfg, cfg.n_embd)
         self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.n_embd, rows, bias=False)
-        self.rope = rope_table(cfg) if cfg.family == "qwen3" else None
+        self.rope = rope_table(cfg) if cfg.family != "gpt2" else None
         self.init_weights()
 
     def _apply(self, fn, recurse: bool = True):
@@ -200,7 +220,7 @@ class Transformer(nn.Module):
         return self
 
     def init_weights(self) -> None:
-        """GPT-2's: normal 0.02, residual projections by 1/sqrt(2 n_layer). qwen3: residual projections at zero,
+        """GPT-2's: normal 0.02, residual projections by 1/sqrt(2 n_layer). Others: residual projections at zero,
         so that every block starts as the identity (modded-nanogpt; measured in docs/lab-notes.md).
         """
         for name, p in self.named_parameters():

@@ -104,4 +104,5 @@ def build_model(
     changed = dataclasses.replace(model.cfg, dropout=cfg.model.dropout)
     again = Transformer(changed)
     again.load_state_dict(model.state_dict())
+    again.end_ids = model.end_ids
     return again

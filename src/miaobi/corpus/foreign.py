@@ -1,0 +1,148 @@
+"""Tokenizers of the hub that come without tokenizer.json: BERT's vocab.txt, GPT-2's vocab.json and merges.txt.
+
+The Chinese GPT-2s of the hub use BERT's vocabulary. It loses what it does not know (`[UNK]`), line breaks and runs of
+blanks: a model with it never saw them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+
+from miaobi.errors import UserError
+
+Json = dict[str, Any]
+BERT_SPECIALS = {
+    "unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]",
+}  # fmt: skip
+GPT2_SPECIALS = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+
+
+def read_json(file: Path) -> Json:
+    """A file that holds a JSON object; {} where there is no such file. Raises UserError if it is damaged."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); copy it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds no settings; copy it again")
+    return value
+
+
+def read_config(directory: Path) -> Json:
+    """tokenizer_config.json, with the special tokens that older directories name in special_tokens_map.json, and the
+    template of chat_template.jinja.
+    """
+    config = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
+    template = directory / "chat_template.jinja"
+    return config | ({"chat_template": template.read_text(encoding="utf-8")} if template.is_file() else {})
+
+
+def read_foreign(directory: Path) -> tuple[tokenizers.Tokenizer, Json] | None:
+    """The tokenizer that vocab.txt, or vocab.json and merges.txt, make in `directory`, and its configuration.
+
+    None where there are no such files. Raises UserError for damaged ones, and for those of another kind of tokenizer.
+    """
+    config = read_config(directory)
+    if (directory / "vocab.txt").is_file():
+        backend, config = _bert(directory / "vocab.txt", config)
+    elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        kind = str(config.get("tokenizer_class", "GPT2Tokenizer"))
+        if not kind.startswith("GPT2"):  # Qwen's and others cut words in their own ways, told only by tokenizer.json
+            raise UserError(f"{directory}: a {kind} needs its tokenizer.json; write it with "
+                            "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)")  # fmt: skip
+        backend, config = _gpt2(directory, config)
+    else:
+        return None
+    _add_tokens(backend, config, read_json(directory / "added_tokens.json"), directory)
+    return backend, config
+
+
+def _bert(file: Path, config: Json) -> tuple[tokenizers.Tokenizer, Json]:
+    """As transformers' BertTokenizer: words and single Chinese characters, cut into the longest known pieces."""
+    config = {"tokenizer_class": "BertTokenizer"} | BERT_SPECIALS | config
+    lines = file.read_text(encoding="utf-8").split("\n")
+    vocab = {line.rstrip("\r"): id_ for id_, line in enumerate(lines if lines[-1] else lines[:-1])}
+    unknown = _name(config["unk_token"])
+    if unknown not in vocab:
+        raise UserError(f"{file} has no {unknown}, so it is not BERT's kind of vocabulary; "
+                        "take a model with tokenizer.json")  # fmt: skip
+    backend = tokenizers.Tokenizer(models.WordPiece(vocab=vocab, unk_token=unknown, max_input_chars_per_word=100))
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"),
+        lowercase=config.get("do_lower_case", True),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    return backend, config
+
+
+def _gpt2(directory: Path, config: Json) -> tuple[tokenizers.Tokenizer, Json]:
+    """As transformers' GPT2Tokenizer: byte-level BPE."""
+    config = {"tokenizer_class": "GPT2Tokenizer"} | GPT2_SPECIALS | config
+    vocab = read_json(directory / "vocab.json")
+    lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [tuple(line.rstrip("\r").split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
+    try:
+        backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    except Exception as error:  # the library raises no narrower one
+        raise UserError(f"{directory}: vocab.json and merges.txt do not fit together ({error})") from error
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
+    backend.decoder = decoders.ByteLevel()
+    return backend, config
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, config: Json, added: Json, directory: Path) -> None:
+    """Mark the special tokens, and append those of added_tokens.json at the ids it gives them."""
+    more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    named = [config.get(role) for role in (*BERT_SPECIALS, "bos_token", "eos_token")]
+    specials = [_name(token) for token in (*named, *more) if token]
+    known = [name for name in specials if backend.token_to_id(name) is not None]
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in dict.fromkeys(known)])
+    for name, id_ in sorted(added.items(), key=lambda item: item[1]):
+        token = AddedToken(name, special=name in specials, normalized=False)
+        (backend.add_special_tokens if name in specials else backend.add_tokens)([token])
+        if backend.token_to_id(name) != id_:
+            raise UserError(f"{directory}: added_tokens.json puts {name} at {id_}, the vocabulary ends at "
+                            f"{backend.get_vocab_size() - 1}; copy the tokenizer's files again")  # fmt: skip
+
+
+def _name(token: str | Json) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _spaced(character: str) -> bool:
+    """A letter or digit of a script that puts blanks between words: neither Chinese nor Japanese."""
+    return character.isalnum() and (character < "\u2e80" or "\uac00" <= character <= "\ud7a3")
+
+
+def _parted(before: str, after: str) -> bool:
+    """Whether a blank stands between two words that end and begin so: a b, "a, b", but 3,000 and 你好 without."""
+    return _spaced(after) and (_spaced(before) or (before != "" and before in ",;!?" and after.isalpha()))
+
+
+def join_word_pieces(tokens: Iterable[str], specials: frozenset[str]) -> str:
+    """Text of WordPiece tokens: `##` continues a word, Chinese has no spaces, Latin words keep them.
+
+    Whether a space stands before a token depends on it and the one before it alone, so the text of more tokens
+    always starts with the text of fewer. (The library puts a space before every token, and later takes some back.)
+    """
+    parts: list[str] = []
+    before = ""
+    for token in tokens:
+        if token.startswith("##") and len(token) > 2:
+            token = token[2:]
+        elif not specials.intersection((before, token)) and _parted(before[-1:], token[:1]):
+            parts.append(" ")
+        parts.append(token)
+        before = token or before
+    return "".join(parts)

@@ -1,0 +1,190 @@
+"""Models by name: downloaded from Hugging Face or ModelScope once, resumed when cut off, checked against checksums."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from miaobi.console import log
+from miaobi.errors import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+MODELSCOPE = "modelscope:"
+SETTINGS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")  # only where the former are not
+TIMEOUT = 15  # seconds for the hub's first answer; a mirror abroad needs a few
+
+
+def resolve(name: str) -> Path:
+    """The directory that `name` means: one that exists, else a download of OWNER/NAME or modelscope:OWNER/NAME.
+
+    What is plainly a path (starts with . or /, has several parts, lies in a directory that exists) is returned as it
+    is, existing or not. Raises UserError for a model that is not on the hub, or cannot be fetched.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    if name.startswith(MODELSCOPE):
+        return from_model_scope(name.removeprefix(MODELSCOPE))
+    if HUB_NAME.fullmatch(name) and not path.parent.exists():
+        return from_hugging_face(name)
+    return path
+
+
+@functools.cache
+def from_hugging_face(name: str) -> Path:
+    """The newest snapshot of OWNER/NAME in huggingface_hub's cache (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN).
+
+    Every file is checked against the hub's checksum, also when it was there already: huggingface_hub compares sizes.
+    Without network the newest one in the cache is taken. Raises UserError.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    site = constants.ENDPOINT
+    try:
+        info = HfApi().model_info(name, files_metadata=True, timeout=TIMEOUT)
+        check_architecture(name, (info.config or {}).get("model_type"))
+        files = wanted([sibling.rfilename for sibling in info.siblings or []])
+        path = Path(snapshot_download(name, allow_patterns=files))
+    except (GatedRepoError, RepositoryNotFoundError, HFValidationError) as e:
+        if isinstance(e, GatedRepoError):
+            raise UserError(f"{name} wants you to accept its terms first: open {site}/{name}, accept, "
+                            "then log in with `hf auth login`, or set HF_TOKEN") from e  # fmt: skip
+        raise UserError(f"no model {name}: no such directory here, and no such model on {site}. Check the name; "
+                        "a private model needs `hf auth login`, or HF_TOKEN") from e  # fmt: skip
+    except UserError:
+        raise
+    except Exception as e:  # requests', httpx's or httpx2's, by the version of huggingface_hub
+        if not_the_network(e):
+            raise
+        if (cached := from_cache(name)) is not None:
+            if not isinstance(e, OfflineModeIsEnabled):
+                log(f"{site} does not answer ({type(e).__name__}); using the copy of {name} in the cache")
+            return cached
+        if isinstance(e, OfflineModeIsEnabled):
+            raise UserError(f"no model {name}: no such directory here, nor in the cache of Hugging Face, and "
+                            "HF_HUB_OFFLINE=1 forbids to look further; unset it") from e  # fmt: skip
+        raise UserError(
+            f"{name} could not be fetched from {site} ({reason(e)}). Run the command again: the download goes on where "
+            "it stopped. In mainland China set HF_ENDPOINT=https://hf-mirror.com, or take modelscope:OWNER/NAME"
+        ) from e
+    for sibling in info.siblings or []:
+        if sibling.rfilename in files:
+            verify(path / sibling.rfilename, sibling, name)
+    return path
+
+
+@functools.cache
+def from_model_scope(name: str) -> Path:
+    """The newest snapshot of OWNER/NAME in ModelScope's cache; its client resumes, and compares SHA-256 itself.
+
+    Without network the one in the cache is taken. Raises UserError.
+    """
+    try:
+        from modelscope.hub.snapshot_download import snapshot_download
+    except ImportError as e:
+        raise UserError(f"{MODELSCOPE}{name} needs the package modelscope: pip install 'miaobi[modelscope]'") from e
+
+    try:
+        found = with_weights(functools.partial(snapshot_download, name))
+    except Exception as e:  # it has no common class
+        if not_the_network(e):
+            raise
+        found = from_cache(name, functools.partial(snapshot_download, name, local_files_only=True))
+        if found is None:
+            raise UserError(
+                f"{MODELSCOPE}{name} could not be fetched ({reason(e)}). Check the name; run the command again: the "
+                "download goes on where it stopped"
+            ) from e
+        log(f"ModelScope does not answer ({type(e).__name__}); using the copy of {name} in the cache")
+    if found is None:
+        raise UserError(f"{MODELSCOPE}{name} has neither model.safetensors nor pytorch_model.bin; take another model")
+    return found
+
+
+def wanted(files: list[str]) -> list[str]:
+    """What we read of a model's files: settings, and the weights in one format."""
+
+    def among(patterns: tuple[str, ...]) -> list[str]:
+        return [file for file in files if any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns)]
+
+    return among(SETTINGS) + (among(SAFETENSORS) or among(PICKLES))
+
+
+def with_weights(download: Callable[..., str]) -> Path | None:
+    """The directory that `download(allow_patterns=...)` gives, with safetensors or else .bin; None without either."""
+    for weights in (SAFETENSORS, PICKLES):
+        path = Path(download(allow_patterns=[*SETTINGS, *weights]))
+        if any(next(path.glob(pattern), None) for pattern in weights):
+            return path
+    return None
+
+
+def from_cache(name: str, look: Callable[..., str] | None = None) -> Path | None:
+    """The newest whole snapshot of `name` on this machine, None if there is none."""
+    if look is None:
+        from huggingface_hub import snapshot_download
+
+        look = functools.partial(snapshot_download, name, local_files_only=True)
+    try:
+        return with_weights(look)
+    except Exception:  # each client has its own class for "not in the cache"
+        return None
+
+
+def check_architecture(name: str, kind: str | None) -> None:
+    """Raise UserError, before gigabytes are fetched, for a model_type that the decoder does not have."""
+    from miaobi.model.families import ARCHITECTURES
+
+    if kind is not None and kind not in ARCHITECTURES:
+        raise UserError(f"{name} is a {kind} model; miaobi runs {', '.join(ARCHITECTURES.values())}")
+
+
+def verify(file: Path, sibling: RepoSibling, name: str) -> None:
+    """Compare a file with the hub's checksum: SHA-256 of a large one, git's SHA-1 of a small one.
+
+    Raises UserError after removing a file that differs, so that the next try fetches it again.
+    """
+    if sibling.lfs is not None:
+        expected, actual = sibling.lfs["sha256"], checksum(file, hashlib.sha256())
+    elif sibling.blob_id is not None:
+        blob = hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False)
+        expected, actual = sibling.blob_id, checksum(file, blob)
+    else:
+        return  # a mirror that does not tell
+    if actual != expected:
+        file.resolve().unlink()  # the cache keeps contents apart from names
+        file.unlink(missing_ok=True)
+        raise UserError(f"{name}: {file.name} was altered on the way: its checksum is {actual[:12]}…, the hub's is "
+                        f"{expected[:12]}…. The file was removed; run the command again to fetch it anew")  # fmt: skip
+
+
+def checksum(file: Path, digest: hashlib._Hash) -> str:
+    """Hexadecimal digest of what `digest` has seen, followed by a file."""
+    with file.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def not_the_network(e: Exception) -> bool:
+    """Whether it is the system's own error, such as a full disk."""
+    return isinstance(e, OSError) and e.errno is not None and not isinstance(e, (ConnectionError, TimeoutError))
+
+
+def reason(e: Exception) -> str:
+    """First line of an error, or its class where it says nothing."""
+    return str(e).strip().split("\n")[0] or type(e).__name__
