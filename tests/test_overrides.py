@@ -221,7 +221,7 @@ def test_a_mistyped_key_suggests_the_right_one_with_file_and_line(tmp_path):
         ("n_layer: null", "a whole number"),
         ("dropout: high", "a number"),
         ("bias: 1", "True or False"),
-        ("family: llama", "'gpt2', 'qwen3'"),
+        ("family: mamba", "'gpt2', 'qwen3', 'llama'"),
         ("compile: sometimes", "'auto' or True or False"),
         ("out_dir: {a: 1}", "text"),
     ],

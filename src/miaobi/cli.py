@@ -219,7 +219,7 @@ def sample(args: list[str]) -> None:
     class Args:
         config: SampleConfig
         model: tyro.conf.Positional[str | None] = None
-        """Run directory, or model directory."""
+        """Run directory, model directory, or a hub name: OWNER/NAME, modelscope:OWNER/NAME."""
         out_dir: str | None = None
         """The same, as nanoGPT users type it."""
         checkpoint: str = "best"
@@ -279,7 +279,7 @@ def evaluate(args: list[str]) -> None:
     @dataclass(frozen=True)
     class Args:
         model: tyro.conf.Positional[str]
-        """Run directory, or model directory."""
+        """Run directory, model directory, or a hub name: OWNER/NAME, modelscope:OWNER/NAME."""
         data: tyro.conf.Positional[tuple[str, ...]]
         """Prepared directory (its validation part), or raw text: files, directories, globs."""
         checkpoint: str = "best"

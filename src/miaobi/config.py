@@ -230,7 +230,8 @@ class TrainConfig:
     out_dir: str = "out"
     """Run directory: config.yaml, metrics.jsonl, TensorBoard events, checkpoints."""
     init_from: str = "scratch"
-    """scratch, resume (fail if there is nothing to resume), or a MODEL whose weights and tokenizer to start from."""
+    """scratch, resume (fail if there is nothing to resume), or a MODEL (run, model directory, hub name) whose weights
+    and tokenizer to start from."""
     resume_from: str | None = None
     """Run or checkpoint directory to continue from, when it is not out_dir."""
     batch_size: int = 32

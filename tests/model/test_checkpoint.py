@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import pickle
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -201,6 +203,16 @@ def test_nothing_in_a_model_directory_is_executed(directory, tmp_path):
     with pytest.raises(UserError, match=r"pytorch_model\.bin"):
         load_model(directory)
     assert not (tmp_path / "executed").exists()
+
+
+def test_reading_a_model_imports_no_compiler(directory):
+    """torch's meta device would: sympy and dynamo, seconds before the first token."""
+    code = (
+        "import sys; from miaobi.model.checkpoint import load_model; before = set(sys.modules)\n"
+        "load_model(sys.argv[1]); print(*set(sys.modules) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=True)
+    assert not {"sympy", "torch._dynamo", "huggingface_hub"} & set(done.stdout.split())
 
 
 def test_a_train_state_is_not_read_through_a_model_argument(directory, tmp_path):

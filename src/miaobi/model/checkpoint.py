@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from miaobi.corpus.foreign import read_json
 from miaobi.corpus.tokenizer import Tokenizer
@@ -149,6 +150,18 @@ def end_ids(path: Path) -> tuple[int, ...]:
     return ()
 
 
+class Unfilled(TorchFunctionMode):
+    """Weights about to be read from a file are born without random values.
+
+    (The `meta` device does that too, but its first operations import sympy and all of dynamo: 3 s and more.)
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def load_model(name: str | Path, checkpoint: str = "best") -> tuple[Transformer, Tokenizer]:
     """Read a model directory (see `model_directory`) into a float32 model on the CPU, and its tokenizer.
 
@@ -169,9 +182,8 @@ def load_model(name: str | Path, checkpoint: str = "best") -> tuple[Transformer,
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, config.json says vocab_size is "
                         f"{cfg.vocab_size}; they are not of one model")  # fmt: skip
-    with torch.device("meta"):
+    with Unfilled():
         model = Transformer(cfg)
-    model.to_empty(device="cpu")
     load_hf(model, tensors, str(path))
     model.end_ids = end_ids(path)
     return model, tokenizer

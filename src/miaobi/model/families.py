@@ -98,8 +98,6 @@ def model_config(hf: dict, tensors: dict[str, Tensor]) -> ModelConfig:
 
     Raises UserError for an architecture or a setting that the decoder does not have.
     """
-    if not isinstance(hf, dict):
-        raise UserError("config.json holds no settings")
     if hf.get("quantization_config"):
         raise UserError("config.json has a quantization_config; take the model whose weights are not quantized")
     kind = hf.get("model_type")

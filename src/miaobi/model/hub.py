@@ -47,8 +47,8 @@ def resolve(name: str) -> Path:
 def from_hugging_face(name: str) -> Path:
     """The newest snapshot of OWNER/NAME in huggingface_hub's cache (HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN).
 
-    Every file is checked against the hub's checksum, also when it was there already: huggingface_hub compares sizes.
-    Without network the newest one in the cache is taken. Raises UserError.
+    Files are checked against the hub's checksums (huggingface_hub compares sizes). Without network the newest
+    snapshot in the cache is taken. Raises UserError.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
@@ -57,8 +57,11 @@ def from_hugging_face(name: str) -> Path:
     try:
         info = HfApi().model_info(name, files_metadata=True, timeout=TIMEOUT)
         check_architecture(name, (info.config or {}).get("model_type"))
-        files = wanted([sibling.rfilename for sibling in info.siblings or []])
-        path = Path(snapshot_download(name, allow_patterns=files))
+        names = wanted([sibling.rfilename for sibling in info.siblings or []])
+        files = [sibling for sibling in info.siblings or [] if sibling.rfilename in names]
+        for sibling in files:
+            fetch_large(name, sibling)
+        path = Path(snapshot_download(name, allow_patterns=names))
     except (GatedRepoError, RepositoryNotFoundError, HFValidationError) as e:
         if isinstance(e, GatedRepoError):
             raise UserError(f"{name} wants you to accept its terms first: open {site}/{name}, accept, "
@@ -70,7 +73,7 @@ def from_hugging_face(name: str) -> Path:
     except Exception as e:  # requests', httpx's or httpx2's, by the version of huggingface_hub
         if not_the_network(e):
             raise
-        if (cached := from_cache(name)) is not None:
+        if (cached := in_cache(functools.partial(snapshot_download, name, local_files_only=True))) is not None:
             if not isinstance(e, OfflineModeIsEnabled):
                 log(f"{site} does not answer ({type(e).__name__}); using the copy of {name} in the cache")
             return cached
@@ -81,9 +84,8 @@ def from_hugging_face(name: str) -> Path:
             f"{name} could not be fetched from {site} ({reason(e)}). Run the command again: the download goes on where "
             "it stopped. In mainland China set HF_ENDPOINT=https://hf-mirror.com, or take modelscope:OWNER/NAME"
         ) from e
-    for sibling in info.siblings or []:
-        if sibling.rfilename in files:
-            verify(path / sibling.rfilename, sibling, name)
+    for sibling in files:
+        verify_small(path / sibling.rfilename, sibling, name)
     return path
 
 
@@ -94,16 +96,17 @@ def from_model_scope(name: str) -> Path:
     Without network the one in the cache is taken. Raises UserError.
     """
     try:
-        from modelscope.hub.snapshot_download import snapshot_download
+        from modelscope_hub import HubApi
+        from modelscope_hub.errors import HubError, NetworkError, RequestTimeoutError, ServerError
     except ImportError as e:
-        raise UserError(f"{MODELSCOPE}{name} needs the package modelscope: pip install 'miaobi[modelscope]'") from e
+        raise UserError(f"{MODELSCOPE}{name} needs a package more: pip install 'miaobi[modelscope]'") from e
 
+    download = functools.partial(HubApi().download_repo, name, "model")
     try:
-        found = with_weights(functools.partial(snapshot_download, name))
-    except Exception as e:  # it has no common class
-        if not_the_network(e):
-            raise
-        found = from_cache(name, functools.partial(snapshot_download, name, local_files_only=True))
+        found = with_weights(download)
+    except HubError as e:
+        offline = isinstance(e, (NetworkError, RequestTimeoutError, ServerError))
+        found = in_cache(functools.partial(download, local_files_only=True)) if offline else None
         if found is None:
             raise UserError(
                 f"{MODELSCOPE}{name} could not be fetched ({reason(e)}). Check the name; run the command again: the "
@@ -124,7 +127,7 @@ def wanted(files: list[str]) -> list[str]:
     return among(SETTINGS) + (among(SAFETENSORS) or among(PICKLES))
 
 
-def with_weights(download: Callable[..., str]) -> Path | None:
+def with_weights(download: Callable[..., str | Path]) -> Path | None:
     """The directory that `download(allow_patterns=...)` gives, with safetensors or else .bin; None without either."""
     for weights in (SAFETENSORS, PICKLES):
         path = Path(download(allow_patterns=[*SETTINGS, *weights]))
@@ -133,15 +136,11 @@ def with_weights(download: Callable[..., str]) -> Path | None:
     return None
 
 
-def from_cache(name: str, look: Callable[..., str] | None = None) -> Path | None:
-    """The newest whole snapshot of `name` on this machine, None if there is none."""
-    if look is None:
-        from huggingface_hub import snapshot_download
-
-        look = functools.partial(snapshot_download, name, local_files_only=True)
+def in_cache(look: Callable[..., str | Path]) -> Path | None:
+    """The snapshot that `look(allow_patterns=...)` finds on this machine, None if there is no whole one."""
     try:
         return with_weights(look)
-    except Exception:  # each client has its own class for "not in the cache"
+    except Exception:  # each client, in each version, has its own class for "not in the cache"
         return None
 
 
@@ -153,23 +152,55 @@ def check_architecture(name: str, kind: str | None) -> None:
         raise UserError(f"{name} is a {kind} model; miaobi runs {', '.join(ARCHITECTURES.values())}")
 
 
-def verify(file: Path, sibling: RepoSibling, name: str) -> None:
-    """Compare a file with the hub's checksum: SHA-256 of a large one, git's SHA-1 of a small one.
+def fetch_large(name: str, sibling: RepoSibling) -> None:
+    """Put a large file's content into huggingface_hub's cache, going on where an earlier command stopped.
+
+    (huggingface_hub itself begins anew in every process.) Raises UserError for bytes that differ from the SHA-256.
+    """
+    if sibling.lfs is None:
+        return
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.file_download import http_get, repo_folder_name
+    from huggingface_hub.utils import build_hf_headers
+
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "blobs"
+    content, part = blobs / sibling.lfs["sha256"], blobs / f"{sibling.lfs['sha256']}.part"
+    if content.exists():
+        return
+    blobs.mkdir(parents=True, exist_ok=True)
+    with part.open("ab") as f:
+        http_get(
+            hf_hub_url(name, sibling.rfilename),
+            f,
+            resume_size=f.tell(),
+            headers=build_hf_headers(),
+            expected_size=sibling.lfs["size"],
+            displayed_filename=sibling.rfilename,
+        )
+    if checksum(part, hashlib.sha256()) != sibling.lfs["sha256"]:
+        part.unlink()
+        raise UserError(_altered(name, sibling.rfilename))
+    part.replace(content)
+
+
+def verify_small(file: Path, sibling: RepoSibling, name: str) -> None:
+    """Compare a file that lies in git itself with git's SHA-1 (a mirror may not tell it).
 
     Raises UserError after removing a file that differs, so that the next try fetches it again.
     """
-    if sibling.lfs is not None:
-        expected, actual = sibling.lfs["sha256"], checksum(file, hashlib.sha256())
-    elif sibling.blob_id is not None:
-        blob = hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False)
-        expected, actual = sibling.blob_id, checksum(file, blob)
-    else:
-        return  # a mirror that does not tell
-    if actual != expected:
+    if sibling.lfs is not None or sibling.blob_id is None:
+        return
+    git = hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False)
+    if checksum(file, git) != sibling.blob_id:
         file.resolve().unlink()  # the cache keeps contents apart from names
         file.unlink(missing_ok=True)
-        raise UserError(f"{name}: {file.name} was altered on the way: its checksum is {actual[:12]}…, the hub's is "
-                        f"{expected[:12]}…. The file was removed; run the command again to fetch it anew")  # fmt: skip
+        raise UserError(_altered(name, file.name))
+
+
+def _altered(name: str, file: str) -> str:
+    return (
+        f"{name}: {file} was altered on the way: its checksum is not the hub's. Run the command again to fetch it anew"
+    )
 
 
 def checksum(file: Path, digest: hashlib._Hash) -> str:
@@ -186,5 +217,8 @@ def not_the_network(e: Exception) -> bool:
 
 
 def reason(e: Exception) -> str:
-    """First line of an error, or its class where it says nothing."""
+    """First line of an error, or its class where it says nothing; of several failed files, the first one's."""
+    for failed in getattr(e, "failed_files", {}).values():
+        e = failed
+        break
     return str(e).strip().split("\n")[0] or type(e).__name__

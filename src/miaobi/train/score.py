@@ -131,12 +131,13 @@ def prepared_tokens(source: str, split: str, tokenizer: Tokenizer) -> tuple[np.n
     before = data.eot_id
     if before is None and split == "val" and len(data.train):
         before = int(data.train.read(len(data.train) - 1, len(data.train))[0])  # one stream, cut in two
-    context = [tokenizer.eot_id if before is None else before]
+    context = [tokenizer.eot_id or 0 if before is None else before]
     return np.concatenate((context, stream.read(0, len(stream)))), stream.characters, stream.bytes
 
 
 def raw_tokens(sources: list[str], tokenizer: Tokenizer, documents: bool, format: str) -> tuple[np.ndarray, int, int]:
     """Tokens of raw text as its documents, or as one stream for a model that knows no end of text."""
+    documents = documents and tokenizer.eot_id is not None
     end = [tokenizer.eot_id] if documents else []
     parts, characters, text_bytes = [np.array([tokenizer.eot_id or 0])], 0, 0
     for text in read_documents(sources, format, whole=not documents):

@@ -86,7 +86,8 @@ def build_model(
 ) -> Transformer:
     """The model to start with: new, from a checkpoint, or from another MODEL's weights.
 
-    A checkpoint brings its own shape; raises UserError where the configuration explicitly asks for another.
+    A checkpoint brings its own shape; raises UserError where the configuration explicitly asks for another. Only
+    block_size may be less than another MODEL's: the hub's contexts are longer than most texts and memories.
     """
     source = checkpoint or (cfg.train.init_from if cfg.train.init_from not in ("scratch", "resume") else None)
     if source is None:
@@ -99,10 +100,14 @@ def build_model(
         )
     for key in ("family", "n_layer", "n_head", "n_embd", "block_size"):
         asked, has = getattr(cfg.model, key), getattr(model.cfg, key)
-        if asked != has and not origin.get(key, "default").startswith(("default", "auto")):
+        shorter = key == "block_size" and asked < has and checkpoint is None
+        if asked != has and not shorter and not origin.get(key, "default").startswith(("default", "auto")):
             raise UserError(f"{source} has {key}={has}, asked for was {key}={asked}; leave {key} out")
-    changed = dataclasses.replace(model.cfg, dropout=cfg.model.dropout)
-    again = Transformer(changed)
-    again.load_state_dict(model.state_dict())
+    asked = model.cfg.block_size if origin.get("block_size", "default") == "default" else cfg.model.block_size
+    changed = dataclasses.replace(model.cfg, dropout=cfg.model.dropout, block_size=min(asked, model.cfg.block_size))
+    again, weights = Transformer(changed), model.state_dict()
+    if again.wpe is not None:
+        weights["wpe.weight"] = weights["wpe.weight"][: changed.block_size]
+    again.load_state_dict(weights)
     again.end_ids = model.end_ids
     return again

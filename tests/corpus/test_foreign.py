@@ -1,0 +1,214 @@
+"""BERT's vocab.txt and GPT-2's vocab.json + merges.txt: transformers' ids, text without loss where it can be."""
+
+import itertools
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from miaobi.corpus.foreign import join_word_pieces
+from miaobi.corpus.tokenizer import Tokenizer
+from miaobi.errors import UserError
+
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = (
+    [*"你好世界今天皇马赢了比赛，。！？：“”、,.!?;:[]()'-"] + list("abcdefghijklmnopqrstuvwxyzABCDEHIPSUVé0123456789")
+    + [f"##{c}" for c in "abcdefghijklmnopqrstuvwxyzé0123456789好"]
+    + ["hello", "world", "the", "##ing", "##er", "play", "Hello", "é", "sep", "SEP", "한국", "##어", "▁"]
+)  # fmt: skip
+TEXTS = [
+    "你好，世界！", "hello world", "Hello, world! Playing 3,000 times; it's 12:30", "今天hello世界world 2024年",
+    "皇马3:1赢了 Real Madrid  了比赛", "😀你好👨‍👩‍👧", "[SEP] 你好[CLS][PAD][UNK][MASK]", "naïve café é", "한국어 한국",
+    "a\nb\tc\u3000d\u200d\x00e", "", " ", "﹏ＡＢＣ龘𠮷", "x" * 120,
+]  # fmt: skip
+any_text = st.text(st.one_of(st.sampled_from("".join(TEXTS)), st.characters(exclude_categories=["Cs"])), max_size=60)
+
+
+def bert(directory: Path, **settings: object) -> Path:
+    """A directory with vocab.txt and, where there are settings, tokenizer_config.json."""
+    directory.mkdir(exist_ok=True)
+    (directory / "vocab.txt").write_text("\n".join(dict.fromkeys(SPECIALS + WORDS)) + "\n", encoding="utf-8")
+    if settings:
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return directory
+
+
+SETTINGS = [
+    {},
+    {"do_lower_case": False},
+    {"do_lower_case": False, "strip_accents": True},
+    {"strip_accents": False, "tokenize_chinese_chars": True},
+    {"tokenize_chinese_chars": False, "do_lower_case": True},
+]
+
+
+@pytest.fixture(scope="module", params=range(len(SETTINGS)))
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """Ours and transformers' tokenizer of one directory."""
+    directory = bert(tmp_path_factory.mktemp("bert"), **SETTINGS[request.param])
+    return Tokenizer.load(directory), transformers.BertTokenizerFast.from_pretrained(directory)
+
+
+@given(text=any_text)
+def test_bert_ids_are_those_of_transformers(both, text):
+    ours, theirs = both
+    assert ours.encode(text) == theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def test_bert_ids_of_odd_text(both):
+    ours, theirs = both
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert ids == theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        assert ours.encode_array(text).tolist() == ids
+        controls = {ours.token_to_id(name) for name in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
+        assert not controls & set(ids), "a literal special in text stays text"
+
+
+def test_specials_of_bert(tmp_path):
+    tokenizer = Tokenizer.load(bert(tmp_path))
+    assert (tokenizer.pad_id, tokenizer.sep_id, tokenizer.eot_id) == (0, 3, 3)
+    assert tokenizer.vocab_size == len(dict.fromkeys(SPECIALS + WORDS))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "[CLS]", "pad_token": "[MASK]"}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.pad_id, tokenizer.sep_id, tokenizer.eot_id) == (4, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("你好，世界！", "你好，世界！"),
+        ("hello world", "hello world"),
+        ("playing the player", "playing the player"),
+        ("hello, world! 3,000 12:30", "hello, world!3,000 12:30"),
+        ("你好hello world世界 2024", "你好hello world世界2024"),
+        ("皇马3:1赢了", "皇马3:1赢了"),
+    ],
+)
+def test_chinese_is_joined_and_words_stay_apart(tmp_path, text, shown):
+    tokenizer = Tokenizer.load(bert(tmp_path))
+    assert tokenizer.decode(tokenizer.encode(text)) == shown
+
+
+def test_korean_words_stay_apart_and_japanese_ones_do_not():
+    assert join_word_pieces(["한국", "한국", "##어"], frozenset()) == "한국 한국어"
+    assert join_word_pieces(["こん", "にちは"], frozenset()) == "こんにちは"
+
+
+def test_specials_are_written_out_without_blanks(tmp_path):
+    tokenizer = Tokenizer.load(bert(tmp_path))
+    ids = [2, *tokenizer.encode("hello"), 3, *tokenizer.encode("world"), 3]
+    assert tokenizer.decode(ids) == "[CLS]hello[SEP]world[SEP]"
+    assert tokenizer.decode([*ids, 10**6]) == tokenizer.decode(ids), "spare rows decode to nothing"
+
+
+@given(tokens=st.lists(st.sampled_from(["", "##", *SPECIALS, *WORDS]), max_size=12))
+def test_more_tokens_only_add_text(tokens):
+    specials = frozenset(SPECIALS)
+    shown = [join_word_pieces(tokens[:n], specials) for n in range(len(tokens) + 1)]
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(shown))
+    letters = "".join(t[2:] if t.startswith("##") and len(t) > 2 else t for t in tokens)
+    assert shown[-1].replace(" ", "") == letters, "nothing but blanks is put between"
+
+
+def test_streaming_and_decode_agree(tmp_path):
+    tokenizer = Tokenizer.load(bert(tmp_path))
+    ids = tokenizer.encode("".join(TEXTS))
+    assert tokenizer.decode_stable(ids) == tokenizer.decode(ids)
+
+
+def test_a_bert_tokenizer_is_saved_for_us_and_for_transformers(tmp_path):
+    original = Tokenizer.load(bert(tmp_path / "from", do_lower_case=False, model_max_length=64))
+    original.save(tmp_path / "to", model_max_length=32)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "to")
+    for copy in (Tokenizer.load(tmp_path / "to"), pickle.loads(pickle.dumps(original))):
+        assert copy.backend.to_str() == original.backend.to_str()
+        assert (copy.eot_id, copy.pad_id, copy.sep_id) == (3, 0, 3)
+        for text in TEXTS:
+            ids = original.encode(text)
+            assert copy.encode(text) == theirs(text, add_special_tokens=False).input_ids == ids
+            assert copy.decode(ids) == original.decode(ids)
+    assert (theirs.sep_token_id, theirs.pad_token_id) == (3, 0)
+
+
+def test_tokens_added_behind_a_vocabulary(tmp_path):
+    size = len(dict.fromkeys(SPECIALS + WORDS))
+    bert(tmp_path, additional_special_tokens=["[S]"])
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[S]": size + 1, "ordinary": size}), encoding="utf-8")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.token_to_id("ordinary"), tokenizer.token_to_id("[S]")) == (size, size + 1)
+    assert tokenizer.encode("你ordinary") == [tokenizer.token_to_id("你"), size]
+    assert size + 1 not in tokenizer.encode("[S]")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[S]": size + 7}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"added_tokens\.json puts \[S\] at"):
+        Tokenizer.load(tmp_path)
+
+
+# GPT-2
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """vocab.json and merges.txt of a small byte-level BPE."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    directory = tmp_path_factory.mktemp("gpt2")
+    learner = ByteLevelBPETokenizer()
+    learner.train_from_iterator(TEXTS * 5, vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False)
+    learner.save_model(str(directory))
+    return directory
+
+
+@given(text=any_text)
+def test_gpt2_ids_are_those_of_transformers(gpt2, text):
+    ours, theirs = Tokenizer.load(gpt2), transformers.GPT2TokenizerFast.from_pretrained(gpt2)
+    ids = ours.encode(text)
+    assert ids == theirs(text, split_special_tokens=True).input_ids
+    assert ours.decode(ids) == text
+
+
+def test_gpt2_specials_and_streaming(gpt2, tmp_path):
+    tokenizer = Tokenizer.load(gpt2)
+    assert tokenizer.eot_id == tokenizer.token_to_id("<|endoftext|>") == 0
+    assert tokenizer.eot_id not in tokenizer.encode("a<|endoftext|>b")
+    ids = tokenizer.encode("".join(TEXTS))
+    shown = [tokenizer.decode_stable(ids[:n]) for n in range(len(ids) + 1)]
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(shown))
+    tokenizer.save(tmp_path)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("你好 hello").input_ids == tokenizer.encode(
+        "你好 hello"
+    )
+
+
+# Damage
+
+
+def test_what_is_missing_or_of_another_kind_is_said(tmp_path, gpt2):
+    with pytest.raises(UserError, match=r"no tokenizer\.json there, nor vocab\.txt"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "vocab.txt").write_text("a\nb\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"has no \[UNK\], so it is not BERT's"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "vocab.txt").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((gpt2 / name).read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}', encoding="utf-8")
+    with pytest.raises(UserError, match=r"Qwen2Tokenizer needs its tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n皇 马\n", encoding="utf-8")
+    with pytest.raises(UserError, match="do not fit together"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[]", "holds no settings")])
+def test_damaged_settings_are_named(tmp_path, name, content, message):
+    bert(tmp_path)
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=f"{name} {message}"):
+        Tokenizer.load(tmp_path)
