@@ -224,6 +224,27 @@ def test_what_we_read_is_fetched_once_and_nothing_else(online, model):
     assert len(online.sent) == len(list(model.iterdir())), "the cache serves the second time"
 
 
+def test_where_symlinks_are_refused_nothing_is_fetched_twice(online, model, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda *args, **kwargs: False)
+    for _ in range(2):
+        hub.from_hugging_face.cache_clear()
+        assert same(hub.resolve(NAME), model)
+    assert starts(online) == [0]
+
+
+def test_two_processes_fetch_a_file_once(online, model):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from huggingface_hub import HfApi
+
+    info = HfApi().model_info(NAME, files_metadata=True)
+    (large,) = (sibling for sibling in info.siblings if sibling.rfilename == "model.safetensors")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: hub.fetch_large(NAME, info.sha, large), range(4)))
+    assert starts(online) == [0]
+    assert same(hub.resolve(NAME), model)
+
+
 def test_bin_is_fetched_where_there_is_no_safetensors(online, model, tmp_path):
     from safetensors.torch import load_file
 

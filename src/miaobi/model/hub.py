@@ -51,7 +51,13 @@ def from_hugging_face(name: str) -> Path:
     snapshot in the cache is taken. Raises UserError.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     site = constants.ENDPOINT
     try:
@@ -60,7 +66,7 @@ def from_hugging_face(name: str) -> Path:
         names = wanted([sibling.rfilename for sibling in info.siblings or []])
         files = [sibling for sibling in info.siblings or [] if sibling.rfilename in names]
         for sibling in files:
-            fetch_large(name, sibling)
+            fetch_large(name, info.sha, sibling)
         path = Path(snapshot_download(name, allow_patterns=names))
     except (GatedRepoError, RepositoryNotFoundError, HFValidationError) as e:
         if isinstance(e, GatedRepoError):
@@ -68,9 +74,7 @@ def from_hugging_face(name: str) -> Path:
                             "then log in with `hf auth login`, or set HF_TOKEN") from e  # fmt: skip
         raise UserError(f"no model {name}: no such directory here, and no such model on {site}. Check the name; "
                         "a private model needs `hf auth login`, or HF_TOKEN") from e  # fmt: skip
-    except UserError:
-        raise
-    except Exception as e:  # requests', httpx's or httpx2's, by the version of huggingface_hub
+    except (OSError, *HfHubHTTPError.__bases__) as e:  # requests', httpx's or httpx2's, by huggingface_hub's version
         if not_the_network(e):
             raise
         if (cached := in_cache(functools.partial(snapshot_download, name, local_files_only=True))) is not None:
@@ -152,35 +156,41 @@ def check_architecture(name: str, kind: str | None) -> None:
         raise UserError(f"{name} is a {kind} model; miaobi runs {', '.join(ARCHITECTURES.values())}")
 
 
-def fetch_large(name: str, sibling: RepoSibling) -> None:
+def fetch_large(name: str, commit: str, sibling: RepoSibling) -> None:
     """Put a large file's content into huggingface_hub's cache, going on where an earlier command stopped.
 
     (huggingface_hub itself begins anew in every process.) Raises UserError for bytes that differ from the SHA-256.
     """
-    if sibling.lfs is None:
-        return
-    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.file_download import http_get, repo_folder_name
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
-    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "blobs"
-    content, part = blobs / sibling.lfs["sha256"], blobs / f"{sibling.lfs['sha256']}.part"
-    if content.exists():
+    file = sibling.rfilename
+    if sibling.lfs is None or isinstance(try_to_load_from_cache(name, file, revision=commit), str):
         return
-    blobs.mkdir(parents=True, exist_ok=True)
-    with part.open("ab") as f:
-        http_get(
-            hf_hub_url(name, sibling.rfilename),
-            f,
-            resume_size=f.tell(),
-            headers=build_hf_headers(),
-            expected_size=sibling.lfs["size"],
-            displayed_filename=sibling.rfilename,
-        )
-    if checksum(part, hashlib.sha256()) != sibling.lfs["sha256"]:
-        part.unlink()
-        raise UserError(_altered(name, sibling.rfilename))
-    part.replace(content)
+    cache, folder = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=name, repo_type="model")
+    sha256 = sibling.lfs["sha256"]
+    content = cache / folder / "blobs" / sha256
+    part = content.with_name(f"{sha256}.part")
+    lock = cache / ".locks" / folder / f"{sha256}.part.lock"
+    for directory in (content.parent, lock.parent):
+        directory.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if content.exists():
+            return
+        with part.open("ab") as f:
+            http_get(
+                hf_hub_url(name, file, revision=commit),
+                f,
+                resume_size=f.tell(),
+                headers=build_hf_headers(),
+                expected_size=sibling.lfs["size"],
+                displayed_filename=file,
+            )
+        if checksum(part, hashlib.sha256()) != sha256:
+            part.unlink()
+            raise UserError(_altered(name, file))
+        part.replace(content)
 
 
 def verify_small(file: Path, sibling: RepoSibling, name: str) -> None:
