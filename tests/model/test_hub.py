@@ -140,7 +140,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer.train_char(dict.fromkeys("皇马赢得比赛", 1))
     torch.manual_seed(0)
     cfg = ModelConfig(family="gpt2", n_layer=1, n_head=2, n_embd=64, block_size=16, vocab_size=tokenizer.vocab_size)
-    save_model(directory, Transformer(cfg), tokenizer, tokenizer.eot_id)
+    save_model(directory, Transformer(cfg), tokenizer, (tokenizer.eot_id,))
     return directory
 
 
@@ -369,6 +369,7 @@ def test_a_full_disk_is_not_called_a_network_error(online, monkeypatch):
         hub.resolve(NAME)
 
 
+@pytest.mark.slow
 def test_the_command_respects_hf_endpoint(served, tmp_path):
     settings = {"HF_ENDPOINT": served.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
     done = subprocess.run(
