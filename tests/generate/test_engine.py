@@ -1,18 +1,21 @@
 """Decoding against naive recomputation and transformers; the text it is put together to."""
 
+import json
 from collections import Counter
 from itertools import chain
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from miaobi.config import ModelConfig, SampleConfig
-from miaobi.corpus.tokenizer import Tokenizer
+from miaobi.corpus.tokenizer import SPECIALS, Tokenizer
 from miaobi.errors import UserError
 from miaobi.generate.engine import LanguageModel, load, preview, read_prompt
+from miaobi.model.checkpoint import end_ids
 from miaobi.model.transformer import Transformer
 
 CHARACTERS = "皇马赢得比赛的冠军和转会球迷们期待国家队。，"
@@ -192,9 +195,9 @@ def test_a_preview_is_always_the_same_and_leaves_torchs_randomness_alone(lm):
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    first = preview(lm.model, TOKENIZER, "皇马", 8)
+    first = preview(lm.model, TOKENIZER, "皇马", 8, ())
     assert torch.equal(torch.rand(2), expected), "a sample printed in training would change the dropout after it"
-    assert first == preview(lm.model, TOKENIZER, "皇马", 8)
+    assert first == preview(lm.model, TOKENIZER, "皇马", 8, ())
 
 
 def test_a_prompt_can_come_from_a_file_of_any_encoding(tmp_path):
@@ -204,3 +207,52 @@ def test_a_prompt_can_come_from_a_file_of_any_encoding(tmp_path):
     assert read_prompt("FILES: 不是文件") == "FILES: 不是文件"
     with pytest.raises(UserError, match="no such file"):
         read_prompt("FILE:nowhere.txt")
+
+
+# --- ends and control tokens ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ends", [(), (TOKENIZER.eot_id,), (TOKENIZER.sep_id, TOKENIZER.pad_id)])
+def test_control_tokens_that_end_nothing_are_never_drawn(ends):
+    """A model of plain text (--split=tail) never saw one, and would write `<|endoftext|>` as if it were text."""
+    model = random_lm().model
+    control = {TOKENIZER.token_to_id(name) for name in SPECIALS}
+    settings = {"num_samples": 32, "max_new_tokens": 40, "temperature": 3.0, "top_k": 0}
+    lm = LanguageModel(model, TOKENIZER, ends)
+    drawn = set(chain.from_iterable(lm.tokens("皇马", SampleConfig(**settings))))
+    assert drawn & control == set(ends)
+    everything = LanguageModel(model, TOKENIZER, tuple(control))
+    assert set(chain.from_iterable(everything.tokens("皇马", SampleConfig(**settings)))) >= control
+
+
+def test_a_foreign_model_may_draw_what_it_likes(tmp_path):
+    foreign = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "[CLS]": 1}, [], unk_token="[CLS]")))
+    foreign.backend.add_special_tokens(["[CLS]"])
+    assert LanguageModel(random_lm().model, foreign).barred == ()
+
+
+def test_each_of_several_ends_ends_a_text():
+    ends = (TOKENIZER.sep_id, TOKENIZER.pad_id)
+    for end in ends:
+        lm = Scripted([LETTERS[0], end, LETTERS[1]])
+        lm.end_ids = ends
+        assert joined_stream(lm, ()) == lm.generate("国", num_samples=1)[0].text[1:] == "皇"
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [(None, {"eos_token_id": 5}, (5,)), ({"eos_token_id": [7, 3]}, {"eos_token_id": 5}, (7, 3)), (None, {}, ()),
+     ({"eos_token_id": None}, {"eos_token_id": None}, ()), ({}, {"eos_token_id": [1]}, (1,))],
+)  # fmt: skip
+def test_what_ends_a_text_is_read_from_the_model_directory(tmp_path, generation, config, expected):
+    for name, content in (("generation_config", generation), ("config", config)):
+        if content is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert end_ids(tmp_path) == expected
+
+
+def test_loading_a_run_brings_its_ends(trained, prepared, train, tmp_path):
+    run = trained("gpt2", "char")
+    assert load(run, "cpu").end_ids == (load(run, "cpu").tokenizer.eot_id,)
+    train(data=prepared(split="tail"), out_dir=tmp_path / "tail", max_iters=1)
+    assert load(tmp_path / "tail", "cpu").end_ids == ()

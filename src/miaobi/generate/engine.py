@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from miaobi.config import SampleConfig
+from miaobi.config import SampleConfig, SamplingConfig
 from miaobi.corpus.read import read_documents
-from miaobi.corpus.tokenizer import Tokenizer
+from miaobi.corpus.tokenizer import PAD, SEP, Tokenizer
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.generate.sampling import next_token, penalize_repeats
@@ -32,12 +32,47 @@ class Completion:
     """stop = end of text or a stop string; length = max_new_tokens."""
 
 
-class LanguageModel:
-    """A model with its tokenizer, ready to score and to write."""
+@dataclass
+class Memory:
+    """What one stream's caches hold, so that a prompt that begins alike need not be read again."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+    ids: list[int] = field(default_factory=list)
+    """Tokens whose keys and values are in the caches, from position 0 on."""
+    caches: list[KVCache] = field(default_factory=list)
+
+    def recall(self, model: Transformer, prompt_ids: list[int], streams: int, room: int) -> int:
+        """Make the caches as long as `room`, keeping what `prompt_ids` begins with; how many tokens that is.
+
+        The last token of the prompt is never kept: its logits are what comes next.
+        """
+        shared = 0
+        while shared < min(len(self.ids), len(prompt_ids) - 1) and self.ids[shared] == prompt_ids[shared]:
+            shared += 1
+        if not self.caches or self.caches[0].k.shape[2] < room:
+            old, self.caches = self.caches, model.make_caches(streams, room)
+            for new, known in zip(self.caches, old, strict=False):
+                new.k[:, :, :shared], new.v[:, :, :shared] = known.k[:, :, :shared], known.v[:, :, :shared]
+        self.ids = prompt_ids[:shared]
+        return shared
+
+
+class LanguageModel:
+    """A model with its tokenizer, ready to score and to write.
+
+    Attributes:
+        end_ids: tokens that end a text or a turn.
+        barred: control tokens that are never drawn, because the model was not trained on them.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, end_ids: tuple[int, ...] | None = None) -> None:
+        """end_ids: None = the tokenizer's end-of-text."""
         self.model = model.eval()
         self.tokenizer = tokenizer
+        eot = () if tokenizer.eot_id is None else (tokenizer.eot_id,)
+        self.end_ids = eot if end_ids is None else end_ids
+        control = control_ids(tokenizer)
+        ours = {SEP, PAD} <= control.keys()  # a foreign model knows best what it may write
+        self.barred = tuple(id_ for id_ in control.values() if ours and id_ not in self.end_ids)
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +101,7 @@ class LanguageModel:
                 if not running[i]:
                     continue
                 done[i].tokens += 1
-                if token == self.tokenizer.eot_id:
+                if token in self.end_ids:
                     running[i], done[i].finish_reason = False, "stop"
                     continue
                 written[i].append(token)
@@ -86,18 +121,22 @@ class LanguageModel:
         Text that could still turn out to begin a stop string, or half a character, is held back.
         """
         cfg = replace(cfg or SampleConfig(), **overrides, num_samples=1)
+        return self.pieces((token for (token,) in self.tokens(prompt, cfg)), self.end_ids, cfg.stop)
+
+    def pieces(self, tokens: Iterable[int], ends: Collection[int], stop: tuple[str, ...] = ()) -> Iterator[str]:
+        """Text of `tokens` as they come, until one of `ends` or a stop string."""
         ids: list[int] = []
         given = 0
-        for (token,) in self.tokens(prompt, cfg):
-            if token == self.tokenizer.eot_id:
+        for token in tokens:
+            if token in ends:
                 break
             ids.append(token)
             text = self.tokenizer.decode_stable(ids)
-            if (end := first_stop(text, cfg.stop)) is not None:
+            if (end := first_stop(text, stop)) is not None:
                 if end > given:
                     yield text[given:end]
                 return
-            ready = len(text) - held_back(text, cfg.stop)
+            ready = len(text) - held_back(text, stop)
             if ready > given:
                 yield text[given:ready]
                 given = ready
@@ -105,38 +144,84 @@ class LanguageModel:
         if rest:
             yield rest
 
-    @torch.inference_mode()
     def tokens(self, prompt: str, cfg: SampleConfig) -> Iterator[list[int]]:
-        """Token ids of all samples, one list per step, `max_new_tokens` times.
+        """Token ids of all samples, one list per step, `max_new_tokens` times."""
+        prompt_ids = self.tokenizer.encode(prompt) or [self.start_id()]
+        return self.tokens_after(prompt_ids, cfg, self.generator(cfg.seed), cfg.num_samples, self.end_ids, self.barred)
+
+    @torch.inference_mode()
+    def tokens_after(
+        self,
+        prompt_ids: list[int],
+        cfg: SamplingConfig,
+        generator: torch.Generator,
+        streams: int = 1,
+        ends: Collection[int] = (),
+        barred: Collection[int] = (),
+        never_empty: bool = False,
+        memory: Memory | None = None,
+    ) -> Iterator[list[int]]:
+        """Token ids that follow `prompt_ids`, one list of `streams` per step, `max_new_tokens` times.
 
         Learned positions cannot slide: when the block is full, the last half of it is prefilled again.
+
+        ends: ids that end a text; to have ended texts before makes them no less likely. barred: ids never drawn.
+        never_empty: the first token is none of `ends`. memory: of one stream, carried from call to call.
         """
         S = self.model.cfg.block_size
-        prompt_ids = self.tokenizer.encode(prompt) or [self.start_id()]
-        generator = torch.Generator(self.device).manual_seed(cfg.seed)
-        history = torch.tensor([prompt_ids] * cfg.num_samples, device=self.device)  # (B, T)
-        seen = torch.zeros(cfg.num_samples, self.model.cfg.vocab_size, dtype=torch.bool, device=self.device)
-        seen.scatter_(1, history, True)
-        caches = self.model.make_caches(cfg.num_samples, min(S, len(prompt_ids) + cfg.max_new_tokens))
-        logits = self.prefill(history[:1, -S:], caches)
+        memory = memory or Memory()
+        history = torch.tensor([prompt_ids] * streams, device=self.device)  # (B, T)
+        end_ids, barred_ids = self.index(ends), self.index(barred)
+        seen = torch.zeros(streams, self.model.cfg.vocab_size, dtype=torch.bool, device=self.device)
+        seen.scatter_(1, history, True).index_fill_(1, end_ids, False)
+        window = prompt_ids[-S:]
+        shared = memory.recall(self.model, window, streams, min(S, len(prompt_ids) + cfg.max_new_tokens))
+        caches = memory.caches
+        logits = self.prefill(history[:1, -S:][:, shared:], caches, shared)
+        memory.ids = list(window)
+        if never_empty:
+            logits = logits.index_fill(1, end_ids, -torch.inf)
         for left in range(cfg.max_new_tokens - 1, -1, -1):
+            if barred:
+                logits = logits.index_fill(1, barred_ids, -torch.inf)
             token = next_token(penalize_repeats(logits, seen, cfg.repetition_penalty), cfg, generator)  # (B,)
-            yield token.tolist()
+            drawn = token.tolist()
+            yield drawn
             if not left:
                 return
             history = torch.cat((history, token[:, None]), dim=1)
             seen.scatter_(1, token[:, None], True)
             if caches[0].length < S:
                 logits = self.model(token[:, None], caches=caches, last_only=True)[:, -1]
+                memory.ids.append(drawn[0])
             else:
+                memory.ids = []  # until the caches are whole again: Ctrl-C may come in between
                 logits = self.prefill(history[:, -max(1, S // 2) :], caches)
+                memory.ids = history[0, -max(1, S // 2) :].tolist()
 
-    def prefill(self, ids: Tensor, caches: list[KVCache]) -> Tensor:
-        """Fill the caches from position 0 with ids (B, T), or (1, T) shared by all streams; last logits (B, V)."""
+    def generator(self, seed: int | None) -> torch.Generator:
+        """Randomness for drawing; from nowhere where there is no seed."""
+        generator = torch.Generator(self.device)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        return generator
+
+    def index(self, ids: Collection[int]) -> Tensor:
+        """ids that have a logit, as a tensor for indexing."""
+        known = [id_ for id_ in ids if id_ < self.model.cfg.vocab_size]
+        return torch.tensor(known, dtype=torch.long, device=self.device)
+
+    def prefill(self, ids: Tensor, caches: list[KVCache], start: int = 0) -> Tensor:
+        """Fill the caches with ids (B, T) from position `start`, or from 0 with (1, T) that all streams share.
+
+        Returns the last logits (B, V).
+        """
         streams = caches[0].k.shape[0]
         if ids.shape[0] == streams:
             for cache in caches:
-                cache.length = 0
+                cache.length = start
             return self.model(ids, caches=caches, last_only=True)[:, -1]
         one = [KVCache(cache.k[:1], cache.v[:1]) for cache in caches]
         logits = self.model(ids, caches=one, last_only=True)[:, -1]
@@ -147,8 +232,14 @@ class LanguageModel:
         return logits.expand(streams, -1)
 
     def start_id(self) -> int:
-        """What an empty prompt starts from: the end of the text before it."""
-        return self.tokenizer.eot_id if self.tokenizer.eot_id is not None else 0
+        """What an empty prompt starts from: the end of the text before it, or a line's where texts have no end."""
+        return self.end_ids[-1] if self.end_ids else (self.tokenizer.encode("\n") or [0])[-1]
+
+
+def control_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Control tokens by name: those that only templates and `prepare` put into a text."""
+    added = tokenizer.backend.get_added_tokens_decoder()
+    return {token.content: id_ for id_, token in added.items() if token.special}
 
 
 def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
@@ -175,7 +266,7 @@ def load(
     where = pick_device(device or "auto")
     precision = pick_dtype(dtype or "auto", where)
     model, tokenizer = load_model(name, checkpoint)
-    return LanguageModel(model.to(where, precision), tokenizer)
+    return LanguageModel(model.to(where, precision), tokenizer, model.end_ids)
 
 
 def read_prompt(start: str) -> str:
@@ -188,10 +279,10 @@ def read_prompt(start: str) -> str:
     return "".join(read_documents([str(path)], whole=True))
 
 
-def preview(model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int) -> str:
+def preview(model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int, end_ids: tuple[int, ...]) -> str:
     """A short continuation, always drawn the same way, for the log of a training run."""
     cfg = SampleConfig(num_samples=1, max_new_tokens=tokens)
-    return LanguageModel(model, tokenizer).generate(prompt, cfg)[0].text
+    return LanguageModel(model, tokenizer, end_ids).generate(prompt, cfg)[0].text
 
 
 def timed(lm: LanguageModel, prompt: str, cfg: SampleConfig) -> tuple[list[Completion], float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from miaobi.config import SampleConfig
+from miaobi.config import SamplingConfig
 
 
 def penalize_repeats(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -19,7 +19,7 @@ def penalize_repeats(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def filter_logits(logits: Tensor, cfg: SampleConfig) -> Tensor:
+def filter_logits(logits: Tensor, cfg: SamplingConfig) -> Tensor:
     """Temperature, then top-k, top-p (nucleus, arXiv:1904.09751) and min-p (arXiv:2407.01082): -inf where cut.
 
     logits: (B, V) float32. Returns (B, V). The likeliest token always stays.
@@ -39,7 +39,7 @@ def filter_logits(logits: Tensor, cfg: SampleConfig) -> Tensor:
     return logits
 
 
-def next_token(logits: Tensor, cfg: SampleConfig, generator: torch.Generator) -> Tensor:
+def next_token(logits: Tensor, cfg: SamplingConfig, generator: torch.Generator) -> Tensor:
     """One token per row: the likeliest at temperature 0, else drawn.
 
     Draws by the exponential race argmax(p / e), e ~ Exp(1): the distribution of multinomial, without its host sync.

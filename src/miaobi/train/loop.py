@@ -36,8 +36,8 @@ from miaobi.train.watch import Metrics, on_signals, overfitting, since_best
 
 COMPILE_PAYS_AFTER = 200  # steps; a cold compile costs about twenty seconds on two cores
 
-Preview = Callable[[Transformer, Tokenizer, str, int], str]
-"""(model, tokenizer, prompt, tokens) -> prompt and continuation; printed at every evaluation."""
+Preview = Callable[[Transformer, Tokenizer, str, int, tuple[int, ...]], str]
+"""(model, tokenizer, prompt, tokens, end_ids) -> prompt and continuation; printed at every evaluation."""
 
 
 def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None = None) -> dict:
@@ -248,7 +248,8 @@ class Run:
             prompt = cfg.sample_start or self.tokenizer.decode(self.data.val.read(0, 8).tolist())
             self.model.eval()
             with eager(self.model):
-                log("  " + preview(self.model, self.tokenizer, prompt, cfg.sample_tokens).replace("\n", "\n  "))
+                text = preview(self.model, self.tokenizer, prompt, cfg.sample_tokens, self.data.end_ids)
+            log("  " + text.replace("\n", "\n  "))
             self.model.train()
 
     def bits_per_char(self, nats_per_token: float) -> float:
