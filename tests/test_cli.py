@@ -51,6 +51,7 @@ def test_every_verb_explains_its_options(miaobi, verb):
         "train": ["--n_layer", "--learning_rate", "Context in tokens", "--save_interval", "--patience"],
         "sample": ["--start", "--top_k", "Keep only this many likeliest tokens", "--repetition_penalty", "--stop"],
         "eval": ["--stride", "Windows scored at once"],
+        "chat": ["--temperature", "--repetition_penalty", "CONFIG.yaml"],
         "prepare": ["--vocab_size", "--simplify", "Convert Traditional to Simplified"],
         "demo": ["--quick"],
     }[verb]

@@ -15,6 +15,7 @@ VERBS = {
     "prepare": "text of any encoding and format -> tokens on disk",
     "train": "train a model, or continue the run: the same command again",
     "sample": "continue a prompt",
+    "chat": "talk with a model that learned from dialogues",
     "eval": "loss, perplexity, bits per character and per byte",
 }
 
@@ -60,7 +61,7 @@ def run(args: list[str]) -> None:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise UserError(f"unknown verb {verb!r}.{hint} `miaobi --help` lists them")
-    {"demo": demo, "prepare": prepare, "train": train, "sample": sample, "eval": evaluate}[verb](rest)
+    {"demo": demo, "prepare": prepare, "train": train, "sample": sample, "chat": chat, "eval": evaluate}[verb](rest)
 
 
 def overview() -> str:
@@ -260,13 +261,50 @@ def explained(arg: str) -> bool:
     return key in reasons
 
 
-def one_model(model: str | None, out_dir: str | None) -> str:
+def one_model(model: str | None, out_dir: str | None, example: str = "miaobi sample out --start=中国") -> str:
     """MODEL, given in either of two ways."""
     if model and out_dir:
         raise UserError(f"two models: {model} and --out_dir={out_dir}; give one")
     if not (name := model or out_dir):
-        raise UserError("which model? give a run or model directory, such as: miaobi sample out --start=中国")
+        raise UserError(f"which model? give a run or model directory, such as: {example}")
     return name
+
+
+# --- chat --------------------------------------------------------------------------------------------------------
+
+
+def chat(args: list[str]) -> None:
+    """`miaobi chat MODEL|CONFIG.yaml`."""
+    import tyro
+
+    from miaobi.config import ChatConfig
+    from miaobi.generate import terminal
+
+    config = next((a for a in args if not a.startswith("-") and a.endswith((".yaml", ".yml"))), None)
+    run_config, defaults = terminal.configured(find_config(config)) if config else (None, ChatConfig())
+
+    @dataclass(frozen=True)
+    class Args:
+        config: ChatConfig = defaults
+        model: tyro.conf.Positional[str | None] = None
+        """Run directory, model directory, or the CONFIG.yaml of a run."""
+        out_dir: str | None = None
+        """The same, as nanoGPT users type it."""
+        checkpoint: str = "best"
+        """Which checkpoint of a run: best, last or step-N."""
+
+    as_json = take_flag(args, "--json")
+    given = parse("chat", Args, args)
+    name = one_model(given.model, given.out_dir, "miaobi chat out")
+    from miaobi.generate import engine
+    from miaobi.generate.chat import Chat
+
+    model = terminal.model_of(run_config) if name == config else name
+    lm = engine.load(model, given.config.device, given.config.dtype, given.checkpoint)
+    conversation = Chat(lm, given.config)
+    terminal.talk(conversation, silent=as_json)
+    if as_json:
+        print_json({"messages": conversation.messages})
 
 
 # --- eval --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,144 @@
+"""A conversation: messages in, a streamed reply out. No terminal in here."""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from miaobi.config import ChatConfig
+from miaobi.console import warn
+from miaobi.corpus.template import ChatTemplate, Messages
+from miaobi.device import explain_memory
+from miaobi.errors import UserError
+from miaobi.generate.engine import LanguageModel, Memory, control_ids
+
+UNKNOWN = ("<unk>", "[UNK]")  # control tokens that end nothing; a reply made of them says nothing either
+
+
+class Chat:
+    """A conversation with a model, through the model's own chat template.
+
+    Attributes:
+        messages: the whole of it, an optional system message first, then user and assistant in turn.
+    """
+
+    def __init__(self, lm: LanguageModel, cfg: ChatConfig) -> None:
+        """Raises UserError when the model has no chat template."""
+        self.lm, self.cfg = lm, cfg
+        self.template = ChatTemplate.of(lm.tokenizer)
+        self.messages: Messages = []
+        control = control_ids(lm.tokenizer)
+        self.unknown = [control[name] for name in UNKNOWN if name in control]
+        # Whatever generation_config.json forgot to list: no control token is part of what somebody says.
+        self.ends = {*lm.end_ids, *control.values()}.difference(self.unknown)
+        self._generator = lm.generator(cfg.seed)
+        self._memory = Memory()
+        self._first = 0  # the oldest message, not counting a system message, that still fits the block
+        self._saved: set[Path] = set()
+        self._told = False
+
+    def reply(self, text: str) -> Iterator[str]:
+        """Pieces of the model's reply as they are written; an empty message gets none.
+
+        Closed or interrupted in the middle, what was written until then stays in the conversation; a message whose
+        reply had not begun is forgotten. Raises UserError when the template refuses the conversation.
+        """
+        if text.strip():
+            yield from self._answer([*self.messages, {"role": "user", "content": text}])
+
+    def retry(self) -> Iterator[str]:
+        """Another reply to the last message; nothing when there is none."""
+        asked = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else []
+        if asked:
+            yield from self._answer(asked)
+
+    def flush(self) -> None:
+        """Forget the conversation; a system message stays."""
+        self.messages, self._first = self._system(), 0
+
+    def system(self, text: str) -> None:
+        """Set the system message, or remove it with an empty text.
+
+        Raises UserError when the template has no place for one, or it leaves no room for a message.
+        """
+        said = self.messages[len(self._system()) :]
+        system = [{"role": "system", "content": text}] if text.strip() else []
+        if len(self._encode([*system, {"role": "user", "content": "？"}])) > self.room:
+            raise UserError(f"the system message is too long: with it no message fits into {self.room} tokens; "
+                            "shorten it")  # fmt: skip
+        self.messages, self._first = [*system, *said], 0
+
+    def save(self, path: Path) -> None:
+        """Write the conversation: .jsonl as one line of OpenAI's `messages`, anything else as readable text.
+
+        Raises UserError for a file that is there already, unless this conversation wrote it.
+        """
+        if path.suffix == ".jsonl":
+            text = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
+        else:
+            marks = {"system": "/system ", "user": ">>>", "assistant": ""}
+            text = "".join(f"{marks[m['role']]}{m['content']}\n" for m in self.messages)
+        try:
+            with path.open("w" if path in self._saved else "x", encoding="utf-8") as f:
+                f.write(text)
+        except FileExistsError as e:
+            raise UserError(f"{path} exists already and is left alone; choose another name") from e
+        except OSError as e:
+            raise UserError(f"{path} cannot be written ({e.strerror}); choose another name") from e
+        self._saved.add(path)
+
+    @property
+    def room(self) -> int:
+        """Tokens of the block that the prompt may take: what a reply may need is kept free, but at most half."""
+        block = self.lm.model.cfg.block_size
+        return block - min(self.cfg.max_new_tokens, block // 2)
+
+    def prompt(self, messages: Messages) -> list[int]:
+        """Ids of a conversation that ends in a message of the user, at most `room` of them.
+
+        The oldest exchanges that do not fit are left out; of a last message too long by itself the end is kept.
+        """
+        system = messages[: int(messages[0]["role"] == "system")]
+        said = messages[len(system) :]
+        while len(ids := self._encode([*system, *said[self._first :]])) > self.room:
+            if self._first >= len(said) - 1:
+                return self._shortened(system, said[-1]["content"])
+            self._first += 2  # an exchange: some templates insist on user and assistant in turn
+        return ids
+
+    def _shortened(self, system: Messages, text: str) -> list[int]:
+        """Ids of the longest end of a message that fits."""
+
+        def ids(kept: int) -> list[int]:
+            return self._encode([*system, {"role": "user", "content": text[len(text) - kept :]}])
+
+        kept = bisect.bisect_right(range(1, len(text) + 1), self.room, key=lambda n: len(ids(n)))
+        if not kept:
+            raise UserError(f"not even one character fits into {self.room} tokens beside the chat template; "
+                            "use a model with a larger block_size")  # fmt: skip
+        if not self._told:
+            self._told = True
+            warn(f"the message is too long for the model: only its last {kept} of {len(text)} characters are read")
+        return ids(kept)
+
+    def _encode(self, messages: Messages) -> list[int]:
+        return self.template.encode(messages, add_generation_prompt=True)
+
+    def _system(self) -> Messages:
+        return [m for m in self.messages[:1] if m["role"] == "system"]
+
+    def _answer(self, asked: Messages) -> Iterator[str]:
+        """Stream a reply to the last of `asked`; then, or where it was broken off, the conversation is that far."""
+        tokens = self.lm.tokens_after(self.prompt(asked), self.cfg, self._generator, ends=self.ends,
+                                      barred=self.unknown, never_empty=True, memory=self._memory)  # fmt: skip
+        said = ""
+        try:
+            with explain_memory(self.lm.device, "`flush` forgets the conversation; a smaller --max_new_tokens helps"):
+                for piece in self.lm.pieces((token for (token,) in tokens), self.ends):
+                    said += piece
+                    yield piece
+        finally:
+            if said:
+                self.messages = [*asked, {"role": "assistant", "content": said}]

@@ -1,0 +1,203 @@
+"""`miaobi chat`: a conversation in a terminal, or through a pipe."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from miaobi.config import ChatConfig, RunConfig
+from miaobi.console import warn
+from miaobi.errors import UserError
+from miaobi.overrides import SMALL_GPT, load_config, read_yaml
+
+if TYPE_CHECKING:  # torch is imported after the command line has been understood
+    from miaobi.generate.chat import Chat
+
+COMMANDS = {
+    "/help": "this list",
+    "/flush": "forget the conversation (also: flush)",
+    "/retry": "another reply to the last message",
+    "/system TEXT": "tell a model with roles how to behave; without TEXT no more",
+    "/save FILE": "write the conversation: .jsonl as OpenAI messages, else as text",
+    "/exit": "leave (also: exit, Ctrl-D)",
+}
+PROMPT = ">>>"
+
+
+def configured(path: Path) -> tuple[RunConfig, ChatConfig]:
+    """A configuration file, and the sampling settings that go with it.
+
+    small-gpt's own chat.py draws at temperature 0.5, at most 100 tokens, from the seed and device of its YAML file.
+    Raises UserError for a file that is not a configuration.
+    """
+    cfg, _ = load_config(path, [])
+    if not SMALL_GPT & read_yaml(path)[0].keys():
+        return cfg, ChatConfig(device=cfg.train.device)
+    return cfg, ChatConfig(max_new_tokens=100, temperature=0.5, top_p=1.0, repetition_penalty=1.0,
+                           seed=cfg.train.seed, device=cfg.train.device)  # fmt: skip
+
+
+def model_of(cfg: RunConfig) -> Path:
+    """The MODEL that a configuration names: its `resume_from`, a .pth file of small-gpt's too, or else its run."""
+    if cfg.train.resume_from is None:
+        return Path(cfg.train.out_dir)
+    path = Path(cfg.train.resume_from)
+    if path.suffix not in (".pth", ".pt"):
+        return path
+    from miaobi.convert.small_gpt import converted
+
+    return converted(path, corpus=cfg.data.data)
+
+
+def talk(chat: Chat, silent: bool = False) -> None:
+    """Read messages and commands until `exit` or the end of the input, and print the replies unless `silent`.
+
+    In a terminal Ctrl-C stops a reply, clears a line, and the second time in a row leaves; in a pipe it raises
+    KeyboardInterrupt as everywhere.
+    """
+    for_humans = sys.stdin.isatty() and sys.stdout.isatty()
+    forgive_encodings()
+    ask = line_reader(for_humans)
+    if for_humans:
+        print("/help lists the commands, exit leaves")
+    interrupted = False
+    while True:
+        try:
+            line = ask()
+            interrupted = False
+            if not obey(chat, readable(line), silent):
+                return
+        except EOFError:
+            if for_humans:
+                print()
+            return
+        except KeyboardInterrupt:
+            if not for_humans:
+                raise
+            if interrupted:
+                return
+            interrupted = True
+            print("(Ctrl-C again leaves, so do Ctrl-D and exit)")
+        except UserError as e:  # the conversation goes on
+            print(f"miaobi: {e}", file=sys.stderr)
+
+
+def obey(chat: Chat, line: str, silent: bool) -> bool:
+    """Do what one line says, a message or a command; False to leave."""
+    word, _, rest = line.strip().partition(" ")
+    command = f"/{word}" if line.strip() in ("flush", "exit") else word
+    if command == "/exit":
+        return False
+    if command == "/flush":
+        chat.flush()
+    elif not command.startswith("/"):
+        say(chat.reply(line), silent)
+    elif command == "/retry":
+        if not chat.messages:
+            raise UserError("/retry: there is no reply yet to be told differently; say something first")
+        say(chat.retry(), silent)
+    elif command == "/system":
+        chat.system(rest.strip())
+    elif command == "/save":
+        if not rest.strip():
+            raise UserError("/save needs a file name, such as: /save chat.jsonl")
+        chat.save(Path(rest.strip()).expanduser())
+    elif command == "/help":
+        print("\n".join(f"  {name:<14}{what}" for name, what in COMMANDS.items()))
+    else:
+        close = difflib.get_close_matches(command, [name.split()[0] for name in COMMANDS], n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise UserError(f"unknown command {command!r}.{hint} /help lists them")
+    return True
+
+
+def say(pieces: Iterator[str], silent: bool) -> None:
+    """Print a reply as it is written, on a line of its own; in a terminal Ctrl-C stops it."""
+    said = False
+    try:
+        with closing(pieces):
+            for piece in pieces:
+                said = True
+                if not silent:
+                    print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+    finally:
+        if said and not silent:
+            print(flush=True)
+
+
+def line_reader(for_humans: bool) -> Callable[[], str]:
+    """A function that reads a line and raises EOFError at the end of the input.
+
+    Lines are edited, and remembered from one session to the next, in a terminal that can do that.
+    """
+    if for_humans and os.environ.get("TERM") != "dumb":
+        from prompt_toolkit import PromptSession
+
+        session = PromptSession(history=line_history())
+        return lambda: session.prompt(PROMPT)
+
+    def read() -> str:
+        if for_humans:
+            print(PROMPT, end="", flush=True)
+        if not (line := sys.stdin.readline()):
+            raise EOFError
+        return line.rstrip("\r\n")
+
+    return read
+
+
+def line_history():
+    """What was typed in earlier sessions, in a file that only the user can read; in memory where that is refused."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    class History(FileHistory):
+        def store_string(self, string: str) -> None:
+            super().store_string(string.encode("utf-8", "replace").decode())  # bytes that were no UTF-8
+
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    file = Path(state).expanduser() / "miaobi" / "chat_history"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
+    except OSError:
+        return InMemoryHistory()
+    return History(str(file))
+
+
+def forgive_encodings() -> None:
+    """Let no character of a model or a user end in a traceback; one line where the terminal cannot show Chinese."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        "妙笔".encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        warn(f"the output's encoding is {sys.stdout.encoding}: Chinese shows as ?; set PYTHONIOENCODING=utf-8")
+
+
+def readable(line: str) -> str:
+    """`line`, its bytes that fit the input's encoding not (read as lone surrogates) decoded as UTF-8 or GB18030.
+
+    Raises UserError for a line that is neither.
+    """
+    try:
+        line.encode("utf-8")
+        return line
+    except UnicodeEncodeError:
+        pass
+    for encoding in ("utf-8", "gb18030"):
+        try:
+            return line.encode(sys.stdin.encoding or "utf-8", "surrogateescape").decode(encoding)
+        except UnicodeError:
+            continue
+    raise UserError("this line is neither UTF-8 nor GB18030; set the terminal to UTF-8 and type it again")

@@ -1,0 +1,283 @@
+"""`miaobi chat` as a person, a pipe and a poor terminal meet it: pseudo-terminals, real signals, real bytes."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from miaobi.config import ChatConfig
+from miaobi.generate import terminal
+
+pexpect = pytest.importorskip("pexpect", reason="no pseudo-terminals here")
+pyte = pytest.importorskip("pyte")
+
+EXACT = ["--temperature=0", "--top_p=1", "--repetition_penalty=1", "--device=cpu", "--max_new_tokens=20"]
+
+
+class Screen:
+    """`miaobi chat` in a pseudo-terminal, and what a person sees of it."""
+
+    def __init__(self, *args: object, **environment: str) -> None:
+        self.terminal = pyte.Screen(100, 60)
+        self.stream = pyte.ByteStream(self.terminal)
+        command = ["-m", "miaobi", "chat", *map(str, args)]
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))} | environment
+        self.child = pexpect.spawn(sys.executable, command, env=env, dimensions=(60, 100), timeout=60)
+        self.child.delaybeforesend = 0.02
+
+    @property
+    def lines(self) -> list[str]:
+        """The lines on the screen, without the spaces after wide characters and at the end."""
+        return [line.rstrip() for line in self.terminal.display if line.strip()]
+
+    def until(self, seen) -> list[str]:
+        """Read the terminal until `seen(lines)`; the lines then."""
+        while not seen(self.lines):
+            data = self.child.read_nonblocking(1 << 16, timeout=60)
+            self.stream.feed(data)
+            if b"\x1b[6n" in data:  # where is the cursor? a real terminal answers
+                self.child.send(f"\x1b[{self.terminal.cursor.y + 1};{self.terminal.cursor.x + 1}R")
+        return self.lines
+
+    def ready(self) -> list[str]:
+        """Wait for an empty prompt on the last line."""
+        return self.until(lambda lines: lines and lines[-1] == ">>>")
+
+    def say(self, text: str) -> list[str]:
+        """Type a line, wait for the next prompt; the lines in between."""
+        before = len(self.ready())
+        self.child.send(text + "\r")
+        return self.until(lambda lines: len(lines) > before and lines[-1] == ">>>")[before:-1]
+
+    def leave(self, keys: str) -> int:
+        """Type what ends the session; its exit code."""
+        self.ready()
+        self.child.send(keys)
+        self.child.expect(pexpect.EOF)
+        self.child.close()
+        return self.child.exitstatus
+
+
+def test_a_conversation_in_a_terminal(talker, tmp_path):
+    screen = Screen(talker, *EXACT, TERM="xterm", LANG="C.UTF-8", XDG_STATE_HOME=str(tmp_path))
+    assert screen.say("你好") == ["你好呀"]
+    assert screen.say("我叫小明") == ["幸会"]
+    assert screen.say("我叫什么") == ["你叫小明"]
+    assert screen.say("") == []
+    assert screen.say("/retry") == ["你叫小明"]
+    assert screen.say("flush") == []
+    assert screen.say("我叫什么") == ["我不知道"]
+    assert screen.say("/flsh") == ["miaobi: unknown command '/flsh'. Did you mean /flush? /help lists them"]
+    assert "no system message" in "".join(screen.say("/system 你是猫"))
+    assert "/retry" in "".join(screen.say("/help"))
+    assert screen.say(f"/save {tmp_path / 'talk.jsonl'}") == []
+    saved = json.loads((tmp_path / "talk.jsonl").read_text(encoding="utf-8"))["messages"]
+    assert [m["content"] for m in saved] == ["我叫什么", "我不知道"]
+    assert screen.say("\x1b[A\x1b[A\x1b[A\x1b[A\x1b[A") == ["我不知道"], "the line typed five lines ago, by cursor keys"
+    screen.ready()
+    screen.child.send("不想说了\x03")
+    screen.until(lambda lines: "Ctrl-C again leaves" in "".join(lines[-2:]) and lines[-1] == ">>>")
+    assert screen.say("再见") == ["下次再聊"]
+    assert screen.leave("exit\r") == 0
+    history = tmp_path / "miaobi" / "chat_history"
+    assert history.stat().st_mode & 0o777 == 0o600
+    assert "+我叫小明\n" in history.read_text(encoding="utf-8")
+
+
+def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(talker, tmp_path):
+    screen = Screen(talker, *EXACT[:-1], "--max_new_tokens=1000000", TERM="xterm", XDG_STATE_HOME=str(tmp_path))
+    screen.ready()
+    screen.child.send("数数\r")
+    screen.until(lambda lines: "九十一二三" in "".join(lines))
+    screen.child.sendintr()
+    screen.ready()
+    assert screen.say(f"/save {tmp_path / 'talk.jsonl'}") == []
+    (_, told) = json.loads((tmp_path / "talk.jsonl").read_text(encoding="utf-8"))["messages"]
+    assert told["content"].startswith("一二三四五六七八九十一二三")
+    assert screen.say("你好") == ["你好呀"]
+    screen.ready()
+    screen.child.send("\x03")
+    screen.until(lambda lines: "Ctrl-C again leaves" in "".join(lines[-2:]) and lines[-1] == ">>>")
+    assert screen.leave("\x03") == 0
+
+
+def test_a_dumb_terminal_without_colour(talker):
+    screen = Screen(talker, *EXACT, TERM="dumb", NO_COLOR="1", LANG="C.UTF-8")
+    screen.ready()
+    screen.child.send("你好\n")
+    assert screen.until(lambda lines: "你好呀" in lines)
+    screen.ready()
+    screen.child.send("/nothing\n")
+    screen.until(lambda lines: "unknown command" in "".join(lines))
+    assert screen.leave("\x04") == 0
+    assert b"\x1b" not in (screen.child.before or b"")
+
+
+def piped(lines: bytes, *args: object, **environment: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHONIOENCODING"))} | environment
+    return subprocess.run([sys.executable, "-m", "miaobi", "chat", *map(str, args)], input=lines, capture_output=True,
+                          env=env, check=False)  # fmt: skip
+
+
+def test_through_a_pipe_only_replies_are_printed(talker):
+    done = piped("你好\nflush\n\n你是谁\nexit\n再见\n".encode(), talker, *EXACT, LANG="C.UTF-8")
+    assert (done.returncode, done.stdout.decode()) == (0, "你好呀\n我叫妙笔\n"), done.stderr
+    assert not done.stderr
+
+
+def test_an_ascii_terminal_and_bytes_of_another_encoding(talker):
+    lines = "你好\n".encode() + "你是谁\n".encode("gb18030") + b"\xff\xff\n" + "再见\n".encode()
+    done = piped(lines, talker, *EXACT, LANG="C", PYTHONIOENCODING="ascii", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    assert (done.returncode, done.stdout) == (0, b"???\n????\n????\n")
+    err = done.stderr.decode("ascii")
+    assert err.count("set PYTHONIOENCODING=utf-8") == 1
+    assert err.count("neither UTF-8 nor GB18030") == 1
+    assert "Traceback" not in err
+
+
+# --- inside this process -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """`typed("你好", "exit")`: what standard input will give."""
+
+    def lines(*texts: str) -> None:
+        data = io.BytesIO("".join(f"{text}\n" for text in texts).encode())
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(data, encoding="utf-8"))
+
+    return lines
+
+
+def test_json_gives_the_conversation_and_nothing_else(miaobi, typed, talker):
+    typed("你好", "再见", "exit")
+    answer = miaobi("chat", talker, *EXACT, "--json")
+    assert (answer.code, answer.err) == (0, "")
+    contents = [m["content"] for m in json.loads(answer.out)["messages"]]
+    assert contents == ["你好", "你好呀", "再见", "下次再聊"]
+
+
+def test_the_end_of_the_input_leaves(miaobi, typed, talker):
+    typed("你好")
+    assert miaobi("chat", f"--out_dir={talker}", *EXACT)[:2] == (0, "你好呀\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("/retry", "say something first"), ("/save", "needs a file name"), ("/exot", "Did you mean /exit?"),
+     ("/save /nowhere/at/all.txt", "cannot be written"), ("/zzzz", "/help lists them")],
+)  # fmt: skip
+def test_a_mistaken_command_is_told_and_the_conversation_goes_on(miaobi, typed, talker, line, words):
+    typed(line, "你好")
+    answer = miaobi("chat", talker, *EXACT)
+    assert (answer.code, answer.out) == (0, "你好呀\n")
+    assert words in answer.err
+    assert answer.err.startswith("miaobi: ")
+
+
+def test_a_model_of_plain_text_is_refused(miaobi, trained):
+    answer = miaobi("chat", trained("gpt2", "char"))
+    assert answer.code == 2
+    assert "no chat template" in answer.err
+
+
+def test_ctrl_c_in_a_pipe_ends_the_command(miaobi, typed, talker, monkeypatch):
+    from miaobi.generate.chat import Chat
+
+    def interrupted(self, text):
+        yield "你"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Chat, "reply", interrupted)
+    typed("你好", "再见")
+    answer = miaobi("chat", talker, *EXACT)
+    assert (answer.code, answer.out) == (130, "你\n")
+
+
+# --- configurations ------------------------------------------------------------------------------------------------
+
+SMALL_GPT_YAML = """\
+data_path: data/train.txt
+train_percent: 0.8
+block_size: 256
+vocab_size: 7587
+bias: True
+compile: True
+max_epoch : 1919810
+tensorboard_path :  ./tensorboard
+device: cuda
+train_batch: 24
+lr : 2e-4
+decay_steps: 100000
+checkpoint_root: {root}
+save_freq: 4000 # save when global_step % save_freq == 0
+resume_from: {resume}
+seed :  114514
+"""
+
+
+@pytest.fixture
+def opened(miaobi, typed, monkeypatch):
+    """`opened("chat.yaml", ...)`: the settings of the chat that a command line opens."""
+
+    def settings(*args: object) -> ChatConfig:
+        chats = []
+        monkeypatch.setattr(terminal, "talk", lambda chat, silent: chats.append(chat))
+        answer = miaobi("chat", *args)
+        assert answer.code == 0, answer.err
+        return chats[0].cfg
+
+    return settings
+
+
+def test_small_gpts_own_file_opens_its_model_with_its_defaults(opened, talker, tmp_path):
+    config = tmp_path / "chat300M.yaml"
+    config.write_text(SMALL_GPT_YAML.format(root="none", resume=talker), encoding="utf-8")
+    cfg = opened(config)
+    assert (cfg.temperature, cfg.max_new_tokens, cfg.top_k, cfg.top_p, cfg.repetition_penalty) == (0.5, 100, 0, 1, 1)
+    assert (cfg.seed, cfg.device) == (114514, "cuda")
+    changed = opened(config, "--temperature=0.9", "--max_new_tokens=7", "--device=cpu")
+    assert (changed.temperature, changed.max_new_tokens, changed.device) == (0.9, 7, "cpu")
+
+
+def test_without_resume_from_the_run_of_the_file_is_opened(opened, talker, tmp_path):
+    config = tmp_path / "chat.yaml"
+    config.write_text(f"out_dir: {talker}\n", encoding="utf-8")
+    assert opened(config) == ChatConfig(), "our own files keep our own defaults"
+    config.write_text(SMALL_GPT_YAML.format(root=talker, resume="null"), encoding="utf-8")
+    assert opened(config).temperature == 0.5
+
+
+def test_a_pth_file_is_converted_with_the_corpus_of_the_configuration(opened, talker, tmp_path, monkeypatch):
+    import types
+
+    asked = []
+
+    def converted(path: Path, corpus: str | None) -> Path:
+        asked.append((path, corpus))
+        return talker
+
+    monkeypatch.setitem(sys.modules, "miaobi.convert.small_gpt", types.SimpleNamespace(converted=converted))
+    config = tmp_path / "chat300M.yaml"
+    config.write_text(SMALL_GPT_YAML.format(root="none", resume="checkpoints/cpt300M.pth"), encoding="utf-8")
+    opened(config)
+    assert asked == [(Path("checkpoints/cpt300M.pth"), "data/train.txt")]
+
+
+def test_a_missing_configuration_is_told(miaobi, tmp_path):
+    answer = miaobi("chat", tmp_path / "none.yaml")
+    assert answer.code == 2
+    assert "no configuration file" in answer.err
+
+
+def test_the_command_line_is_understood_before_torch_is_imported():
+    code = ("import sys; from miaobi import cli\ntry: cli.main(['chat', '--help'])\nexcept SystemExit: pass\n"
+            "heavy = {'torch', 'transformers', 'tensorboard', 'prompt_toolkit', 'jinja2'} & set(sys.modules)\n"
+            "assert not heavy, heavy")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--repetition_penalty" in done.stdout
