@@ -127,10 +127,10 @@ class PackedDialogues:
         """Pieces (n, 2) of a dialogue whose turns lie between `edges`, each as many whole turns as fit."""
         room, pieces, start = self.block_size + 1, [], int(edges[0])
         for before, edge in pairwise(edges):
-            if edge - start > room and before > start:
+            if edge - start > room and before > start and edge - before <= room:
                 pieces.append((start, int(before)))
                 start = int(before)
-            if edge - start > room:  # one turn alone is too long
+            if edge - start > room:  # one turn alone is too long; its beginning stays with what it answers
                 self.cut_turns += 1
                 while edge - start > room:
                     pieces.append((start, start + room))
