@@ -97,7 +97,7 @@ def converted(path: Path, corpus: str | None) -> Path:
     out = path.with_suffix(".miaobi")
     record = foreign.read_record(out)
     if path.is_file() and record.get("exact") is False and foreign.is_unchanged(path, record.get("checkpoint")):
-        text = Path(corpus or "")
+        text = Path(corpus or "").expanduser()
         if not text.is_file() or foreign.is_unchanged(text, record.get("corpus")):
             return out
     result = convert(path, corpus, out)
