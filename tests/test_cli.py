@@ -54,6 +54,7 @@ def test_every_verb_explains_its_options(miaobi, verb):
         "chat": ["--temperature", "--repetition_penalty", "CONFIG.yaml"],
         "prepare": ["--vocab_size", "--simplify", "Convert Traditional to Simplified"],
         "demo": ["--quick"],
+        "convert": ["small-gpt", "nanogpt"],
     }[verb]
     for text in expected:
         assert text in words, text

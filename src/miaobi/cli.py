@@ -17,6 +17,11 @@ VERBS = {
     "sample": "continue a prompt",
     "chat": "talk with a model that learned from dialogues",
     "eval": "loss, perplexity, bits per character and per byte",
+    "convert": "checkpoints of other projects -> model directories",
+}
+CONVERSIONS = {
+    "small-gpt": "a .pth of small-gpt, with the text it was trained on",
+    "nanogpt": "a ckpt.pt of nanoGPT, with its meta.pkl or GPT-2's tokenizer",
 }
 
 
@@ -61,7 +66,9 @@ def run(args: list[str]) -> None:
         close = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise UserError(f"unknown verb {verb!r}.{hint} `miaobi --help` lists them")
-    {"demo": demo, "prepare": prepare, "train": train, "sample": sample, "chat": chat, "eval": evaluate}[verb](rest)
+    verbs = {"demo": demo, "prepare": prepare, "train": train, "sample": sample, "chat": chat, "eval": evaluate,
+             "convert": convert}  # fmt: skip
+    verbs[verb](rest)
 
 
 def overview() -> str:
@@ -89,7 +96,7 @@ def parse(verb: str, kind: type, args: list[str]):
     return tyro.cli(
         kind,
         prog=f"miaobi {verb}",
-        description=VERBS[verb],
+        description=VERBS.get(verb) or CONVERSIONS[verb.split()[1]],
         args=spelled_out(kind, args),
         use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes),
@@ -161,6 +168,10 @@ def train(args: list[str]) -> None:
 
     path, given = split_train_args(args)
     cfg, origin = load_config(path, given)
+    if Path(cfg.train.resume_from or "").suffix == ".pth":
+        from miaobi.convert.small_gpt import start_from_checkpoint
+
+        cfg, origin = start_from_checkpoint(cfg, origin)
     from miaobi.generate.engine import preview
     from miaobi.train.loop import train as train_run
 
@@ -353,6 +364,61 @@ def evaluate(args: list[str]) -> None:
     print(f"loss {result['loss']:.4f} nats/token   perplexity {result['perplexity']:.2f}   "
           f"{result['bits_per_char']:.4f} bits/char   {result['bits_per_byte']:.4f} bits/byte")  # fmt: skip
     print(f"{result['characters']:,} characters in {result['tokens']:,} tokens, {result['seconds']:.1f} s")
+
+
+# --- convert -----------------------------------------------------------------------------------------------------
+
+
+def convert(args: list[str]) -> None:
+    """`miaobi convert small-gpt|nanogpt CHECKPOINT ...`."""
+    import tyro
+
+    @dataclass(frozen=True)
+    class SmallGPT:
+        checkpoint: tyro.conf.Positional[Path]
+        """The .pth file."""
+        corpus: str | None = None
+        """The text file it was trained on; the checkpoint has no vocabulary of its own, it is rebuilt from that."""
+        out: Path | None = None
+        """Model directory to write; default: the checkpoint's name with .miaobi, beside it."""
+        exact: bool = False
+        """No byte tokens: a character outside the vocabulary becomes <unk>, as in small-gpt."""
+
+    @dataclass(frozen=True)
+    class NanoGPT:
+        checkpoint: tyro.conf.Positional[Path]
+        """The ckpt.pt file."""
+        meta: str | None = None
+        """meta.pkl of a character model, from nanoGPT's data/NAME."""
+        tokenizer: str | None = None
+        """Directory with GPT-2's tokenizer.json, or vocab.json and merges.txt, for a model of GPT-2's BPE."""
+        out: Path | None = None
+        """Model directory to write; default: the checkpoint's name with .miaobi, beside it."""
+
+    if not args or args[0] in ("-h", "--help"):
+        kinds = "\n".join(f"  {name:<12}{what}" for name, what in CONVERSIONS.items())
+        print(f"usage: miaobi convert KIND CHECKPOINT ...\n\n{VERBS['convert']}\n\n{kinds}\n\n"
+              "miaobi convert KIND --help explains its options")  # fmt: skip
+        return
+    kind, rest = args[0], args[1:]
+    if kind not in CONVERSIONS:
+        raise UserError(f"miaobi convert does not know {kind!r}; it reads {' and '.join(CONVERSIONS)}")
+    as_json = take_flag(rest, "--json")
+    given = parse(f"convert {kind}", SmallGPT if kind == "small-gpt" else NanoGPT, rest)
+    out = given.out or given.checkpoint.with_suffix(".miaobi")
+    from miaobi.convert import nanogpt, small_gpt
+
+    if kind == "small-gpt":
+        result = small_gpt.convert(given.checkpoint, given.corpus, out, given.exact)
+    else:
+        result = nanogpt.convert(given.checkpoint, given.meta, given.tokenizer, out)
+    if as_json:
+        print_json(result)
+        return
+    print(f"{out}: {result['parameters'] / 1e6:.1f}M parameters, vocabulary {result['vocab_size']:,}"
+          + (f", {result['spare_rows']:,} rows of it spare" if result["spare_rows"] else "")
+          + (f", {result['loss']:.2f} nats/token on the corpus" if "loss" in result else ""))  # fmt: skip
+    print(f"next: miaobi {'chat' if kind == 'small-gpt' else 'sample'} {out}")
 
 
 # --- demo --------------------------------------------------------------------------------------------------------

@@ -233,7 +233,8 @@ class TrainConfig:
     """scratch, resume (fail if there is nothing to resume), or a MODEL (run, model directory, hub name) whose weights
     and tokenizer to start from."""
     resume_from: str | None = None
-    """Run or checkpoint directory to continue from, when it is not out_dir."""
+    """Run or checkpoint directory to continue from, when it is not out_dir; or a small-gpt .pth: its weights, not
+    its steps, converted once with the vocabulary of the text that `data` names."""
     batch_size: int = 32
     """Sequences per step. With gradient_accumulation_steps it is nanoGPT's micro-batch: the product is the step."""
     gradient_accumulation_steps: int | None = None

@@ -161,8 +161,8 @@ def test_resume_from_continues_another_run_elsewhere(again, tmp_path, name):
 def test_resume_from_something_else_is_explained(tmp_path):
     with pytest.raises(UserError, match="no train_state"):
         find_state(str(tmp_path))
-    with pytest.raises(UserError, match="converted"):
-        find_state("checkpoints/pretrained/cpt300M.pth")
+    with pytest.raises(UserError, match="miaobi convert"):
+        find_state("out/ckpt.pt")
 
 
 def test_resume_from_a_model_of_another_size_is_refused_by_name(again, tmp_path):

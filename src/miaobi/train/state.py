@@ -85,9 +85,8 @@ def find_state(name: str) -> Path:
     """The checkpoint directory with a train_state that `resume_from` means: a run's last, or step-N itself."""
     path = Path(name)
     if path.suffix in (".pth", ".pt"):
-        raise UserError(
-            f"resume_from: {path} is another project's checkpoint; it must be converted to a model directory"
-        )
+        raise UserError(f"resume_from: {path} is another project's checkpoint; convert it (miaobi convert --help) and "
+                        "start from the result with --init_from")  # fmt: skip
     found = pointed(path / "checkpoints" / "last") or path
     if not (found / "train_state" / "progress.json").is_file():
         raise UserError(f"resume_from: no train_state in {path}; give a run directory, RUN/checkpoints/step-N, "

@@ -1,0 +1,119 @@
+"""nanoGPT's checkpoints (`ckpt.pt`): characters by their meta.pkl, or GPT-2's BPE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miaobi.config import ModelConfig
+from miaobi.convert import reading
+from miaobi.corpus.tokenizer import BYTE_PIECES, EOT, Tokenizer
+from miaobi.errors import UserError
+from miaobi.model.transformer import VOCAB_MULTIPLE, Transformer
+
+LAYER = {
+    "attn_norm": ("ln_1",),
+    "attn.qkv": ("attn.c_attn",),
+    "attn.proj": ("attn.c_proj",),
+    "mlp_norm": ("ln_2",),
+    "mlp.up": ("mlp.c_fc",),
+    "mlp.down": ("mlp.c_proj",),
+}
+MASK = "attn.bias"
+"""Kept by the code path without flash attention."""
+
+
+def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) -> dict[str, Any]:
+    """Write the model directory `out` from a checkpoint and either its meta.pkl or a directory with GPT-2's tokenizer.
+
+    Returns out, parameters, vocab_size, spare_rows, step. Raises UserError for files that are missing, damaged, of
+    something else, or that do not belong together.
+    """
+    checkpoint = read(path)
+    foreign.check_out(out)
+    if (meta is None) == (tokenizer_dir is None):
+        raise UserError(_which_tokenizer(checkpoint, path))
+    cfg = model_config(checkpoint, path)
+    rows = cfg.vocab_size
+    if meta is not None:
+        pieces = characters(Path(meta).expanduser())
+        tokenizer = foreign.character_tokenizer(pieces, [], first_byte=rows, config={})
+        known, source = len(pieces), meta
+    else:
+        found = Tokenizer.load(Path(tokenizer_dir).expanduser())
+        tokenizer = Tokenizer(found.backend, {"eos_token": EOT})  # nothing else of the other model's configuration
+        known, source = tokenizer.vocab_size, tokenizer_dir
+    if not known <= rows < known + VOCAB_MULTIPLE:  # nanoGPT pads GPT-2's 50,257 to 50,304
+        raise UserError(f"{path} has {rows:,} tokens, {source} has {known:,}: it is not the vocabulary that this model "
+                        "was trained with; give that one")  # fmt: skip
+    model = foreign.build(cfg, checkpoint["model"], LAYER, MASK, path)
+    if meta is not None:
+        foreign.append_rows(model, least_expected(model), len(BYTE_PIECES))
+    record = {"project": "nanoGPT", "checkpoint": foreign.fingerprint(path)}
+    end_ids = () if tokenizer.eot_id is None else (tokenizer.eot_id,)
+    foreign.write(out, model, tokenizer, end_ids, record)
+    return {
+        "out": str(out),
+        "parameters": model.num_parameters(),
+        "vocab_size": model.cfg.vocab_size,
+        "spare_rows": rows - known,
+        "step": checkpoint.get("iter_num"),
+    }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint of nanoGPT. Raises UserError when it is damaged or not nanoGPT's."""
+    checkpoint = foreign.read_checkpoint(path)
+    if not isinstance(checkpoint.get("model_args"), dict) or "model" not in checkpoint:
+        hint = "; it looks like small-gpt's: miaobi convert small-gpt" if "state_dict" in checkpoint else ""
+        raise UserError(f"{path} is not a checkpoint of nanoGPT, it has no model and model_args{hint}")
+    return checkpoint
+
+
+def model_config(checkpoint: dict[str, Any], path: Path) -> ModelConfig:
+    """The decoder that a checkpoint describes. Raises UserError for sizes that make no sense."""
+    sizes = foreign.read_sizes(checkpoint["model_args"], path, "nanoGPT")
+    try:
+        return ModelConfig(family="gpt2", bias=bool(checkpoint["model_args"].get("bias", True)), **sizes)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+
+
+def characters(path: Path) -> list[str]:
+    """The characters of a meta.pkl by id. Raises UserError when it is anything but a table of characters."""
+    meta = foreign.read_plain_pickle(path)
+    itos = meta.get("itos") if isinstance(meta, dict) else None
+    if not isinstance(itos, dict) or not itos:
+        raise UserError(f"{path} has no table itos (id -> character); give the meta.pkl of nanoGPT's prepare.py")
+    if set(itos) != set(range(len(itos))):
+        raise UserError(f"{path}: its ids do not run from 0 to {len(itos) - 1}; it was altered, get it again")
+    pieces = [itos[id_] for id_ in range(len(itos))]
+    for piece in pieces:
+        if not isinstance(piece, str) or len(piece) != 1 or "\ud800" <= piece < "\ue000":
+            raise UserError(f"{path}: {piece!r} is not one character; only character models have a meta.pkl like that")
+    if len(set(pieces)) != len(pieces):
+        raise UserError(f"{path}: some characters have two ids; it was altered, get it again")
+    return pieces
+
+
+@torch.no_grad()
+def least_expected(model: Transformer) -> torch.Tensor:
+    """The embedding row (C,) of the token that the model expects least, whatever it reads.
+
+    Byte tokens begin as copies of it: 256 of them together then take next to nothing from the tokens it has learned.
+    """
+    draw = torch.Generator().manual_seed(0)
+    V, length = model.cfg.vocab_size, min(64, model.cfg.block_size)
+    ids = torch.randint(V, (4, length), generator=draw)
+    return model.wte.weight[model.eval()(ids).softmax(-1).mean((0, 1)).argmin()].clone()
+
+
+def _which_tokenizer(checkpoint: dict[str, Any], path: Path) -> str:
+    settings = checkpoint.get("config")
+    dataset = settings.get("dataset") if isinstance(settings, dict) else None
+    return (
+        f"{path} has no vocabulary of its own; give --meta=data/{dataset or 'NAME'}/meta.pkl for a model "
+        "of characters, or --tokenizer=DIR, GPT-2's tokenizer.json (or vocab.json and merges.txt), for its BPE"
+    )

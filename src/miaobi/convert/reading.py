@@ -1,0 +1,235 @@
+"""Other projects' GPT checkpoints: read without executing anything, their weights put into our decoder, and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import pickle
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import tokenizers
+import torch
+from tokenizers import decoders, models
+from torch import Tensor, nn
+
+from miaobi import __version__
+from miaobi.config import ModelConfig
+from miaobi.corpus.tokenizer import BYTE_PIECES, Tokenizer
+from miaobi.errors import UserError
+from miaobi.model.checkpoint import save_model, write_json, written_whole
+from miaobi.model.transformer import VOCAB_MULTIPLE, Transformer
+
+RECORD = "converted.json"
+"""In a converted model directory: which files it was made from."""
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A torch.save file of plain values and tensors; tensors of a zipped one stay on the disk until they are used.
+
+    Raises UserError if it is missing, cut short, or holds anything that would have to be executed.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"  # older files are bare pickles, which cannot be mapped
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as e:  # damaged bytes can raise anything in an unpickler
+        raise _unreadable(path, e) from e
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}, not a checkpoint with its settings")
+    return found
+
+
+def read_plain_pickle(path: Path) -> Any:
+    """A pickle of dicts, strings and numbers. Raises UserError if it is missing, damaged, or names any class."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with open(path, "rb") as file:
+            return _PlainUnpickler(file).load()
+    except Exception as e:
+        raise _unreadable(path, e) from e
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """What only opcodes build; a pickle that asks for a class or function gets none."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, encoding="utf-8")
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    """torch's own words advise to load with weights_only=False, which would execute what is in the file."""
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError) and (named := re.search(r"GLOBAL (\S+)", text)):
+        return UserError(
+            f"{path} was not loaded: besides weights and settings it holds {named[1]}, and to load that could run a "
+            "program. If you trust it, save it again on the machine it comes from with plain values only"
+        )
+    lines = text.splitlines() or [type(error).__name__]
+    return UserError(f"{path} cannot be read ({lines[0][:120]}); it was cut short or altered: copy it again")
+
+
+def read_sizes(values: dict[str, Any], path: Path, project: str) -> dict[str, int]:
+    """The sizes that a checkpoint states. Raises UserError where one is missing or is no size."""
+    for key in SIZES:
+        value = values.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 24:
+            raise UserError(f"{path}: {key} is {value!r}, which is no size; {project} did not write this checkpoint")
+    return {key: values[key] for key in SIZES}
+
+
+def build(cfg: ModelConfig, state: Any, layer: dict[str, tuple[str, ...]], mask: str, path: Path) -> Transformer:
+    """A float32 model on the CPU from another project's weights.
+
+    Args:
+        cfg: what the checkpoint says about itself.
+        state: its state dict.
+        layer: our modules of a block -> theirs; several are stacked into one.
+        mask: their buffer in a block with the causal mask.
+        path: the file, for messages.
+
+    Raises:
+        UserError: a tensor is missing, left over, of another shape than `cfg` gives, or the output layer is not the
+            embedding.
+    """
+    rest = _their_tensors(state, mask, cfg.n_layer, path)
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    names = _their_names(model, layer)
+    for name, parameter in model.named_parameters():
+        rows = cfg.vocab_size if name == "wte.weight" else len(parameter)  # without padding rows
+        wanted = (rows // len(names[name]), *parameter.shape[1:])
+        for theirs in names[name]:
+            if theirs not in rest:
+                raise UserError(f"{path}: tensor {theirs} is missing, though its own settings ask for it; get it again")
+            if rest[theirs].shape != wanted:
+                has = tuple(rest[theirs].shape)
+                raise UserError(f"{path}: {theirs} has shape {has}, its own settings say {wanted}; get it again")
+    head = rest.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, rest["transformer.wte.weight"]):
+        raise UserError(f"{path}: lm_head.weight is not the embedding; only tied output layers can be converted")
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            source = torch.cat([rest.pop(theirs) for theirs in names[name]])
+            parameter[: len(source)] = source
+            parameter[len(source) :] = 0  # padding rows
+    if rest:
+        raise UserError(f"{path}: {len(rest)} tensors too many for its own settings, such as {next(iter(rest))}")
+    return model
+
+
+def _their_tensors(state: Any, mask: str, n_layer: int, path: Path) -> dict[str, Tensor]:
+    """A state dict without the prefixes of torch.compile and DDP, and without masks."""
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UserError(f"{path}: its weights are not a table of tensors; it was altered, get it again")
+    found = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
+    blocks = {int(number) for number in re.findall(r"^transformer\.h\.(\d{1,9})\.", "\n".join(found), re.MULTILINE)}
+    if n_layer != len(blocks):
+        raise UserError(f"{path} says n_layer={n_layer}, but has weights of {len(blocks)} blocks; get it again")
+    for i in blocks:
+        found.pop(f"transformer.h.{i}.{mask}", None)
+    return found
+
+
+def _their_names(model: Transformer, layer: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Our parameters -> theirs, under the names that nanoGPT and small-gpt share outside of the blocks."""
+    outside = {"wte.weight": "transformer.wte.weight", "wpe.weight": "transformer.wpe.weight",
+               "norm.weight": "transformer.ln_f.weight", "norm.bias": "transformer.ln_f.bias"}  # fmt: skip
+    names = {}
+    for name, _ in model.named_parameters():
+        if name in outside:
+            names[name] = (outside[name],)
+        else:
+            _, i, module = name.split(".", 2)
+            module, kind = module.rsplit(".", 1)
+            names[name] = tuple(f"transformer.h.{i}.{theirs}.{kind}" for theirs in layer[module])
+    return names
+
+
+def append_rows(model: Transformer, row: Tensor, count: int) -> None:
+    """`count` more tokens behind the others, each with the embedding `row` (C,)."""
+    V = model.cfg.vocab_size
+    wte = nn.Embedding(math.ceil((V + count) / VOCAB_MULTIPLE) * VOCAB_MULTIPLE, model.cfg.n_embd)
+    with torch.no_grad():
+        wte.weight.zero_()
+        wte.weight[:V] = model.wte.weight[:V]
+        wte.weight[V : V + count] = row
+    model.wte, model.cfg = wte, replace(model.cfg, vocab_size=V + count)
+
+
+def character_tokenizer(
+    pieces: list[str], specials: list[str], first_byte: int | None, config: dict[str, Any]
+) -> Tokenizer:
+    """One token per character, ids in the order of `pieces`.
+
+    specials: those of `pieces` that are control tokens. first_byte: id of the first of the 256 byte pieces, or None:
+    then what has no token becomes `<unk>`.
+    """
+    vocab = {piece: id_ for id_, piece in enumerate(pieces)}
+    if first_byte is None:
+        model = models.BPE(vocab=vocab, merges=[], unk_token="<unk>")
+    else:
+        vocab |= {piece: first_byte + byte for byte, piece in enumerate(BYTE_PIECES)}
+        model = models.BPE(vocab=vocab, merges=[], byte_fallback=True)
+    backend = tokenizers.Tokenizer(model)
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(specials)
+    return Tokenizer(backend, config)
+
+
+# The directory that is written
+
+
+def check_out(out: Path) -> None:
+    """Raises UserError when `out` holds anything but an earlier conversion: it would be replaced."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file; give the name of a directory that is to be made")
+    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
+        raise UserError(f"--out={out} holds files that miaobi convert did not write; choose a new directory")
+
+
+def write(
+    out: Path, model: Transformer, tokenizer: Tokenizer, end_ids: tuple[int, ...], record: dict[str, Any]
+) -> None:
+    """The model directory, whole or not at all. end_ids: as `save_model` takes them."""
+    check_out(out)
+    with written_whole(out) as aside:
+        save_model(aside, model, tokenizer, end_ids)
+        write_json(aside / RECORD, record | {"miaobi": __version__})
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Name, size, time and SHA-256 of a file, by which a later look finds it unchanged."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    status = path.stat()
+    return {"name": path.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": digest.hexdigest()}
+
+
+def is_unchanged(path: Path, known: Any) -> bool:
+    """Whether `path` is the file of a `fingerprint`; its bytes are only read when nothing but its time is new."""
+    if not isinstance(known, dict) or path.stat().st_size != known.get("size"):
+        return False
+    return path.stat().st_mtime_ns == known.get("mtime_ns") or fingerprint(path)["sha256"] == known.get("sha256")
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    """What `write` recorded; nothing where it was another version of miaobi, or nobody."""
+    try:
+        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and record.get("miaobi") == __version__ else {}
