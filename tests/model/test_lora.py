@@ -45,7 +45,7 @@ def base(family: str, tmp_path: Path) -> tuple[Transformer, Path]:
     model, tokenizer, path = Transformer(MODELS[family]).eval(), Tokenizer.train_char({}), tmp_path / "base"
     randomize(model.parameters(), 0)
     path.mkdir()
-    save_model(path, model, tokenizer, tokenizer.eot_id)
+    save_model(path, model, tokenizer, (tokenizer.eot_id,))
     return model, path
 
 
@@ -146,7 +146,7 @@ def test_a_merged_model_computes_the_same_and_the_live_one_is_left_alone(base, f
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
     (tmp_path / "merged").mkdir()
-    save_model(tmp_path / "merged", plain, load_model(base[1])[1], 0)
+    save_model(tmp_path / "merged", plain, load_model(base[1])[1], (0,))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(theirs(X).logits, logits, atol=1e-4, rtol=1e-4)
 
