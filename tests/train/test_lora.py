@@ -117,6 +117,34 @@ def test_targets_rank_and_alpha_reach_the_adapter(tune, tmp_path):
     )
 
 
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_the_sft_config_teaches_any_model_to_answer(miaobi, trained, tmp_path, trainable):
+    """configs/sft.yaml on records with messages: the assistant's turns get likelier than they were.
+
+    In blocks this small some batches hold questions alone: nothing to learn, and no division by it.
+    """
+    answers = {"谁赢得比赛": "皇马赢得比赛。", "谁输掉联赛": "曼联输掉联赛！", "球迷期待": "冠军，冠军！"}
+    records = [
+        {"messages": [{"role": "user", "content": q + "？" * n}, {"role": "assistant", "content": a}]}
+        for n in range(20)
+        for q, a in answers.items()
+    ]
+    data = tmp_path / "sft.jsonl"
+    data.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    command = ["train", Path(__file__).parents[2] / "configs" / "sft.yaml", f"--data={data}", "--json",
+               f"--init_from={trained('gpt2')}", f"--trainable={trainable}", "--batch_size=4", "--val_fraction=0.2",
+               "--device=cpu", "--dtype=float32", "--learning_rate=5e-3", "--sample_tokens=0"]  # fmt: skip
+    untuned = miaobi(*command, f"--out_dir={tmp_path / 'untuned'}", "--eval_only=True")
+    tuned = miaobi(*command, f"--out_dir={tmp_path / 'run'}")
+    assert (untuned.code, tuned.code) == (0, 0), untuned.err + tuned.err
+    assert json.loads(tuned.out)["val_loss"] < json.loads(untuned.out)["val_loss"] - 0.03
+    checkpoint = pointed(tmp_path / "run" / "checkpoints" / "last")
+    assert (checkpoint / "adapter").exists() == (trainable == "lora")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(X).logits, logits(checkpoint), atol=1e-4, rtol=1e-4)
+
+
 # --- going on ----------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ GPT2_MODULES = {
     "mlp.up": ("mlp.c_fc",),
     "mlp.down": ("mlp.c_proj",),
 }
-QWEN3_MODULES = {
+LLAMA_MODULES = {  # of qwen3 too
     "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attn.proj": ("self_attn.o_proj",),
     "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
@@ -77,7 +78,7 @@ class LoRALinear(nn.Linear):
 
 def modules_of(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Our linears of a block -> Hugging Face's modules."""
-    return GPT2_MODULES if cfg.family == "gpt2" else QWEN3_MODULES
+    return GPT2_MODULES if cfg.family == "gpt2" else LLAMA_MODULES
 
 
 def part_rows(block: Block, name: str, parts: int) -> list[int]:
@@ -116,15 +117,14 @@ def merged(model: Transformer) -> Transformer:
 
     Weights without an adapter are shared with `model`, not copied. A model without adapters is returned as it is.
     """
-    changed = {f"{name}.weight": module.merged_weight() for name, module in adapters(model)}
-    if not changed:
+    if not any(adapters(model)):
         return model
-    with torch.device("meta"):
-        plain = Transformer(model.cfg)
-    state = model.state_dict() | changed
-    plain.load_state_dict({name: state[name] for name in plain.state_dict()}, assign=True)
-    plain.rope = model.rope  # no part of the state
-    return plain.train(model.training)
+    plain = copy.deepcopy(model, {id(shared): shared for shared in (*model.parameters(), model.rope)})
+    for name, module in list(adapters(plain)):
+        linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(module.merged_weight(), requires_grad=False), module.bias
+        plain.set_submodule(name, linear.train(module.training))
+    return plain
 
 
 def peft_tensors(model: Transformer) -> dict[str, Tensor]:
