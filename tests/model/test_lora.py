@@ -22,12 +22,14 @@ SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size"
 MODELS = {
     "gpt2": ModelConfig(family="gpt2", bias=True, **SIZES),
     "qwen3": ModelConfig(family="qwen3", n_kv_head=2, head_dim=16, tie_word_embeddings=False, **SIZES),
+    "llama": ModelConfig(family="llama", n_kv_head=1, **SIZES),
 }
 MODULES = {  # what PEFT's users write for these models; (?:...) tells GPT-2's two c_proj apart
     ("gpt2", "all"): ["c_attn", "c_fc", "c_proj"],
     ("gpt2", "attention"): r".*\.attn\.c_(attn|proj)",
     ("qwen3", "all"): ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     ("qwen3", "attention"): ["q_proj", "k_proj", "v_proj", "o_proj"],
+    ("llama", "all"): ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
 EVERY_KIND = pytest.mark.parametrize(("family", "targets"), MODULES)
 X = torch.randint(0, SIZES["vocab_size"], (3, 16), generator=torch.Generator().manual_seed(0))
@@ -137,11 +139,12 @@ def test_adapter_dropout_is_seeded_and_for_training_only(base, family):
 @torch.no_grad()
 def test_a_merged_model_computes_the_same_and_the_live_one_is_left_alone(base, family, targets, tmp_path):
     model = adapted(base[0], lora_targets=targets)
-    state, logits = copy.deepcopy(model.state_dict()), model(X)
+    state, logits, model.end_ids = copy.deepcopy(model.state_dict()), model(X), (7, 9)
     assert differ(logits, base[0](X))
     plain = merged(model)
     assert [name for name, _ in plain.named_parameters()] == [name for name, _ in base[0].named_parameters()]
     torch.testing.assert_close(plain(X), logits, atol=1e-4, rtol=1e-4)
+    assert plain.end_ids == model.end_ids == (7, 9)
     assert plain.wte.weight.data_ptr() == model.wte.weight.data_ptr(), "shared, not copied"
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -189,7 +192,11 @@ def test_an_adapter_comes_back_bit_for_bit(base, family, targets, tmp_path):
         assert again.blocks[0].attn.qkv.dropout == 0.1
 
 
-PARTIAL = {"gpt2": ["c_attn"], "qwen3": ["q_proj", "v_proj"]}  # what PEFT adapts by default
+PARTIAL = {
+    "gpt2": ["c_attn"],
+    "qwen3": ["q_proj", "v_proj"],
+    "llama": ["v_proj", "up_proj"],
+}  # what PEFT adapts by default
 
 
 @pytest.mark.parametrize("modules", ["all", "partial", "one layer"])

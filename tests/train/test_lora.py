@@ -166,11 +166,12 @@ def killed_at(step: int, monkeypatch: pytest.MonkeyPatch, run) -> None:
             run()
 
 
-@pytest.mark.parametrize("again", [{}, {"init_from": "resume"}])
-def test_a_killed_run_ends_in_the_same_weights_and_adapter(tune, tmp_path, monkeypatch, again):
-    tune(out_dir=tmp_path / "whole", max_iters=30)
-    killed_at(17, monkeypatch, lambda: tune(max_iters=30))
-    assert tune(max_iters=30, **again)["step"] == 30
+@pytest.mark.parametrize(("block_size", "again"), [(32, {}), (32, {"init_from": "resume"}), (16, {})])
+def test_a_killed_run_ends_in_the_same_weights_and_adapter(tune, tmp_path, monkeypatch, block_size, again):
+    settings = {"max_iters": 30, "block_size": block_size}  # 16: less than the base model has
+    tune(**settings, out_dir=tmp_path / "whole")
+    killed_at(17, monkeypatch, lambda: tune(**settings))
+    assert tune(**settings, **again)["step"] == 30
     for file in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
         assert last(tmp_path / "run", file) == last(tmp_path / "whole", file)
 
