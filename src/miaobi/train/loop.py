@@ -313,10 +313,7 @@ class Run:
         self.model.zero_grad(set_to_none=True)
 
     def flops_per_token(self) -> float:
-        """Forward and backward: 6N + 12 L H D T (PaLM, arXiv:2204.02311, appendix B).
-
-        A frozen weight has no gradient of its own: 4 in place of 6.
-        """
+        """Forward and backward: 6N + 12 L H D T (PaLM, arXiv:2204.02311, appendix B); 4N where N is frozen."""
         cfg, attn = self.model.cfg, self.model.blocks[0].attn
         dense = 6 * self.trained_parameters + (4 * self.parameters if self.progress.base_weights else 0)
         return dense + 12 * cfg.n_layer * attn.n_head * attn.head_dim * cfg.block_size
