@@ -182,7 +182,7 @@ def test_train_prints_one_json_object(miaobi, corpus_file, tmp_path):
     assert answer.code == 0, answer.err
     result = only_json(answer.out)
     assert set(result) >= {"run", "step", "train_loss", "val_loss", "val_bits_per_char", "best_step",
-                           "tokens_per_second", "parameters", "stopped"}  # fmt: skip
+                           "tokens_per_second", "parameters", "trained_parameters", "stopped"}  # fmt: skip
     assert (result["step"], result["stopped"]) == (4, "max_iters")
     assert "number of parameters: " in answer.err
     assert "step 2:" in answer.err

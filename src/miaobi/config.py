@@ -180,9 +180,11 @@ class OptimConfig:
     """How weights move. `None` means: the recipe of the family."""
 
     optimizer: Literal["auto", "adamw", "muon"] = "auto"
-    """muon = Muon for the matrices inside blocks, AdamW for the rest; auto = adamw for gpt2, muon for qwen3."""
+    """muon = Muon for the matrices inside blocks, AdamW for the rest; auto = muon for a qwen3 from scratch, else adamw
+    (gpt2, and any MODEL that is tuned)."""
     learning_rate: float | None = None
-    """Peak rate of AdamW; default 1e-3 (adamw), 3e-3 (muon's AdamW part)."""
+    """Peak rate of AdamW; default 1e-3 (adamw), 3e-3 (muon's AdamW part); a tenth of it where init_from names a MODEL,
+    but 1e-3 for LoRA."""
     muon_learning_rate: float = 0.02
     """Peak rate of Muon, in units of an orthogonal update scaled by sqrt(max(1, rows/columns))."""
     min_lr: float | None = None
@@ -232,6 +234,9 @@ class TrainConfig:
     init_from: str = "scratch"
     """scratch, resume (fail if there is nothing to resume), or a MODEL (run, model directory, hub name) whose weights
     and tokenizer to start from."""
+    trainable: Literal["full", "lora"] = "full"
+    """full = every weight moves; lora = small matrices beside those of the MODEL in init_from, which stay as they are.
+    Checkpoints are whole models either way; those of lora hold adapter/ in PEFT's format as well."""
     resume_from: str | None = None
     """Run or checkpoint directory to continue from, when it is not out_dir; or a small-gpt .pth: its weights, not
     its steps, converted once with the vocabulary of the text that `data` names."""
@@ -287,6 +292,14 @@ class TrainConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.patience < 0 or self.sample_tokens < 0:
             raise UserError("patience and sample_tokens cannot be negative; 0 switches them off")
+        if self.trainable == "lora" and self.init_from == "scratch" and self.resume_from is None:
+            raise UserError("trainable=lora tunes a model that is there already: name it with --init_from=MODEL "
+                            "(a run or model directory), or use --trainable=full")  # fmt: skip
+
+    @property
+    def base_model(self) -> str | None:
+        """The MODEL that init_from names, if it names one."""
+        return None if self.init_from in ("scratch", "resume") else self.init_from
 
     @property
     def global_batch(self) -> int:
@@ -300,6 +313,28 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """LoRA (arXiv:2106.09685), for --trainable=lora."""
+
+    lora_rank: int = 16
+    """Rank of the update of each matrix."""
+    lora_alpha: float = 32.0
+    """The update is scaled by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Share of the adapters' inputs dropped in training."""
+    lora_targets: Literal["all", "attention"] = "all"
+    """Which of a block's matrices are adapted: all = attention's and the MLP's."""
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 1:
+            raise UserError(f"lora_rank is {self.lora_rank}; it must be at least 1")
+        if not 0 < self.lora_alpha < float("inf"):
+            raise UserError(f"lora_alpha is {self.lora_alpha}; it must be positive and finite, such as twice lora_rank")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise UserError(f"lora_dropout is {self.lora_dropout}; give a share from 0 up to below 1")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything `miaobi train` can be told, in sections; keys are unique across them."""
 
@@ -307,6 +342,12 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.trainable == "lora" and self.optim.optimizer == "muon":
+            raise UserError("optimizer=muon is for whole matrices, and LoRA trains thin ones; "
+                            "leave optimizer out, or use --trainable=full")  # fmt: skip
 
 
 @dataclass(frozen=True)

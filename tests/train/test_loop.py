@@ -122,7 +122,7 @@ def test_a_run_learns_and_writes_down_how(train, prepared, tmp_path, family):
     run = tmp_path / "run"
     result = train(data=prepared(), out_dir=run, family=family, max_iters=60, learning_rate=5e-3)
     assert set(result) >= {"run", "step", "train_loss", "val_loss", "val_bits_per_char", "best_step",
-                           "tokens_per_second", "parameters", "stopped"}  # fmt: skip
+                           "tokens_per_second", "parameters", "trained_parameters", "stopped"}  # fmt: skip
     assert (result["step"], result["stopped"], result["run"]) == (60, "max_iters", str(run))
     vocabulary = PreparedData.open(prepared()).vocab_size
     assert result["val_loss"] < math.log(vocabulary) - 2

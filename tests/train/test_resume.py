@@ -14,7 +14,11 @@ from miaobi.corpus.dataset import PreparedData, windows_per_epoch
 from miaobi.model.checkpoint import pointed
 
 STEPS, BATCH, BLOCK = 60, 8, 32
-RUNS = {"gpt2": {"optimizer": "adamw", "bias": True, "micro_batch_size": 3}, "qwen3": {"optimizer": "muon"}}
+RUNS = {
+    "gpt2": {"optimizer": "adamw", "bias": True, "micro_batch_size": 3},
+    "qwen3": {"optimizer": "muon"},
+    "lora": {"family": "qwen3", "trainable": "lora", "lora_dropout": 0.2},
+}
 
 
 def weights(run: Path, name: str = "last") -> bytes:
@@ -27,7 +31,7 @@ def curve(run: Path) -> list[tuple[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def settings(prepared):
+def settings(prepared, trained):
     """Settings of a run with dropout that passes the seam of its first epoch between two checkpoints."""
     data = prepared()
     seam = windows_per_epoch(len(PreparedData.open(data).train), BLOCK) / BATCH
@@ -36,7 +40,8 @@ def settings(prepared):
 
     def get(family: str, out: Path) -> dict[str, object]:
         return {"data": data, "out_dir": out, "family": family, "dropout": 0.2, "max_iters": STEPS, "eval_interval": 20,
-                "log_interval": 1, "batch_size": BATCH, "block_size": BLOCK, **RUNS[family]}  # fmt: skip
+                "log_interval": 1, "batch_size": BATCH, "block_size": BLOCK, **RUNS[family],
+                **({"init_from": trained("qwen3")} if family == "lora" else {})}  # fmt: skip
 
     return get
 

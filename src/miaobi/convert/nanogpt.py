@@ -32,14 +32,14 @@ def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) 
     something else, or that do not belong together.
     """
     checkpoint = read(path)
-    foreign.check_out(out)
+    reading.check_out(out)
     if (meta is None) == (tokenizer_dir is None):
         raise UserError(_which_tokenizer(checkpoint, path))
     cfg = model_config(checkpoint, path)
     rows = cfg.vocab_size
     if meta is not None:
         pieces = characters(Path(meta).expanduser())
-        tokenizer = foreign.character_tokenizer(pieces, [], first_byte=rows, config={})
+        tokenizer = reading.character_tokenizer(pieces, [], first_byte=rows, config={})
         known, source = len(pieces), meta
     else:
         found = Tokenizer.load(Path(tokenizer_dir).expanduser())
@@ -48,12 +48,12 @@ def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) 
     if not known <= rows < known + VOCAB_MULTIPLE:  # nanoGPT pads GPT-2's 50,257 to 50,304
         raise UserError(f"{path} has {rows:,} tokens, {source} has {known:,}: it is not the vocabulary that this model "
                         "was trained with; give that one")  # fmt: skip
-    model = foreign.build(cfg, checkpoint["model"], LAYER, MASK, path)
+    model = reading.build(cfg, checkpoint["model"], LAYER, MASK, path)
     if meta is not None:
-        foreign.append_rows(model, least_expected(model), len(BYTE_PIECES))
-    record = {"project": "nanoGPT", "checkpoint": foreign.fingerprint(path)}
+        reading.append_rows(model, least_expected(model), len(BYTE_PIECES))
+    record = {"project": "nanoGPT", "checkpoint": reading.fingerprint(path)}
     end_ids = () if tokenizer.eot_id is None else (tokenizer.eot_id,)
-    foreign.write(out, model, tokenizer, end_ids, record)
+    reading.write(out, model, tokenizer, end_ids, record)
     return {
         "out": str(out),
         "parameters": model.num_parameters(),
@@ -65,7 +65,7 @@ def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) 
 
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint of nanoGPT. Raises UserError when it is damaged or not nanoGPT's."""
-    checkpoint = foreign.read_checkpoint(path)
+    checkpoint = reading.read_checkpoint(path)
     if not isinstance(checkpoint.get("model_args"), dict) or "model" not in checkpoint:
         hint = "; it looks like small-gpt's: miaobi convert small-gpt" if "state_dict" in checkpoint else ""
         raise UserError(f"{path} is not a checkpoint of nanoGPT, it has no model and model_args{hint}")
@@ -74,7 +74,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def model_config(checkpoint: dict[str, Any], path: Path) -> ModelConfig:
     """The decoder that a checkpoint describes. Raises UserError for sizes that make no sense."""
-    sizes = foreign.read_sizes(checkpoint["model_args"], path, "nanoGPT")
+    sizes = reading.read_sizes(checkpoint["model_args"], path, "nanoGPT")
     try:
         return ModelConfig(family="gpt2", bias=bool(checkpoint["model_args"].get("bias", True)), **sizes)
     except UserError as e:
@@ -83,7 +83,7 @@ def model_config(checkpoint: dict[str, Any], path: Path) -> ModelConfig:
 
 def characters(path: Path) -> list[str]:
     """The characters of a meta.pkl by id. Raises UserError when it is anything but a table of characters."""
-    meta = foreign.read_plain_pickle(path)
+    meta = reading.read_plain_pickle(path)
     itos = meta.get("itos") if isinstance(meta, dict) else None
     if not isinstance(itos, dict) or not itos:
         raise UserError(f"{path} has no table itos (id -> character); give the meta.pkl of nanoGPT's prepare.py")

@@ -52,7 +52,7 @@ def convert(path: Path, corpus: str | None, out: Path, exact: bool = False) -> d
     on the first dialogues of the corpus. Raises UserError for files that are missing, damaged or of something else.
     """
     checkpoint, text = read(path), find_corpus(corpus, path)
-    foreign.check_out(out)
+    reading.check_out(out)
     cfg = model_config(checkpoint, path)
     rows = cfg.vocab_size
     pieces = vocabulary(text)
@@ -61,10 +61,10 @@ def convert(path: Path, corpus: str | None, out: Path, exact: bool = False) -> d
             f"{text} has {len(pieces):,} different tokens, but {path} has room for {rows:,}: it was trained on another "
             f"text ({checkpoint.get('dataset')!r} in its own words); give that one as --corpus"
         )
-    model = foreign.build(cfg, checkpoint["state_dict"], LAYER, MASK, path)
+    model = reading.build(cfg, checkpoint["state_dict"], LAYER, MASK, path)
     tokenizer = character_tokenizer(pieces, None if exact else rows)
     if not exact:  # no text has <unk>, so its row is one that the model does not expect
-        foreign.append_rows(model, model.wte.weight[0].detach().clone(), len(BYTE_PIECES))
+        reading.append_rows(model, model.wte.weight[0].detach().clone(), len(BYTE_PIECES))
     loss = score(model, tokenizer, text)
     if loss > math.log(rows) + 1:
         warn(
@@ -74,10 +74,10 @@ def convert(path: Path, corpus: str | None, out: Path, exact: bool = False) -> d
     record = {
         "project": "small-gpt",
         "exact": exact,
-        "checkpoint": foreign.fingerprint(path),
-        "corpus": foreign.fingerprint(text),
+        "checkpoint": reading.fingerprint(path),
+        "corpus": reading.fingerprint(text),
     }
-    foreign.write(out, model, tokenizer, (tokenizer.sep_id, tokenizer.pad_id), record)
+    reading.write(out, model, tokenizer, (tokenizer.sep_id, tokenizer.pad_id), record)
     return {
         "out": str(out),
         "parameters": model.num_parameters(),
@@ -95,10 +95,10 @@ def converted(path: Path, corpus: str | None) -> Path:
     Raises what `convert` raises.
     """
     out = path.with_suffix(".miaobi")
-    record = foreign.read_record(out)
-    if path.is_file() and record.get("exact") is False and foreign.is_unchanged(path, record.get("checkpoint")):
+    record = reading.read_record(out)
+    if path.is_file() and record.get("exact") is False and reading.is_unchanged(path, record.get("checkpoint")):
         text = Path(corpus or "").expanduser()
-        if not text.is_file() or foreign.is_unchanged(text, record.get("corpus")):
+        if not text.is_file() or reading.is_unchanged(text, record.get("corpus")):
             return out
     result = convert(path, corpus, out)
     log(f"{path} -> {out}: {result['parameters'] / 1e6:.1f}M parameters, {result['characters']:,} characters")
@@ -115,7 +115,7 @@ def start_from_checkpoint(cfg: RunConfig, origin: Origin) -> tuple[RunConfig, Or
         log(f"--init_from=scratch: {path} is left alone")
         return with_values(cfg, {"resume_from": None}), origin
     has, asked = flatten(with_values(RunConfig(), read_shape(path))), flatten(cfg)
-    for key in ("family", *foreign.SIZES, "bias"):
+    for key in ("family", *reading.SIZES, "bias"):
         if asked[key] != has[key] and not origin.get(key, "default").startswith(("default", "auto")):
             raise UserError(f"{path} has {key}={has[key]}, but {key}={asked[key]} was asked for ({origin[key]}); "
                             f"write {key}={has[key]} there, or leave it out")  # fmt: skip
@@ -129,7 +129,7 @@ def start_from_checkpoint(cfg: RunConfig, origin: Origin) -> tuple[RunConfig, Or
 
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint of small-gpt. Raises UserError when it is damaged or not small-gpt's."""
-    checkpoint = foreign.read_checkpoint(path)
+    checkpoint = reading.read_checkpoint(path)
     if "state_dict" not in checkpoint:
         hint = "; it looks like nanoGPT's: miaobi convert nanogpt" if "model_args" in checkpoint else ""
         raise UserError(f"{path} is not a checkpoint of small-gpt, it has no state_dict{hint}")
@@ -138,7 +138,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def model_config(checkpoint: dict[str, Any], path: Path) -> ModelConfig:
     """The decoder that a checkpoint describes. Raises UserError for sizes that make no sense."""
-    sizes = foreign.read_sizes(checkpoint, path, "small-gpt")
+    sizes = reading.read_sizes(checkpoint, path, "small-gpt")
     try:
         return ModelConfig(family="gpt2", bias=bool(checkpoint.get("bias")), **sizes)
     except UserError as e:
@@ -148,7 +148,7 @@ def model_config(checkpoint: dict[str, Any], path: Path) -> ModelConfig:
 def read_shape(path: Path) -> dict[str, Any]:
     """The keys of ModelConfig that a checkpoint decides."""
     cfg = model_config(read(path), path)
-    return {key: getattr(cfg, key) for key in ("family", *foreign.SIZES, "bias")}
+    return {key: getattr(cfg, key) for key in ("family", *reading.SIZES, "bias")}
 
 
 def find_corpus(corpus: str | None, path: Path) -> Path:
@@ -182,11 +182,11 @@ def vocabulary(corpus: Path) -> list[str]:
 
 
 def character_tokenizer(pieces: list[str], first_byte: int | None) -> Tokenizer:
-    """The tokenizer of a chit-chat model; see `foreign.character_tokenizer`."""
+    """The tokenizer of a chit-chat model; see `reading.character_tokenizer`."""
     config = {"eos_token": PAD, "pad_token": PAD, "sep_token": SEP, "chat_template": SEP_TEMPLATE}
     if first_byte is None:
         config["unk_token"] = UNKNOWN
-    return foreign.character_tokenizer(pieces, SPECIALS, first_byte, config)
+    return reading.character_tokenizer(pieces, SPECIALS, first_byte, config)
 
 
 @torch.no_grad()

@@ -93,11 +93,16 @@ def save_model(directory: Path, model: Transformer, tokenizer: Tokenizer, end_id
         {"bos_token_id": config["bos_token_id"], "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
          "pad_token_id": tokenizer.pad_id, "do_sample": True},
     )  # fmt: skip
-    try:
-        save_file({k: v.cpu() for k, v in to_hf(model).items()}, directory / "model.safetensors", {"format": "pt"})
-    except SafetensorError as e:  # how it reports a full disk
-        raise OSError(f"model.safetensors was not written whole ({e})") from e
+    save_tensors(directory / "model.safetensors", {k: v.cpu() for k, v in to_hf(model).items()})
     tokenizer.save(directory, model_max_length=model.cfg.block_size)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file. Raises OSError, also for a full disk."""
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as e:  # how it reports a full disk
+        raise OSError(f"{path.name} was not written whole ({e})") from e
 
 
 def write_json(path: Path, value: dict) -> None:

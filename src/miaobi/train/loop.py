@@ -17,21 +17,15 @@ from miaobi.corpus.dataset import IGNORE, PreparedData, derive
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import can_compile, explain_memory, keep_allocations, peak_flops, pick_device, pick_dtype
 from miaobi.errors import UserError
+from miaobi.model.lora import adapter_parameters
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin
 from miaobi.train.evaluate import eager, place, validation_loss
 from miaobi.train.optimizer import make_optimizers, rate, set_rate
 from miaobi.train.recipe import length, resolve_optim
-from miaobi.train.source import build_model, open_blocks, open_data
-from miaobi.train.state import (
-    Progress,
-    load_optimizers,
-    load_progress,
-    open_run,
-    save_checkpoint,
-    start_run,
-)
+from miaobi.train.source import build_model, open_blocks, open_data, start_or_continue
+from miaobi.train.state import load_optimizers, open_run, save_checkpoint, start_run
 from miaobi.train.watch import Metrics, on_signals, overfitting, since_best
 
 COMPILE_PAYS_AFTER = 200  # steps; a cold compile costs about twenty seconds on two cores
@@ -43,7 +37,8 @@ Preview = Callable[[Transformer, Tokenizer, str, int, tuple[int, ...]], str]
 def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None = None) -> dict:
     """Train, or continue, the run that `cfg` describes.
 
-    Returns run, step, train_loss, val_loss, val_bits_per_char, best_step, tokens_per_second, parameters, stopped.
+    Returns run, step, train_loss, val_loss, val_bits_per_char, best_step, tokens_per_second, parameters,
+    trained_parameters, stopped.
     Raises UserError for settings and data that do not fit, a loss that is not finite, too little memory.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -82,19 +77,16 @@ class Run:
     ) -> None:
         self.cfg, self.out, self.data, self.tokenizer = cfg, out, data, tokenizer
         self.device, self.dtype = device, dtype
-        self.model = build_model(cfg, origin, data, tokenizer, checkpoint).to(device)
+        self.progress = start_or_continue(cfg, data, checkpoint)
+        self.model = build_model(cfg, origin, data, tokenizer, checkpoint, self.progress).to(device)
         model_cfg = self.model.cfg
         self.blocks, val_blocks = open_blocks(cfg.data, data, model_cfg.block_size)
         self.total_steps = length(cfg, len(self.blocks))
-        self.optim = resolve_optim(cfg.optim, model_cfg.family, self.total_steps)
+        tuning = cfg.train.trainable if self.progress.base else None
+        self.optim = resolve_optim(cfg.optim, model_cfg.family, self.total_steps, tuning)
         self.optimizers = make_optimizers(self.model, self.optim, self.optim.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.progress = Progress(data=data.fingerprint)
         if checkpoint is not None:
-            self.progress = load_progress(checkpoint)
-            if self.progress.data != data.fingerprint:
-                raise UserError(f"the data in {data.path} is not what {checkpoint} was trained on; "
-                                "restore it, or start another --out_dir")  # fmt: skip
             load_optimizers(checkpoint, self.optimizers, self.scaler)
         # The same windows at every evaluation, and never more tokens than were trained until the first of them.
         first = min(cfg.train.eval_interval, self.total_steps) * cfg.train.global_batch
@@ -103,7 +95,9 @@ class Run:
         self.saved_best = (self.progress.best_step, self.progress.best_val_loss)
         self.interrupted: str | None = None
         self.flex = False
-        self.parameters = self.model.num_parameters()
+        adapted = adapter_parameters(self.model)
+        self.parameters = self.model.num_parameters() - adapted  # those of the checkpoints, where adapters are merged
+        self.trained_parameters = adapted or self.parameters
 
     def go(self, preview: Preview | None) -> dict:
         """Train to the end, to early stopping, or to an interruption."""
@@ -197,14 +191,15 @@ class Run:
         cfg = self.cfg.train
         batch = self.blocks.batch(cfg.global_batch, cfg.seed, step)
         scored = int((batch.targets != IGNORE).sum())
+        divisor = max(1, scored)  # a batch may hold questions alone, cut from their answers
         total = torch.zeros((), device=self.device)
         for micro, i in enumerate(range(0, cfg.global_batch, cfg.micro_batch)):
             x, y, positions, mask = place(batch, slice(i, i + cfg.micro_batch), self.device, self.flex)
-            if self.model.cfg.dropout:
+            if self.model.cfg.dropout or self.cfg.lora.lora_dropout:
                 torch.manual_seed(derive(cfg.seed, "dropout", step, micro, 0))
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
                 hidden = self.model.hidden(x, positions, mask)
-                loss = linear_cross_entropy(hidden, self.model.head_weight, y) / scored
+                loss = linear_cross_entropy(hidden, self.model.head_weight, y) / divisor
             self.scaler.scale(loss).backward()
             total += loss.detach()
         for optimizer in self.optimizers:
@@ -319,15 +314,17 @@ class Run:
         self.model.zero_grad(set_to_none=True)
 
     def flops_per_token(self) -> float:
-        """Forward and backward: 6N + 12 L H D T (PaLM, arXiv:2204.02311, appendix B)."""
+        """Forward and backward: 6N + 12 L H D T (PaLM, arXiv:2204.02311, appendix B); 4N where N is frozen."""
         cfg, attn = self.model.cfg, self.model.blocks[0].attn
-        return 6 * self.parameters + 12 * cfg.n_layer * attn.n_head * attn.head_dim * cfg.block_size
+        dense = 6 * self.trained_parameters + (4 * self.parameters if self.progress.base_weights else 0)
+        return dense + 12 * cfg.n_layer * attn.n_head * attn.head_dim * cfg.block_size
 
     def headline(self) -> str:
         """What is about to be trained."""
         cfg = self.model.cfg
+        part = f", {self.trained_parameters:,} trained (LoRA)" if self.progress.base_weights else ""
         return (
-            f"number of parameters: {self.parameters / 1e6:.2f}M  ({cfg.family}, {cfg.n_layer} layers, "
+            f"number of parameters: {self.parameters / 1e6:.2f}M{part}  ({cfg.family}, {cfg.n_layer} layers, "
             f"{cfg.n_head} heads, {cfg.n_embd} wide, block {cfg.block_size}, vocabulary {cfg.vocab_size})\n"
             f"{self.optim.optimizer}, {self.cfg.train.global_batch} x {cfg.block_size} tokens a step, "
             f"{self.total_steps} steps, {len(self.data.train):,} training tokens; "
@@ -347,5 +344,6 @@ class Run:
             "best_val_loss": p.best_val_loss,
             "tokens_per_second": p.tokens / p.seconds if p.seconds else None,
             "parameters": self.parameters,
+            "trained_parameters": self.trained_parameters,
             "stopped": stopped,
         }

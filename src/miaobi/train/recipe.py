@@ -19,11 +19,15 @@ def resolve_model(cfg: ModelConfig, vocab_size: int) -> ModelConfig:
     return dataclasses.replace(cfg, vocab_size=cfg.vocab_size or vocab_size)
 
 
-def resolve_optim(cfg: OptimConfig, family: str, max_iters: int) -> OptimConfig:
-    """Fill in optimizer, rates and schedule; see the help of each key for the rule."""
-    kind = cfg.optimizer if cfg.optimizer != "auto" else ("adamw" if family == "gpt2" else "muon")
+def resolve_optim(cfg: OptimConfig, family: str, max_iters: int, tuning: str | None = None) -> OptimConfig:
+    """Fill in optimizer, rates and schedule; see the help of each key for the rule.
+
+    tuning: None from scratch, else what is trained of a MODEL (full or lora). LoRA likes ten times the rate of full
+    tuning, whatever its rank (Schulman et al. 2025, thinkingmachines.ai/blog/lora).
+    """
+    kind = cfg.optimizer if cfg.optimizer != "auto" else ("adamw" if family == "gpt2" or tuning else "muon")
     schedule = cfg.schedule if cfg.schedule != "auto" else ("cosine" if kind == "adamw" else "wsd")
-    learning_rate = cfg.learning_rate or (1e-3 if kind == "adamw" else 3e-3)
+    learning_rate = cfg.learning_rate or (1e-3 if kind == "adamw" else 3e-3) * (0.1 if tuning == "full" else 1.0)
     min_lr = cfg.min_lr if cfg.min_lr is not None else (learning_rate / 10 if schedule == "cosine" else 0.0)
     if min_lr > learning_rate:
         warn(f"min_lr ({min_lr:g}) is above learning_rate ({learning_rate:g}): the rate will rise, not fall")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from miaobi.corpus.prepare import prepare, settings_of
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, model_directory
+from miaobi.model.lora import add_lora, load_adapter
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin
 from miaobi.train.recipe import resolve_model
+from miaobi.train.state import Progress, load_progress
 
 
 def open_data(cfg: RunConfig, out: Path) -> PreparedData:
@@ -29,11 +32,11 @@ def open_data(cfg: RunConfig, out: Path) -> PreparedData:
     source = Path(cfg.data.data)
     if (source / "manifest.json").is_file():
         return PreparedData.open(source)
-    d, start_from = cfg.data, cfg.train.init_from not in ("scratch", "resume")
+    d, base = cfg.data, cfg.train.base_model
     wanted = PrepareConfig(
         out=out / "data",
-        tokenizer=str(model_directory(cfg.train.init_from)) if start_from else d.tokenizer,
-        vocab_size=None if start_from else cfg.model.vocab_size,
+        tokenizer=str(model_directory(base)) if base else d.tokenizer,
+        vocab_size=None if base else cfg.model.vocab_size,
         format=d.format,
         template=d.template,
         loss=d.loss,
@@ -81,15 +84,40 @@ def prepared_as(wanted: PrepareConfig) -> bool:
         return False  # damaged: prepare again
 
 
+def start_or_continue(cfg: RunConfig, data: PreparedData, checkpoint: Path | None) -> Progress:
+    """Where the run stands: at its beginning, or where the checkpoint is.
+
+    Raises UserError for other data than the checkpoint's.
+    """
+    if checkpoint is None:
+        base = cfg.train.base_model
+        return Progress(data=data.fingerprint, base=base_name(base) if base else "")
+    progress = load_progress(checkpoint)
+    if progress.data != data.fingerprint:
+        raise UserError(f"the data in {data.path} is not what {checkpoint} was trained on; "
+                        "restore it, or start another --out_dir")  # fmt: skip
+    return progress
+
+
 def build_model(
-    cfg: RunConfig, origin: Origin, data: PreparedData, tokenizer: Tokenizer, checkpoint: Path | None
+    cfg: RunConfig,
+    origin: Origin,
+    data: PreparedData,
+    tokenizer: Tokenizer,
+    checkpoint: Path | None,
+    progress: Progress,
 ) -> Transformer:
-    """The model to start with: new, from a checkpoint, or from another MODEL's weights.
+    """The model to start with: new, from a checkpoint, or from another MODEL's weights, with adapters for LoRA.
 
     A checkpoint brings its own shape; raises UserError where the configuration explicitly asks for another. Only
     block_size may be less than another MODEL's: the hub's contexts are longer than most texts and memories.
     """
-    source = checkpoint or (cfg.train.init_from if cfg.train.init_from not in ("scratch", "resume") else None)
+    lora = cfg.train.trainable == "lora"
+    if checkpoint is not None and lora != bool(progress.base_weights):
+        was, now = ("full", "lora") if lora else ("lora", "full")
+        raise UserError(f"{checkpoint} was trained with trainable={was}, now trainable={now}; "
+                        f"tune its model in a new --out_dir with --init_from={checkpoint}")  # fmt: skip
+    source = find_base(cfg, progress, checkpoint) if lora else checkpoint or cfg.train.base_model
     if source is None:
         torch.manual_seed(cfg.train.seed)
         return Transformer(resolve_model(cfg.model, data.vocab_size))
@@ -100,7 +128,7 @@ def build_model(
         )
     for key in ("family", "n_layer", "n_head", "n_embd", "block_size"):
         asked, has = getattr(cfg.model, key), getattr(model.cfg, key)
-        shorter = key == "block_size" and asked < has and checkpoint is None
+        shorter = key == "block_size" and asked < has and source != checkpoint
         if asked != has and not shorter and not origin.get(key, "default").startswith(("default", "auto")):
             raise UserError(f"{source} has {key}={has}, asked for was {key}={asked}; leave {key} out")
     asked = model.cfg.block_size if origin.get("block_size", "default") == "default" else cfg.model.block_size
@@ -110,4 +138,54 @@ def build_model(
         weights["wpe.weight"] = weights["wpe.weight"][: changed.block_size]
     again.load_state_dict(weights)
     again.end_ids = model.end_ids
+    if lora:
+        adapt(again, cfg, checkpoint, progress)
     return again
+
+
+def base_name(model: str) -> str:
+    """What PEFT, and this run when it goes on, find a MODEL by: its directory from the root, or its hub name."""
+    return str(model_directory(model).resolve()) if Path(model).exists() else model
+
+
+def find_base(cfg: RunConfig, progress: Progress, checkpoint: Path | None) -> str:
+    """The model that LoRA leaves as it is: where it was when the run began, else where init_from says it is now.
+
+    Raises UserError if it is gone.
+    """
+    base = cfg.train.base_model
+    if base is None or Path(progress.base).exists():
+        base = progress.base
+    try:
+        model_directory(base)
+    except UserError as e:
+        if checkpoint is None:
+            raise
+        raise UserError(f"{checkpoint} needs the model that it tunes ({e}); put it back, "
+                        "or say where it is now with --init_from=MODEL") from e  # fmt: skip
+    return base
+
+
+def adapt(model: Transformer, cfg: RunConfig, checkpoint: Path | None, progress: Progress) -> None:
+    """Give the base model its adapters, new or the checkpoint's; a new run notes down what its base is.
+
+    Raises UserError for another base than the checkpoint's.
+    """
+    found = fingerprint(model)
+    torch.manual_seed(cfg.train.seed)
+    add_lora(model, cfg.lora)
+    if checkpoint is None:
+        progress.base_weights = found
+        return
+    if found != progress.base_weights:
+        raise UserError(f"the weights of {progress.base} are not those that {checkpoint} tunes: "
+                        "they were changed since; put them back, or start another --out_dir")  # fmt: skip
+    load_adapter(checkpoint / "adapter", model)
+
+
+def fingerprint(model: Transformer) -> str:
+    """SHA-256 of every parameter, in the model's own order."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().numpy())
+    return digest.hexdigest()

@@ -17,6 +17,7 @@ from miaobi.console import log
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import point, pointed, save_model, written_whole
+from miaobi.model.lora import merged, save_adapter
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin, flatten, load_config, read_yaml, save_config
 
@@ -49,6 +50,10 @@ class Progress:
     """Steps the run was to take when this was written."""
     data: str = ""
     """Fingerprint of the prepared data."""
+    base: str = ""
+    """MODEL that is tuned: directory or hub name; empty from scratch."""
+    base_weights: str = ""
+    """LoRA: fingerprint of that MODEL's weights."""
 
 
 def open_run(cfg: RunConfig, origin: Origin) -> Path | None:
@@ -142,7 +147,10 @@ def save_checkpoint(
     root = out / "checkpoints"
     path = root / f"step-{progress.step}"
     with written_whole(path) as aside:
-        save_model(aside, model, tokenizer, end_ids)
+        save_model(aside, merged(model), tokenizer, end_ids)
+        if progress.base_weights:
+            (aside / "adapter").mkdir()
+            save_adapter(aside / "adapter", model, progress.base)
         (aside / "train_state").mkdir()
         state = {"optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict()}
         write_state(state, aside / "train_state" / "optimizer.pt")
