@@ -69,8 +69,8 @@ class Reply:
 
 
 def loops(text: str) -> bool:
-    """Whether two characters or more occur three times in succession."""
-    return LOOP.search(text) is not None
+    """Whether a phrase of two characters or more occurs three times in succession; laughter (哈哈哈) is none."""
+    return any(len(set(match[1])) > 1 for match in LOOP.finditer(text))
 
 
 def most_frequent(text: str, n: int) -> int:
@@ -134,11 +134,11 @@ def main() -> None:
     with progress("{task.completed}/{task.total} replies") as bar:
         task = bar.add_task("chat", total=len(grid) * len(said))
         for temperature, top_p, penalty in grid:
-            cfg = ChatConfig(temperature=temperature, top_p=top_p, top_k=0, repetition_penalty=penalty, seed=args.seed,
+            cfg = ChatConfig(temperature=temperature, top_p=top_p, top_k=0, repetition_penalty=penalty,
                              max_new_tokens=args.max_new_tokens)  # fmt: skip
             replies = []
-            for turns in said:
-                replies.append(answer(lm, turns[0], cfg))
+            for number, turns in enumerate(said):  # one seed for all would begin all replies with the same draw
+                replies.append(answer(lm, turns[0], dataclasses.replace(cfg, seed=args.seed + number)))
                 bar.advance(task)
             texts = [reply.text for reply in replies]
             result = {
@@ -157,7 +157,9 @@ def main() -> None:
     people = [turns[1] for turns in said if len(turns) > 1]
     rows.append(["people", "", "", f"{sum(map(loops, people)) / len(people):.1%}", f"{distinct(people):.3f}",
                  f"{len(set(people)) / len(people):.3f}", sum(map(len, people)) / len(people)])  # fmt: skip
-    dialogues = [converse(lm, turns, ChatConfig(seed=args.seed)) for turns in said[: args.dialogues]]
+    dialogues = [
+        converse(lm, turns, ChatConfig(seed=args.seed + number)) for number, turns in enumerate(said[: args.dialogues])
+    ]
     columns = ["temperature top_p penalty", "good", "stopped", "loops", "distinct-2", "different", "characters"]
     report("chat_quality", columns, rows, {
         "machine": machine(args.device), "settings": dataclasses.asdict(args), "results": results,
