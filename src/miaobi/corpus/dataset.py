@@ -94,9 +94,9 @@ class PreparedData:
 
     @classmethod
     def open(cls, path: str | Path) -> PreparedData:
-        """Read the manifest and check every shard against its size and SHA-256.
+        """Read the manifest and check every shard, and what lies beside it, against its size and SHA-256.
 
-        Raises UserError naming the shard that is missing, cut short or altered.
+        Raises UserError naming the file that is missing, cut short or altered.
         """
         path = Path(path)
         try:
@@ -106,6 +106,8 @@ class PreparedData:
             width = np.dtype(manifest["dtype"]).itemsize
             shards = [s for split in ("train", "val") for s in manifest[split]["shards"]]
             expected = [(path / Path(s["file"]).name, s["tokens"] * width, s["sha256"]) for s in shards]
+            beside = _beside(manifest)
+            expected += [(path / Path(b["file"]).name, b["bytes"], b["sha256"]) for b in beside]
         except FileNotFoundError as e:
             raise UserError(
                 f"{path} is not prepared data: no manifest.json. Run: miaobi prepare TEXT --out {path}"
@@ -159,9 +161,15 @@ class PreparedData:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all tokens: two directories with the same one train the same."""
+        """Hash of all tokens, of turns and of what is learned: two directories with the same one train the same."""
         shards = [s["sha256"] for split in ("train", "val") for s in self.manifest[split]["shards"]]
-        return hashlib.sha256(" ".join(shards).encode()).hexdigest()
+        marks = [b["sha256"] for b in _beside(self.manifest) if not b["file"].endswith(".idx")]
+        return hashlib.sha256(" ".join(shards + marks).encode()).hexdigest()
+
+
+def _beside(manifest: dict) -> list[dict]:
+    """Files beside the shards: idx, turns, scored. Directories of the first version do not list them."""
+    return [entry for split in ("train", "val") for entry in manifest[split].get("beside", [])]
 
 
 def _check_shard(path: Path, expected: int, sha256: str) -> None:

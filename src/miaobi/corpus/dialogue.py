@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from miaobi.corpus.template import ROLES, ChatTemplate, Messages
+from miaobi.corpus.template import NONCHARACTER, ROLES, ChatTemplate, Messages
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 
@@ -31,10 +31,19 @@ def messages_of(record: dict) -> tuple[Messages, str]:
     """(messages, "") of a JSON record in OpenAI's, ShareGPT's or Alpaca's shape, or ([], what is wrong)."""
     if "messages" in record or "conversations" in record:
         key = "messages" if "messages" in record else "conversations"
-        return _listed(record[key], key, record.get("system"))
-    if "instruction" in record and "output" in record:
-        return _alpaca(record)
-    return [], f"no dialogue in it: needs {_SHAPES}; the fields are {', '.join(map(str, record)) or 'none'}"
+        messages, problem = _listed(record[key], key, record.get("system"))
+    elif "instruction" in record and "output" in record:
+        messages, problem = _alpaca(record)
+    else:
+        messages, problem = [], _no_shape(record)
+    for message in messages:
+        if found := NONCHARACTER.search(message["content"]):  # it would be taken for one of our own marks
+            return [], f"U+{ord(found[0]):04X} is not a character"
+    return messages, problem
+
+
+def _no_shape(record: dict) -> str:
+    return f"no dialogue in it: needs {_SHAPES}; the fields are {', '.join(map(str, record)) or 'none'}"
 
 
 def _listed(turns: object, key: str, system: object) -> tuple[Messages, str]:
@@ -48,7 +57,7 @@ def _listed(turns: object, key: str, system: object) -> tuple[Messages, str]:
             return [], f"turn {number} is {type(turn).__name__}, not an object with role and content"
         speaker, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if isinstance(content, list):  # OpenAI's parts
-            content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
+            content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
         role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             return [], f"turn {number} has the unknown role {speaker!r}; the roles are {', '.join(ROLES)}"
@@ -92,9 +101,9 @@ def unpacked(document: str) -> Messages:
     return [{"role": ROLE_OF[mark], "content": text} for mark, text in zip(parts[1::2], parts[2::2], strict=True)]
 
 
-def without_marks(text: str) -> str:
+def without_marks(text: str, instead: str = "") -> str:
     """The words alone."""
-    return _MARK.sub("", text)
+    return _MARK.sub(instead, text)
 
 
 def as_lines(document: str) -> str:

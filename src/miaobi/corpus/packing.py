@@ -35,10 +35,10 @@ class PackedDialogues:
             block_size: tokens that a block feeds.
             history: share of the blocks in which the dialogues follow each other as one conversation; late positions
                 would hardly be trained otherwise.
-            sep: in such a block this id stands in for the token that ends a dialogue; None leaves it.
+            sep: in such a block this id stands in for the token that ends a dialogue; None leaves that one.
 
         Raises:
-            UserError: no dialogue has two tokens.
+            UserError: no dialogue has two tokens, or none of them is learned.
         """
         self.stream, self.block_size, self.history, self.sep = stream, block_size, history, sep
         self.cut_dialogues = self.cut_turns = 0
@@ -88,20 +88,20 @@ class PackedDialogues:
         T = self.block_size
         inputs, targets = np.zeros(T, np.int64), np.full(T, IGNORE, np.int64)
         positions, documents = np.zeros(T, np.int64), np.full(T, -1, np.int64)
-        at = 0
+        at, last = 0, None
         for number, piece in enumerate(dealt[self._packs[pack] : self._packs[pack + 1]]):
             start, length = int(self.starts[piece]), int(self.lengths[piece])
             tokens = self.stream.read(start, start + length)
             goal = np.where(self.stream.read_scored(start, start + length), tokens, IGNORE)
-            if joined and self.sep is not None and number:
-                inputs[at], positions[at], documents[at] = self.sep, at, 0  # the turn before ends; a new topic begins
+            if joined and number:  # the turn before ends; a new topic, which nobody foresees, begins
+                inputs[at], positions[at], documents[at] = last if self.sep is None else self.sep, at, 0
                 at += 1
             n = min(length - 1, T - at)
             span = slice(at, at + n)
             inputs[span], targets[span] = tokens[:n], goal[1 : n + 1]
             positions[span] = np.arange(at, at + n) if joined else np.arange(n)
             documents[span] = 0 if joined else number
-            at += n
+            at, last = at + n, tokens[-1]
             if at == T:
                 break
         return inputs, targets, positions, documents
@@ -121,6 +121,15 @@ class PackedDialogues:
         found = np.concatenate(pieces)
         found = found[found[:, 1] - found[:, 0] >= 2]
         found = found[np.argsort(found[:, 0], kind="stable")]
+        if len(found):
+            learned = np.append(self.stream.read_scored(0, len(self.stream)), False)
+            targets = np.stack((found[:, 0] + 1, found[:, 1]), 1)  # a piece's first token is no target
+            found = found[np.logical_or.reduceat(learned, targets.ravel())[::2]]
+            if not len(found):
+                raise UserError(
+                    "no turn of the assistant is in the data, and only those are learned; prepare it with --loss=all, "
+                    "or give dialogues with replies"
+                )
         return found[:, 0].copy(), found[:, 1] - found[:, 0]
 
     def _cut(self, edges: np.ndarray) -> np.ndarray:

@@ -157,9 +157,13 @@ def survey(_: Tokenizer | None, blocks: tuple[Block, ...], job: Job) -> Survey:
         digests, sizes = np.empty((0, 16), np.uint8), np.array([utf8_length(code_points, counts[code_points])])
     else:
         digests, sizes = clean.content_digests(documents)
+    lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+    if job.dialogue == "roles":  # between two turns counts one character of one byte, as where they stand on lines
+        turns = np.array([sum(map(document.count, dialogue.ROLE_OF)) for document in documents], np.int64)
+        lengths, sizes = lengths - 1, sizes - 2 * turns - 1
     return Survey(
         digests=digests,
-        lengths=np.fromiter(map(len, documents), np.int64, len(documents)),
+        lengths=lengths,
         sizes=sizes,
         code_points=code_points,
         counts=counts[code_points],
@@ -187,6 +191,8 @@ def sample_lines(
     documents = _all(blocks, job, choice)
     if choice is not None:
         documents = [document for document, where in zip(documents, choice, strict=True) if where != DROP]
+    if job.dialogue == "roles":
+        documents = [dialogue.without_marks(document, "\n") for document in documents]
     return [line for document in documents for line in document.split("\n") if line][::every]
 
 

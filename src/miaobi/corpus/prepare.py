@@ -25,7 +25,7 @@ from miaobi.corpus.dialogue import Encoded
 from miaobi.corpus.pipeline import DROP, VAL, Job, Workers
 from miaobi.corpus.sources import Source, find_sources
 from miaobi.corpus.survey import Corpus, read_tasks, take_survey, with_progress
-from miaobi.corpus.template import CHATML_TEMPLATE, ROLES, SEP_TEMPLATE
+from miaobi.corpus.template import CHATML_TEMPLATE, ROLES, SEP_TEMPLATE, source_of
 from miaobi.corpus.tokenizer import DEFAULT_BPE_VOCAB_SIZE, IM_END, IM_START, PAD, SEP, Tokenizer
 from miaobi.errors import UserError
 
@@ -104,6 +104,8 @@ def _job(files: list[Source], cfg: PrepareConfig) -> Job:
                             "use --template=chatml or --loss=all")  # fmt: skip
     elif cfg.template != "auto" or cfg.loss != "auto":
         raise UserError("--template and --loss are for dialogues; add --format=dialogue")
+    elif cfg.weights and cfg.split == "tail":
+        raise UserError("--split=tail takes the text as one stream and knows no weights; use --split=hash")
     return Job(
         cfg.field, cfg.skip_bad, cfg.split == "tail" and not way, cfg.normalize, cfg.simplify,
         near=cfg.dedup == "near" and cfg.split == "hash", dialogue=way, replies_only=replies_only,
@@ -115,9 +117,9 @@ def _template(files: list[Source], cfg: PrepareConfig) -> str:
     if cfg.template != "auto":
         return {"sep": SEP_TEMPLATE, "chatml": CHATML_TEMPLATE}[cfg.template]
     if cfg.tokenizer not in ("char", "bpe"):
-        own = Tokenizer.load(Path(cfg.tokenizer).expanduser()).config.get("chat_template")
-        if own:
-            return str(own)
+        own = source_of(Tokenizer.load(Path(cfg.tokenizer).expanduser()))
+        if own is not None:
+            return own
     return CHATML_TEMPLATE if any(file.format == "messages" for file in files) else SEP_TEMPLATE
 
 
@@ -173,7 +175,8 @@ def _end_ids(tokenizer: Tokenizer, corpus: Corpus) -> list[int]:
     if corpus.job.dialogue == "lines":
         return [tokenizer.sep_id, tokenizer.pad_id]
     end = dialogue.end_of_turn(tokenizer) if corpus.job.dialogue else None
-    return [tokenizer.eot_id if end is None else end]
+    end = tokenizer.eot_id if end is None else end
+    return [] if end is None else [end]
 
 
 def _kept_counts(corpus: Corpus, workers: int) -> np.ndarray:
@@ -216,6 +219,7 @@ def _write(out: Path, corpus: Corpus, tokenizer: Tokenizer, cfg: PrepareConfig, 
     vocab_size = cfg.vocab_size or tokenizer.vocab_size
     dtype = "uint16" if vocab_size <= 65535 else "uint32"
     end_ids = _end_ids(tokenizer, corpus)
+    end_id = end_ids[-1] if end_ids else None
     with store.PreparedWriter(out, dtype) as prepared:
         tokenizer.save(prepared.directory)
         if corpus.job.whole:
@@ -225,7 +229,7 @@ def _write(out: Path, corpus: Corpus, tokenizer: Tokenizer, cfg: PrepareConfig, 
         else:
             function = pipeline.encode_documents
             jobs = (
-                (task, corpus.job, corpus.choices[number], end_ids[-1], dtype)
+                (task, corpus.job, corpus.choices[number], end_id, dtype)
                 for number, task in enumerate(read_tasks(corpus))
                 if (corpus.choices[number] != DROP).any()
             )
@@ -243,7 +247,7 @@ def _write(out: Path, corpus: Corpus, tokenizer: Tokenizer, cfg: PrepareConfig, 
             "template": {"lines": "sep", "roles": "roles"}.get(corpus.job.dialogue),
             "dtype": dtype,
             "vocab_size": vocab_size,
-            "eot_id": end_ids[-1] if end_ids else None,
+            "eot_id": end_id,
             "end_ids": end_ids,
             "train": prepared.train.close(),
             "val": prepared.val.close(),
@@ -255,6 +259,7 @@ def _write(out: Path, corpus: Corpus, tokenizer: Tokenizer, cfg: PrepareConfig, 
                 "characters": sum(record["characters"] for record in corpus.records),
                 "distinct_characters": corpus.distinct,
                 "duplicates_removed": {"exact": corpus.exact, "near": corpus.near},
+                "left_out_by_weights": corpus.left_out,
                 "empty_removed": corpus.empty,
                 "skipped": corpus.skipped,
             },

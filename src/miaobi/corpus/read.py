@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from miaobi.corpus.cutting import Block, decode_block, text_blocks
 from miaobi.corpus.dialogue import without_marks
-from miaobi.corpus.records import csv_blocks, json_dialogues, json_records, parquet_blocks
+from miaobi.corpus.records import csv_blocks, first_line, json_dialogues, json_records, parquet_blocks
 from miaobi.corpus.sources import Source, find_sources
+from miaobi.corpus.template import NONCHARACTER
 from miaobi.errors import UserError
 
 _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
@@ -62,7 +63,8 @@ def read_block(block: Block, field: str = "text", skip_bad: bool = False, whole:
     Line ends become `\\n`, newlines around a document are left out; a dialogue's utterances are stripped.
 
     Raises:
-        UserError: what `decode_block` raises, a malformed JSON line, a record without `field`.
+        UserError: what `decode_block` raises, a malformed JSON line, a record without `field`, a dialogue with a
+            Unicode noncharacter.
     """
     source = block.source
     try:
@@ -75,6 +77,7 @@ def read_block(block: Block, field: str = "text", skip_bad: bool = False, whole:
                 skipped += bad
             elif source.format == "messages":
                 records, bad = json_dialogues(block, text, skip_bad)
+                records = [_universal_newlines(record) for record in records]
                 return Content(without_marks("".join(records)), records, encoding, skipped + bad)
     except UserError:
         if not skip_bad:
@@ -88,7 +91,17 @@ def read_block(block: Block, field: str = "text", skip_bad: bool = False, whole:
     if block.records is not None:
         return Content("", [], encoding, skipped)
     text = _universal_newlines(text)
-    return Content(text, [text] if whole else _documents(text, source.format), encoding, skipped)
+    documents = [text] if whole else _documents(text, source.format)
+    if source.format == "dialogue" and (found := NONCHARACTER.search(text)):
+        if not skip_bad:
+            line = first_line(block) + text.count("\n", 0, found.start())
+            raise UserError(
+                f"{source.name}, line {line}: U+{ord(found[0]):04X} is not a character; remove it "
+                "(--skip_bad leaves such dialogues out)"
+            )
+        clean = [document for document in documents if not NONCHARACTER.search(document)]
+        documents, skipped = clean, skipped + len(documents) - len(clean)
+    return Content(text, documents, encoding, skipped)
 
 
 def _documents(text: str, format: str) -> list[str]:
@@ -98,7 +111,7 @@ def _documents(text: str, format: str) -> list[str]:
         return [line for line in text.split("\n") if line and not line.isspace()]
     documents = [document.strip("\n") for document in _BLANK_LINES.split(text) if document and not document.isspace()]
     if format == "dialogue":
-        return ["\n".join(line.strip() for line in document.split("\n")) for document in documents]
+        return ["\n".join(line.strip() for line in document.strip().split("\n")) for document in documents]
     return documents
 
 

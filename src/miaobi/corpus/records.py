@@ -132,7 +132,7 @@ def _each_line(
         elif skip_bad:
             bad += 1
         else:
-            place = f"{block.source.name}, line {_first_line(block) + number}"
+            place = f"{block.source.name}, line {first_line(block) + number}"
             raise UserError(f"{place}: {problem} (--skip_bad leaves such lines out)")
     return records, bad
 
@@ -163,7 +163,7 @@ def _field_text(record: dict, field: str) -> tuple[str, str]:
     return record[field], ""
 
 
-def _first_line(block: Block) -> int:
+def first_line(block: Block) -> int:
     """The block's line number in its file; counted only now that an error needs it."""
     if block.first_line:
         return block.first_line

@@ -37,7 +37,7 @@ class SplitWriter:
         self._shard_tokens = 0
         self._file: BinaryIO | None = None
         self._digest = hashlib.sha256()
-        self._beside: dict[str, BinaryIO] = {}  # idx, turns, scored
+        self._beside: dict[str, tuple[BinaryIO, hashlib._Hash]] = {}  # idx, turns, scored
         self._add("idx", b"")
 
     def write(self, part: Encoded) -> None:
@@ -65,7 +65,7 @@ class SplitWriter:
         if self._file is None:
             self._next_shard()
         self._end_shard()
-        for file in self._beside.values():
+        for file, _ in self._beside.values():
             _flush(file)
         if len(self._shards) == 1:
             only = self._shards[0]
@@ -77,19 +77,26 @@ class SplitWriter:
             "bytes": self.bytes,
             "documents": self.documents,
             "shards": self._shards,
+            "beside": [
+                {"file": Path(file.name).name, "bytes": os.path.getsize(file.name), "sha256": digest.hexdigest()}
+                for file, digest in self._beside.values()
+            ],
         }
 
     def abandon(self) -> None:
         """Closes the files of a split that will not be finished; a full disk may refuse even that."""
-        for file in (self._file, *self._beside.values()):
+        for file in (self._file, *(file for file, _ in self._beside.values())):
             if file is not None:
                 with contextlib.suppress(OSError):
                     file.close()
 
     def _add(self, kind: str, data: bytes) -> None:
         if kind not in self._beside:
-            self._beside[kind] = open(self.directory / f"{self.name}.{kind}", "wb")  # noqa: SIM115 - close() does
-        self._beside[kind].write(data)
+            file = open(self.directory / f"{self.name}.{kind}", "wb")  # noqa: SIM115 - close() does
+            self._beside[kind] = file, hashlib.sha256()
+        file, digest = self._beside[kind]
+        file.write(data)
+        digest.update(data)
 
     def _next_shard(self) -> None:
         if self._file is not None:

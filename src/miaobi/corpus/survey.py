@@ -39,6 +39,8 @@ class Corpus:
     empty: int = 0
     exact: int = 0
     near: int = 0
+    left_out: int = 0
+    """Documents of sources with a weight below 1."""
 
 
 def take_survey(files: list[Source], job: Job, cfg: PrepareConfig, workers: int, weights: list[float]) -> Corpus:
@@ -104,19 +106,21 @@ def _choose(corpus: Corpus, is_new: list[np.ndarray], cfg: PrepareConfig, weight
     """Sets `choices`: duplicates dropped, sources thinned by their weights, the rest split."""
     digests = np.concatenate(corpus.digests) if corpus.digests else np.empty((0, 16), np.uint8)
     keep = np.ones(len(digests), bool)
+    if (weights < 1).any():  # first: a document that one source loses may come from another
+        keep = _shares(digests) < weights[np.concatenate(corpus.owners)]
+        corpus.left_out = int((~keep).sum())
     if cfg.dedup != "none" and cfg.split == "hash":
-        keep = clean.first_occurrences(digests)
-        corpus.exact = int((~keep).sum())
+        taken = keep.copy()
+        keep[taken] = clean.first_occurrences(digests[taken])
+        corpus.exact = int(taken.sum() - keep.sum())
         if is_new:
             near = keep & ~np.concatenate(is_new)
             corpus.near = int(near.sum())
             keep &= ~near
-    if (weights < 1).any():
-        keep &= _shares(digests) < weights[np.concatenate(corpus.owners)]
     if cfg.split == "hash":
         is_val = clean.is_validation(digests, cfg.val_fraction)
-    else:  # the last dialogues
-        is_val = np.cumsum(keep) > int(keep.sum() * (1 - cfg.val_fraction))
+    else:  # the last dialogues, wherever weights thin them out
+        is_val = np.arange(len(digests)) >= int(len(digests) * (1 - cfg.val_fraction))
     choice = np.where(keep, np.where(is_val, VAL, TRAIN), DROP).astype(np.uint8)
     ends = np.cumsum([len(d) for d in corpus.digests])
     corpus.choices = np.split(choice, ends[:-1]) if len(ends) else []

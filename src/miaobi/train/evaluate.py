@@ -14,6 +14,7 @@ from torch import Tensor
 
 from miaobi.console import console, progress
 from miaobi.corpus.dataset import IGNORE, Batch
+from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import Transformer, document_block_mask, document_mask
 
@@ -62,6 +63,13 @@ def validation_loss(model: Transformer, windows: Batch, batch_size: int, dtype: 
         )
     model.train(was_training)
     return total / max(1, int((windows.targets != IGNORE).sum()))
+
+
+def text_size(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Characters and UTF-8 bytes of a dialogue's tokens; `<sep>` is a newline, other control tokens are no text."""
+    text = tokenizer.decode(ids[~np.isin(ids, list(tokenizer.backend.get_added_tokens_decoder()))])
+    turns = int((ids == tokenizer.sep_id).sum()) if tokenizer.sep_id is not None else 0
+    return len(text) + turns, len(text.encode()) + turns
 
 
 def sliding(tokens: np.ndarray, block_size: int, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -21,7 +21,7 @@ from miaobi.model.lora import adapter_parameters
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin
-from miaobi.train.evaluate import eager, place, validation_loss
+from miaobi.train.evaluate import eager, place, text_size, validation_loss
 from miaobi.train.optimizer import make_optimizers, rate, set_rate
 from miaobi.train.recipe import length, resolve_optim
 from miaobi.train.source import build_model, open_blocks, open_data, start_or_continue
@@ -250,11 +250,13 @@ class Run:
     def bits_per_char(self, nats_per_token: float) -> float:
         """All nats of the validation text, separators included, over its characters.
 
-        The first character of a dialogue is given to the model, not predicted, and not counted.
+        Of dialogues: what is learned of those in the windows, as `miaobi eval` counts it.
         """
-        val = self.data.val
-        given = val.documents if self.data.is_dialogue else 0
-        return nats_per_token * (len(val) - given) / max(1, val.characters - given) / math.log(2)
+        tokens, characters = len(self.data.val), self.data.val.characters
+        if self.data.is_dialogue:
+            learned = self.eval_windows.targets[self.eval_windows.targets != IGNORE]
+            tokens, (characters, _) = len(learned), text_size(learned, self.tokenizer)
+        return nats_per_token * tokens / max(1, characters) / math.log(2)
 
     def save(self) -> None:
         """Write a checkpoint; where the disk is full the run goes on with the last one, and the best, in place."""

@@ -16,7 +16,7 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import ends_documents, load_model
-from miaobi.train.evaluate import evaluate, score_batches
+from miaobi.train.evaluate import evaluate, score_batches, text_size
 
 
 def score(
@@ -92,15 +92,11 @@ def dialogues(
 
 
 def reply_text(stream: TokenStream | MemoryStream, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Characters and UTF-8 bytes of what is scored; a dialogue's first token is given, an end of turn is a newline."""
+    """Characters and UTF-8 bytes of what is scored; a dialogue's first token is given."""
     n = len(stream)
     scored = stream.read_scored(0, n).astype(bool)
     scored[stream.starts] = False
-    ids = stream.read(0, n)[scored]
-    is_control = np.isin(ids, list(tokenizer.backend.get_added_tokens_decoder()))
-    text = tokenizer.decode(ids[~is_control])
-    turns = int((ids == tokenizer.sep_id).sum()) if tokenizer.sep_id is not None else 0
-    return len(text) + turns, len(text.encode()) + turns
+    return text_size(stream.read(0, n)[scored], tokenizer)
 
 
 def stride_tokens(stride: str, block_size: int) -> int:
