@@ -148,9 +148,12 @@ def test_a_prepared_directory_renders_as_transformers_does(ours, template, kind)
 def test_a_hub_models_own_template_renders_as_transformers_does(hub, template):
     directory = hub(template)
     rendering = ChatTemplate.of(Tokenizer.load(directory))
-    for turns in (CHAT, CHAT[:1], [("system", ' 你是 "妙笔" '), *CHAT], [("user", "  a\n"), *CHAT[1:]], THOUGHT):
+    system, padded, blank = ("system", ' 你是 "妙笔" '), ("user", "  a\n"), ("user", " \n")
+    for turns in (CHAT, CHAT[:1], [system, *CHAT], [padded, *CHAT[1:]], [blank, *CHAT[1:]], THOUGHT):
+        messages = chat(*turns)
+        if turns is not THOUGHT and not (template == TRICKS and turns[0] == system):  # those leave out and repeat
+            assert rendering.render(messages).ids == rendering.encode(messages)
         for prompt in (False, True):
-            messages = chat(*turns)
             assert rendering.encode(messages, prompt) == theirs(directory, messages, add_generation_prompt=prompt)
 
 
@@ -240,9 +243,9 @@ def test_plain_words_give_the_ids_of_transformers(hub, messages):
     assert ChatTemplate.of(Tokenizer.load(directory)).encode(messages) == theirs(directory, messages)
 
 
-def with_token(name: str, template: str) -> Tokenizer:
+def with_token(name: str, template: str, *more: str) -> Tokenizer:
     backend = Tokenizer.train_char(dict.fromkeys("[END]你好 \n", 1)).backend
-    backend.add_special_tokens([name])
+    backend.add_special_tokens([name, *more])
     return Tokenizer(backend, {"chat_template": template})
 
 
@@ -262,6 +265,13 @@ def test_template_and_text_together_make_no_control_token(before, content, after
         assert rendering.render(messages).ids == ids
     honest = with_token("[END]", "{{ messages[0].content + '[END]' }}")
     assert ChatTemplate.of(honest).encode(chat(("user", "好")))[-1] == honest.token_to_id("[END]")
+
+
+def test_what_is_broken_up_makes_no_other_control_token():
+    tokenizer = with_token("[END]", "{{ messages[0].content }}", "]好[")
+    ids = ChatTemplate.of(tokenizer).encode(chat(("user", "[END]好[")))
+    assert not [id_ for id_ in ids if tokenizer.is_control(id_)]
+    assert tokenizer.decode(ids) == "[END]好["
 
 
 def test_a_letter_that_is_an_added_token_is_a_letter():
