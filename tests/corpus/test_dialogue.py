@@ -167,9 +167,10 @@ def test_odd_separators_give_the_same_dialogues(tmp_path, blank, encoding):
     dialogues = [[f"你好{i}，吃了吗？今天的比赛真好看", "吃了", "好"] for i in range(60)]
     end = "\r\n" if "\r\n" in blank else blank[0]
     raw = (end + blank).join(end.join([f" {d[0]}\u3000", *d[1:]]) for d in dialogues)
-    (tmp_path / "a.txt").write_bytes((blank + "\u3000" + end + raw + end + " " + blank + "\u3000").encode(encoding))
-    run(tmp_path / "a.txt", tmp_path / "out")
-    assert everything(tmp_path / "out") == sep(*dialogues)
+    for before, after in ((f"{blank}\u3000{end}", f"{end} {blank}\u3000"), (f"\u3000{end}", f"{end} \u3000")):
+        (tmp_path / "a.txt").write_bytes((before + raw + after).encode(encoding))
+        run(tmp_path / "a.txt", tmp_path / "out")
+        assert everything(tmp_path / "out") == sep(*dialogues)
 
 
 def test_templates_and_the_tokens_they_take(tmp_path):
