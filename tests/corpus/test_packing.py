@@ -100,7 +100,8 @@ def test_dialogues_are_cut_between_turns_only_where_they_must_be(case):
             assert pieces == ([(low, high)] if high - low > 1 else [])
             continue
         assert all(stop <= high and 2 <= stop - start <= T + 1 for start, stop in pieces)
-        inside = [e for a, b in pairwise(edges) if b - a > T + 1 for e in range(a + 1, b)]
+        # A turn that is too long is cut anywhere; its beginning stays with what is before it.
+        inside = [e for a, b in pairwise(edges) if b - a > T + 1 for e in range(a - 1, b)]
         seen = set()
         for start, stop in pieces:
             assert start in turns or start in inside
@@ -115,11 +116,11 @@ def test_dialogues_are_cut_between_turns_only_where_they_must_be(case):
 
 
 def test_a_cut_by_hand():
-    blocks = PackedDialogues(Talks([[4, 4, 4], [25, 3], [2]]), 9)  # room for 10 tokens
+    blocks = PackedDialogues(Talks([[4, 4, 4], [25, 3], [2], [4, 12, 4]]), 9)  # room for 10 tokens
     assert list(zip(blocks.starts.tolist(), blocks.lengths.tolist(), strict=True)) == [
-        (0, 8), (8, 4), (12, 10), (21, 10), (30, 10), (40, 2),
+        (0, 8), (8, 4), (12, 10), (21, 10), (30, 10), (40, 2), (42, 10), (51, 7), (58, 4),
     ]  # fmt: skip
-    assert (blocks.cut_dialogues, blocks.cut_turns) == (2, 1)
+    assert (blocks.cut_dialogues, blocks.cut_turns) == (3, 2)
 
 
 @given(cases(), st.integers(0, 2**31), st.integers(0, 30), st.sampled_from([0.0, 0.5, 1.0]))

@@ -121,7 +121,7 @@ def test_targets_rank_and_alpha_reach_the_adapter(tune, tmp_path):
 def test_the_sft_config_teaches_any_model_to_answer(miaobi, trained, tmp_path, trainable):
     """configs/sft.yaml on records with messages: the assistant's turns get likelier than they were.
 
-    In blocks this small some batches hold questions alone: nothing to learn, and no division by it.
+    Blocks this small cut some questions from their answers: pieces with nothing to learn, which take no room.
     """
     answers = {"谁赢得比赛": "皇马赢得比赛。", "谁输掉联赛": "曼联输掉联赛！", "球迷期待": "冠军，冠军！"}
     records = [

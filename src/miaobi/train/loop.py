@@ -191,7 +191,6 @@ class Run:
         cfg = self.cfg.train
         batch = self.blocks.batch(cfg.global_batch, cfg.seed, step)
         scored = int((batch.targets != IGNORE).sum())
-        divisor = max(1, scored)  # a batch may hold questions alone, cut from their answers
         total = torch.zeros((), device=self.device)
         for micro, i in enumerate(range(0, cfg.global_batch, cfg.micro_batch)):
             x, y, positions, mask = place(batch, slice(i, i + cfg.micro_batch), self.device, self.flex)
@@ -199,7 +198,7 @@ class Run:
                 torch.manual_seed(derive(cfg.seed, "dropout", step, micro, 0))
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
                 hidden = self.model.hidden(x, positions, mask)
-                loss = linear_cross_entropy(hidden, self.model.head_weight, y) / divisor
+                loss = linear_cross_entropy(hidden, self.model.head_weight, y) / scored
             self.scaler.scale(loss).backward()
             total += loss.detach()
         for optimizer in self.optimizers:
