@@ -21,7 +21,7 @@ class PackedDialogues:
     """The dialogues of one split, as blocks.
 
     A dialogue longer than a block is cut in front of a turn, so that every piece is of whole turns; only a single turn
-    that is longer is cut inside.
+    that is longer is cut inside. Pieces in which nothing is learned are left out.
 
     Attributes:
         starts, lengths: (pieces,) int64, in tokens.
