@@ -11,7 +11,7 @@ from typing import Literal
 from miaobi.errors import UserError
 
 VERBS = {
-    "demo": "prepare, train and sample in minutes, on text that a package ships",
+    "demo": "prepare, train, sample and chat in minutes, on texts that packages ship",
     "prepare": "text of any encoding and format -> tokens on disk",
     "train": "train a model, or continue the run: the same command again",
     "sample": "continue a prompt",
