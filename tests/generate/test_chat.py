@@ -18,7 +18,7 @@ from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, Messages
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.generate.chat import Chat
-from miaobi.generate.engine import LanguageModel, Memory, load
+from miaobi.generate.engine import LanguageModel, Memory, load, preview
 from miaobi.model.transformer import Transformer
 
 GREEDY = {"temperature": 0, "top_p": 1.0, "repetition_penalty": 1.0, "device": "cpu", "dtype": "float32"}
@@ -377,6 +377,12 @@ def test_saved_conversations(tmp_path):
 def test_a_model_without_a_template_says_which_data_would_give_one():
     with pytest.raises(UserError, match=r"--format=dialogue.*miaobi sample"):
         random_chat(None)
+
+
+def test_the_preview_of_a_run_is_a_message_and_the_learned_reply(talker):
+    lm = load(talker, "cpu")
+    for said, replied in {"你好": "你好呀", "你是谁": "我叫妙笔", "再见": "下次再聊"}.items():
+        assert preview(lm.model, lm.tokenizer, said, 20, lm.end_ids, True) == f">>>{said}\n{replied}"
 
 
 def test_a_dialogue_models_sep_and_pad_both_end_a_reply(talker):

@@ -195,9 +195,9 @@ def test_a_preview_is_always_the_same_and_leaves_torchs_randomness_alone(lm):
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    first = preview(lm.model, TOKENIZER, "皇马", 8, ())
+    first = preview(lm.model, TOKENIZER, "皇马", 8, (), False)
     assert torch.equal(torch.rand(2), expected), "a sample printed in training would change the dropout after it"
-    assert first == preview(lm.model, TOKENIZER, "皇马", 8, ())
+    assert first == preview(lm.model, TOKENIZER, "皇马", 8, (), False)
 
 
 def test_a_prompt_can_come_from_a_file_of_any_encoding(tmp_path):

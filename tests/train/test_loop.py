@@ -146,14 +146,14 @@ def test_printed_samples_change_nothing(train, prepared, tmp_path):
 
     prompts = []
 
-    def spy(model, tokenizer, prompt, tokens, end_ids):
-        prompts.append((prompt, tokens, end_ids))
-        return preview(model, tokenizer, prompt, tokens, end_ids)
+    def spy(model, tokenizer, *rest):
+        prompts.append(rest)
+        return preview(model, tokenizer, *rest)
 
     train(data=prepared(), out_dir=tmp_path / "quiet", dropout=0.2)
     assert not prompts
     train(data=prepared(), out_dir=tmp_path / "loud", dropout=0.2, sample_tokens=5, sample_start="皇马", preview=spy)
-    assert prompts == [("皇马", 5, (Tokenizer.load(prepared()).eot_id,))] * 2
+    assert prompts == [("皇马", 5, (Tokenizer.load(prepared()).eot_id,), False)] * 2
     assert weights(tmp_path / "quiet") == weights(tmp_path / "loud")
 
 

@@ -97,7 +97,7 @@ def test_a_lora_run_learns_and_its_checkpoint_is_a_whole_model_and_a_peft_adapte
 def test_the_printed_sample_comes_from_the_tuned_model(tune):
     seen = []
 
-    def preview(model, tokenizer, prompt, tokens):
+    def preview(model, *_):
         seen.append(model(X)[0, -1, :8].tolist())
         return "…"
 

@@ -7,6 +7,7 @@ message behind a noncharacter that stands for its role, so that digests, counts 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from miaobi.errors import UserError
 
 MARKS = dict(zip(ROLES, "\ufdd8\ufdd9\ufdda", strict=True))
 ROLE_OF = {mark: role for role, mark in MARKS.items()}
+GREETING = "你好"
 _MARK = re.compile("([\ufdd8-\ufdda])")
 _SPEAKERS = {  # ShareGPT's names and their relatives
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -162,6 +164,23 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
     last = [id_ for id_, scored in zip(rendered.ids, rendered.is_reply, strict=True) if scored][-1]
     controls = {id_ for id_ in rendered.ids if tokenizer.is_control(id_)}
     return last if last in controls else None
+
+
+def first_message(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """What the user says first in a dialogue of token ids: the text between what the template puts around a message.
+
+    GREETING where the template keeps that from being told. Raises UserError as `encode`.
+    """
+    template = _template_of(tokenizer)
+    one, two = (template.encode([{"role": "user", "content": c}], add_generation_prompt=True) for c in "12")
+    start = next(i for i, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1])
+    before, after = one[:start], one[start + 1 :]
+    marks = [i for i, id_ in enumerate(before) if tokenizer.is_control(id_)]
+    before = before[marks[-1] :] if marks else before  # without a system message that the template adds
+    found = (i + len(before) for i in range(len(ids)) if ids[i : i + len(before)] == before)
+    begin = next(found, len(ids))
+    message = itertools.takewhile(lambda id_: not tokenizer.is_control(id_) and id_ not in after[:1], ids[begin:])
+    return tokenizer.decode(list(message)).strip() or GREETING
 
 
 def require(tokenizer: Tokenizer, names: Sequence[str], what: str) -> None:

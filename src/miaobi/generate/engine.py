@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from miaobi.config import SampleConfig, SamplingConfig
+from miaobi.config import ChatConfig, SampleConfig, SamplingConfig
 from miaobi.corpus.read import read_documents
 from miaobi.corpus.tokenizer import PAD, SEP, Tokenizer
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
@@ -279,10 +279,21 @@ def read_prompt(start: str) -> str:
     return "".join(read_documents([str(path)], whole=True))
 
 
-def preview(model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int, end_ids: tuple[int, ...]) -> str:
-    """A short continuation, always drawn the same way, for the log of a training run."""
-    cfg = SampleConfig(num_samples=1, max_new_tokens=tokens)
-    return LanguageModel(model, tokenizer, end_ids).generate(prompt, cfg)[0].text
+def preview(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int, end_ids: tuple[int, ...], is_dialogue: bool
+) -> str:
+    """A short continuation, or `>>>` and a message with its reply, always drawn the same way, for the log of a run."""
+    lm, cfg = LanguageModel(model, tokenizer, end_ids), SampleConfig(num_samples=1, max_new_tokens=tokens)
+    if not is_dialogue:
+        return lm.generate(prompt, cfg)[0].text
+    from miaobi.generate.chat import Chat  # which stands on this module
+
+    chat = Chat(lm, ChatConfig(max_new_tokens=tokens, seed=cfg.seed))
+    asked = chat.template.encode([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    # Not chat.reply: it refuses a template that fills a small block, and a sample is no reason to end a run.
+    drawn = lm.tokens_after(asked, chat.cfg, lm.generator(cfg.seed), ends=chat.ends, barred=chat.unknown,
+                            never_empty=True)  # fmt: skip
+    return f">>>{prompt}\n" + "".join(lm.pieces((token for (token,) in drawn), chat.ends))
 
 
 def timed(lm: LanguageModel, prompt: str, cfg: SampleConfig) -> tuple[list[Completion], float]:

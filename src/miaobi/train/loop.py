@@ -24,14 +24,14 @@ from miaobi.overrides import Origin
 from miaobi.train.evaluate import eager, place, text_size, validation_loss
 from miaobi.train.optimizer import make_optimizers, rate, set_rate
 from miaobi.train.recipe import length, resolve_optim
-from miaobi.train.source import build_model, open_blocks, open_data, start_or_continue
+from miaobi.train.source import build_model, open_blocks, open_data, opening, start_or_continue
 from miaobi.train.state import load_optimizers, open_run, save_checkpoint, start_run
 from miaobi.train.watch import Metrics, on_signals, overfitting, since_best
 
 COMPILE_PAYS_AFTER = 200  # steps; a cold compile costs about twenty seconds on two cores
 
-Preview = Callable[[Transformer, Tokenizer, str, int, tuple[int, ...]], str]
-"""(model, tokenizer, prompt, tokens, end_ids) -> prompt and continuation; printed at every evaluation."""
+Preview = Callable[[Transformer, Tokenizer, str, int, tuple[int, ...], bool], str]
+"""(model, tokenizer, prompt, tokens, end_ids, is_dialogue) -> prompt and what follows; printed at every evaluation."""
 
 
 def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None = None) -> dict:
@@ -218,7 +218,7 @@ class Run:
 
     def evaluate(self, metrics: Metrics, preview: Preview | None) -> None:
         """Validation loss on fixed windows, best so far, warnings, early stopping, a sample."""
-        p, cfg = self.progress, self.cfg.train
+        p, cfg, data = self.progress, self.cfg.train, self.data
         p.val_loss = validation_loss(self.model, self.eval_windows, cfg.micro_batch, self.dtype)
         if not math.isfinite(p.val_loss):
             self.fail_not_finite(p.step)
@@ -239,10 +239,10 @@ class Run:
             log(f"stopped: no better validation loss for {cfg.patience} evaluations. "
                 f"The best model is step {p.best_step} (val {p.best_val_loss:.4f})")  # fmt: skip
         if preview is not None and cfg.sample_tokens:
-            prompt = cfg.sample_start or self.tokenizer.decode(self.data.val.read(0, 8).tolist())
+            prompt = cfg.sample_start or opening(data, self.tokenizer)
             self.model.eval()
             with eager(self.model):
-                text = preview(self.model, self.tokenizer, prompt, cfg.sample_tokens, self.data.end_ids)
+                text = preview(self.model, self.tokenizer, prompt, cfg.sample_tokens, data.end_ids, data.is_dialogue)
             log("  " + text.replace("\n", "\n  "))
             self.model.train()
 

@@ -7,11 +7,13 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from miaobi.config import DataConfig, PrepareConfig, RunConfig
 from miaobi.console import log
 from miaobi.corpus.dataset import PreparedData, TextWindows
+from miaobi.corpus.dialogue import first_message
 from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.prepare import prepare, settings_of
 from miaobi.corpus.tokenizer import Tokenizer
@@ -22,6 +24,8 @@ from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin
 from miaobi.train.recipe import resolve_model
 from miaobi.train.state import Progress, load_progress
+
+OPENING_TOKENS = 8
 
 
 def open_data(cfg: RunConfig, out: Path) -> PreparedData:
@@ -71,6 +75,13 @@ def open_blocks(
         + (f"; {train.cut_dialogues:,} dialogues were longer than a block and were cut between turns, "
            f"{train.cut_turns:,} turns inside" if train.cut_dialogues else ""))  # fmt: skip
     return train, PackedDialogues(data.val, block_size)
+
+
+def opening(data: PreparedData, tokenizer: Tokenizer) -> str:
+    """What a sample of the run starts from: the first words of the validation text, or its first message."""
+    if not data.is_dialogue:
+        return tokenizer.decode(data.val.read(0, OPENING_TOKENS).tolist())
+    return first_message(tokenizer, data.val.read(0, int(np.append(data.val.starts[1:], len(data.val))[0])).tolist())
 
 
 def prepared_as(wanted: PrepareConfig) -> bool:
