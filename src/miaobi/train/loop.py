@@ -305,9 +305,7 @@ class Run:
             log(f"compiled in {time.perf_counter() - started:.0f} s")
         except torch.OutOfMemoryError:
             raise
-        except (
-            RuntimeError
-        ) as e:  # what the compilers raise (BackendCompilerFailed, InductorError, ...) derives from it
+        except RuntimeError as e:  # BackendCompilerFailed, InductorError and the like derive from it
             warn(f"torch.compile does not work here ({type(e).__name__}); going on without (--compile=False says so)")
             self.flex = False
             for block in self.model.blocks:
