@@ -417,6 +417,6 @@ class ChatConfig(SamplingConfig):
     """Replies in a conversation."""
 
     max_new_tokens: int = 200
-    temperature: float = 0.7
+    temperature: float = 0.8
     top_p: float = 0.9
-    repetition_penalty: float = 1.1
+    repetition_penalty: float = 1.2
