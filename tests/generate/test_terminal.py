@@ -26,7 +26,7 @@ class Screen:
         self.stream = pyte.ByteStream(self.terminal)
         command = ["-m", "miaobi", "chat", *map(str, args)]
         env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))} | environment
-        self.child = pexpect.spawn(sys.executable, command, env=env, dimensions=(60, 100), timeout=60)
+        self.child = pexpect.spawn(sys.executable, command, env=env, dimensions=(60, 100), timeout=240)
         self.child.delaybeforesend = 0.02
 
     @property
@@ -37,7 +37,7 @@ class Screen:
     def until(self, seen) -> list[str]:
         """Read the terminal until `seen(lines)`; the lines then."""
         while not seen(self.lines):
-            data = self.child.read_nonblocking(1 << 16, timeout=60)
+            data = self.child.read_nonblocking(1 << 16, timeout=240)
             self.stream.feed(data)
             if b"\x1b[6n" in data:  # where is the cursor? a real terminal answers
                 self.child.send(f"\x1b[{self.terminal.cursor.y + 1};{self.terminal.cursor.x + 1}R")
