@@ -71,6 +71,11 @@ def test_jsonl_and_packed_tsv_read_like_csv(tmp_path: Path):
         assert found.names == ["0", "1"]
 
 
+def test_quotes_of_a_tsv_that_do_not_pair_up_are_text(tmp_path: Path):
+    (tmp_path / "a.tsv").write_text('label\ttext\n1\t"好"吃\n0\t"难吃\n1\t真的\n', encoding="utf-8")
+    assert read(tmp_path / "a.tsv").texts == ['"好"吃', '"难吃', "真的"]
+
+
 def test_columns_go_by_any_name_that_is_given(tmp_path: Path):
     path = write(tmp_path / "a.csv", ROWS, ("stars", "words"))
     assert read(path, text_column="words", label_column="stars").texts[0] == "房间很好"

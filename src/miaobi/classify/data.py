@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from miaobi.classify.config import ClassifyConfig
+from miaobi.console import log
 from miaobi.corpus import cutting
 from miaobi.corpus.cutting import decode_block, text_blocks
 from miaobi.corpus.dataset import derive
@@ -141,8 +142,9 @@ def table(source: Source, skip_bad: bool) -> Iterator[tuple[str, dict[str, Any] 
     is_tsv = source.inner_name.lower().endswith(".tsv") or ("\t" in header and "," not in header)
     delimiter = "\t" if is_tsv else ","
     names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+    quoting = csv.QUOTE_NONE if is_tsv and not is_quoted(source, skip_bad) else csv.QUOTE_MINIMAL
     # Strict: else a quote that is never closed swallows the rest of the file without a word.
-    rows, line = csv.reader(lines, delimiter=delimiter, strict=True), 2
+    rows, line = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True), 2
     try:
         for cells in rows:
             place = f"{source.name}, line {line}"
@@ -157,6 +159,17 @@ def table(source: Source, skip_bad: bool) -> Iterator[tuple[str, dict[str, Any] 
     except csv.Error as e:
         raise UserError(f"{source.name}, line {line}: {e}; is a quote not closed? Quotes inside a cell are doubled, "
                         'and the whole cell is quoted: "他说""好""。"') from e  # fmt: skip
+
+
+def is_quoted(source: Source, skip_bad: bool) -> bool:
+    """Whether quotes in a .tsv are those of a table; in many they are nothing but text."""
+    try:
+        for _ in csv.reader(lines_of(source, skip_bad), delimiter="\t", strict=True):
+            pass
+    except csv.Error:
+        log(f"{source.name}: quotes do not pair up, they are read as text")
+        return False
+    return True
 
 
 def json_records(source: Source, skip_bad: bool) -> Iterator[tuple[str, dict[str, Any] | None]]:
