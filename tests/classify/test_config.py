@@ -6,6 +6,7 @@ import pytest
 
 from miaobi.classify.config import ClassifyConfig, load_config, settings_of
 from miaobi.errors import UserError
+from miaobi.overrides import load_config as load_run_config
 from miaobi.overrides import shipped_config
 
 SMALL_GPT = """\
@@ -67,9 +68,11 @@ def test_without_small_gpts_keys_the_protocol_is_the_corrected_one():
     assert load_config(None, [("data", "x.csv"), ("lr", "1e-3")])[0] == ClassifyConfig(data="x.csv", learning_rate=1e-3)
 
 
-def test_the_shipped_configuration_is_read():
+def test_the_shipped_configurations_are_read():
     cfg, _ = load_config(shipped_config("sentiment.yaml"), [("base_model", "out")])
     assert (cfg.base_model, cfg.protocol) == ("out", "corrected")
+    base, _ = load_run_config(shipped_config("sentiment-base.yaml"), [])
+    assert (base.data.data, base.model.vocab_size) == ("clean.jsonl", 4096)
 
 
 @pytest.mark.parametrize(

@@ -149,10 +149,10 @@ class Run:
         return found
 
     def point_at_best(self) -> None:
-        """`checkpoints/best` names the best classifier of those trained by this command; of equals the first."""
+        """`checkpoints/best` names this command's classifier that does best on its dev part; of equals the first."""
         kept = [row for row in self.rows if self.keep_models]
         if kept:
-            best = max(kept, key=lambda row: row["accuracy"])
+            best = max(kept, key=lambda row: row["dev_accuracy"])
             point(self.out / "checkpoints" / "best", Cell(best["pooling"], best["trainable"], best["seed"]).name)
 
 

@@ -197,7 +197,7 @@ class Finetuning:
         self.optimizer = optimizer_of(self.classifier, cfg, self.optim)
         self.scaler = torch.amp.GradScaler(judge.device.type, enabled=judge.dtype == torch.float16)
         self.done = self.best_step = 0
-        self.seconds = 0.0
+        self.best_accuracy = self.seconds = 0.0
 
     def rows(self, part: Part) -> list[Tensor]:
         """What goes into the classifier for `part`: ids, or the states that frozen layers make of them, made once."""
@@ -295,7 +295,7 @@ class Finetuning:
                                 learning_rate=rate(self.done - 1, self.optim) * self.optim.learning_rate)  # fmt: skip
                 losses, since = [], since + 1
                 if best is None or (accuracy, -nats) > best:
-                    best, self.best_step, since = (accuracy, -nats), self.done, 0
+                    best, self.best_step, self.best_accuracy, since = (accuracy, -nats), self.done, accuracy, 0
                     best_state = {name: p.detach().clone() for name, p in trained.items()}
                 if self.patience and since >= self.patience:
                     log(f"{self.cell.name}: stopped, no better on dev for {since} evaluations")
@@ -328,7 +328,7 @@ def finetune(
     """Train one cell.
 
     metrics: directory of its curves. Returns the classifier at its best, the split, and the figures of its test part
-    (`evaluation.judged`) with seconds, trained_parameters, peak_memory_mb, best_step, train_rows.
+    (`evaluation.judged`) with dev_accuracy, seconds, trained_parameters, peak_memory_mb, best_step, train_rows.
     Raises Interrupted; UserError for data and settings that do not fit, a loss that is not finite, too little memory.
     """
     reset_peak_memory(device)
@@ -354,7 +354,7 @@ def finetune(
     trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
     return judge, split, {
         "pooling": cell.pooling, "trainable": cell.trainable, "seed": cell.seed, "protocol": cfg.protocol,
-        **result, "seconds": round(run.seconds, 2), "trained_parameters": trained,
+        **result, "dev_accuracy": run.best_accuracy, "seconds": round(run.seconds, 2), "trained_parameters": trained,
         "peak_memory_mb": round(peak_memory(device) / 2**20), "temperature": judge.temperature,
         "best_step": run.best_step, "steps": run.done, "train_rows": len(split.train.rows),
         "test_units": len(split.test.labels),
