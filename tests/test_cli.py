@@ -55,6 +55,7 @@ def test_every_verb_explains_its_options(miaobi, verb):
         "prepare": ["--vocab_size", "--simplify", "Convert Traditional to Simplified"],
         "demo": ["--quick"],
         "convert": ["small-gpt", "nanogpt"],
+        "classify": ["train", "ablate", "predict"],
     }[verb]
     for text in expected:
         assert text in words, text

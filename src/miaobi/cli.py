@@ -17,11 +17,17 @@ VERBS = {
     "sample": "continue a prompt",
     "chat": "talk with a model that learned from dialogues",
     "eval": "loss, perplexity, bits per character and per byte",
+    "classify": "labels out of a model: sentiment, or any others",
     "convert": "checkpoints of other projects -> model directories",
 }
 CONVERSIONS = {
     "small-gpt": "a .pth of small-gpt, with the text it was trained on",
     "nanogpt": "a ckpt.pt of nanoGPT, with its meta.pkl or GPT-2's tokenizer",
+}
+CLASSIFICATIONS = {
+    "train": "tune a model on labelled texts",
+    "ablate": "every pooling and trainable part, as a table, a CSV and a plot",
+    "predict": "labels of new texts",
 }
 
 
@@ -67,7 +73,7 @@ def run(args: list[str]) -> None:
         hint = f" Did you mean {close[0]}?" if close else ""
         raise UserError(f"unknown verb {verb!r}.{hint} `miaobi --help` lists them")
     verbs = {"demo": demo, "prepare": prepare, "train": train, "sample": sample, "chat": chat, "eval": evaluate,
-             "convert": convert}  # fmt: skip
+             "classify": classify, "convert": convert}  # fmt: skip
     verbs[verb](rest)
 
 
@@ -79,6 +85,13 @@ def overview() -> str:
         "miaobi VERB --help explains every option; --json prints one JSON object; --debug shows tracebacks\n"
         "start here: miaobi demo"
     )
+
+
+def kinds_overview(verb: str, usage: str, kinds: dict[str, str]) -> str:
+    """`miaobi VERB --help`, for a verb of several kinds."""
+    listed = "\n".join(f"  {name:<12}{what}" for name, what in kinds.items())
+    return (f"usage: miaobi {verb} {usage}\n\n{VERBS[verb]}\n\n{listed}\n\n"
+            f"miaobi {verb} KIND --help explains its options")  # fmt: skip
 
 
 def take_flag(args: list[str], flag: str) -> bool:
@@ -96,7 +109,7 @@ def parse(verb: str, kind: type, args: list[str]):
     return tyro.cli(
         kind,
         prog=f"miaobi {verb}",
-        description=VERBS.get(verb) or CONVERSIONS[verb.split()[1]],
+        description=VERBS.get(verb) or (CONVERSIONS | CLASSIFICATIONS)[verb.split()[1]],
         args=spelled_out(kind, args),
         use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes),
@@ -368,6 +381,61 @@ def evaluate(args: list[str]) -> None:
     print(f"{result['characters']:,} characters in {result['tokens']:,} tokens, {result['seconds']:.1f} s")
 
 
+# --- classify ----------------------------------------------------------------------------------------------------
+
+
+def classify(args: list[str]) -> None:
+    """`miaobi classify train|ablate|predict ...`."""
+    if not args or args[0] in ("-h", "--help"):
+        print(kinds_overview("classify", "KIND ...", CLASSIFICATIONS))
+        return
+    kind, rest = args[0], args[1:]
+    if kind not in CLASSIFICATIONS:
+        raise UserError(f"miaobi classify does not know {kind!r}; it can {', '.join(CLASSIFICATIONS)}")
+    as_json = take_flag(rest, "--json")
+    if kind == "predict":
+        predict(rest, as_json)
+        return
+    from miaobi.classify.config import ClassifyConfig, load_config
+
+    if {"-h", "--help"} & set(rest):
+        print(f"usage: miaobi classify {kind} [CONFIG.yaml] [--key=value ...]\n\nsmall-gpt's key names work too\n")
+        parse(f"classify {kind}", ClassifyConfig, ["--help"])
+    cfg, origin = load_config(*split_train_args(rest))
+    from miaobi.classify import ablation
+
+    result = (ablation.train if kind == "train" else ablation.ablate)(cfg, origin)
+    if as_json:
+        print_json(result)
+    elif result["rows"]:
+        ablation.show(result["rows"], result["baselines"], cfg.protocol)
+        if kind == "train":
+            print(f"next: miaobi classify predict {result['run']} 房间很干净，下次还来")
+    if result["stopped"]:
+        sys.exit(130 if result["stopped"] == "interrupted" else 143)
+
+
+def predict(args: list[str], as_json: bool) -> None:
+    """`miaobi classify predict MODEL [TEXT | FILE | -]`."""
+    import tyro
+
+    from miaobi.classify.config import PredictConfig
+
+    @dataclass(frozen=True)
+    class Args:
+        config: PredictConfig
+        model: tyro.conf.Positional[str]
+        """Run of `miaobi classify train`, or the directory of a classifier."""
+        input: tyro.conf.Positional[str | None] = None
+        """A text, a file (.csv .tsv .jsonl, else a text a line), or - for lines of standard input (the default)."""
+
+    given = parse("classify predict", Args, args)
+    from miaobi.classify import predict as room
+
+    judge = room.load(given.model, given.config)
+    room.write(judge, room.read_input(given.input, given.config), given.config, as_json)
+
+
 # --- convert -----------------------------------------------------------------------------------------------------
 
 
@@ -398,9 +466,7 @@ def convert(args: list[str]) -> None:
         """Model directory to write; default: the checkpoint's name with .miaobi, beside it."""
 
     if not args or args[0] in ("-h", "--help"):
-        kinds = "\n".join(f"  {name:<12}{what}" for name, what in CONVERSIONS.items())
-        print(f"usage: miaobi convert KIND CHECKPOINT ...\n\n{VERBS['convert']}\n\n{kinds}\n\n"
-              "miaobi convert KIND --help explains its options")  # fmt: skip
+        print(kinds_overview("convert", "KIND CHECKPOINT ...", CONVERSIONS))
         return
     kind, rest = args[0], args[1:]
     if kind not in CONVERSIONS:

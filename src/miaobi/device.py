@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
+import re
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -121,3 +124,32 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start measuring `peak_memory` anew; memory that was freed is given back first, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        if platform.libc_ver()[0] == "glibc":
+            ctypes.CDLL(None).malloc_trim(0)  # what `keep_allocations` kept
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held at once since `reset_peak_memory`: of the GPU, or of this process (elsewhere than on Linux:
+    since it began).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -222,13 +222,20 @@ def shipped_config(name: str) -> Path:
 
 def save_config(path: Path, cfg: RunConfig, origin: Origin) -> None:
     """Write the configuration with, behind each value, where it came from. Read back by `read_yaml`."""
-    tree = CommentedMap()
-    for section in dataclasses.fields(RunConfig):
-        part = getattr(cfg, section.name)
-        inner = CommentedMap((f.name, getattr(part, f.name)) for f in dataclasses.fields(part))
-        for key in inner:
-            inner.yaml_add_eol_comment(origin.get(key, "default"), key)
-        tree[section.name] = inner
+    sections = dataclasses.fields(RunConfig)
+    write_yaml(path, CommentedMap((s.name, with_origins(getattr(cfg, s.name), origin)) for s in sections))
+
+
+def with_origins(part: Any, origin: Origin) -> CommentedMap:
+    """A dataclass as YAML's keys and values, each with a comment that says where the value came from."""
+    tree = CommentedMap((f.name, getattr(part, f.name)) for f in dataclasses.fields(part))
+    for key in tree:
+        tree.yaml_add_eol_comment(origin.get(key, "default"), key)
+    return tree
+
+
+def write_yaml(path: Path, tree: CommentedMap) -> None:
+    """Write a YAML file, whole or not at all."""
     yaml = YAML(typ="rt")
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
     aside = path.with_name(f".{path.name}.tmp")

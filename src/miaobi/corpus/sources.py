@@ -17,7 +17,7 @@ import zstandard
 from miaobi.errors import UserError
 
 _COMPRESSION = {".gz": "gz", ".xz": "xz", ".zst": "zst", ".zip": "zip"}
-_FORMAT_BY_NAME = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+FORMAT_BY_NAME = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 # Left out of directories: nanoGPT keeps prepare.py and meta.pkl beside its text, and `prepare` writes its own files.
 _NOT_TEXT = {".bin", ".idx", ".pkl", ".pt", ".pth", ".py", ".pyc", ".safetensors", ".npy", ".npz", ".md5", ".sha256"}
 _NOT_TEXT |= {".turns", ".scored", ".jinja"}
@@ -139,7 +139,7 @@ def _is_hidden(member: str) -> bool:
 
 
 def _format_of(name: str, format: str) -> str:
-    by_name = _FORMAT_BY_NAME.get(Path(name).suffix.lower(), "text")
+    by_name = FORMAT_BY_NAME.get(Path(name).suffix.lower(), "text")
     if format == "dialogue" and by_name == "jsonl":
         return "messages"
     return by_name if format == "auto" or by_name == "parquet" else format

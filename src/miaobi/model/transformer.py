@@ -246,6 +246,14 @@ class Transformer(nn.Module):
         tables = 1 if self.lm_head is None else 2
         return total - tables * (self.wte.num_embeddings - self.cfg.vocab_size) * self.cfg.n_embd
 
+    def embed(self, ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What goes into the first block: states (B, T, C), and the angles of rotary positions."""
+        x = self.wte(ids)
+        if self.wpe is not None:
+            return F.dropout(x + self.wpe(position_ids), self.cfg.dropout, self.training), None
+        rope = self.rope[:, position_ids]  # (2, T, D) or (2, B, T, D)
+        return x, rope.unsqueeze(2) if rope.ndim == 4 else rope
+
     def hidden(
         self,
         ids: Tensor,
@@ -267,12 +275,7 @@ class Transformer(nn.Module):
         if mask is None and start > 0 and T > 1:  # is_causal would align the mask with the first key
             S = start + T
             mask = torch.ones(T, S, dtype=torch.bool, device=ids.device).tril(S - T)
-        x, rope = self.wte(ids), None
-        if self.wpe is not None:
-            x = F.dropout(x + self.wpe(position_ids), self.cfg.dropout, self.training)
-        else:
-            rope = self.rope[:, position_ids]  # (2, T, D) or (2, B, T, D)
-            rope = rope.unsqueeze(2) if rope.ndim == 4 else rope
+        x, rope = self.embed(ids, position_ids)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, mask, caches[i] if caches else None)
         return self.norm(x)

@@ -1,0 +1,271 @@
+"""Runs of cells: a split each, or the whole grid; finished ones are kept, so the same command again goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from miaobi.classify import head
+from miaobi.classify.config import ClassifyConfig, settings_of
+from miaobi.classify.data import Labelled, differences, make_split, read_labelled
+from miaobi.classify.evaluation import baselines, paired_interval
+from miaobi.classify.finetune import Cell, Interrupted, finetune, open_base, prepare_base
+from miaobi.console import log
+from miaobi.device import keep_allocations, pick_device, pick_dtype
+from miaobi.errors import UserError
+from miaobi.model.checkpoint import point, write_json, written_whole
+from miaobi.overrides import Origin, with_origins, write_yaml
+from miaobi.train.watch import on_signals
+
+POOLINGS = ("mask", "no_mask")
+TRAINABLE = ("full", "last_block", "lora", "head")
+FIGURES = ("accuracy", "macro_f1", "calibration_error", "seconds", "trained_parameters", "peak_memory_mb")
+RESULT = "result.json"
+
+Row = dict[str, Any]
+
+
+def train(cfg: ClassifyConfig, origin: Origin | None = None) -> dict[str, Any]:
+    """Tune `cfg.base_model` once per seed; the classifiers lie in out_dir/checkpoints, `best` names the best.
+
+    Returns run, rows (one per seed), accuracy, macro_f1 (means), accuracy_deviation, baselines, versus_svm
+    (difference, low, high), data, stopped. Raises UserError.
+    """
+    cells = [Cell(cfg.pooling, cfg.trainable, cfg.seed + i) for i in range(cfg.seeds)]
+    run = Run(cfg, origin or {}, keep_models=True)
+    result = run.go(cells)
+    if run.rows:
+        result["accuracy"], result["accuracy_deviation"] = spread(run.rows, "accuracy")
+        result["macro_f1"], _ = spread(run.rows, "macro_f1")
+        if cfg.baselines and not result["stopped"]:
+            result["versus_svm"] = versus_svm(run.rows, result["baselines"])
+    return result
+
+
+def ablate(cfg: ClassifyConfig, origin: Origin | None = None) -> dict[str, Any]:
+    """The grid of POOLINGS and TRAINABLE, once per seed: ablation.csv and ablation.png in out_dir.
+
+    Returns run, rows, baselines, data, stopped. Raises UserError.
+    """
+    cells = [Cell(p, t, cfg.seed + i) for i in range(cfg.seeds) for p in POOLINGS for t in TRAINABLE]
+    run = Run(cfg, origin or {}, keep_models=False)
+    result = run.go(cells)
+    write_csv(run.out / "ablation.csv", result["rows"], result["baselines"])
+    if result["rows"]:
+        plot(run.out / "ablation.png", result["rows"], result["baselines"], cfg)
+    return result
+
+
+class Run:
+    """A run directory: checkpoints/<cell>/result.json, with the classifier beside it where models are kept."""
+
+    def __init__(self, cfg: ClassifyConfig, origin: Origin, keep_models: bool) -> None:
+        self.cfg, self.keep_models, self.out = cfg, keep_models, Path(cfg.out_dir)
+        self.rows: list[Row] = []
+        self.stopped: str | None = None
+        if not cfg.data:
+            raise UserError("which texts? give a .csv, .tsv or .jsonl with texts and labels: --data=reviews.csv")
+        keep_allocations()
+        self.device = pick_device(cfg.device)
+        self.dtype = pick_dtype(cfg.dtype, self.device)
+        self.data = read_labelled(cfg)
+        self.base = open_base(cfg)
+        self.counts = count(self.data, cfg)
+        try:
+            (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_yaml(self.out / "config.yaml", with_origins(cfg, origin))
+        except OSError as e:
+            raise UserError(f"out_dir {self.out} cannot be written: {e.strerror}; choose another --out_dir") from e
+
+    def go(self, cells: list[Cell]) -> dict[str, Any]:
+        """Train the cells that are not finished, in order; an interruption gives up the one at hand."""
+        with on_signals(self.interrupt):
+            for cell in cells:
+                row = self.finished(cell)
+                if row is None:
+                    try:
+                        row = self.train(cell)
+                    except Interrupted:
+                        log(f"{self.stopped}: finished cells are kept; the same command again goes on after them")
+                        break
+                self.rows.append(row)
+        simple = [] if self.stopped or not self.cfg.baselines else self.baselines({cell.seed for cell in cells})
+        self.point_at_best()
+        return {"run": str(self.out), "rows": self.rows, "baselines": simple, "data": self.counts,
+                "stopped": self.stopped}  # fmt: skip
+
+    def interrupt(self, reason: str) -> None:
+        """Ask the cell at hand to give up; asked again, stop at once."""
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = reason
+
+    def finished(self, cell: Cell) -> Row | None:
+        """Figures of an earlier command, if it had the same settings. Raises UserError naming the first other one."""
+        path = self.out / "checkpoints" / cell.name
+        saved = read_result(path / RESULT)
+        if saved is None or (self.keep_models and not (path / "config.json").is_file()):
+            return None
+        now = settings_of(self.cfg)
+        for key, was in saved["settings"].items():
+            if now.get(key) != was:
+                raise UserError(f"{self.out} holds {cell.name} with {key}={was}, now {key}={now.get(key)}: "
+                                "take another --out_dir, or remove that directory to train it anew")  # fmt: skip
+        log(f"{cell.name}: finished earlier, accuracy {saved['row']['accuracy']:.2%}")
+        return saved["row"]
+
+    def train(self, cell: Cell) -> Row:
+        """Train a cell and write it down, whole or not at all."""
+        judge, _, row = finetune(self.cfg, cell, self.base, self.data, self.device, self.dtype,
+                                 self.out / "logs" / cell.name, lambda: self.stopped is not None)  # fmt: skip
+        with written_whole(self.out / "checkpoints" / cell.name) as aside:
+            if self.keep_models:
+                head.save(aside, judge)
+            write_json(aside / RESULT, {"settings": settings_of(self.cfg), "row": row})
+        log(f"{cell.name}: accuracy {row['accuracy']:.2%}, macro-F1 {row['macro_f1']:.4f}, "
+            f"calibration error {row['calibration_error']:.4f}, {row['seconds']:.0f} s")  # fmt: skip
+        return row
+
+    def baselines(self, seeds: Iterable[int]) -> list[Row]:
+        """Both baselines on the split of every seed."""
+        found = []
+        for seed in sorted(seeds):
+            path = self.out / "baselines" / f"{seed}.json"
+            saved = read_result(path)
+            if saved is None or saved["settings"] != settings_of(self.cfg):
+                _, tokenizer, reading = prepare_base(self.cfg, self.base, seed)
+                split = make_split(self.data, self.cfg, seed, reading, tokenizer)
+                saved = {"settings": settings_of(self.cfg), "rows": baselines(split, self.data.names, seed)}
+                path.parent.mkdir(exist_ok=True)
+                write_json(path, saved)
+            found += saved["rows"]
+        return found
+
+    def point_at_best(self) -> None:
+        """`checkpoints/best` names this command's classifier that does best on its dev part; of equals the first."""
+        kept = [row for row in self.rows if self.keep_models]
+        if kept:
+            best = max(kept, key=lambda row: row["dev_accuracy"])
+            point(self.out / "checkpoints" / "best", Cell(best["pooling"], best["trainable"], best["seed"]).name)
+
+
+def count(data: Labelled, cfg: ClassifyConfig) -> dict[str, Any]:
+    """`differences` of the protocols for the log and the result; {} where a label is too rare for both."""
+    try:
+        found = differences(data, cfg.seed, cfg.block_size or 256, cfg.train_fraction)
+    except UserError:
+        if cfg.protocol == "corrected":
+            raise
+        return {}
+    published = found["as_published"]
+    log(
+        f"{found['reviews']:,} texts, {len(data.names)} labels: {found['empty']} empty, {found['duplicates']} "
+        f"duplicates ({found['duplicates_with_two_labels']} texts with two labels), {data.skipped} rows left out"
+    )
+    log(
+        f"as-published: {published['chunks']:,} chunks, {published['test_chunks']:,} of them to test; "
+        f"{published['test_chunks_whose_review_is_also_trained_on']} of a text that is also trained on, "
+        f"{published['test_chunks_with_a_duplicate_trained_on']} of a text with a duplicate there"
+    )
+    parts = found["corrected"]
+    log(f"corrected: {parts['train']:,} texts to train, {parts['dev']:,} to choose, {parts['test']:,} to test")
+    return found
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """What a cell left behind; None where there is nothing whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+# Figures
+
+
+def spread(rows: list[Row], figure: str) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1; 0 for one row)."""
+    values = [row[figure] for row in rows]
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def versus_svm(rows: list[Row], simple: list[Row]) -> dict[str, float | None]:
+    """Accuracy of rows minus that of the SVM on the same splits: mean, and its 95% interval."""
+    svm = {row["seed"]: row["accuracy"] for row in simple if row["name"] == "svm"}
+    gap, low, high = paired_interval([row["accuracy"] for row in rows], [svm[row["seed"]] for row in rows])
+    only_one = len(rows) < 2
+    return {"difference": gap, "low": None if only_one else low, "high": None if only_one else high}
+
+
+def by_cell(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    """(pooling, trainable) -> rows of its seeds."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["pooling"], row["trainable"]), []).append(row)
+    return found
+
+
+def show(rows: list[Row], simple: list[Row], protocol: str) -> None:
+    """The table, on stdout: means over the seeds, ± standard deviation."""
+    table = Table(title=protocol)
+    for column in ("pooling", "trainable", "seeds", "accuracy", "macro-F1", "ECE", "seconds", "trained", "memory"):
+        table.add_column(column, justify="left" if column in ("pooling", "trainable") else "right", no_wrap=True)
+    for (pooling, trainable), found in by_cell(rows).items():
+        figures = {name: spread(found, name) for name in FIGURES}
+        table.add_row(
+            pooling, trainable, str(len(found)), percent(figures["accuracy"], len(found)),
+            f"{figures['macro_f1'][0]:.4f}", f"{figures['calibration_error'][0]:.3f}", f"{figures['seconds'][0]:,.1f}",
+            f"{figures['trained_parameters'][0]:,.0f}", f"{figures['peak_memory_mb'][0]:,.0f} MB",
+        )  # fmt: skip
+    for name in dict.fromkeys(row["name"] for row in simple):
+        found = [row for row in simple if row["name"] == name]
+        table.add_row(name, "", str(len(found)), percent(spread(found, "accuracy"), len(found)),
+                      f"{spread(found, 'macro_f1')[0]:.4f}", "", f"{spread(found, 'seconds')[0]:,.1f}")  # fmt: skip
+    Console(width=None if Console().is_terminal else 120).print(table)
+
+
+def percent(figure: tuple[float, float], count: int) -> str:
+    """Mean ± deviation in percent."""
+    return f"{figure[0]:.2%}" + (f" ± {100 * figure[1]:.2f}" if count > 1 else "")
+
+
+def write_csv(path: Path, rows: list[Row], simple: list[Row]) -> None:
+    """One line per cell and seed; baselines have their name under pooling."""
+    columns = ("protocol", "pooling", "trainable", "seed", *FIGURES)
+    with path.open("w", encoding="utf-8", newline="") as f:
+        lines = csv.DictWriter(f, columns, extrasaction="ignore")
+        lines.writeheader()
+        lines.writerows(rows)
+        lines.writerows({"pooling": row["name"], **row} for row in simple)
+
+
+def plot(path: Path, rows: list[Row], simple: list[Row], cfg: ClassifyConfig) -> None:
+    """Accuracy of every cell as bars with deviations, the SVM as a line."""
+    from matplotlib.figure import Figure
+
+    cells = by_cell(rows)
+    shown = list(dict.fromkeys(trainable for _, trainable in cells))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for side, pooling in enumerate(POOLINGS):
+        places = [i for i, trainable in enumerate(shown) if (pooling, trainable) in cells]
+        spreads = [spread(cells[pooling, shown[i]], "accuracy") for i in places]
+        bars = axes.bar([i + 0.4 * side - 0.2 for i in places], [100 * mean for mean, _ in spreads], 0.38,
+                        yerr=[100 * deviation for _, deviation in spreads], label=pooling)  # fmt: skip
+        axes.bar_label(bars, fmt="%.1f")
+    for name in dict.fromkeys(row["name"] for row in simple):
+        mean, _ = spread([row for row in simple if row["name"] == name], "accuracy")
+        axes.axhline(100 * mean, linestyle="--", color="gray")
+        axes.text(len(shown) - 0.5, 100 * mean, name, va="bottom", ha="right", color="gray")
+    lowest = min(row["accuracy"] for row in [*rows, *simple])
+    axes.set(xticks=range(len(shown)), xticklabels=shown, ylabel="accuracy, %", title=f"{cfg.protocol}: {cfg.data}",
+             ylim=(max(0, 100 * lowest - 8), 100))  # fmt: skip
+    axes.legend(loc="lower left")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,227 @@
+"""What `miaobi classify` can be told, with small-gpt's own key names understood."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from miaobi.config import LoraConfig
+from miaobi.console import log
+from miaobi.errors import UserError
+from miaobi.overrides import Origin, coerce, read_yaml, suggest
+
+Pooling = Literal["mask", "no_mask", "mean"]
+Trainable = Literal["full", "last_block", "head", "lora"]
+LEARNING_RATES = {"full": 1e-4, "last_block": 5e-4, "head": 3e-3, "lora": 1e-3}
+"""By what is trained: a linear probe takes the largest steps, LoRA ten times those of full tuning, as in `train`."""
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """Labels out of a pretrained model."""
+
+    base_model: str = ""
+    """MODEL that is tuned: run or model directory, hub name, or a small-gpt .pth (see corpus)."""
+    corpus: str | None = None
+    """For a .pth: the text that it was trained on, from which its vocabulary is rebuilt."""
+    data: str = ""
+    """Labelled texts: .csv, .tsv or .jsonl, also .gz .xz .zst .zip of them."""
+    text_column: str | None = None
+    """Column or field with the text; default: the one called text, review, content or sentence."""
+    label_column: str | None = None
+    """Column or field with the label; default: the one called label, labels, sentiment or class."""
+    skip_bad: bool = False
+    """Leave out and count rows without a label, or that cannot be read, instead of stopping."""
+    protocol: Literal["as-published", "corrected"] = "corrected"
+    """corrected = duplicates removed, train/dev/test 80/10/10 by review with every label's share the same, dev chooses,
+    accuracy per review. as-published = small-gpt's: reviews shuffled, cut into chunks, the last fifth of the chunks is
+    the test part and also chooses; accuracy per chunk; a fresh head stays as it is when the rest is frozen."""
+    train_fraction: float = 0.8
+    """as-published: share of the chunks that is trained on."""
+    pooling: Pooling = "mask"
+    """Whose state is judged: mask = the last real token's; no_mask = the last position's, every text padded to
+    block_size; mean = the mean of all real tokens'."""
+    trainable: Trainable = "full"
+    """full = everything; last_block = the last block, the last norm and the head; head = a linear probe; lora."""
+    block_size: int | None = None
+    """Tokens of a piece of text, with those that mark its ends; default: the model's."""
+    long_texts: Literal["chunks", "truncate"] = "chunks"
+    """Texts beyond block_size: cut into pieces whose logits are averaged, or only their beginning is read."""
+    dropout: float = 0.1
+    """Share of activations dropped in the part that is trained."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced = every label counts the same in the loss, however rare."""
+    label_smoothing: float = 0.0
+    """Share of the target that goes to all labels alike."""
+    max_epoch: int = 5
+    """Passes over the training part."""
+    batch_size: int = 32
+    """Pieces of text per step."""
+    micro_tokens: int | None = None
+    """Tokens that go through the model at once; less needs less memory and changes no result. Default 4,096 on a CPU,
+    65,536 on a GPU."""
+    learning_rate: float | None = None
+    """Peak rate of AdamW; default 1e-4 (full), 5e-4 (last_block), 3e-3 (head), 1e-3 (lora)."""
+    layer_decay: float = 1.0
+    """Each layer down from the head learns at this share of the rate above it (ULMFiT, arXiv:1801.06146)."""
+    min_lr: float | None = None
+    """Rate at the end; default a tenth of learning_rate."""
+    warmup_iters: int | None = None
+    """Steps of linear warm-up; default 5% of all."""
+    lr_decay_iters: int | None = None
+    """Step at which the cosine ends; default the last."""
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices and embeddings."""
+    beta1: float = 0.9
+    """AdamW's first moment."""
+    beta2: float = 0.95
+    """AdamW's second moment."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 = no clipping."""
+    eval_interval: int | None = None
+    """Steps between evaluations; default half an epoch."""
+    patience: int | None = None
+    """Evaluations without improvement after which training stops, 0 = never; default 6 (as-published: 0)."""
+    lora_rank: int = 16
+    """Rank of the update of each matrix."""
+    lora_alpha: float = 32.0
+    """The update is scaled by lora_alpha / lora_rank."""
+    seeds: int = 1
+    """How many splits (and heads, and orders) are trained: seed, seed + 1, ...; figures are their mean."""
+    seed: int = 1337
+    """The first of them."""
+    baselines: bool = True
+    """Also score the commonest label and a linear SVM on character n-grams, on the same splits."""
+    out_dir: str = "classify_run"
+    """Run directory."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the matrix products; auto = the fastest that the device does well."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_epoch", "batch_size", "seeds", "block_size", "micro_tokens", "eval_interval"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.block_size is not None and self.block_size < 4:
+            raise UserError(f"block_size is {self.block_size}; a piece of text needs at least 4 tokens")
+        for name in ("train_fraction", "layer_decay"):
+            if not 0.0 < getattr(self, name) <= 1.0 or (name == "train_fraction" and self.train_fraction == 1.0):
+                raise UserError(f"{name} is {getattr(self, name)}; give a share above 0, such as 0.8")
+        for name in ("dropout", "label_smoothing", "beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"{name} is {getattr(self, name)}; give a number from 0 up to below 1")
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise UserError(f"learning_rate is {self.learning_rate}; it must be positive and finite, such as 1e-3")
+        for name in ("min_lr", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it cannot be negative")
+        self.lora  # noqa: B018 - its own checks
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The adapters, for trainable=lora."""
+        return LoraConfig(lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Labels of new texts."""
+
+    text_column: str | None = None
+    """Tables and JSON lines: the column with the text; default: the one called text, review, content or sentence."""
+    label_column: str | None = None
+    """Tables and JSON lines: the column with the true label; accuracy and macro-F1 are then printed at the end."""
+    skip_bad: bool = False
+    """Leave out and count rows that cannot be read instead of stopping."""
+    batch_size: int = 2048
+    """Texts that are read ahead, so that those of one length go through the model together."""
+    micro_tokens: int | None = None
+    """Tokens that go through the model at once. Default 4,096 on a CPU, 65,536 on a GPU."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the matrix products; auto = the fastest that the device does well."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "micro_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+ALIASES = {  # small-gpt's names -> ours
+    "sentimental_data_path": "data",
+    "data_path": "corpus",
+    "train_percent": "train_fraction",
+    "train_batch": "batch_size",
+    "lr": "learning_rate",
+    "warmup_steps": "warmup_iters",
+    "decay_steps": "lr_decay_iters",
+    "eval_freq": "eval_interval",
+    "checkpoint_root": "out_dir",
+}
+SWITCHES = {  # small-gpt's True and False -> our key and its two values
+    "use_mask": ("pooling", "mask", "no_mask"),
+    "frozen": ("trainable", "last_block", "full"),
+}
+NO_LONGER = {  # keys of small-gpt that mean nothing here, and why
+    **dict.fromkeys(("vocab_size", "n_layer", "n_head", "n_embd", "bias"), "the shape comes with base_model"),
+    "compile": "texts of every length would be compiled anew",
+    "tensorboard_path": "TensorBoard events are written into the run directory",
+    "test_batch": "results do not depend on it",
+    "save_freq": "the best model is kept",
+    "resume_from": "the same command again goes on with what is unfinished",
+}
+SMALL_GPT = {"sentimental_data_path", "use_mask", "frozen", "train_percent"}
+
+
+def load_config(path: Path | None, given: list[tuple[str, str]]) -> tuple[ClassifyConfig, Origin]:
+    """Defaults, then the file, then the command line's (key, value) pairs.
+
+    Returns the configuration and where each value came from. Raises UserError for unknown keys and wrong types.
+    """
+    values: dict[str, Any] = {}
+    origin: Origin = {}
+    written = {key for key, _ in given}
+    file_values, lines = read_yaml(path) if path else ({}, {})
+    for key, value in file_values.items():
+        place = f"{path}, line {lines[key]}"
+        written.add(key)
+        if (found := canonical(key, value, place)) is not None:
+            if found[0] in values:
+                raise UserError(f"{place}: {key} means {found[0]}, which was given at {origin[found[0]]}; keep one")
+            values[found[0]], origin[found[0]] = found[1], place
+    for key, value in given:
+        if (found := canonical(key, value, f"--{key}")) is not None:
+            values[found[0]], origin[found[0]] = found[1], "command line"
+    if "protocol" not in values and (seed_keys := sorted(written & SMALL_GPT)):
+        values["protocol"], origin["protocol"] = "as-published", f"small-gpt's way, because {seed_keys[0]} is given"
+    return ClassifyConfig(**values), origin
+
+
+def canonical(key: str, value: Any, where: str) -> tuple[str, Any] | None:
+    """Our name and value for a key as some user wrote it; None if it means nothing here (one line says why).
+
+    Raises UserError for an unknown key.
+    """
+    if key in NO_LONGER:
+        log(f"{where}: {key} is not needed: {NO_LONGER[key]}")
+        return None
+    if key in SWITCHES:
+        name, yes, no = SWITCHES[key]
+        return name, yes if coerce(key, value, bool, where) else no
+    name, kinds = ALIASES.get(key, key), typing.get_type_hints(ClassifyConfig)
+    if name not in kinds:
+        known = [*kinds, *ALIASES, *SWITCHES]
+        raise UserError(f"{where}: unknown key {key!r}.{suggest(key, known)} "
+                        "`miaobi classify train --help` lists all keys")  # fmt: skip
+    return name, coerce(key, value, kinds[name], where)
+
+
+def settings_of(cfg: ClassifyConfig) -> dict[str, Any]:
+    """What decides the figures of a cell, besides its pooling, its trainable part and its seed."""
+    elsewhere = {"pooling", "trainable", "seed", "seeds", "baselines", "out_dir", "device", "micro_tokens"}
+    return {key: value for key, value in dataclasses.asdict(cfg).items() if key not in elsewhere}

@@ -1,0 +1,107 @@
+"""Text to pretrain on that shares nothing with the reviews on which a classifier is judged.
+
+    python -m miaobi.classify.overlap SOURCE... --evaluation=reviews.csv --out=clean.jsonl
+
+A document is left out when its normalised text (letters and digits, see `data.normalized`) begins like a review (60
+characters) or shares any 20 characters in a row with one. What was left out is counted and printed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from miaobi.classify.data import normalized, read_rows
+from miaobi.console import log
+from miaobi.corpus.read import read_documents
+from miaobi.corpus.sources import find_sources
+from miaobi.errors import UserError
+
+PREFIX, WINDOW = 60, 20
+POWERS = np.array([pow(1_000_003, i, 1 << 64) for i in range(WINDOW)], np.uint64)
+
+
+@dataclass(frozen=True)
+class Args:
+    """Command line."""
+
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """Files, directories, globs, as in `miaobi prepare`; of tables the text column."""
+    evaluation: str
+    """Labelled table whose texts may not be pretrained on."""
+    out: Path
+    """.jsonl that is written: one document a line, in text."""
+    text_column: str | None = None
+    """Text column of the evaluation table; default: the one called text, review, content or sentence."""
+
+
+def window_hashes(text: str) -> np.ndarray:
+    """Polynomial hashes modulo 2^64 of every WINDOW characters in a row: (max(0, n - WINDOW + 1),) uint64."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
+    if len(codes) < WINDOW:
+        return np.empty(0, np.uint64)
+    return np.lib.stride_tricks.sliding_window_view(codes, WINDOW) @ POWERS
+
+
+class Evaluation:
+    """The texts that must not be seen before."""
+
+    def __init__(self, texts: list[str]) -> None:
+        keys = [key for text in texts if (key := normalized(text))]
+        self.prefixes = {key[:PREFIX] for key in keys}
+        self.windows = np.unique(np.concatenate([np.empty(0, np.uint64), *map(window_hashes, keys)]))
+
+    def overlaps(self, text: str) -> str:
+        """prefix or window, by what the text shares with an evaluation text; "" for nothing."""
+        key = normalized(text)
+        if key[:PREFIX] in self.prefixes:
+            return "prefix"
+        found = window_hashes(key)
+        places = np.searchsorted(self.windows, found)
+        places[places == len(self.windows)] = 0
+        return "window" if len(self.windows) and bool((self.windows[places] == found).any()) else ""
+
+
+def documents(name: str) -> Iterator[str]:
+    """Texts of a source: of .csv and .tsv the text column, else documents as `miaobi prepare` finds them."""
+    tables = {source.path: source.format == "csv" for source in find_sources([name])}
+    for path, is_table in tables.items():
+        if is_table:
+            yield from (row.text for row in read_rows(str(path), None, None, skip_bad=True, labels=False) if row)
+        else:
+            yield from read_documents([str(path)])
+
+
+def clean(args: Args) -> dict[str, int]:
+    """Write the documents that share nothing with the evaluation; returns documents, prefix, window, kept."""
+    rows = read_rows(args.evaluation, args.text_column, None, labels=False)
+    evaluation = Evaluation([row.text for row in rows if row is not None])
+    counts = {"documents": 0, "prefix": 0, "window": 0, "kept": 0}
+    with args.out.open("w", encoding="utf-8") as f:
+        for name in args.sources:
+            before = dict(counts)
+            for text in documents(name):
+                counts["documents"] += 1
+                shared = evaluation.overlaps(text)
+                counts[shared or "kept"] += 1
+                if not shared:
+                    f.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            found = {key: counts[key] - before[key] for key in counts}
+            log(f"{name}: {found['documents']:,} documents; {found['prefix']:,} begin like an evaluation text, "
+                f"{found['window']:,} more share {WINDOW} characters with one")  # fmt: skip
+    return counts
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(clean(tyro.cli(Args, prog="python -m miaobi.classify.overlap", description=__doc__,
+                                        use_underscores=True))))  # fmt: skip
+    except UserError as e:
+        print(f"miaobi: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,124 @@
+"""Labels of new texts: one, or files of any size in the order of their lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from miaobi.classify import head
+from miaobi.classify.config import PredictConfig
+from miaobi.classify.data import Row, read_rows
+from miaobi.classify.evaluation import scores
+from miaobi.classify.head import Judge
+from miaobi.console import log, warn
+from miaobi.corpus.sources import FORMAT_BY_NAME
+from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
+from miaobi.errors import UserError
+
+
+def load(model: str, cfg: PredictConfig) -> Judge:
+    """A classifier ready to predict. Raises UserError."""
+    keep_allocations()
+    device = pick_device(cfg.device)
+    judge = head.load(model, device, pick_dtype(cfg.dtype, device))
+    judge.micro_tokens = cfg.micro_tokens
+    judge.classifier.eval()
+    return judge
+
+
+def read_input(given: str | None, cfg: PredictConfig) -> Iterator[Row]:
+    """The texts that TEXT, FILE or - (standard input, a text a line) means, one by one.
+
+    Raises UserError for a file that is missing, has no such column or cannot be read.
+    """
+    if given is None or given == "-":
+        for number, line in enumerate(stdin_lines(), start=1):
+            yield Row(f"line {number}", line)
+        return
+    if os.path.isfile(given):  # pathlib's raises on a long text
+        rows = read_rows(given, cfg.text_column, cfg.label_column, cfg.skip_bad, cfg.label_column is not None)
+        yield from (row for row in rows if row is not None)
+    elif Path(given).suffix.lower() in (".txt", *FORMAT_BY_NAME):
+        raise UserError(f"{given}: no such file; a TEXT that is to be judged does not end like a file's name")
+    else:
+        yield Row("the text", given)
+
+
+def stdin_lines() -> Iterator[str]:
+    """Lines of standard input, UTF-8 or, where a line is not, GB18030. Raises UserError for neither."""
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        line = line.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError:
+            try:
+                yield line.decode("gb18030")
+            except UnicodeDecodeError as e:
+                raise UserError(f"standard input, line {number}: neither UTF-8 nor GB18030; convert it") from e
+
+
+def predictions(judge: Judge, rows: Iterator[Row], cfg: PredictConfig) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """(row, {label, probability, probabilities}) in the order of `rows`, read `batch_size` at a time."""
+    advice = "try --micro_tokens=1024, then a smaller --batch_size"
+    while batch := list(islice(rows, cfg.batch_size)):
+        with explain_memory(judge.device, advice):
+            found = judge.probabilities([row.text for row in batch])
+        for row, values in zip(batch, found, strict=True):
+            best = int(values.argmax())
+            chances = {name: round(float(p), 4) for name, p in zip(judge.labels, values, strict=True)}
+            yield row, {"label": judge.labels[best], "probability": chances[judge.labels[best]],
+                        "probabilities": chances}  # fmt: skip
+
+
+class Score:
+    """Right and wrong answers where the true labels are known."""
+
+    def __init__(self, labels: list[str]) -> None:
+        self.labels, self.true, self.predicted, self.unseen = list(labels), [], [], set()
+
+    def add(self, row: Row, label: str) -> None:
+        """Count one answer; a true label that the classifier has not learned is always a wrong one."""
+        if row.label is None:
+            return
+        if row.label not in self.labels:
+            self.labels.append(row.label)
+            self.unseen.add(row.label)
+            warn(f"{row.place}: label {row.label!r} was not in training; such rows count as wrong")
+        self.true.append(self.labels.index(row.label))
+        self.predicted.append(self.labels.index(label))
+
+    def result(self) -> dict[str, Any]:
+        """accuracy, macro_f1 and confusion over `labels`; {} without true labels."""
+        if not self.true:
+            return {}
+        found = scores(np.array(self.predicted), np.array(self.true), len(self.labels))
+        return found | {"labels": self.labels, "unseen_labels": sorted(self.unseen)}
+
+
+def write(judge: Judge, rows: Iterator[Row], cfg: PredictConfig, as_json: bool) -> None:
+    """Print the predictions as they come: lines of label, probability and text; or one JSON object.
+
+    Where the true labels are known, accuracy and macro-F1 follow: in the object, else on stderr.
+    """
+    score, separator = Score(judge.labels), ""
+    print('{"predictions": [' if as_json else "", end="")
+    for row, found in predictions(judge, rows, cfg):
+        score.add(row, found["label"])
+        if as_json:
+            print(separator + json.dumps({"text": row.text, **found}, ensure_ascii=False), end="")
+            separator = ", "
+        else:
+            print(f"{found['label']}\t{found['probability']:.4f}\t{' '.join(row.text.split())}")
+    result = score.result()
+    if as_json:
+        rest = "".join(f", {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in result.items())
+        print(f"]{rest}}}")
+    elif result:
+        log(f"accuracy {result['accuracy']:.2%}, macro-F1 {result['macro_f1']:.4f}")

@@ -1,0 +1,130 @@
+"""Predictions: every kind of input, in order, as they come."""
+
+import io
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from review_tables import reviews, write
+
+from miaobi.classify import predict as room
+from miaobi.classify.config import PredictConfig, load_config
+from miaobi.classify.data import Row, read_labelled
+from miaobi.classify.finetune import Cell, finetune
+from miaobi.classify.head import save
+
+
+@pytest.fixture(scope="session")
+def classifier(table: Path, trained: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier that knows who won."""
+    given = {"base_model": trained("qwen3"), "data": table, "max_epoch": 6, "learning_rate": 1e-2, "dropout": 0.0,
+             "batch_size": 16}  # fmt: skip
+    cfg, _ = load_config(None, [(key, str(value)) for key, value in given.items()])
+    judge, _, result = finetune(cfg, Cell("mask", "full", 1), cfg.base_model, read_labelled(cfg), torch.device("cpu"),
+                                torch.float32)  # fmt: skip
+    assert result["accuracy"] > 0.9
+    path = tmp_path_factory.mktemp("classifier")
+    save(path, judge)
+    return path
+
+
+@pytest.fixture
+def ask(miaobi: Callable, classifier: Path, monkeypatch) -> Callable:
+    """`ask("皇马赢得比赛")`: predict's JSON; stdin: bytes of standard input."""
+
+    def command(*args: object, stdin: bytes = b"", code: int = 0) -> dict:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        answer = miaobi("classify", "predict", classifier, *args, "--device=cpu", "--json")
+        assert answer.code == code, answer.err
+        return json.loads(answer.out) if code == 0 else {"error": answer.err}
+
+    return command
+
+
+def labels(found: dict) -> list[str]:
+    return [item["label"] for item in found["predictions"]]
+
+
+def test_a_text_gets_a_label_and_probabilities_that_add_up(ask: Callable):
+    (won,) = ask("皇马赢得比赛，球迷赢得冠军。")["predictions"]
+    assert won["label"] == "1"
+    assert won["probability"] == won["probabilities"]["1"] > 0.5
+    assert sum(won["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+    assert labels(ask("皇马输掉比赛，球迷输掉冠军。")) == ["0"]
+
+
+def test_files_are_judged_in_their_order_whatever_the_batches(ask: Callable, tmp_path: Path):
+    rows = [text for _, text in reviews(50, seed=4, long=60)]
+    (tmp_path / "a.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    found = ask(tmp_path / "a.txt")
+    assert [item["text"] for item in found["predictions"]] == rows
+    alone = [ask(text)["predictions"][0] for text in rows[:5]]
+    assert [item["label"] for item in alone] == labels(found)[:5]
+    for one, many in zip(alone, found["predictions"], strict=False):
+        assert one["probability"] == pytest.approx(many["probability"], abs=2e-4)
+    assert labels(ask(tmp_path / "a.txt", "--batch_size=7", "--micro_tokens=40")) == labels(found)
+    write(tmp_path / "a.csv", [("1", text) for text in rows], ("stars", "text"))
+    assert labels(ask(tmp_path / "a.csv")) == labels(found)
+    lines = [json.dumps({"content": text}) for text in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="gb18030")
+    assert labels(ask(tmp_path / "a.jsonl")) == labels(found)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030"])
+def test_standard_input_is_a_text_a_line(ask: Callable, encoding: str):
+    text = "皇马赢得比赛\r\n\n皇马输掉比赛"
+    found = ask("-", stdin=text.encode(encoding))
+    assert [item["text"] for item in found["predictions"]] == ["皇马赢得比赛", "", "皇马输掉比赛"]
+    assert labels(found)[::2] == ["1", "0"]
+    assert ask(stdin=text.encode(encoding)) == found
+    assert ask("-", stdin=b"") == {"predictions": []}
+
+
+def test_an_empty_text_gets_a_label(ask: Callable):
+    assert labels(ask("")) in (["0"], ["1"])
+
+
+def test_input_is_read_no_faster_than_it_is_judged(classifier: Path):
+    """Files of any size: an endless one gives its first answers."""
+    read = []
+    endless = (read.append(i) or Row("", f"皇马赢得比赛{i}") for i in itertools.count())
+    cfg = PredictConfig(batch_size=10, device="cpu")
+    found = list(itertools.islice(room.predictions(room.load(str(classifier), cfg), endless, cfg), 25))
+    assert [row.text for row, _ in found] == [f"皇马赢得比赛{i}" for i in range(25)]
+    assert len(read) == 30
+
+
+def test_true_labels_are_scored_and_unseen_ones_count_as_wrong(ask: Callable, miaobi: Callable, classifier, tmp_path):
+    rows = [("1", "皇马赢得比赛"), ("0", "皇马输掉比赛"), ("2", "曼联赢得冠军"), ("1", "球迷赢得联赛")]
+    path = write(tmp_path / "a.csv", rows)
+    found = ask(path, "--label_column=label")
+    assert found["accuracy"] == 0.75
+    assert found["unseen_labels"] == ["2"]
+    assert found["labels"] == ["0", "1", "2"]
+    assert found["confusion"] == [[1, 0, 0], [0, 2, 0], [0, 1, 0]]
+    assert found["macro_f1"] == pytest.approx((1 + 0.8 + 0) / 3)
+    answer = miaobi("classify", "predict", classifier, path, "--label_column=label", "--device=cpu")
+    assert "label '2' was not in training; such rows count as wrong" in answer.err
+    assert "accuracy 75.00%" in answer.err
+    assert [line.split("\t")[0] for line in answer.out.splitlines()] == ["1", "0", "1", "1"]
+    assert "accuracy" not in ask(path)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere.csv"], "nowhere.csv: no such file"),
+        (["TABLE", "--text_column=words"], "no column 'words'; there are label, review"),
+        (["TABLE", "--label_column=stars"], "no column 'stars'"),
+        (["TABLE", "--batch_size=0"], "batch_size is 0"),
+    ],
+)
+def test_mistakes_end_with_two_and_a_way_out(ask: Callable, table: Path, args: list[str], message: str):
+    assert message in ask(*[table if a == "TABLE" else a for a in args], code=2)["error"]
+
+
+def test_bytes_that_are_no_text_are_named(ask: Callable):
+    assert "standard input, line 2: neither UTF-8 nor GB18030" in ask("-", stdin=b"ok\n\xff\xff\n", code=2)["error"]
