@@ -174,8 +174,8 @@ class Predictor:
         path = work / "classifier"
         path.mkdir()
         save(path, Judge(Classifier(model, 2, "mask"), tokenizer, reading, ["0", "1"]))
-        self.cfg = PredictConfig(device=args.device)
-        self.judge = predict.load(str(path), self.cfg)
+        self.cfg = PredictConfig(str(path), device=args.device)
+        self.judge = predict.load(self.cfg.model, self.cfg)
         self.count, self.done = args.predict_texts, 0
 
     def turn(self) -> tuple[int, float]:

@@ -393,11 +393,14 @@ def classify(args: list[str]) -> None:
     if kind not in CLASSIFICATIONS:
         raise UserError(f"miaobi classify does not know {kind!r}; it can {', '.join(CLASSIFICATIONS)}")
     as_json = take_flag(rest, "--json")
-    if kind == "predict":
-        predict(rest, as_json)
-        return
-    from miaobi.classify.config import ClassifyConfig, load_config
+    from miaobi.classify.config import ClassifyConfig, PredictConfig, load_config
 
+    if kind == "predict":
+        given = parse("classify predict", PredictConfig, rest)
+        from miaobi.classify import predict
+
+        predict.write(predict.load(given.model, given), predict.read_input(given), given, as_json)
+        return
     if {"-h", "--help"} & set(rest):
         print(f"usage: miaobi classify {kind} [CONFIG.yaml] [--key=value ...]\n\nsmall-gpt's key names work too\n")
         parse(f"classify {kind}", ClassifyConfig, ["--help"])
@@ -413,27 +416,6 @@ def classify(args: list[str]) -> None:
             print(f"next: miaobi classify predict {result['run']} 房间很干净，下次还来")
     if result["stopped"]:
         sys.exit(130 if result["stopped"] == "interrupted" else 143)
-
-
-def predict(args: list[str], as_json: bool) -> None:
-    """`miaobi classify predict MODEL [TEXT | FILE | -]`."""
-    import tyro
-
-    from miaobi.classify.config import PredictConfig
-
-    @dataclass(frozen=True)
-    class Args:
-        config: PredictConfig
-        model: tyro.conf.Positional[str]
-        """Run of `miaobi classify train`, or the directory of a classifier."""
-        input: tyro.conf.Positional[str | None] = None
-        """A text, a file (.csv .tsv .jsonl, else a text a line), or - for lines of standard input (the default)."""
-
-    given = parse("classify predict", Args, args)
-    from miaobi.classify import predict as room
-
-    judge = room.load(given.model, given.config)
-    room.write(judge, room.read_input(given.input, given.config), given.config, as_json)
 
 
 # --- convert -----------------------------------------------------------------------------------------------------

@@ -91,8 +91,8 @@ def test_input_is_read_no_faster_than_it_is_judged(classifier: Path):
     """Files of any size: an endless one gives its first answers."""
     read = []
     endless = (read.append(i) or Row("", f"皇马赢得比赛{i}") for i in itertools.count())
-    cfg = PredictConfig(batch_size=10, device="cpu")
-    found = list(itertools.islice(room.predictions(room.load(str(classifier), cfg), endless, cfg), 25))
+    cfg = PredictConfig(str(classifier), batch_size=10, device="cpu")
+    found = list(itertools.islice(room.predictions(room.load(cfg.model, cfg), endless, cfg), 25))
     assert [row.text for row, _ in found] == [f"皇马赢得比赛{i}" for i in range(25)]
     assert len(read) == 30
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from miaobi.config import LoraConfig
 from miaobi.console import log
 from miaobi.errors import UserError
@@ -131,6 +133,10 @@ class ClassifyConfig:
 class PredictConfig:
     """Labels of new texts."""
 
+    model: tyro.conf.Positional[str]
+    """Run of `miaobi classify train`, or the directory of a classifier."""
+    input: tyro.conf.Positional[str | None] = None
+    """A text, a file (.csv .tsv .jsonl, else a text a line), or - for lines of standard input (the default)."""
     text_column: str | None = None
     """Tables and JSON lines: the column with the text; default: the one called text, review, content or sentence."""
     label_column: str | None = None

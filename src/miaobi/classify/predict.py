@@ -33,11 +33,12 @@ def load(model: str, cfg: PredictConfig) -> Judge:
     return judge
 
 
-def read_input(given: str | None, cfg: PredictConfig) -> Iterator[Row]:
-    """The texts that TEXT, FILE or - (standard input, a text a line) means, one by one.
+def read_input(cfg: PredictConfig) -> Iterator[Row]:
+    """The texts that `cfg.input` means: a text, a file, or - (standard input, a text a line); one by one.
 
     Raises UserError for a file that is missing, has no such column or cannot be read.
     """
+    given = cfg.input
     if given is None or given == "-":
         for number, line in enumerate(stdin_lines(), start=1):
             yield Row(f"line {number}", line)
