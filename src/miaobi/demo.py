@@ -51,7 +51,8 @@ def demo(out: Path, quick: bool = False) -> dict:
     result["chat"], stopped = talk(out, quick)
     if stopped in STOPPED:
         return result | {"stopped": stopped}
-    log(f"\nnext:\n  miaobi chat {out / 'chat'}\n  miaobi sample {out} --start=北京\n"
+    log(f"\nnext:\n  miaobi chat {out / 'chat'}   # it knows short exchanges: `flush` before the next\n"
+        f"  miaobi sample {out} --start=北京\n"
         "  miaobi train configs/demo.yaml --data=YOUR.txt --out_dir=my_run   # your own text, any encoding\n"
         f"  miaobi train configs/demo.yaml --data={out / 'data'} --out_dir=bigger_run --n_layer=6 --n_embd=384 "
         "--n_head=6 --max_iters=5000")  # fmt: skip
