@@ -19,10 +19,10 @@ from miaobi.classify.data import (
     make_split,
     normalized,
     read_labelled,
-    read_rows,
     shuffled,
     stratified,
 )
+from miaobi.classify.tables import read_rows
 from miaobi.errors import UserError
 
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from miaobi.classify import finetune as room
+from miaobi.classify.base import prepare_base
 from miaobi.classify.config import ClassifyConfig
 from miaobi.classify.data import Labelled, read_labelled
-from miaobi.classify.finetune import Cell, Finetuning, build, finetune, prepare_base, row_weights
+from miaobi.classify.finetune import Cell, Finetuning, build, finetune, row_weights
 from miaobi.classify.head import Judge
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model

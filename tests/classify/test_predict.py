@@ -12,9 +12,10 @@ from review_tables import reviews, write
 
 from miaobi.classify import predict as room
 from miaobi.classify.config import PredictConfig, load_config
-from miaobi.classify.data import Row, read_labelled
+from miaobi.classify.data import read_labelled
 from miaobi.classify.finetune import Cell, finetune
 from miaobi.classify.head import save
+from miaobi.classify.tables import Row
 
 
 @pytest.fixture(scope="session")

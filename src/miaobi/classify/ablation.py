@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from miaobi.classify import head
+from miaobi.classify.base import open_base, prepare_base
 from miaobi.classify.config import ClassifyConfig, settings_of
 from miaobi.classify.data import Labelled, differences, make_split, read_labelled
 from miaobi.classify.evaluation import baselines, paired_interval
-from miaobi.classify.finetune import Cell, Interrupted, finetune, open_base, prepare_base
+from miaobi.classify.finetune import Cell, Interrupted, finetune
 from miaobi.console import log
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError

@@ -1,40 +1,22 @@
-"""Labelled texts: read from tables, split by either protocol, cut into pieces of token ids."""
+"""Labelled texts: split by either protocol, cut into pieces of token ids."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from miaobi.classify.config import ClassifyConfig
-from miaobi.console import log
-from miaobi.corpus import cutting
-from miaobi.corpus.cutting import decode_block, text_blocks
+from miaobi.classify.tables import read_rows
 from miaobi.corpus.dataset import derive
-from miaobi.corpus.sources import Source, find_sources
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 
-TEXT_COLUMNS = ("text", "review", "content", "sentence")
-LABEL_COLUMNS = ("label", "labels", "sentiment", "class")
 NO_LABEL = ("", "nan")  # what an empty cell becomes in a table that pandas wrote
 LEAST = 3  # examples of a label: one for each part
-
-
-@dataclass(frozen=True)
-class Row:
-    """One text of a file. label: None where there is no such column, "" where the cell is empty."""
-
-    place: str
-    text: str
-    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,121 +82,6 @@ class Reading:
         ends = np.append(starts[1:], len(ids))
         cut = [self.cut(ids[start:end]) for start, end in zip(starts, ends, strict=True)]
         return [row for rows in cut for row in rows], np.repeat(np.arange(len(texts)), [len(rows) for rows in cut])
-
-
-# Reading
-
-
-def read_rows(name: str, text_column: str | None, label_column: str | None, skip_bad: bool = False,
-              labels: bool = True) -> Iterator[Row | None]:  # fmt: skip
-    """Rows of .csv, .tsv and .jsonl files one by one, None for one that `skip_bad` leaves out; of others, their lines.
-
-    labels: whether a label column is needed. Quoted cells may hold line breaks.
-
-    Raises:
-        UserError: missing files and columns, rows that cannot be read.
-    """
-    for source in find_sources([name]):
-        if source.format == "parquet":
-            raise UserError(f"{source.name}: classify reads .csv, .tsv, .jsonl and lines of text; save it as one")
-        if source.format == "text":
-            for number, line in enumerate(lines_of(source, skip_bad), start=1):
-                yield Row(f"{source.name}, line {number}", line.rstrip("\r\n"))
-            continue
-        columns: tuple[str, str | None] | None = None
-        for place, record in json_records(source, skip_bad) if source.format == "jsonl" else table(source, skip_bad):
-            if columns is None and record is not None:
-                columns = find_columns(source, list(record), text_column, label_column, labels)
-            yield None if record is None else row_of(place, record, *columns, skip_bad)
-
-
-def lines_of(source: Source, skip_bad: bool) -> Iterator[str]:
-    """Decoded lines with their ends."""
-    for block in text_blocks(source, 0, whole=True):
-        yield from io.StringIO(decode_block(block, skip_bad)[0], newline="")
-
-
-def table(source: Source, skip_bad: bool) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """(place, column -> cell) of the rows of a .csv or .tsv."""
-    csv.field_size_limit(cutting.MAX_DOCUMENT_BYTES)
-    lines = lines_of(source, skip_bad)
-    header = next(lines, "")
-    is_tsv = source.inner_name.lower().endswith(".tsv") or ("\t" in header and "," not in header)
-    delimiter = "\t" if is_tsv else ","
-    names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
-    quoting = csv.QUOTE_NONE if is_tsv and not is_quoted(source, skip_bad) else csv.QUOTE_MINIMAL
-    # Strict: else a quote that is never closed swallows the rest of the file without a word.
-    rows, line = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True), 2
-    try:
-        for cells in rows:
-            place = f"{source.name}, line {line}"
-            line = rows.line_num + 2
-            if len(cells) >= len(names):
-                yield place, dict(zip(names, cells, strict=False))
-            elif cells and not skip_bad:
-                raise UserError(f"{place}: {len(cells)} columns where the header has {len(names)}; quote cells that "
-                                "contain the delimiter, or leave such rows out with --skip_bad=True")  # fmt: skip
-            elif cells:
-                yield place, None
-    except csv.Error as e:
-        raise UserError(f"{source.name}, line {line}: {e}; is a quote not closed? Quotes inside a cell are doubled, "
-                        'and the whole cell is quoted: "他说""好""。"') from e  # fmt: skip
-
-
-def is_quoted(source: Source, skip_bad: bool) -> bool:
-    """Whether quotes in a .tsv are those of a table; in many they are nothing but text."""
-    try:
-        for _ in csv.reader(lines_of(source, skip_bad), delimiter="\t", strict=True):
-            pass
-    except csv.Error:
-        log(f"{source.name}: quotes do not pair up, they are read as text")
-        return False
-    return True
-
-
-def json_records(source: Source, skip_bad: bool) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """(place, field -> value) of the lines of a .jsonl."""
-    for number, line in enumerate(lines_of(source, skip_bad), start=1):
-        if not line.strip():
-            continue
-        place = f"{source.name}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) and not skip_bad:
-            raise UserError(f"{place}: not a JSON object; every line must be one (--skip_bad=True leaves others out)")
-        yield place, record if isinstance(record, dict) else None
-
-
-def find_columns(
-    source: Source, names: list[str], text: str | None, label: str | None, labels: bool
-) -> tuple[str, str | None]:
-    """The text and the label column. Raises UserError where one is missing."""
-    found = []
-    for asked, known, key in (text, TEXT_COLUMNS, "text_column"), (label, LABEL_COLUMNS, "label_column"):
-        if key == "label_column" and asked is None and not labels:
-            return found[0], None
-        name = asked if asked is not None else next((n for n in known if n in names), None)
-        if name is None or name not in names:
-            asked = f"no column {asked!r}" if asked is not None else f"no column called {', '.join(known)}"
-            raise UserError(f"{source.name}: {asked}; there are {', '.join(map(str, names)) or 'none'}. "
-                            f"Name one with --{key}")  # fmt: skip
-        found.append(name)
-    return found[0], found[1]
-
-
-def row_of(place: str, record: dict[str, Any], text: str, label: str | None, skip_bad: bool) -> Row | None:
-    """A record as text and label. Raises UserError for a text that is none."""
-    value = record.get(text)
-    if not isinstance(value, str):
-        if skip_bad:
-            return None
-        raise UserError(f"{place}: {text} is {type(value).__name__}, not text (--skip_bad=True leaves such rows out)")
-    if label is None:
-        return Row(place, value)
-    found = record.get(label)
-    return Row(place, value, "" if found is None else str(found).strip())
 
 
 def read_labelled(cfg: ClassifyConfig) -> Labelled:

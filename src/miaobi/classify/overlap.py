@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from miaobi.classify.data import normalized, read_rows
+from miaobi.classify.data import normalized
+from miaobi.classify.tables import read_rows
 from miaobi.console import log
 from miaobi.corpus.read import read_documents
 from miaobi.corpus.sources import find_sources

@@ -14,9 +14,9 @@ import numpy as np
 
 from miaobi.classify import head
 from miaobi.classify.config import PredictConfig
-from miaobi.classify.data import Row, read_rows
 from miaobi.classify.evaluation import scores
 from miaobi.classify.head import Judge
+from miaobi.classify.tables import Row, read_rows
 from miaobi.console import log, warn
 from miaobi.corpus.sources import FORMAT_BY_NAME
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
