@@ -63,13 +63,15 @@ def naive(judge: Judge, text: str) -> np.ndarray:
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "llama"])
 @pytest.mark.parametrize("pooling", ["mask", "no_mask", "mean"])
-def test_texts_of_one_batch_are_judged_as_each_alone(family: str, pooling: str):
+@pytest.mark.parametrize(("slack", "tokens", "batches"), [(0.0, 4096, 1), (0.9, 4096, None), (0.0, 1, 7)])
+def test_texts_of_one_batch_are_judged_as_each_alone(monkeypatch, family, pooling, slack, tokens, batches):
+    monkeypatch.setattr(head, "SLACK", slack)
     judge = judge_of(family, pooling)
-    assert len(judge.reading.rows(TEXTS, judge.tokenizer)[0]) > len(TEXTS)  # one is longer than a block
-    found = logits_of(judge, TEXTS)
-    np.testing.assert_allclose(found, [naive(judge, text) for text in TEXTS], atol=2e-5)
-    judge.micro_tokens = 1
-    np.testing.assert_allclose(logits_of(judge, TEXTS), found, atol=2e-5)
+    judge.micro_tokens = tokens
+    rows = [torch.from_numpy(row) for row in judge.reading.rows(TEXTS, judge.tokenizer)[0]]
+    assert len(rows) > len(TEXTS)  # one is longer than a block
+    assert batches is None or len(judge.buckets(rows)) == batches
+    np.testing.assert_allclose(logits_of(judge, TEXTS), [naive(judge, text) for text in TEXTS], atol=2e-5)
 
 
 def test_poolings_read_different_states():
