@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,7 +42,10 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as e:
         if debug:
             raise
-        print(f"miaobi: {e}", file=sys.stderr)
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if several and os.environ.get("RANK") != "0":
+            time.sleep(1)  # what all ranks would say, rank 0 says; torchrun ends the others when it leaves
+        print(f"miaobi: {'rank ' + os.environ['RANK'] + ': ' if several else ''}{e}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `miaobi sample ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -184,13 +188,17 @@ def train(args: list[str]) -> None:
     cfg, origin = load_config(path, given)
     if Path(cfg.train.resume_from or "").suffix == ".pth":
         from miaobi.convert.small_gpt import start_from_checkpoint
+        from miaobi.train.parallel import join
 
-        cfg, origin = start_from_checkpoint(cfg, origin)
+        with join(cfg.train).first():  # of several processes one converts
+            cfg, origin = start_from_checkpoint(cfg, origin)
     from miaobi.generate.engine import preview
     from miaobi.train.loop import train as train_run
 
     result = train_run(cfg, origin, preview)
-    if as_json:
+    if os.environ.get("RANK", "0") != "0":
+        pass  # rank 0 tells it
+    elif as_json:
         print_json(result)
     else:
         print(f"{result['stopped']} at step {result['step']}"

@@ -273,8 +273,19 @@ class TrainConfig:
     """Arithmetic of the matrix products; auto = the fastest that the device does well."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile; auto = where it works and the run is long enough to win its cost back."""
-    parallel: Literal["auto", "none"] = "auto"
-    """How several processes share the work; one process runs as none."""
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """How processes that torchrun started share the work. ddp = each holds the whole model; fsdp = each holds a part of
+    it (FSDP2), also for one process. auto = ddp, but fsdp where weights and optimizer would fill half of a GPU."""
+    fsdp_shard_size: int | None = None
+    """fsdp: ranks over which one copy of the model is split; default all. The GPUs of one machine = HSDP: whole copies
+    on every machine, so that only gradients cross the network."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input and compute the rest again in the backward pass: less memory, a third more work."""
+    comm_timeout: int = 600
+    """Seconds that a rank waits for the others before it gives up."""
+    mirror: str | None = None
+    """Storage to which every checkpoint is copied, and from which a run without one goes on: a directory or an fsspec
+    URL, such as s3://bucket/run (pip install s3fs) or oss://bucket/run (ossfs)."""
     seed: int = 1337
     """Seed of initialisation, data order and dropout."""
     wandb_log: bool = False
@@ -288,9 +299,14 @@ class TrainConfig:
         for name in ("batch_size", "gradient_accumulation_steps", "micro_batch_size", "max_iters", "max_epochs"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("eval_interval", "eval_iters", "log_interval", "save_interval"):
+        for name in ("eval_interval", "eval_iters", "log_interval", "save_interval", "fsdp_shard_size", "comm_timeout"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.fsdp_shard_size is not None and self.parallel != "fsdp":
+            raise UserError("fsdp_shard_size is for --parallel=fsdp; add that, or leave fsdp_shard_size out")
+        if self.parallel == "fsdp" and self.trainable == "lora":
+            raise UserError("LoRA's adapters are small and its model is frozen: nothing is won by sharding them; "
+                            "use --parallel=ddp")  # fmt: skip
         if self.patience < 0 or self.sample_tokens < 0:
             raise UserError("patience and sample_tokens cannot be negative; 0 switches them off")
         if self.trainable == "lora" and self.init_from == "scratch" and self.resume_from is None:

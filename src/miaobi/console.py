@@ -6,6 +6,11 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeE
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def quiet() -> None:
+    """Say nothing from here on: of several processes only the first one speaks. Errors are not the console's."""
+    console.quiet = True
+
+
 def log(message: str) -> None:
     """One plain line on stderr; markup in user text (brackets) stays as typed."""
     console.print(message, markup=False)

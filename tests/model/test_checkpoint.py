@@ -217,7 +217,7 @@ def test_reading_a_model_imports_no_compiler(directory):
 
 def test_a_train_state_is_not_read_through_a_model_argument(directory, tmp_path):
     (directory / "train_state").mkdir()
-    (directory / "train_state" / "optimizer.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
+    (directory / "train_state" / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
     load_model(directory)
     assert not (tmp_path / "executed").exists()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from miaobi.config import ModelConfig
 from miaobi.corpus.dataset import IGNORE, TextWindows
 from miaobi.model.transformer import Transformer
-from miaobi.train.evaluate import evaluate, sliding, validation_loss
+from miaobi.train.evaluate import evaluate, sliding, validation_nats
 
 BLOCK, V = 8, 40
 
@@ -110,5 +110,5 @@ def test_validation_loss_is_the_mean_over_its_windows(n, windows):
     expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORE).item()
     for batch_size in (1, 3, 64):
         model.train()
-        assert validation_loss(model, fixed, batch_size, torch.float32) == pytest.approx(expected, rel=1e-5)
+        assert validation_nats(model, fixed, batch_size, torch.float32) == pytest.approx(expected, rel=1e-5)
         assert model.training, "the mode is restored"

@@ -10,7 +10,7 @@ import torch
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, pointed
 from miaobi.model.transformer import Block
-from miaobi.train import state
+from miaobi.train import saving
 from miaobi.train.loop import Run
 
 
@@ -60,7 +60,7 @@ def test_an_update_that_breaks_the_weights_at_an_evaluation_is_not_saved(train, 
 
 
 def test_a_full_disk_costs_a_checkpoint_not_the_run(train, prepared, tmp_path, monkeypatch, capsys):
-    save_model, saved = state.save_model, []
+    save_model, saved = saving.save_model, []
 
     def full_at_the_second(directory, *args):
         saved.append(directory)
@@ -69,7 +69,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(train, prepared, tmp_path, m
             raise OSError(errno.ENOSPC, "No space left on device")
         save_model(directory, *args)
 
-    monkeypatch.setattr(state, "save_model", full_at_the_second)
+    monkeypatch.setattr(saving, "save_model", full_at_the_second)
     result = train(data=prepared(), out_dir=tmp_path / "run", max_iters=25, eval_interval=10)
     assert result["step"] == 25
     said = capsys.readouterr().err
@@ -88,7 +88,7 @@ def file_limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("limit", [30_000, 200_000], ids=["model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("limit", [30_000, 200_000], ids=["model.safetensors", "train_state"])
 def test_a_disk_that_really_refuses_leaves_the_checkpoint_before_whole(
     train, prepared, tmp_path, file_limit, capsys, limit
 ):
@@ -107,15 +107,15 @@ def test_a_disk_that_really_refuses_leaves_the_checkpoint_before_whole(
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(p.name for p in checkpoints.iterdir()) == ["best", "last", "step-10"]
     assert (checkpoints / "step-10" / "model.safetensors").stat().st_size > 30_000
-    assert (checkpoints / "step-10" / "train_state" / "optimizer.pt").stat().st_size > 200_000
+    assert (checkpoints / "step-10" / "train_state" / "__0_0.distcp").stat().st_size > 200_000
     load_model(tmp_path / "run", "last")
 
 
 def test_after_a_lost_checkpoint_best_is_still_the_best_of_those_on_disk(train, prepared, tmp_path, monkeypatch):
     """Validation falls at every step here; the save of step 20 fails; steps 10 and 30 exist: best must be 30."""
-    save_model, saved = state.save_model, []
+    save_model, saved = saving.save_model, []
     losses = iter([5.0, 3.0, 4.0])
-    monkeypatch.setattr("miaobi.train.loop.validation_loss", lambda *_: next(losses))
+    monkeypatch.setattr(Run, "validation_loss", lambda _: next(losses))
 
     def full_at_the_second(directory, *args):
         saved.append(directory)
@@ -123,7 +123,7 @@ def test_after_a_lost_checkpoint_best_is_still_the_best_of_those_on_disk(train, 
             raise OSError(errno.ENOSPC, "No space left on device")
         save_model(directory, *args)
 
-    monkeypatch.setattr(state, "save_model", full_at_the_second)
+    monkeypatch.setattr(saving, "save_model", full_at_the_second)
     train(data=prepared(), out_dir=tmp_path / "run", max_iters=30, eval_interval=10)
     assert pointed(tmp_path / "run" / "checkpoints" / "best").name == "step-30"
 

@@ -13,9 +13,10 @@ from miaobi.corpus.dataset import IGNORE, PreparedData, TokenStream, batch, wind
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, pointed
-from miaobi.overrides import load_config
+from miaobi.overrides import load_config, with_values
 from miaobi.train import loop
 from miaobi.train.loop import Run
+from miaobi.train.parallel import World
 
 
 def rows(run: Path) -> list[dict]:
@@ -37,8 +38,8 @@ def new_run(prepared, tmp_path):
         given = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 8, "family": "gpt2",
                  "grad_clip": 0, "compile": False} | values  # fmt: skip
         cfg, _ = load_config(None, [(key, str(value)) for key, value in given.items()])
-        data = PreparedData.open(prepared())
-        run = Run(cfg, {}, tmp_path, data, Tokenizer.load(data.path), torch.device("cpu"), torch.float32, None)
+        cfg = with_values(cfg, {"data": str(prepared()), "out_dir": str(tmp_path / "run")})
+        run = Run(cfg, {}, World(), torch.device("cpu"), torch.float32, cfg.train.micro_batch)
         run.optimizers = []
         return run
 
@@ -161,14 +162,14 @@ def test_no_evaluation_before_the_first_interval_and_none_dearer_than_the_traini
     train, prepared, tmp_path, monkeypatch
 ):
     calls, steps = [], []
-    validation_loss, step = loop.validation_loss, Run.step
+    validation_nats, step = loop.validation_nats, Run.step
     monkeypatch.setattr(Run, "step", lambda self, n: (steps.append(n), step(self, n))[1])
 
     def spy(model, windows, *args):
         calls.append((len(steps), len(windows.inputs)))
-        return validation_loss(model, windows, *args)
+        return validation_nats(model, windows, *args)
 
-    monkeypatch.setattr(loop, "validation_loss", spy)
+    monkeypatch.setattr(loop, "validation_nats", spy)
     train(data=prepared(), out_dir=tmp_path / "run", max_iters=7, eval_interval=5, eval_iters=1000)
     assert [at for at, _ in calls] == [5, 7]
     for at, windows in calls:

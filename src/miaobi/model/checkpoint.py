@@ -30,7 +30,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     If the body raises (a full disk, Ctrl-C) nothing is left behind and an older directory at `path` stays.
     """
-    aside = path.parent / f".{path.name}.tmp"
+    aside = aside_of(path)
     shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
     aside.mkdir(parents=True)
     try:
@@ -44,6 +44,11 @@ def written_whole(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def aside_of(path: Path) -> Path:
+    """Where a directory is while it is being written."""
+    return path.parent / f".{path.name}.tmp"
 
 
 def flush(path: Path) -> None:

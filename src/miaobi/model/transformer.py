@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from miaobi.config import ModelConfig
 
@@ -210,6 +211,7 @@ class Transformer(nn.Module):
         self.norm = make_norm(cfg, cfg.n_embd)
         self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.n_embd, rows, bias=False)
         self.rope = rope_table(cfg) if cfg.family != "gpt2" else None
+        self.recompute = False  # activations in the backward pass, instead of keeping them (arXiv:1604.06174)
         self.init_weights()
 
     def _apply(self, fn, recurse: bool = True):
@@ -220,17 +222,23 @@ class Transformer(nn.Module):
         return self
 
     def init_weights(self) -> None:
+        """Draw every weight from the global random state, in the parameters' order."""
+        for name, p in self.named_parameters():
+            self.init_parameter(name, p)
+
+    @torch.no_grad()
+    def init_parameter(self, name: str, p: Tensor) -> None:
         """GPT-2's: normal 0.02, residual projections by 1/sqrt(2 n_layer). Others: residual projections at zero,
         so that every block starts as the identity (modded-nanogpt; measured in docs/lab-notes.md).
         """
-        for name, p in self.named_parameters():
-            if p.ndim < 2:
-                continue  # norms and biases are born as ones and zeros
-            if name.endswith(("attn.proj.weight", "mlp.down.weight")):
-                std = 0.02 / math.sqrt(2 * self.cfg.n_layer) if self.cfg.family == "gpt2" else 0.0
-            else:
-                std = 0.02
-            nn.init.normal_(p, std=std)
+        if p.ndim < 2:  # norms and biases
+            p.fill_(0.0 if name.endswith("bias") else 1.0)
+            return
+        if name.endswith(("attn.proj.weight", "mlp.down.weight")):
+            std = 0.02 / math.sqrt(2 * self.cfg.n_layer) if self.cfg.family == "gpt2" else 0.0
+        else:
+            std = 0.02
+        nn.init.normal_(p, std=std)
 
     @property
     def head_weight(self) -> Tensor:
@@ -277,7 +285,10 @@ class Transformer(nn.Module):
             mask = torch.ones(T, S, dtype=torch.bool, device=ids.device).tril(S - T)
         x, rope = self.embed(ids, position_ids)
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, mask, caches[i] if caches else None)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, caches[i] if caches else None)
         return self.norm(x)
 
     def forward(

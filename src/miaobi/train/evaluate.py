@@ -53,8 +53,8 @@ def eager(model: Transformer) -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager")
 
 
-def validation_loss(model: Transformer, windows: Batch, batch_size: int, dtype: torch.dtype) -> float:
-    """Nats per scored token over the windows; the model's mode is restored."""
+def validation_nats(model: Transformer, windows: Batch, batch_size: int, dtype: torch.dtype) -> float:
+    """Sum of nats over the scored tokens of the windows; the model's mode is restored."""
     was_training = model.training
     model.eval()
     with eager(model):
@@ -62,7 +62,7 @@ def validation_loss(model: Transformer, windows: Batch, batch_size: int, dtype: 
             nats(model, windows, dtype, slice(i, i + batch_size)) for i in range(0, len(windows.inputs), batch_size)
         )
     model.train(was_training)
-    return total / max(1, int((windows.targets != IGNORE).sum()))
+    return total
 
 
 def text_size(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:

@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 import math
-import os
+import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.progress import Progress as Bar
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from miaobi.config import RunConfig
 from miaobi.console import console, log, progress, warn
-from miaobi.corpus.dataset import IGNORE, PreparedData, derive
+from miaobi.corpus.dataset import IGNORE, derive
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.device import can_compile, explain_memory, keep_allocations, peak_flops, pick_device, pick_dtype
+from miaobi.device import can_compile, explain_memory, keep_allocations, peak_flops, pick_dtype
 from miaobi.errors import UserError
 from miaobi.model.lora import adapter_parameters
-from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin
-from miaobi.train.evaluate import eager, place, text_size, validation_loss
+from miaobi.train.evaluate import eager, place, text_size, validation_nats
+from miaobi.train.mirror import Mirror
 from miaobi.train.optimizer import make_optimizers, rate, set_rate
+from miaobi.train.parallel import (
+    Objective,
+    World,
+    check_batch,
+    check_same,
+    explain_lost,
+    join,
+    placed,
+    rank_device,
+    whole,
+)
 from miaobi.train.recipe import length, resolve_optim
+from miaobi.train.saving import Saver, load_optimizers
 from miaobi.train.source import build_model, open_blocks, open_data, opening, start_or_continue
-from miaobi.train.state import load_optimizers, open_run, save_checkpoint, start_run
+from miaobi.train.state import open_run, start_run
 from miaobi.train.watch import Metrics, on_signals, overfitting, since_best
 
 COMPILE_PAYS_AFTER = 200  # steps; a cold compile costs about twenty seconds on two cores
@@ -41,58 +57,65 @@ def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None 
     trained_parameters, stopped.
     Raises UserError for settings and data that do not fit, a loss that is not finite, too little memory.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training with several processes is not built yet; start miaobi train without torchrun")
     keep_allocations()
-    device = pick_device(cfg.train.device)
-    dtype = pick_dtype(cfg.train.dtype, device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as nanoGPT allows
-    checkpoint = open_run(cfg, origin or {})
-    out = start_run(cfg, origin or {})
-    data = open_data(cfg, out)
-    tokenizer = Tokenizer.load(data.path)
-    micro = cfg.train.micro_batch
-    advice = (
-        f"micro-batches of {micro} x {cfg.model.block_size} tokens were too large. "
-        f"Try --micro_batch_size={max(1, micro // 2)} (same step, less memory), then a smaller --block_size or model"
-    )
-    with explain_memory(device, advice):
-        return Run(cfg, origin or {}, out, data, tokenizer, device, dtype, checkpoint).go(preview)
+    world = join(cfg.train)
+    try:
+        check_batch(world, cfg.train)
+        device = rank_device(cfg.train.device, world)
+        dtype = pick_dtype(cfg.train.dtype, device)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, as nanoGPT allows
+        micro = min(cfg.train.micro_batch, cfg.train.global_batch // world.size)
+        advice = (
+            f"micro-batches of {micro} x {cfg.model.block_size} tokens were too large. "
+            f"Try --micro_batch_size={max(1, micro // 2)} (same step, less memory), "
+            "then --activation_checkpointing=True, then a smaller --block_size or model"
+        )
+        with explain_memory(device, advice), explain_lost(world):
+            return Run(cfg, origin or {}, world, device, dtype, micro).go(preview)
+    finally:
+        world.leave()
 
 
 class Run:
     """Everything that lives while a run trains."""
 
     def __init__(
-        self,
-        cfg: RunConfig,
-        origin: Origin,
-        out: Path,
-        data: PreparedData,
-        tokenizer: Tokenizer,
-        device: torch.device,
-        dtype: torch.dtype,
-        checkpoint: Path | None,
+        self, cfg: RunConfig, origin: Origin, world: World, device: torch.device, dtype: torch.dtype, micro: int
     ) -> None:
-        self.cfg, self.out, self.data, self.tokenizer = cfg, out, data, tokenizer
-        self.device, self.dtype = device, dtype
-        self.progress = start_or_continue(cfg, data, checkpoint)
-        self.model = build_model(cfg, origin, data, tokenizer, checkpoint, self.progress).to(device)
+        self.cfg, self.world, self.device, self.dtype, self.micro = cfg, world, device, dtype, micro
+        self.out = Path(cfg.train.out_dir)
+        mirror = Mirror(cfg.train.mirror) if cfg.train.mirror else None
+        checkpoint = None
+        with world.first():  # the others find the run begun and its data prepared
+            if world.is_first:
+                checkpoint = open_run(cfg, origin, mirror)
+                start_run(cfg, origin)
+            self.data = open_data(cfg, self.out)
+        check_same(world, cfg, self.data.fingerprint)
+        checkpoint = world.gather(checkpoint)[0]
+        self.tokenizer = Tokenizer.load(self.data.path)
+        self.progress = start_or_continue(cfg, self.data, checkpoint)
+        on_ranks = partial(placed, cfg.train, world, device, dtype)
+        self.model = build_model(cfg, origin, self.data, self.tokenizer, checkpoint, self.progress, on_ranks).to(device)
+        self.objective: nn.Module = Objective(self.model)
+        self.model.recompute = cfg.train.activation_checkpointing
         model_cfg = self.model.cfg
-        self.blocks, val_blocks = open_blocks(cfg.data, data, model_cfg.block_size)
+        self.blocks, val_blocks = open_blocks(cfg.data, self.data, model_cfg.block_size)
         self.total_steps = length(cfg, len(self.blocks))
         tuning = cfg.train.trainable if self.progress.base else None
         self.optim = resolve_optim(cfg.optim, model_cfg.family, self.total_steps, tuning)
         self.optimizers = make_optimizers(self.model, self.optim, self.optim.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         if checkpoint is not None:
-            load_optimizers(checkpoint, self.optimizers, self.scaler)
+            load_optimizers(checkpoint, self.model, self.optimizers, self.scaler, world)
         # The same windows at every evaluation, and never more tokens than were trained until the first of them.
         first = min(cfg.train.eval_interval, self.total_steps) * cfg.train.global_batch
         wished = cfg.train.eval_iters * cfg.train.batch_size
         self.eval_windows = val_blocks.fixed(wished if cfg.train.eval_only else min(wished, first))
-        self.saved_best = (self.progress.best_step, self.progress.best_val_loss)
+        self.eval_share = world.share(self.eval_windows)
+        self.saver = Saver(self.out, world, self.tokenizer, self.data.end_ids, cfg.train.save_interval, mirror,
+                           (self.progress.best_step, self.progress.best_val_loss))  # fmt: skip
         self.interrupted: str | None = None
         self.flex = False
         adapted = adapter_parameters(self.model)
@@ -105,7 +128,7 @@ class Run:
         first = p.step
         log(self.headline())
         if cfg.eval_only:
-            p.val_loss = validation_loss(self.model, self.eval_windows, cfg.micro_batch, self.dtype)
+            p.val_loss = self.validation_loss()
             p.val_bits_per_char = self.bits_per_char(p.val_loss)
             return self.result("eval_only")
         if p.stopped == "patience" and self.total_steps > p.planned:  # extended: patience begins anew
@@ -118,18 +141,23 @@ class Run:
             log(f"continuing from step {first}")
         self.maybe_compile()
         self.peak = peak_flops(self.device, self.dtype)
+        if self.world.size > 1 and not self.is_sharded:
+            self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
         wandb = {"project": cfg.wandb_project, "name": cfg.wandb_run_name} if cfg.wandb_log else None
-        metrics = Metrics(self.out, first, wandb)
+        metrics = Metrics(self.out, first, wandb) if self.world.is_first else None
         with on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
             task = bar.add_task("train", total=self.total_steps, completed=first, figures="",
                                 visible=console.is_terminal)  # fmt: skip
             try:
                 self.steps(metrics, bar, task, preview)
             finally:
-                metrics.close()
+                if self.world.size == 1 or sys.exc_info()[0] is None:  # ranks that are lost cannot finish it
+                    self.saver.finish(p)
+                if metrics is not None:
+                    metrics.close()
         return self.result(p.stopped or "max_iters")
 
-    def steps(self, metrics: Metrics, bar: Bar, task, preview: Preview | None) -> None:
+    def steps(self, metrics: Metrics | None, bar: Bar, task, preview: Preview | None) -> None:
         """The loop itself."""
         p, cfg = self.progress, self.cfg.train
         waiting, tokens, seconds, figures = [], 0, 0.0, ""  # since the last line of metrics
@@ -142,11 +170,11 @@ class Run:
             loss, norm, scored = self.step(p.step)
             waiting.append(loss)
             p.step, p.tokens, tokens = p.step + 1, p.tokens + scored, tokens + scored
-            due, interrupted = self.is_due(p.step), self.interrupted  # a signal may come at any time: look once
+            due, interrupted = self.is_due(p.step), self.world.agree(self.interrupted)  # a signal may come at any time
             save = due or interrupted or bool(cfg.save_interval and p.step % cfg.save_interval == 0)
             losses = None
             if save or p.step % cfg.log_interval == 0:
-                losses = torch.stack(waiting).cpu().double()  # the only wait for the device
+                losses = self.world.sum(torch.stack(waiting).cpu().double())  # the only wait for the device
             seconds += time.perf_counter() - started
             if losses is not None:
                 figures = self.record(metrics, losses, norm.item(), tokens, seconds)
@@ -158,10 +186,11 @@ class Run:
             if save:
                 self.save()
             if interrupted:
+                self.saver.finish(p)
                 p.stopped = interrupted
                 log(f"{interrupted}: saved step {p.step} in {self.out}; the same command again goes on from there")
 
-    def record(self, metrics: Metrics, losses: torch.Tensor, norm: float, tokens: int, seconds: float) -> str:
+    def record(self, metrics: Metrics | None, losses: torch.Tensor, norm: float, tokens: int, seconds: float) -> str:
         """Write down the last steps, whose losses are (steps,) float64; returns the figures to show.
 
         Raises UserError for a loss that is not finite.
@@ -172,39 +201,41 @@ class Run:
         p.loss_sum, p.loss_steps = p.loss_sum + losses.sum().item(), p.loss_steps + len(losses)
         p.seconds += seconds
         speed = tokens / seconds
-        metrics.log(
-            p.step,
-            train_loss=losses.mean().item(),
-            learning_rate=rate(p.step - 1, self.optim) * self.optim.learning_rate,
-            grad_norm=norm,
-            tokens_per_second=speed,
-            mfu=speed * self.flops_per_token() / self.peak,
-            epoch=p.step * self.cfg.train.global_batch / len(self.blocks),
-        )
+        if metrics is not None:
+            metrics.log(
+                p.step,
+                train_loss=losses.mean().item(),
+                learning_rate=rate(p.step - 1, self.optim) * self.optim.learning_rate,
+                grad_norm=norm,
+                tokens_per_second=speed,
+                mfu=speed * self.flops_per_token() / (self.peak * self.world.size),
+                epoch=p.step * self.cfg.train.global_batch / len(self.blocks),
+            )
         figures = f"loss {losses.mean():.3f}  {speed:,.0f} tok/s"
         if not console.is_terminal:
             log(f"step {p.step}/{self.total_steps}  {figures}")
         return figures
 
-    def step(self, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """One optimizer step: (mean loss in nats, gradient norm, tokens scored)."""
-        cfg = self.cfg.train
-        batch = self.blocks.batch(cfg.global_batch, cfg.seed, step)
-        scored = int((batch.targets != IGNORE).sum())
+    def step(self, step: int) -> tuple[Tensor, Tensor, int]:
+        """One optimizer step: (this rank's share of the mean loss in nats, gradient norm, tokens scored by all)."""
+        cfg, world = self.cfg.train, self.world
+        batch = self.blocks.batch(cfg.global_batch, cfg.seed, step, world.rows(cfg.global_batch))
+        scored = int(world.sum(torch.tensor((batch.targets != IGNORE).sum())))
         total = torch.zeros((), device=self.device)
-        for micro, i in enumerate(range(0, cfg.global_batch, cfg.micro_batch)):
-            x, y, positions, mask = place(batch, slice(i, i + cfg.micro_batch), self.device, self.flex)
+        starts = range(0, len(batch.inputs), self.micro)
+        for micro, i in enumerate(starts):
+            x, y, positions, mask = place(batch, slice(i, i + self.micro), self.device, self.flex)
             if self.model.cfg.dropout or self.cfg.lora.lora_dropout:
-                torch.manual_seed(derive(cfg.seed, "dropout", step, micro, 0))
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                hidden = self.model.hidden(x, positions, mask)
-                loss = linear_cross_entropy(hidden, self.model.head_weight, y) / scored
-            self.scaler.scale(loss).backward()
+                torch.manual_seed(derive(cfg.seed, "dropout", step, micro, world.rank))
+            with self.reducing(micro == len(starts) - 1):
+                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                    loss = self.objective(x, y, positions, mask) / scored
+                self.scaler.scale(loss * world.size).backward()  # DDP and FSDP average over the ranks
             total += loss.detach()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         limit = self.optim.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         set_rate(self.optimizers, rate(step, self.optim))
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
@@ -212,14 +243,31 @@ class Run:
         self.scaler.update()
         return total, norm, scored
 
+    def reducing(self, last: bool) -> AbstractContextManager:
+        """Gradients are reduced over the ranks with the last micro-batch only."""
+        if self.is_sharded:
+            self.model.set_requires_gradient_sync(last)
+        elif self.world.size > 1 and not last:
+            return self.objective.no_sync()
+        return nullcontext()
+
+    def validation_loss(self) -> float:
+        """Nats per scored token over the evaluation windows, which the ranks share."""
+        nats = validation_nats(self.model, self.eval_share, self.micro, self.dtype)
+        if self.is_sharded:
+            self.model.reshard()  # the forward pass leaves the outermost weights gathered
+        total = self.world.sum(torch.tensor(nats, dtype=torch.float64))
+        return float(total) / max(1, int((self.eval_windows.targets != IGNORE).sum()))
+
     def is_due(self, step: int) -> bool:
         """Whether the run is evaluated after `step` steps."""
         return step % self.cfg.train.eval_interval == 0 or step == self.total_steps
 
-    def evaluate(self, metrics: Metrics, preview: Preview | None) -> None:
+    def evaluate(self, metrics: Metrics | None, preview: Preview | None) -> None:
         """Validation loss on fixed windows, best so far, warnings, early stopping, a sample."""
         p, cfg, data = self.progress, self.cfg.train, self.data
-        p.val_loss = validation_loss(self.model, self.eval_windows, cfg.micro_batch, self.dtype)
+        self.saver.finish(p)
+        p.val_loss = self.validation_loss()
         if not math.isfinite(p.val_loss):
             self.fail_not_finite(p.step)
         p.val_bits_per_char = self.bits_per_char(p.val_loss)
@@ -229,7 +277,8 @@ class Run:
         p.history.append([p.step, p.train_loss, p.val_loss])
         if p.best_val_loss is None or p.val_loss < p.best_val_loss:
             p.best_step, p.best_val_loss = p.step, p.val_loss
-        metrics.log(p.step, val_loss=p.val_loss, val_bits_per_char=p.val_bits_per_char)
+        if metrics is not None:
+            metrics.log(p.step, val_loss=p.val_loss, val_bits_per_char=p.val_bits_per_char)
         log(f"step {p.step}: train loss {p.train_loss:.4f}, val loss {p.val_loss:.4f}, "
             f"{p.val_bits_per_char:.3f} bits/char{', best so far' if p.best_step == p.step else ''}")  # fmt: skip
         if (warning := overfitting(p.history)) is not None:
@@ -238,7 +287,7 @@ class Run:
             p.stopped = "patience"
             log(f"stopped: no better validation loss for {cfg.patience} evaluations. "
                 f"The best model is step {p.best_step} (val {p.best_val_loss:.4f})")  # fmt: skip
-        if preview is not None and cfg.sample_tokens:
+        if preview is not None and cfg.sample_tokens and self.world.is_first and not self.is_sharded:
             prompt = cfg.sample_start or opening(data, self.tokenizer)
             self.model.eval()
             with eager(self.model):
@@ -258,15 +307,13 @@ class Run:
         return nats_per_token * tokens / max(1, characters) / math.log(2)
 
     def save(self) -> None:
-        """Write a checkpoint; where the disk is full the run goes on with the last one, and the best, in place."""
-        try:
-            save_checkpoint(self.out, self.model, self.tokenizer, self.optimizers, self.scaler, self.progress,
-                            self.data.end_ids, self.cfg.train.save_interval)  # fmt: skip
-            self.saved_best = (self.progress.best_step, self.progress.best_val_loss)
-        except OSError as e:
-            self.progress.best_step, self.progress.best_val_loss = self.saved_best
-            warn(f"checkpoint of step {self.progress.step} could not be written ({e}); training goes on, "
-                 "the checkpoint before it is still whole: free some space")  # fmt: skip
+        """Begin a checkpoint; it is written while training goes on."""
+        self.saver.save(self.model, self.optimizers, self.scaler, self.progress)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this rank holds a part of the model only (FSDP)."""
+        return hasattr(self.model, "reshard")
 
     def interrupt(self, reason: str) -> None:
         """Ask the loop to save after the step at hand; asked again, stop at once."""
@@ -287,7 +334,7 @@ class Run:
 
     def maybe_compile(self) -> None:
         """Compile one block, shared by all layers; eager with one line of warning where that fails."""
-        cfg, wish = self.cfg.train, self.cfg.train.compile
+        wish = self.cfg.train.compile
         slow_products = self.device.type == "cpu" and self.dtype == torch.float32  # the rest is 3% of a step then
         worth = self.total_steps >= COMPILE_PAYS_AFTER and can_compile(self.device) and not slow_products
         if wish is False or (wish == "auto" and not worth):
@@ -297,7 +344,7 @@ class Run:
             block.compile()
         # FlexAttention knows no dropout, and needs the compiler to be fast.
         self.flex = self.device.type == "cuda" and self.model.cfg.dropout == 0.0
-        x, _, positions, mask = place(self.blocks.fixed(cfg.micro_batch), slice(None), self.device, self.flex)
+        x, _, positions, mask = place(self.blocks.fixed(self.micro), slice(None), self.device, self.flex)
         self.model.train()
         try:
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from miaobi.config import OptimConfig
@@ -33,23 +34,69 @@ class Muon(torch.optim.Optimizer):
         """One update of every matrix that has a gradient."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            by_shape: dict[torch.Size, list[tuple[Tensor, list[int]]]] = {}
             for p, parts in zip(group["params"], group["parts"], strict=True):
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"])
-                for target, piece in zip(p.split(parts), update.split(parts), strict=True):
-                    by_shape.setdefault(piece.shape, []).append((target, piece))
-            for shape, pairs in by_shape.items():
-                scale = math.sqrt(max(1.0, shape[0] / shape[1]))
-                orthogonal = orthogonalize(torch.stack([piece for _, piece in pairs]))
-                for (target, _), o in zip(pairs, orthogonal, strict=True):
-                    target.add_(o, alpha=-group["lr"] * scale)
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append((p, parts))
+            for alike in by_shape.values():
+                # sharded matrices are whole for a moment: only as many at once as there are ranks to work on them
+                at_once = len(alike) if not hasattr(alike[0][0], "full_tensor") else world_size()
+                for i in range(0, len(alike), at_once):
+                    self._move(alike[i : i + at_once], group["lr"], group["momentum"])
         return loss
+
+    def _move(self, alike: list[tuple[Tensor, list[int]]], lr: float, momentum: float) -> None:
+        """Update parameters of one shape, each split into the same parts."""
+        updates = []
+        for p, _ in alike:
+            state = self.state[p]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            buffer = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+            update = p.grad.lerp(buffer, momentum)
+            updates.append(update.full_tensor() if hasattr(update, "full_tensor") else update)
+        pieces = torch.stack(updates).split(alike[0][1], dim=1)  # (N, rows, C) each
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, piece in enumerate(pieces):
+            by_shape.setdefault(piece.shape, []).append(i)
+        moved = list(pieces)
+        for shape, indices in by_shape.items():
+            scale = math.sqrt(max(1.0, shape[1] / shape[2]))
+            orthogonal = shared_orthogonalize(torch.cat([pieces[i] for i in indices]))
+            for i, o in zip(indices, orthogonal.split(len(alike)), strict=True):
+                moved[i] = o * scale
+        for (p, _), update in zip(alike, torch.cat(moved, dim=1), strict=True):
+            subtract(p, update, lr)
+
+
+def world_size() -> int:
+    """Ranks of this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def subtract(p: Tensor, update: Tensor, lr: float) -> None:
+    """p -= lr update; where `p` is sharded every rank moves its part."""
+    if hasattr(p, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+    p.add_(update, alpha=-lr)
+
+
+def shared_orthogonalize(g: Tensor) -> Tensor:
+    """`orthogonalize` of g (N, R, C), whose matrices the ranks share out among them."""
+    ranks = world_size()
+    if ranks == 1:
+        return orthogonalize(g)
+    each = -(-len(g) // ranks)
+    rank = dist.get_rank()
+    mine = torch.zeros(each, *g.shape[1:], dtype=g.dtype, device=g.device)
+    share = g[rank * each : (rank + 1) * each]
+    if len(share):
+        mine[: len(share)] = orthogonalize(share)
+    everyone = torch.empty(ranks * each, *g.shape[1:], dtype=g.dtype, device=g.device)
+    dist.all_gather_into_tensor(everyone, mine)
+    return everyone[: len(g)]
 
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:

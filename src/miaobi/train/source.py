@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from miaobi.config import DataConfig, PrepareConfig, RunConfig
+from miaobi.config import DataConfig, ModelConfig, PrepareConfig, RunConfig
 from miaobi.console import log
 from miaobi.corpus.dataset import PreparedData, TextWindows
 from miaobi.corpus.dialogue import first_message
@@ -117,8 +119,11 @@ def build_model(
     tokenizer: Tokenizer,
     checkpoint: Path | None,
     progress: Progress,
+    place: Callable[[ModelConfig, dict[str, Tensor] | None], Transformer],
 ) -> Transformer:
     """The model to start with: new, from a checkpoint, or from another MODEL's weights, with adapters for LoRA.
+
+    place: makes a model of that shape with those weights, or with initial ones, on this rank's device.
 
     A checkpoint brings its own shape; raises UserError where the configuration explicitly asks for another. Only
     block_size may be less than another MODEL's: the hub's contexts are longer than most texts and memories.
@@ -130,8 +135,7 @@ def build_model(
                         f"tune its model in a new --out_dir with --init_from={checkpoint}")  # fmt: skip
     source = find_base(cfg, progress, checkpoint) if lora else checkpoint or cfg.train.base_model
     if source is None:
-        torch.manual_seed(cfg.train.seed)
-        return Transformer(resolve_model(cfg.model, data.vocab_size))
+        return place(resolve_model(cfg.model, data.vocab_size), None)
     model, theirs = load_model(source)
     if theirs.backend.to_str() != tokenizer.backend.to_str():
         raise UserError(
@@ -144,10 +148,10 @@ def build_model(
             raise UserError(f"{source} has {key}={has}, asked for was {key}={asked}; leave {key} out")
     asked = model.cfg.block_size if origin.get("block_size", "default") == "default" else cfg.model.block_size
     changed = dataclasses.replace(model.cfg, dropout=cfg.model.dropout, block_size=min(asked, model.cfg.block_size))
-    again, weights = Transformer(changed), model.state_dict()
-    if again.wpe is not None:
+    weights = model.state_dict()
+    if model.wpe is not None:
         weights["wpe.weight"] = weights["wpe.weight"][: changed.block_size]
-    again.load_state_dict(weights)
+    again = place(changed, weights)
     again.end_ids = model.end_ids
     if lora:
         adapt(again, cfg, checkpoint, progress)

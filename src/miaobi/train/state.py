@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from miaobi.config import RunConfig
 from miaobi.console import log
-from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import point, pointed, save_model, written_whole
-from miaobi.model.lora import merged, save_adapter
-from miaobi.model.transformer import Transformer
+from miaobi.model.checkpoint import pointed
 from miaobi.overrides import Origin, flatten, load_config, read_yaml, save_config
+from miaobi.train.mirror import Mirror
 
 # How a run is entered, where it lies and how its memory is used, not what it is.
-STEERING = {"init_from", "resume_from", "eval_only", "out_dir", "micro_batch_size"}
+STEERING = {"init_from", "resume_from", "eval_only", "out_dir", "micro_batch_size", "parallel", "fsdp_shard_size",
+            "activation_checkpointing", "comm_timeout", "mirror"}  # fmt: skip
 
 
 @dataclass
@@ -56,15 +50,19 @@ class Progress:
     """LoRA: fingerprint of that MODEL's weights."""
 
 
-def open_run(cfg: RunConfig, origin: Origin) -> Path | None:
+def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None) -> Path | None:
     """Make or enter the run directory; return the checkpoint to continue from, or None for a new run.
+
+    Where the directory has no checkpoint, the mirror's is fetched.
 
     Raises UserError where the directory holds a run of another configuration, or nothing where a run was asked for.
     """
     out = Path(cfg.train.out_dir)
     link = out / "checkpoints" / "last"
     last = pointed(link)
-    if os.path.lexists(link) and cfg.train.init_from == "scratch" and origin.get("init_from") == "command line":
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun repeats the command as it was
+    asked = cfg.train.init_from == "scratch" and origin.get("init_from") == "command line" and not restarted
+    if os.path.lexists(link) and asked:
         number = 1
         while (aside := out.with_name(f"{out.name}.old-{number}")).exists():
             number += 1
@@ -74,6 +72,11 @@ def open_run(cfg: RunConfig, origin: Origin) -> Path | None:
     elif last is None and os.path.lexists(link):
         raise UserError(f"{link} names a checkpoint that is gone; continue from another with --resume_from="
                         f"{link.parent}/step-N in a new --out_dir, or start over with --init_from=scratch")  # fmt: skip
+    if last is None and mirror is not None and not asked:
+        mirror.pull(out / "checkpoints")
+        last = pointed(link)
+        if last is not None and not (out / "config.yaml").is_file():
+            return last  # fetched into an empty place: there is no older configuration to compare with
     if last is not None:
         refuse_changes(out, cfg)
         return last
@@ -122,59 +125,14 @@ def refuse_changes(out: Path, cfg: RunConfig) -> None:
         )
 
 
-def start_run(cfg: RunConfig, origin: Origin) -> Path:
-    """Write config.yaml; returns the run directory."""
+def start_run(cfg: RunConfig, origin: Origin) -> None:
+    """Make the run directory and write config.yaml."""
     out = Path(cfg.train.out_dir)
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         save_config(out / "config.yaml", cfg, origin)
     except OSError as e:
         raise UserError(f"out_dir {out} cannot be written: {e.strerror}; choose another --out_dir") from e
-    return out
-
-
-def save_checkpoint(
-    out: Path,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    optimizers: list[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-    progress: Progress,
-    end_ids: tuple[int, ...],
-    save_interval: int | None,
-) -> Path:
-    """Write checkpoints/step-N whole, point `last` (and `best`) at it, drop those nothing points at any more."""
-    root = out / "checkpoints"
-    path = root / f"step-{progress.step}"
-    with written_whole(path) as aside:
-        save_model(aside, merged(model), tokenizer, end_ids)
-        if progress.base_weights:
-            (aside / "adapter").mkdir()
-            save_adapter(aside / "adapter", model, progress.base)
-        (aside / "train_state").mkdir()
-        state = {"optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict()}
-        write_state(state, aside / "train_state" / "optimizer.pt")
-        text = json.dumps(asdict(progress), ensure_ascii=False)
-        (aside / "train_state" / "progress.json").write_text(text, encoding="utf-8")
-    if progress.best_step == progress.step:
-        point(root / "best", path.name)
-    point(root / "last", path.name)
-    keep = {path, pointed(root / "best")}
-    for old in root.glob("step-*"):
-        regular = save_interval and int(old.name[5:]) % save_interval == 0
-        if old not in keep and not regular:
-            shutil.rmtree(old)
-    return path
-
-
-def write_state(state: dict[str, Any], path: Path) -> None:
-    """torch.save, whose own error for a full disk is a RuntimeError without a reason. Raises OSError."""
-    try:
-        torch.save(state, path)
-    except RuntimeError as e:
-        if "PytorchStreamWriter" not in str(e) and "unexpected pos" not in str(e):
-            raise
-        raise OSError(f"{path.name} was not written whole; is the disk full?") from e
 
 
 def load_progress(checkpoint: Path) -> Progress:
@@ -184,22 +142,3 @@ def load_progress(checkpoint: Path) -> Progress:
         return Progress(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{file} cannot be read ({e}); continue from another checkpoint with --resume_from") from e
-
-
-def load_optimizers(checkpoint: Path, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler) -> None:
-    """Fill optimizer state in place; rates and decays stay those of the configuration.
-
-    Raises UserError if the file is damaged or of another model.
-    """
-    file = checkpoint / "train_state" / "optimizer.pt"
-    try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(saved)
-            for group, settings in zip(optimizer.param_groups, ours, strict=True):
-                group.update(settings)
-        scaler.load_state_dict(state["scaler"])
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(f"{file} cannot be read ({e}); it was cut short or altered: continue from another checkpoint "
-                        "with --resume_from=RUN/checkpoints/step-N")  from e  # fmt: skip

@@ -1,0 +1,362 @@
+"""Several processes on one run: who they are, what they agree on, and how the model is laid out over them.
+
+torchrun starts the processes, and starts them again; here they meet (gloo between CPUs, nccl between GPUs) and share
+the work: DDP copies the model (arXiv:2006.15704), FSDP2 shards it (arXiv:2304.11277), over all ranks or within groups
+of them (HSDP). With one process nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from miaobi.config import ModelConfig, RunConfig, TrainConfig
+from miaobi.console import log, quiet
+from miaobi.corpus.dataset import IGNORE, Batch
+from miaobi.device import pick_device
+from miaobi.errors import UserError
+from miaobi.model.checkpoint import Unfilled
+from miaobi.model.loss import linear_cross_entropy
+from miaobi.model.transformer import Transformer
+from miaobi.overrides import flatten
+
+LONG = timedelta(days=1)  # for rank 0 to prepare the data, for the slowest disk to take a checkpoint
+LAST_WORD = 5.0  # seconds in which the rank that failed speaks first; torchrun ends the others within one
+REASONS = (None, "interrupted", "terminated")
+
+
+@dataclass
+class World:
+    """The processes of a run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    hosts: list[tuple[str, str, int]] = field(default_factory=list)
+    """Of every rank: host, address, and a port that takes connections as long as the process lives."""
+    control: Any = None
+    """Process group (gloo) for small agreements in the loop."""
+    slow: Any = None
+    """Process group (gloo) for what may take hours: preparing data, writing checkpoints in the background."""
+    alive: socket.socket | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that speaks and writes."""
+        return self.rank == 0
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Rank 0 runs the body before the others do."""
+        if self.size > 1 and not self.is_first:
+            dist.barrier(group=self.slow)
+        yield
+        if self.size > 1 and self.is_first:
+            dist.barrier(group=self.slow)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise sum over the ranks of a CPU tensor, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def agree(self, reason: str | None) -> str | None:
+        """The gravest of the ranks' reasons to stop; None if no rank has one."""
+        if self.size == 1:
+            return reason
+        code = torch.tensor(REASONS.index(reason))
+        dist.all_reduce(code, dist.ReduceOp.MAX, group=self.control)
+        return REASONS[int(code)]
+
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        """What every rank has, in the order of ranks. group: default `control`."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=group or self.control)
+        return values
+
+    def rows(self, batch: int) -> slice:
+        """This rank's rows of a global batch."""
+        share = batch // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def share(self, windows: Batch) -> Batch:
+        """This rank's rows of evaluation windows.
+
+        Equally many on every rank (FSDP's forward passes are collective), filled up with rows in which nothing counts.
+        """
+        rows = -(-len(windows.inputs) // self.size)
+        index = np.arange(self.rank * rows, (self.rank + 1) * rows)
+        mine = Batch(*(None if part is None else part[index % len(part)] for part in windows))
+        mine.targets[index >= len(windows.inputs)] = IGNORE
+        return mine
+
+    def unreachable(self) -> list[str]:
+        """What is wrong with the other ranks, as far as a new connection to each can tell."""
+        found: dict[str, None] = {}
+        for rank, (host, address, port) in enumerate(self.hosts):
+            if rank == self.rank:
+                continue
+            try:
+                socket.create_connection((address, port), timeout=3).close()
+            except ConnectionRefusedError:
+                found[f"the process of rank {rank} on {host} is gone"] = None
+            except OSError:
+                found[f"host {host} ({address}) cannot be reached"] = None
+        return list(found)
+
+    def leave(self) -> None:
+        """Close the connections."""
+        global _world
+        _world = None
+        if self.alive is not None:
+            self.alive.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+_world: World | None = None
+
+
+def join(cfg: TrainConfig) -> World:
+    """Meet the processes that torchrun started; asked again, the same world.
+
+    Raises UserError where torchrun started several and `parallel` is none.
+    """
+    global _world
+    if _world is not None:
+        return _world
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if size == 1 and cfg.parallel != "fsdp":
+        _world = World()
+        return _world
+    if size > 1 and cfg.parallel == "none":
+        raise UserError(f"parallel=none, but torchrun started {size} processes, which would all write one run; "
+                        "leave --parallel out, or start miaobi train without torchrun")  # fmt: skip
+    if rank:
+        quiet()
+    backend = "cpu:gloo,cuda:nccl" if pick_device(cfg.device).type == "cuda" else "gloo"
+    timeout = timedelta(seconds=cfg.comm_timeout)
+    address = own_address()
+    if size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        choose_interface(address)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except dist.DistError as e:
+            master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(f"rank {rank} cannot meet the others at {master} ({first_line(e)}); is the address right, "
+                            "the port free and open in the firewall? See docs/cluster.md") from e  # fmt: skip
+    alive = socket.create_server((address, 0), backlog=size)
+    world = World(
+        rank, size, int(os.environ.get("LOCAL_RANK", "0")),
+        control=dist.new_group(backend="gloo", timeout=timeout), slow=dist.new_group(backend="gloo", timeout=LONG),
+        alive=alive,
+    )  # fmt: skip
+    world.hosts = world.gather((socket.gethostname(), address, alive.getsockname()[1]))
+    if size > 1:
+        machines = len({host for host, _, _ in world.hosts})
+        log(f"{size} processes on {machines} {'machine' if machines == 1 else 'machines'}")
+    _world = world
+    return world
+
+
+def own_address() -> str:
+    """The address by which this machine reaches the one where rank 0 runs."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            s.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))  # sends nothing: only picks the route
+            return s.getsockname()[0]
+        except OSError:
+            return "127.0.0.1"
+
+
+def choose_interface(address: str) -> None:
+    """Have gloo use the interface with `address`: left alone it takes what the host's name resolves to."""
+    if "GLOO_SOCKET_IFNAME" in os.environ or sys.platform != "linux":
+        return
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                found = fcntl.ioctl(s.fileno(), 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+                if socket.inet_ntoa(found[20:24]) == address:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+                    return
+
+
+def rank_device(name: str, world: World) -> torch.device:
+    """The device of this rank: with several ranks, GPU number `local_rank`.
+
+    Raises UserError where torchrun started more processes than the machine has GPUs.
+    """
+    device = pick_device(name)
+    if device.type != "cuda" or world.size == 1:
+        return device
+    there = torch.cuda.device_count()
+    if world.local_rank >= there:
+        raise UserError(f"rank {world.rank} has no GPU of its own: this machine has {there}; "
+                        f"start torchrun with --nproc_per_node={there}")  # fmt: skip
+    torch.cuda.set_device(world.local_rank)
+    return torch.device("cuda", world.local_rank)
+
+
+def check_same(world: World, cfg: RunConfig, fingerprint: str) -> None:
+    """Raise UserError naming the first rank that was told something else than rank 0, or has other data."""
+    mine = {key: str(value) for key, value in flatten(cfg).items()} | {"the prepared data (SHA-256)": fingerprint}
+    told = world.gather(mine)
+    for rank, theirs in enumerate(told):
+        differ = [key for key, value in theirs.items() if value != told[0][key]]
+        if differ:
+            if not world.is_first:
+                time.sleep(LAST_WORD)  # rank 0 tells it
+            key = differ[0]
+            raise UserError(f"rank {rank} on {world.hosts[rank][0]} differs from rank 0: {key} is {theirs[key]}, "
+                            f"rank 0 has {told[0][key]}; all must be told the same")  # fmt: skip
+
+
+def check_batch(world: World, cfg: TrainConfig) -> None:
+    """Raise UserError for a global batch that does not divide over the ranks, or ranks that do not over the shards."""
+    batch, size = cfg.global_batch, world.size
+    if batch % size:
+        fits = sorted({batch // size * size or size, (batch // size + 1) * size})
+        raise UserError(f"a batch of {batch} does not divide over {size} processes; "
+                        f"try --batch_size={' or '.join(map(str, fits))}, or another number of processes")  # fmt: skip
+    if cfg.fsdp_shard_size is not None and size % cfg.fsdp_shard_size:
+        raise UserError(f"{size} processes do not divide into groups of fsdp_shard_size={cfg.fsdp_shard_size}")
+
+
+@contextmanager
+def explain_lost(world: World) -> Iterator[None]:
+    """Turn a failed collective into a UserError that says which rank or host no longer answers."""
+    try:
+        yield
+    except RuntimeError as e:
+        text = str(e)
+        if world.size == 1 or not (isinstance(e, dist.DistError) or "gloo" in text or "NCCL" in text):
+            raise
+        time.sleep(LAST_WORD)
+        found = "; ".join(world.unreachable()) or "all processes still answer: one of them is stuck, or was too slow"
+        raise UserError(f"rank {world.rank} on {socket.gethostname()} lost the other ranks: {found} "
+                        f"({first_line(e)}). docs/cluster.md says what to try") from e  # fmt: skip
+
+
+def first_line(e: Exception) -> str:
+    return str(e).partition("\n")[0]
+
+
+# --- layout ------------------------------------------------------------------------------------------------------
+
+
+class Objective(nn.Module):
+    """Nats over the scored targets, as one module: DDP prepares its reductions in `forward`."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, targets: Tensor, position_ids: Tensor | None, mask) -> Tensor:
+        hidden = self.model.hidden(ids, position_ids, mask)
+        return linear_cross_entropy(hidden, self.model.head_weight, targets)
+
+
+def placed(
+    cfg: TrainConfig,
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: ModelConfig,
+    weights: dict[str, Tensor] | None,
+) -> Transformer:
+    """A model of `shape` with `weights`, or with initial ones: whole on the CPU, or this rank's shards on `device`.
+
+    Raises UserError for fsdp in float16.
+    """
+    torch.manual_seed(cfg.seed)
+    if not is_sharded(cfg, world, shape, device):
+        with Unfilled():
+            model = Transformer(shape)
+        if weights is None:
+            model.init_weights()
+        else:
+            model.load_state_dict(weights)
+        return model
+    if dtype == torch.float16:
+        raise UserError("parallel=fsdp cannot scale the loss for float16; use --dtype=bfloat16, or --parallel=ddp")
+    with torch.device("meta"):
+        model = Transformer(shape)
+    shard(model, world, cfg, device, dtype)
+    fill(model, weights)
+    return model
+
+
+def is_sharded(cfg: TrainConfig, world: World, shape: ModelConfig, device: torch.device) -> bool:
+    """Whether the model is sharded. auto: where fp32 weights, gradients and two moments would fill half of a GPU."""
+    if cfg.parallel != "auto" or world.size == 1 or device.type != "cuda" or cfg.trainable == "lora":
+        return cfg.parallel == "fsdp"
+    with torch.device("meta"):
+        parameters = Transformer(shape).num_parameters()
+    return 16 * parameters > torch.cuda.get_device_properties(device).total_memory / 2
+
+
+def shard(model: Transformer, world: World, cfg: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Shard the weights of `model` (FSDP2), block by block and then the rest, in place.
+
+    Matrix products and what is sent for them are in `dtype`; weights, gradients' sums and moments are in fp32.
+    `model` is on the meta device, and gets memory for its shards, without values: see `fill`.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    size = cfg.fsdp_shard_size or world.size
+    if size == world.size:
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+    reduced = torch.float32 if dtype != torch.float32 else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype if reduced else None, reduce_dtype=reduced)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "hidden")
+    model.to_empty(device=device)
+
+
+@torch.no_grad()
+def fill(model: Transformer, values: dict[str, Tensor] | None) -> None:
+    """Give a sharded model the weights `values`, or draw the initial ones as one process would, one by one.
+
+    Every rank draws whole parameters and keeps its part, so that no rank ever holds more than one whole.
+    """
+    from torch.distributed.tensor import distribute_tensor
+
+    for name, p in model.named_parameters():
+        if values is None:
+            whole = torch.empty(p.shape)
+            model.init_parameter(name, whole)
+        else:
+            whole = values[name]
+        part = distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+        p.to_local().copy_(part.to_local())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered (a collective), any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
