@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -152,13 +153,15 @@ def join(cfg: TrainConfig) -> World:
         quiet()
     backend = "cpu:gloo,cuda:nccl" if pick_device(cfg.device).type == "cuda" else "gloo"
     timeout = timedelta(seconds=cfg.comm_timeout)
-    address = own_address()
+    address = "127.0.0.1"
     if size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        choose_interface(address)
         try:
-            dist.init_process_group(backend, timeout=timeout)
+            store = fresh_store(timeout)
+            address = own_address(store, rank, size)
+            choose_interface(address)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         except dist.DistError as e:
             master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(f"rank {rank} cannot meet the others at {master} ({first_line(e)}); is the address right, "
@@ -177,11 +180,47 @@ def join(cfg: TrainConfig) -> World:
     return world
 
 
-def own_address() -> str:
-    """The address by which this machine reaches the one where rank 0 runs."""
+def fresh_store(timeout: timedelta) -> dist.Store:
+    """The store by which the processes meet, without what an earlier attempt left in it. Raises DistError.
+
+    torchrun's store outlives the processes that it starts again (torch 2.13), and gloo and nccl would read in it where
+    the dead ones listened. So rank 0 makes up a name for this attempt and answers it to every rank that asks now.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    name = uuid4().hex
+    if rank:
+        store.set(f"question/{rank}", name)
+        name = store.get(f"answer/{name}").decode()
+        store.set(f"{name}/heard/{rank}", "")
+        return dist.PrefixStore(name, store)
+    missing, give_up = set(range(1, size)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        if time.monotonic() > give_up:
+            raise dist.DistStoreError(f"rank {min(missing)} did not come within {timeout.total_seconds():.0f} s")
+        for other in missing:
+            if store.check([f"question/{other}"]):  # perhaps that of a dead process: answered again until heard
+                store.set(f"answer/{store.get(f'question/{other}').decode()}", name)
+        time.sleep(0.02)
+        missing = {other for other in missing if not store.check([f"{name}/heard/{other}"])}
+    return dist.PrefixStore(name, store)
+
+
+def own_address(store: dist.Store, rank: int, size: int) -> str:
+    """The address by which the other machines reach this one."""
+    address = address_towards(os.environ["MASTER_ADDR"])
+    store.set(f"address/{rank}", address)
+    if address.startswith("127."):
+        # Beside rank 0, whose machine may call itself 127.0.1.1 in /etc/hosts, as Debian's do
+        others = (store.get(f"address/{other}").decode() for other in range(size))
+        address = next((address_towards(other) for other in others if not other.startswith("127.")), address)
+    return address
+
+
+def address_towards(host: str) -> str:
+    """This machine's address on the way to `host`; 127.0.0.1 where there is none in IPv4."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         try:
-            s.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))  # sends nothing: only picks the route
+            s.connect((host, 9))  # sends nothing: only picks the route
             return s.getsockname()[0]
         except OSError:
             return "127.0.0.1"

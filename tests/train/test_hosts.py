@@ -1,0 +1,247 @@
+"""Two network hosts on one machine: namespaces with a network, a name and an /etc/hosts of their own, joined by a cable
+that can be cut."""
+
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from miaobi.model.checkpoint import pointed
+
+IP = shutil.which("ip") or shutil.which("ip", path="/usr/sbin:/sbin")
+WAYS = [("--user", "--map-root-user"), ()]  # as any user; as root, where users may not make namespaces
+KINDS = ("--net", "--uts", "--mount")
+SUBNET = "10.77.0"
+PORT = 29500  # nothing else listens in a new network
+
+# small-gpt's train300M_ddp.yaml, its keys and comments' order, made tiny. Dropout is 0: its seed depends on the rank.
+YAML = """
+data_path: data/train.txt
+train_percent: 0.8
+block_size: 32
+vocab_size: 400
+n_layer: 2
+n_head: 2
+n_embd: 32
+dropout: 0.0
+bias: True
+compile: False  # DDP模式下暂时禁用compile
+max_epoch : 1
+tensorboard_path :  ./tensorboard
+device: cpu
+eval_freq: 20
+eval_steps: 4
+train_batch: 4  # 总batch size，会在多个GPU之间自动分配
+test_batch: 16
+grad_clip: 1.0
+ddp: True  # 启用分布式训练
+local_rank: -1  # 本地进程排名，由 torch.distributed.launch 自动设置
+world_size: 2  # 总进程数（GPU数量）
+lr : 2e-3
+warmup_steps: 10
+decay_steps: 1000
+min_lr: 1e-5
+weight_decay : 1e-1
+beta1: 0.9
+beta2: 0.95
+checkpoint_root: ./checkpoints
+save_freq: 4000 # save when global_step % save_freq == 0
+resume_from: NULL
+seed :  114514
+"""
+
+# The README of small-gpt, but for the address and the counts; train.py is `-m miaobi train` here.
+TWO_NODES = """torchrun --nnodes=2 --node_rank={rank} --nproc_per_node={count} \\
+  --master_addr={address} --master_port=29500 \\
+  -m miaobi train config/train300M_ddp.yaml"""
+ELASTIC = """torchrun --nnodes=1:2 --nproc_per_node=1 --max-restarts=3 \\
+  --rdzv_backend=c10d --rdzv_endpoint={address} \\
+  --rdzv-conf=keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3,read_timeout=10 \\
+  -m miaobi train config/train300M_ddp.yaml"""
+
+pytestmark = pytest.mark.slow
+
+
+class Host:
+    """A network host: commands run in its namespaces, in a directory that both hosts share."""
+
+    def __init__(self, number: int, inside: list[str], shared: Path) -> None:
+        self.name, self.address = f"miaobi-{'ab'[number]}", f"{SUBNET}.{number + 1}"
+        self.inside, self.shared = inside, shared
+
+    def do(self, *command: object) -> None:
+        """Run a command that must succeed."""
+        subprocess.run([*self.inside, *map(str, command)], check=True, capture_output=True, text=True)
+
+    def start(self, command: str, out: str, *flags: str) -> subprocess.Popen:
+        """Start a command of the seed's in the shared directory; what it says goes to `out`-HOST.log there."""
+        words = shlex.join([f"--checkpoint_root={out}", *flags])
+        shell = ["sh", "-c", f"cd {shlex.quote(str(self.shared))} && exec {command} {words}"]
+        with self.log(out).open("w") as log:
+            return subprocess.Popen([*self.inside, *shell], stdout=log, stderr=log, env=environment(),
+                                    start_new_session=True)  # fmt: skip
+
+    def log(self, out: str) -> Path:
+        """What the host's command said."""
+        return self.shared / f"{out}-{self.name}.log"
+
+
+def environment() -> dict[str, str]:
+    """torchrun and python are those of the tests; what an outer torchrun or a proxy may have set does not count."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {k: v for k, v in os.environ.items() if not k.startswith("GLOO_")} | {"PATH": path, "OMP_NUM_THREADS": "1"}
+
+
+@contextmanager
+def namespaces(*options: str, prefix: tuple[str, ...] = ()) -> Iterator[str]:
+    """New namespaces, which last as long as the context; yields the id of the process that holds them."""
+    command = [*prefix, "unshare", *options, "sh", "-c", "echo ready; exec sleep infinity"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        if holder.stdout.readline() != "ready\n":
+            raise OSError(holder.communicate()[1].strip())
+        yield str(holder.pid)
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+@pytest.fixture(scope="module")
+def way() -> tuple[str, ...]:
+    """Options by which this system lets us make namespaces."""
+    missing = [tool for tool in ("unshare", "nsenter") if not shutil.which(tool)] + ([] if IP else ["ip"])
+    if missing:
+        pytest.skip(f"network hosts cannot be made here: there is no {', '.join(missing)}")
+    refusals = []
+    for options in WAYS:
+        try:
+            with namespaces(*options, *KINDS):
+                return options
+        except OSError as e:
+            refusals.append(str(e))
+    pytest.skip(f"network hosts cannot be made here: {'; '.join(refusals)}")
+
+
+@pytest.fixture
+def hosts(way, shared) -> Iterator[tuple[Host, Host]]:
+    """Hosts miaobi-a and miaobi-b, each of which gives its own name the address 127.0.1.1, as Debian does."""
+    with ExitStack() as stack:
+        a = stack.enter_context(namespaces(*way, *KINDS))
+        enter = ["nsenter", f"--target={a}", *([("--user")] if way else []), "--net", "--uts", "--mount"]
+        b = stack.enter_context(namespaces(*KINDS, prefix=("nsenter", f"--target={a}", "--user") if way else ()))
+        two = Host(0, enter, shared), Host(1, [part.replace(a, b) for part in enter], shared)
+        two[0].do(IP, "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", b)
+        for host, other in (two, two[::-1]):
+            names = shared / f"hosts-{host.name}"
+            names.write_text(f"127.0.0.1 localhost\n127.0.1.1 {host.name}\n{other.address} {other.name}\n")
+            host.do("mount", "--bind", names, "/etc/hosts")
+            host.do("hostname", host.name)
+            host.do(IP, "address", "add", f"{host.address}/24", "dev", "cable")
+            host.do(IP, "link", "set", "cable", "up")
+            host.do(IP, "link", "set", "lo", "up")
+        yield two
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """A directory as the seed's: config/train300M_ddp.yaml and data/train.txt, dialogues with a blank line between."""
+    folder = tmp_path_factory.mktemp("shared")
+    draw, lines = random.Random(1), []
+    for _ in range(300):
+        who, what = draw.choice("皇马 曼联 巴萨 拜仁".split()), draw.choice("比赛 冠军 球迷 训练".split())  # noqa: SIM905
+        lines += [f"{who}的{what}怎么样？", f"{who}的{what}很好。", ""]
+    for name, text in {"data/train.txt": "\n".join(lines), "config/train300M_ddp.yaml": YAML}.items():
+        (folder / name).parent.mkdir()
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(shared) -> float:
+    """Validation loss of the same run in one process on one host."""
+    command = "python -m miaobi train config/train300M_ddp.yaml --checkpoint_root=alone"
+    subprocess.run(shlex.split(command), cwd=shared, env=environment(), check=True, timeout=240)
+    return ending(shared / "alone")
+
+
+def ending(run: Path) -> float:
+    """Validation loss at the end of a run."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [r["val_loss"] for r in rows if "val_loss" in r][-1]
+
+
+@contextmanager
+def ended(*processes: subprocess.Popen) -> Iterator[None]:
+    """Whatever happens, nothing is left running."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def wait_for_step(run: Path, step: int, *processes: subprocess.Popen) -> None:
+    """Return once the run has a checkpoint of `step` steps or more."""
+    give_up = time.monotonic() + 240
+    while (last := pointed(run / "checkpoints" / "last")) is None or int(last.name.removeprefix("step-")) < step:
+        assert all(p.poll() is None for p in processes), "the run ended early"
+        assert time.monotonic() < give_up, "the run does not get there"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_seeds_commands_for_two_machines_end_with_the_loss_of_one_process(hosts, alone, shared, count):
+    out = f"two-by-{count}"
+    running = [
+        host.start(TWO_NODES.format(rank=rank, count=count, address=hosts[0].address), out)
+        for rank, host in enumerate(hosts)
+    ]
+    with ended(*running):
+        codes = [process.wait(timeout=240) for process in running]
+    said = hosts[0].log(out).read_text()
+    assert codes == [0, 0], said + hosts[1].log(out).read_text()
+    assert f"{2 * count} processes on 2 machines" in said
+    assert ending(shared / out) == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_cut_cable_ends_the_run_with_the_name_of_the_host_that_is_out_of_reach(hosts, shared):
+    running = [
+        host.start(TWO_NODES.format(rank=rank, count=1, address=hosts[0].address), "cut", "--comm_timeout=15",
+                   "--max_epoch=1000")
+        for rank, host in enumerate(hosts)
+    ]  # fmt: skip
+    with ended(*running):
+        wait_for_step(shared / "cut", 20, *running)
+        hosts[1].do(IP, "link", "set", "cable", "down")
+        codes = [process.wait(timeout=120) for process in running]
+    for host, other in (hosts, hosts[::-1]):
+        said = host.log("cut").read_text()
+        assert f"host {other.name} ({other.address}) cannot be reached" in said, said
+    assert 0 not in codes
+
+
+def test_when_a_cable_is_cut_the_host_of_the_rendezvous_goes_on_alone(hosts, alone, shared):
+    running = [host.start(ELASTIC.format(address=hosts[0].name), "elastic", "--comm_timeout=15") for host in hosts]
+    with ended(*running):
+        wait_for_step(shared / "elastic", 20, *running)
+        hosts[1].do(IP, "link", "set", "cable", "down")
+        code = running[0].wait(timeout=180)
+        assert running[1].poll() != 0, "the host that is cut off cannot have finished"
+    said = hosts[0].log("elastic").read_text()
+    assert code == 0, said
+    assert f"host {hosts[1].name} ({hosts[1].address}) cannot be reached" in said
+    assert "continuing from step" in said
+    assert f"host {hosts[0].name} ({hosts[0].address}) cannot be reached" in hosts[1].log("elastic").read_text()
+    assert ending(shared / "elastic") == pytest.approx(alone, abs=1e-4)
