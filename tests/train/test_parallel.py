@@ -256,7 +256,7 @@ def test_ranks_that_were_told_different_things_are_named(prepared, tmp_path, key
     assert messages[0].startswith("miaobi: rank 0: rank 1 on ")
     assert f"{key} is {other}, rank 0 has" in messages[0]
     assert len(messages) == 1, "said once"
-    assert "Traceback (most recent call last)" not in done.stderr
+    assert "miaobi/cli.py" not in done.stderr, "torchrun's own traceback is enough"
     assert time.monotonic() - began < 120
 
 
@@ -289,7 +289,7 @@ def test_the_rank_that_fails_speaks_first_and_all_end(prepared, tmp_path):
     done = run([*command, *flags(data=prepared(), out_dir=tmp_path / "run")], code=1)
     messages = [line for line in done.stderr.splitlines() if line.startswith("miaobi: ")]
     assert messages[0] == "miaobi: rank 1: something is wrong here"
-    assert "Traceback (most recent call last)" not in done.stderr
+    assert "miaobi/cli.py" not in done.stderr, "torchrun's own traceback is enough"
 
 
 @pytest.mark.slow

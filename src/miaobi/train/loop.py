@@ -316,8 +316,11 @@ class Run:
         return hasattr(self.model, "reshard")
 
     def interrupt(self, reason: str) -> None:
-        """Ask the loop to save after the step at hand; asked again, stop at once."""
-        if self.interrupted:
+        """Ask the loop to save after the step at hand; Ctrl-C once more stops at once.
+
+        SIGTERM may well come twice: SLURM tells every process, and torchrun passes its own on.
+        """
+        if self.interrupted and reason == "interrupted":
             raise KeyboardInterrupt
         self.interrupted = reason
         log("finishing this step, then saving (again to stop at once)")
