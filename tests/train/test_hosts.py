@@ -9,20 +9,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from miaobi.model.checkpoint import pointed
+from miaobi.train import parallel
 
 IP = shutil.which("ip") or shutil.which("ip", path="/usr/sbin:/sbin")
 WAYS = [("--user", "--map-root-user"), ()]  # as any user; as root, where users may not make namespaces
 KINDS = ("--net", "--uts", "--mount")
 SUBNET = "10.77.0"
-PORT = 29500  # nothing else listens in a new network
 
 # small-gpt's train300M_ddp.yaml, its keys and comments' order, made tiny. Dropout is 0: its seed depends on the rank.
 YAML = """
@@ -245,3 +249,24 @@ def test_when_a_cable_is_cut_the_host_of_the_rendezvous_goes_on_alone(hosts, alo
     assert "continuing from step" in said
     assert f"host {hosts[0].name} ({hosts[0].address}) cannot be reached" in hosts[1].log("elastic").read_text()
     assert ending(shared / "elastic") == pytest.approx(alone, abs=1e-4)
+
+
+def test_processes_that_are_started_again_meet_in_a_store_without_the_addresses_of_the_dead(monkeypatch):
+    """torchrun keeps its store. Whoever comes first must not take what the attempt before left there."""
+    kept, late, patience = dist.TCPStore("127.0.0.1", 0, is_master=True), 0.5, timedelta(seconds=20)
+    me = threading.local()
+
+    def meet(rank: int, attempt: int) -> str:
+        time.sleep(late * ((rank + attempt) % 2))
+        me.store, me.rank = dist.TCPStore("127.0.0.1", kept.port, timeout=patience), rank
+        store = parallel.fresh_store(patience)
+        store.set(f"{rank}", f"attempt {attempt}")
+        return store.get(f"{1 - rank}").decode()
+
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(me.store, me.rank, 2)]))
+    for attempt in range(4):
+        with ThreadPoolExecutor(2) as ranks:
+            assert list(ranks.map(meet, range(2), [attempt] * 2)) == [f"attempt {attempt}"] * 2
+    me.store, me.rank = kept, 0
+    with pytest.raises(dist.DistError, match="rank 1 did not come"):
+        parallel.fresh_store(timedelta(seconds=0.2))
