@@ -95,7 +95,7 @@ def shared_orthogonalize(g: Tensor) -> Tensor:
     if len(share):
         mine[: len(share)] = orthogonalize(share)
     everyone = torch.empty(ranks * each, *g.shape[1:], dtype=g.dtype, device=g.device)
-    dist.all_gather_into_tensor(everyone, mine)
+    dist.all_gather(list(everyone.split(each)), mine)
     return everyone[: len(g)]
 
 

@@ -203,8 +203,8 @@ def load_optimizers(
             dcp.load(state, checkpoint_id=directory, process_group=world.slow, no_dist=world.size == 1)
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as e:
         reason = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
-        raise UserError(f"{directory} cannot be read ({reason or type(reason).__name__}); it was cut short or altered, or belongs to another "
-                        "model or optimizer: continue from another checkpoint with "
+        raise UserError(f"{directory} cannot be read ({reason or type(reason).__name__}); it was cut short or altered, "
+                        "or belongs to another model or optimizer: continue from another checkpoint with "
                         "--resume_from=RUN/checkpoints/step-N")  from e  # fmt: skip
     set_optimizer_state_dict(model, optimizers, whole_state)
     scaler.load_state_dict(state["scaler"])
