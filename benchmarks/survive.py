@@ -44,7 +44,7 @@ class Args:
     """Text to train on."""
     runs: int = 20
     """Runs that are killed."""
-    steps: int = 200
+    steps: int = 100
     """Optimizer steps of a run."""
     characters: int = 200_000
     """How much of the text is used."""
@@ -168,9 +168,8 @@ def main() -> None:
             if reached < 0:
                 continue
             same = command.weights() == alone[ranks][0]
-            log(
-                f"{len(results) + 1}/{args.runs}  {kind}: killed after {after:.2f} s, {'same' if same else 'OTHER'} weights"
-            )
+            end = "the same" if same else "ANOTHER"
+            log(f"{len(results) + 1}/{args.runs}  {kind}: killed {after:.2f} s into training, {end} end")
             rows.append([kind, f"{after:.2f}", reached, "yes" if same else "NO"])
             results.append({"kind": kind, "in_save": in_save, "seconds": after, "checkpoint": reached, "same": same})
     same = sum(result["same"] for result in results)

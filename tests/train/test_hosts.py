@@ -221,11 +221,12 @@ def test_the_seeds_commands_for_two_machines_end_with_the_loss_of_one_process(ho
 
 
 def test_a_cut_cable_ends_the_run_with_the_name_of_the_host_that_is_out_of_reach(hosts, shared):
+    """A checkpoint follows every step, so that the cable is cut while one is being written."""
+    flags = ("--comm_timeout=15", "--max_epoch=1000", "--save_freq=1")
     running = [
-        host.start(TWO_NODES.format(rank=rank, count=1, address=hosts[0].address), "cut", "--comm_timeout=15",
-                   "--max_epoch=1000")
+        host.start(TWO_NODES.format(rank=rank, count=1, address=hosts[0].address), "cut", *flags)
         for rank, host in enumerate(hosts)
-    ]  # fmt: skip
+    ]
     with ended(*running):
         wait_for_step(shared / "cut", 20, *running)
         hosts[1].do(IP, "link", "set", "cable", "down")
