@@ -94,7 +94,8 @@ class Saver:
 
     def _run(self, *args) -> None:
         try:
-            self.outcome = self._write(*args)
+            # no rank is through before all are: one that has left the run would be taken for lost
+            self.outcome = all(self.world.gather(self._write(*args), self.world.slow))
         except BaseException as e:  # raised again by `finish`, in the run's own thread
             self.outcome = e
 
