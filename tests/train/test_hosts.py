@@ -7,6 +7,7 @@ import random
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,8 +21,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from miaobi.errors import UserError
 from miaobi.model.checkpoint import pointed
-from miaobi.train import parallel
+from miaobi.train import parallel, saving
+from miaobi.train.state import Progress
 
 IP = shutil.which("ip") or shutil.which("ip", path="/usr/sbin:/sbin")
 WAYS = [("--user", "--map-root-user"), ()]  # as any user; as root, where users may not make namespaces
@@ -271,3 +274,29 @@ def test_processes_that_are_started_again_meet_in_a_store_without_the_addresses_
     me.store, me.rank = kept, 0
     with pytest.raises(dist.DistError, match="rank 1 did not come"):
         parallel.fresh_store(timedelta(seconds=0.2))
+
+
+@pytest.fixture
+def neighbour() -> Iterator[tuple[parallel.World, parallel.World]]:
+    """Ranks 0 and 1, and whether the second still answers: `neighbour[1].leave()` ends that."""
+    worlds = [parallel.World(rank, 2, alive=socket.create_server(("127.0.0.1", 0), backlog=1)) for rank in range(2)]
+    for world in worlds:
+        world.hosts = [(f"host-{w.rank}", *w.alive.getsockname()) for w in worlds]
+        threading.Thread(target=world.answer, daemon=True).start()
+    yield tuple(worlds)
+    for world in worlds:
+        if world.alive.fileno() != -1:
+            world.leave()
+
+
+def test_a_rank_that_waits_for_a_slow_disk_waits_on_until_another_rank_is_gone(neighbour, tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "LOOK", 0.01)
+    saver = saving.Saver(tmp_path, neighbour[0], None, (), None, None, (None, None))
+    saver.thread = threading.Thread(target=time.sleep, args=(0.5,), daemon=True)
+    saver.thread.start()
+    saver.finish(Progress())
+    saver.thread = threading.Thread(target=threading.Event().wait, daemon=True)
+    saver.thread.start()
+    neighbour[1].leave()
+    with pytest.raises(UserError, match=r"rank 0 .*the process of rank 1 on host-1 is gone.*a checkpoint was written"):
+        saver.finish(Progress())
