@@ -261,6 +261,18 @@ def test_ranks_that_were_told_different_things_are_named(prepared, tmp_path, key
 
 
 @pytest.mark.slow
+def test_a_disk_that_is_full_for_one_rank_costs_a_checkpoint_not_the_run(prepared, tmp_path):
+    settings = flags(data=prepared(), out_dir=tmp_path / "run", parallel="fsdp", max_iters=20, eval_interval=10)
+    script = tmp_path / "start.sh"
+    script.write_text(f'[ "$RANK" = 1 ] && ulimit -f 50\nexec {sys.executable} -m miaobi train {" ".join(settings)}\n')
+    done = run([*TORCHRUN, "--standalone", "--nproc_per_node=2", "--no-python", "bash", str(script)])
+    for step in (10, 20):
+        assert f"warning: checkpoint of step {step} could not be written (rank 1: " in done.stderr
+    assert done.stderr.count("could not be written") == 2, "said by rank 0 alone"
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == [], "nothing is left by halves"
+
+
+@pytest.mark.slow
 def test_the_rank_that_fails_speaks_first_and_all_end(prepared, tmp_path):
     script = tmp_path / "start.py"
     script.write_text(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from miaobi.config import ChatConfig, SampleConfig, SamplingConfig
-from miaobi.corpus.read import read_documents
 from miaobi.corpus.tokenizer import PAD, SEP, Tokenizer
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
@@ -276,6 +275,8 @@ def read_prompt(start: str) -> str:
     path = Path(start[5:])
     if not path.is_file():
         raise UserError(f"--start={start}: no such file")
+    from miaobi.corpus.read import read_documents  # with its unpackers a tenth of a second, that a chat need not wait
+
     return "".join(read_documents([str(path)], whole=True))
 
 

@@ -1,0 +1,90 @@
+"""Checkpoints copied to other storage through fsspec, and runs that go on from there."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from miaobi.errors import UserError
+from miaobi.model.checkpoint import load_model, pointed
+from miaobi.train.mirror import Mirror
+
+
+@pytest.fixture(params=["directory", "memory"])
+def url(request, tmp_path) -> str:
+    """Storage that is empty: a directory, and one without renames or links."""
+    if request.param == "directory":
+        return str(tmp_path / "far away")
+    fsspec.filesystem("memory").store.clear()
+    return "memory://bucket/run"
+
+
+def names(url: str) -> set[str]:
+    files, root = fsspec.core.url_to_fs(url)
+    return {Path(path).name for path in files.ls(root, detail=False)}
+
+
+def test_a_run_whose_machine_is_lost_goes_on_from_the_mirror(train, prepared, tmp_path, url):
+    settings = {"data": prepared(), "mirror": url, "schedule": "constant", "warmup_iters": 0, "dropout": 0.2}
+    whole = train(**settings | {"mirror": None}, out_dir=tmp_path / "whole", max_iters=30)
+    train(**settings, out_dir=tmp_path / "run", max_iters=20)
+    assert {"best", "last", "step-20"} <= names(url)
+    shutil.rmtree(tmp_path / "run")
+
+    result = train(**settings, out_dir=tmp_path / "run", max_iters=30)
+    assert result["step"] == 30
+    assert result["best_val_loss"] == whole["best_val_loss"]
+    runs = [pointed(tmp_path / run / "checkpoints" / "last") / "model.safetensors" for run in ("run", "whole")]
+    assert runs[0].read_bytes() == runs[1].read_bytes()
+    assert "step-30" in names(url)
+
+
+def test_the_mirror_holds_whole_checkpoints_and_drops_old_ones(train, prepared, tmp_path, url):
+    train(data=prepared(), mirror=url, out_dir=tmp_path / "run", max_iters=40, eval_interval=10)
+    here = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert names(url) == here
+    files, root = fsspec.core.url_to_fs(url)
+    files.get(f"{root}/step-40/", f"{tmp_path / 'copy'}/", recursive=True)
+    load_model(tmp_path / "copy")
+
+
+def test_a_checkpoint_that_was_copied_by_half_is_copied_again(train, prepared, tmp_path, url):
+    """`last` does not name it: the machine died while it was being copied."""
+    files, root = fsspec.core.url_to_fs(url)
+    files.makedirs(f"{root}/step-20")
+    files.pipe_file(f"{root}/step-20/model.safetensors", b"half")
+    train(data=prepared(), mirror=url, out_dir=tmp_path / "run", max_iters=20)
+    Mirror(url).pull(tmp_path / "again" / "checkpoints")
+    load_model(tmp_path / "again", "last")
+
+
+def test_a_mirror_that_fails_costs_a_warning(train, prepared, tmp_path, monkeypatch, capsys):
+    def refused(*_, **__):
+        raise PermissionError("no rights there")
+
+    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "put", refused)
+    result = train(data=prepared(), mirror=str(tmp_path / "far away"), out_dir=tmp_path / "run")
+    assert result["step"] == 20
+    assert "could not be copied" in capsys.readouterr().err
+    load_model(tmp_path / "run", "last")
+
+
+@pytest.mark.parametrize("url", ["nosuch://bucket/run", "s3://bucket/run"])
+def test_storage_that_nobody_speaks_is_refused_before_training(train, prepared, tmp_path, url):
+    if url.startswith("s3") and importlib.util.find_spec("s3fs"):
+        pytest.skip("s3fs is installed: it would look for the bucket")
+    with pytest.raises(UserError, match="cannot be used"):
+        train(data=prepared(), mirror=url, out_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_name_in_the_mirror_is_no_path_out_of_it(tmp_path):
+    far = tmp_path / "far"
+    (far / "step-1").mkdir(parents=True)
+    (far / "step-1" / "config.json").write_text("{}")
+    (far / "last").write_text("../../../step-1")
+    Mirror(str(far)).pull(tmp_path / "run" / "checkpoints")
+    assert pointed(tmp_path / "run" / "checkpoints" / "last").name == "step-1"
+    assert not (tmp_path / "step-1").exists()
