@@ -7,22 +7,29 @@ import random
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from miaobi.errors import UserError
 from miaobi.model.checkpoint import pointed
+from miaobi.train import parallel, saving
+from miaobi.train.state import Progress
 
 IP = shutil.which("ip") or shutil.which("ip", path="/usr/sbin:/sbin")
 WAYS = [("--user", "--map-root-user"), ()]  # as any user; as root, where users may not make namespaces
 KINDS = ("--net", "--uts", "--mount")
 SUBNET = "10.77.0"
-PORT = 29500  # nothing else listens in a new network
 
 # small-gpt's train300M_ddp.yaml, its keys and comments' order, made tiny. Dropout is 0: its seed depends on the rank.
 YAML = """
@@ -217,11 +224,12 @@ def test_the_seeds_commands_for_two_machines_end_with_the_loss_of_one_process(ho
 
 
 def test_a_cut_cable_ends_the_run_with_the_name_of_the_host_that_is_out_of_reach(hosts, shared):
+    """A checkpoint follows every step, so that the cable is cut while one is being written."""
+    flags = ("--comm_timeout=15", "--max_epoch=1000", "--save_freq=1")
     running = [
-        host.start(TWO_NODES.format(rank=rank, count=1, address=hosts[0].address), "cut", "--comm_timeout=15",
-                   "--max_epoch=1000")
+        host.start(TWO_NODES.format(rank=rank, count=1, address=hosts[0].address), "cut", *flags)
         for rank, host in enumerate(hosts)
-    ]  # fmt: skip
+    ]
     with ended(*running):
         wait_for_step(shared / "cut", 20, *running)
         hosts[1].do(IP, "link", "set", "cable", "down")
@@ -245,3 +253,50 @@ def test_when_a_cable_is_cut_the_host_of_the_rendezvous_goes_on_alone(hosts, alo
     assert "continuing from step" in said
     assert f"host {hosts[0].name} ({hosts[0].address}) cannot be reached" in hosts[1].log("elastic").read_text()
     assert ending(shared / "elastic") == pytest.approx(alone, abs=1e-4)
+
+
+def test_processes_that_are_started_again_meet_in_a_store_without_the_addresses_of_the_dead(monkeypatch):
+    """torchrun keeps its store. Whoever comes first must not take what the attempt before left there."""
+    kept, late, patience = dist.TCPStore("127.0.0.1", 0, is_master=True), 0.5, timedelta(seconds=20)
+    me = threading.local()
+
+    def meet(rank: int, attempt: int) -> str:
+        time.sleep(late * ((rank + attempt) % 2))
+        me.store, me.rank = dist.TCPStore("127.0.0.1", kept.port, timeout=patience), rank
+        store = parallel.fresh_store(patience)
+        store.set(f"{rank}", f"attempt {attempt}")
+        return store.get(f"{1 - rank}").decode()
+
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(me.store, me.rank, 2)]))
+    for attempt in range(4):
+        with ThreadPoolExecutor(2) as ranks:
+            assert list(ranks.map(meet, range(2), [attempt] * 2)) == [f"attempt {attempt}"] * 2
+    me.store, me.rank = kept, 0
+    with pytest.raises(dist.DistError, match="rank 1 did not come"):
+        parallel.fresh_store(timedelta(seconds=0.2))
+
+
+@pytest.fixture
+def neighbour() -> Iterator[tuple[parallel.World, parallel.World]]:
+    """Ranks 0 and 1, and whether the second still answers: `neighbour[1].leave()` ends that."""
+    worlds = [parallel.World(rank, 2, alive=socket.create_server(("127.0.0.1", 0), backlog=1)) for rank in range(2)]
+    for world in worlds:
+        world.hosts = [(f"host-{w.rank}", *w.alive.getsockname()) for w in worlds]
+        threading.Thread(target=world.answer, daemon=True).start()
+    yield tuple(worlds)
+    for world in worlds:
+        if world.alive.fileno() != -1:
+            world.leave()
+
+
+def test_a_rank_that_waits_for_a_slow_disk_waits_on_until_another_rank_is_gone(neighbour, tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "LOOK", 0.01)
+    saver = saving.Saver(tmp_path, neighbour[0], None, (), None, None, (None, None))
+    saver.thread = threading.Thread(target=time.sleep, args=(0.5,), daemon=True)
+    saver.thread.start()
+    saver.finish(Progress())
+    saver.thread = threading.Thread(target=threading.Event().wait, daemon=True)
+    saver.thread.start()
+    neighbour[1].leave()
+    with pytest.raises(UserError, match=r"rank 0 .*the process of rank 1 on host-1 is gone.*a checkpoint was written"):
+        saver.finish(Progress())

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from threading import Thread
 from typing import Any
 from uuid import uuid4
 
@@ -111,21 +112,35 @@ class World:
         """What is wrong with the other ranks, as far as a new connection to each can tell."""
         found: dict[str, None] = {}
         for rank, (host, address, port) in enumerate(self.hosts):
-            if rank == self.rank:
+            no_way = f"host {host} ({address}) cannot be reached"
+            if rank == self.rank or no_way in found:
                 continue
             try:
                 socket.create_connection((address, port), timeout=3).close()
             except ConnectionRefusedError:
                 found[f"the process of rank {rank} on {host} is gone"] = None
             except OSError:
-                found[f"host {host} ({address}) cannot be reached"] = None
+                found[no_way] = None
         return list(found)
+
+    def lost(self, why: str) -> UserError:
+        """What to raise when the other ranks do not answer any more: which of them, as far as can be told."""
+        found = "; ".join(self.unreachable()) or "all processes still answer: one of them is stuck, or was too slow"
+        return UserError(f"rank {self.rank} on {socket.gethostname()} lost the other ranks: {found} ({why}). "
+                         "docs/cluster.md says what to try")  # fmt: skip
+
+    def answer(self) -> None:
+        """Take the connections by which others see that this process lives, as long as it does."""
+        with contextlib.suppress(OSError):  # closed by `leave`
+            while True:
+                self.alive.accept()[0].close()
 
     def leave(self) -> None:
         """Close the connections."""
         global _world
         _world = None
         if self.alive is not None:
+            self.alive.shutdown(socket.SHUT_RDWR)  # wakes `answer`
             self.alive.close()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -176,6 +191,7 @@ def join(cfg: TrainConfig) -> World:
     if size > 1:
         machines = len({host for host, _, _ in world.hosts})
         log(f"{size} processes on {machines} {'machine' if machines == 1 else 'machines'}")
+    Thread(target=world.answer, daemon=True).start()
     _world = world
     return world
 
@@ -292,9 +308,7 @@ def explain_lost(world: World) -> Iterator[None]:
         if world.size == 1 or not (isinstance(e, dist.DistError) or "gloo" in text or "NCCL" in text):
             raise
         time.sleep(LAST_WORD)
-        found = "; ".join(world.unreachable()) or "all processes still answer: one of them is stuck, or was too slow"
-        raise UserError(f"rank {world.rank} on {socket.gethostname()} lost the other ranks: {found} "
-                        f"({first_line(e)}). docs/cluster.md says what to try") from e  # fmt: skip
+        raise world.lost(first_line(e)) from e
 
 
 def first_line(e: Exception) -> str:

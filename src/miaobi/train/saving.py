@@ -34,6 +34,7 @@ from miaobi.train.mirror import Mirror
 from miaobi.train.parallel import World, whole
 from miaobi.train.state import Progress
 
+LOOK = 10.0  # seconds after which a rank that waits for a checkpoint looks whether the others still live
 Optimizers = list[torch.optim.Optimizer]
 
 
@@ -73,10 +74,16 @@ class Saver:
         self.thread.start()
 
     def finish(self, progress: Progress) -> None:
-        """Wait for the checkpoint under way; where it was lost, so is a best model in it."""
+        """Wait for the checkpoint under way; where it was lost, so is a best model in it.
+
+        Raises UserError where a rank is lost that has a part to write.
+        """
         if self.thread is None:
             return
-        self.thread.join()
+        while self.thread.is_alive():
+            self.thread.join(LOOK)
+            if self.thread.is_alive() and self.world.unreachable():
+                raise self.world.lost("while a checkpoint was written")
         self.thread = None
         if isinstance(self.outcome, BaseException):
             raise self.outcome
@@ -87,7 +94,8 @@ class Saver:
 
     def _run(self, *args) -> None:
         try:
-            self.outcome = self._write(*args)
+            # no rank is through before all are: one that has left the run would be taken for lost
+            self.outcome = all(self.world.gather(self._write(*args), self.world.slow))
         except BaseException as e:  # raised again by `finish`, in the run's own thread
             self.outcome = e
 

@@ -1,0 +1,187 @@
+"""Runs killed with kill -9 at random moments, continued by the same command: do they end in the same weights?
+
+    python -m benchmarks.survive --data TEXT
+
+A third of the runs is killed at any moment of training, a third while a checkpoint is being written, and of the last
+third, two processes under `torchrun --max-restarts`, one process is killed, every other time while a checkpoint is
+being written. Weights are compared byte for byte with those of a run of the same command that was left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.common import machine, parse, report
+from miaobi.config import PrepareConfig
+from miaobi.console import log
+from miaobi.corpus.prepare import prepare
+from miaobi.model.checkpoint import pointed
+
+KINDS = ("any moment", "while saving", "one of 2 ranks")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3")
+SETTINGS = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 8, "dropout": 0.1,
+            "eval_interval": 20, "save_interval": 10, "log_interval": 5, "eval_iters": 2, "sample_tokens": 0,
+            "device": "cpu", "dtype": "float32", "compile": False, "comm_timeout": 60}  # fmt: skip
+PATIENCE = 600  # seconds after which a run is taken to be stuck
+
+
+@dataclass(frozen=True)
+class Args:
+    """Command line."""
+
+    data: Path
+    """Text to train on."""
+    runs: int = 20
+    """Runs that are killed."""
+    steps: int = 100
+    """Optimizer steps of a run."""
+    characters: int = 200_000
+    """How much of the text is used."""
+    seed: int = 1
+    """Seed of the moments."""
+    json: bool = False
+    """Print one line of JSON as well."""
+
+
+class Command:
+    """A training command that can be started again and again."""
+
+    def __init__(self, out: Path, data: Path, steps: int, ranks: int) -> None:
+        settings = SETTINGS | {"data": data, "out_dir": out, "max_iters": steps}
+        launcher = TORCHRUN if ranks > 1 else ()
+        self.words = [sys.executable, *launcher, "-m", "miaobi", "train", *(f"--{k}={v}" for k, v in settings.items())]
+        self.out, self.ranks, self.said = out, ranks, out.with_suffix(".log")
+
+    def start(self) -> subprocess.Popen:
+        """Start it, or go on where it was; what it says is added to OUT.log."""
+        with self.said.open("a") as said:
+            return subprocess.Popen(self.words, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def victim(self, process: subprocess.Popen, draw: random.Random) -> int:
+        """The process to kill: the only one, or any of torchrun's workers."""
+        if self.ranks == 1:
+            return process.pid
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return int(
+            draw.choice([pid for pid in children if b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes()])
+        )
+
+    def reached(self) -> int:
+        """Step of the last checkpoint, 0 without one."""
+        last = pointed(self.out / "checkpoints" / "last")
+        return int(last.name.removeprefix("step-")) if last else 0
+
+    def weights(self) -> str:
+        """Digest of the weights in `last` and `best`."""
+        files = [pointed(self.out / "checkpoints" / name) / "model.safetensors" for name in ("last", "best")]
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+    def until(self, there: Callable[[], bool], process: subprocess.Popen) -> bool:
+        """Whether `there` became true while the process ran."""
+        give_up = time.monotonic() + PATIENCE
+        while not there():
+            if process.poll() is not None:
+                return False
+            if time.monotonic() > give_up:
+                process.kill()
+                raise SystemExit(f"the run is stuck; see what it said:\n{self.said.read_text()[-3000:]}")
+            time.sleep(0.002)
+        return True
+
+    def finish(self) -> None:
+        """Run it to its end. Raises SystemExit where it fails."""
+        self.ends(self.start())
+
+    def ends(self, process: subprocess.Popen) -> None:
+        """Wait for the end. Raises SystemExit where it fails."""
+        self.until(lambda: False, process)
+        if process.returncode:
+            raise SystemExit(f"exit code {process.returncode}; the run said:\n{self.said.read_text()[-3000:]}")
+
+    def training(self) -> bool:
+        """Whether it has taken its first steps."""
+        return (self.out / "metrics.jsonl").exists() and (self.out / "metrics.jsonl").stat().st_size > 0
+
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written aside."""
+        return any((self.out / "checkpoints").glob(".*"))
+
+
+def left_alone(command: Command) -> tuple[str, float]:
+    """(weights, seconds from its first steps to its end) of an undisturbed run."""
+    process = command.start()
+    command.until(command.training, process)
+    began = time.monotonic()
+    command.ends(process)
+    return command.weights(), time.monotonic() - began
+
+
+def killed(command: Command, seconds: float, in_save: bool, draw: random.Random) -> tuple[float, int]:
+    """Kill a run once and bring it to its end: (seconds after its first steps, step of the checkpoint it had)."""
+    process = command.start()
+    if not command.until(command.training, process):
+        raise SystemExit(f"the run ended before it began:\n{command.said.read_text()[-3000:]}")
+    began = time.monotonic()
+    moment = began + draw.uniform(0, 0.9 * seconds)
+    command.until(lambda: time.monotonic() > moment, process)
+    if in_save and command.until(command.saving, process):
+        time.sleep(draw.uniform(0, 0.02))
+    if process.poll() is not None:  # faster than the one left alone
+        return time.monotonic() - began, -1
+    os.kill(command.victim(process, draw), signal.SIGKILL)
+    after, reached = time.monotonic() - began, command.reached()
+    if command.ranks == 1:
+        process.wait()
+        command.finish()
+    else:  # torchrun starts the processes again
+        command.ends(process)
+    return after, reached
+
+
+def main() -> None:
+    """Kill, continue, compare and print."""
+    args = parse("survive", Args, __doc__)
+    draw, rows, results, number = random.Random(args.seed), [], [], 0
+    with tempfile.TemporaryDirectory() as work:
+        text, data = Path(work) / "text.txt", Path(work) / "data"
+        text.write_text(args.data.read_text(encoding="utf-8")[: args.characters], encoding="utf-8")
+        prepare([str(text)], PrepareConfig(out=data, workers=1))
+        started = time.monotonic()
+        alone = {n: left_alone(Command(Path(work) / f"alone-{n}", data, args.steps, n)) for n in (1, 2)}
+        log(f"left alone: {alone[1][1]:.0f} s of training, with two processes {alone[2][1]:.0f} s")
+        while len(results) < args.runs:
+            kind = KINDS[len(results) % 3]
+            ranks, in_save = (2, len(results) % 2 == 0) if kind == KINDS[2] else (1, kind == KINDS[1])
+            command, number = Command(Path(work) / f"run-{number}", data, args.steps, ranks), number + 1
+            after, reached = killed(command, alone[ranks][1], in_save, draw)
+            if reached < 0:
+                continue
+            same = command.weights() == alone[ranks][0]
+            end = "the same" if same else "ANOTHER"
+            log(f"{len(results) + 1}/{args.runs}  {kind}: killed {after:.2f} s into training, {end} end")
+            rows.append([kind, f"{after:.2f}", reached, "yes" if same else "NO"])
+            results.append({"kind": kind, "in_save": in_save, "seconds": after, "checkpoint": reached, "same": same})
+    same = sum(result["same"] for result in results)
+    columns = ["killed", "seconds into training", "last checkpoint then", "same weights at the end"]
+    report("survive", columns, rows, {
+        "machine": machine(), "settings": dataclasses.asdict(args), "killed": results, "same": same,
+        "minutes": (time.monotonic() - started) / 60,
+    }, args.json)  # fmt: skip
+    log(f"{same} of {len(results)} runs killed with kill -9 ended bit-identical to a run left alone")
+    if same < len(results):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
