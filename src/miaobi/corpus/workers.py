@@ -30,7 +30,9 @@ from miaobi.errors import UserError
 SMALL_INPUT_BYTES = 4 << 20
 """Below this, starting worker processes takes longer than the work."""
 REACH_SECONDS = 5
-"""For the head of a Ray cluster to answer; Ray itself would try for minutes."""
+"""For the head of a Ray cluster to answer."""
+_RAY_PATIENCE = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_py_gcs_connect_timeout_s": str(REACH_SECONDS)}
+"""Where something answers that is not Ray; with its defaults it tries for minutes."""
 
 Run = Callable[[Callable, Iterable[tuple]], Iterator[tuple[tuple[Block, ...], Any]]]
 """run(function, tasks): (blocks, function(tokenizer, blocks, *others)) for each task (blocks, *others), in order."""
@@ -122,8 +124,10 @@ def _run_in_processes(
 def connect_ray() -> int:
     """Joins the Ray cluster of RAY_ADDRESS, or the one this machine is part of. Returns its CPUs.
 
-    Raises UserError without the `ray` extra, and within seconds where there is no cluster.
+    Raises UserError without the `ray` extra, and within half a minute where there is no cluster.
     """
+    for setting, value in _RAY_PATIENCE.items():
+        os.environ.setdefault(setting, value)  # read when ray is imported
     try:
         import joblib  # noqa: F401
         import ray
@@ -137,11 +141,11 @@ def connect_ray() -> int:
                 host, _, port = address.rpartition(":")
                 socket.create_connection((host, int(port)), REACH_SECONDS).close()
             ray.init(address=address, logging_level="ERROR", log_to_driver=False)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise UserError(
-                f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}); on the first machine "
-                "run `ray start --head --port=6379`, on the others `ray start --address=FIRST:6379`, then this command "
-                "on any of them"
+                f"no Ray cluster can be joined at RAY_ADDRESS={address} ({str(error).splitlines()[0]}). On the first "
+                "machine run `ray start --head --port=6379`, on the others `ray start --address=FIRST:6379`, and this "
+                "command on any of them"
             ) from error
     register_ray()
     return int(ray.cluster_resources().get("CPU", 0)) or 1
