@@ -17,7 +17,7 @@ set -euo pipefail
 if [ $# -eq 0 ]; then
     set -- configs/chat-300m.yaml --batch_size=48
 fi
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120 # seconds that torchrun gives its workers for the last checkpoint
 # export NCCL_SOCKET_IFNAME=ib0 NCCL_DEBUG=INFO  # where NCCL takes the wrong interface
 
@@ -30,7 +30,7 @@ srun --kill-on-bad-exit=0 torchrun \
     --nnodes="1:$SLURM_NNODES" \
     --nproc_per_node=gpu \
     --rdzv-backend=c10d \
-    --rdzv-endpoint="$head_node:29500" \
+    --rdzv-endpoint="${nodes[0]}:29500" \
     --rdzv-id="$SLURM_JOB_ID" \
     --max-restarts=3 \
     -m miaobi train "$@" &

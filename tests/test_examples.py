@@ -4,9 +4,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -22,13 +24,13 @@ ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "examples" / "slurm.sh"
 PYTORCHJOB = ROOT / "examples" / "pytorchjob.yaml"
 PAGE = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
-SLURM_VARIABLES = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "head_node": "node1"}
+SLURM_VARIABLES = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "nodes[0]": "node1"}
 
 
 def expanded(command: str) -> list[str]:
     """The words of a command, continuation lines joined, SLURM's variables filled in."""
     command = re.sub(r"\\\n\s*", " ", command)
-    command = re.sub(r"\$\{?(\w+)\}?", lambda found: SLURM_VARIABLES[found[1]], command)
+    command = re.sub(r"\$\{?([\w\[\]]+)\}?", lambda found: SLURM_VARIABLES[found[1]], command)
     return shlex.split(command, comments=True)
 
 
@@ -114,17 +116,16 @@ def start_job(place: Path) -> subprocess.Popen:
         "SLURM_JOB_NODELIST": "node[1-2]",
     }  # fmt: skip
     job = subprocess.Popen(["bash", str(SLURM), "my.yaml"], cwd=place, env=environment)
-    while not (place / "step").exists():
+    while not (place / "step").exists() or not (place / "step").read_text(encoding="utf-8"):
         assert job.poll() is None
+        time.sleep(0.02)
     return job
 
 
 @pytest.mark.skipif(os.name != "posix", reason="bash")
 def test_slurms_time_limit_saves_and_queues_the_job_again(tmp_path):
     job = start_job(tmp_path)
-    while not (tmp_path / "step").read_text(encoding="utf-8"):
-        pass
-    job.send_signal(10)  # SIGUSR1, as --signal=B:USR1@180 has SLURM send it
+    job.send_signal(signal.SIGUSR1)  # as --signal=B:USR1@180 has SLURM send it
     job.wait(20)
     started, *rest = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
     assert started.endswith("--rdzv-endpoint=node1:29500 --rdzv-id=7 --max-restarts=3 -m miaobi train my.yaml")
