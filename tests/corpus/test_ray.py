@@ -25,6 +25,7 @@ from miaobi.corpus.prepare import prepare
 from miaobi.errors import UserError
 
 ray = pytest.importorskip("ray")
+RAY_SETTINGS = {"RAY_ADDRESS": "", "RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120"}
 SMALL_BLOCKS = "from miaobi.corpus import cutting\ncutting.BLOCK_BYTES = 20_000"
 LOST = """
 import os
@@ -65,7 +66,7 @@ def on_ray() -> Iterator[Callable]:
                "--include-dashboard=false", f"--temp-dir={scratch}", "--min-worker-port=0",
                "--max-worker-port=0"]  # fmt: skip
     cluster = subprocess.Popen(
-        command, env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": ""}, stdout=subprocess.PIPE,
+        command, env=os.environ | RAY_SETTINGS, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, cwd=scratch,
     )  # fmt: skip
     try:

@@ -67,7 +67,8 @@ class Workers:
     def started(self, tokenizer: Tokenizer | None = None) -> Iterator[Run]:
         """The workers, each with the tokenizer, for as long as the context lasts.
 
-        At most four tasks per worker are under way or waiting, which bounds the memory.
+        At most four tasks per worker are under way or waiting, which bounds the memory. Raises UserError for a worker
+        that is lost.
         """
         if self.count == 1:
             yield partial(_run_here, tokenizer)
@@ -134,7 +135,7 @@ def connect_ray() -> int:
         from ray.util.joblib import register_ray
     except ImportError as error:
         raise UserError("--backend=ray needs Ray on every machine: pip install 'miaobi[ray]'") from error
-    address = os.environ.get("RAY_ADDRESS", "auto")
+    address = os.environ.get("RAY_ADDRESS") or "auto"
     if not ray.is_initialized():
         try:
             if address != "auto":
@@ -143,12 +144,17 @@ def connect_ray() -> int:
             ray.init(address=address, logging_level="ERROR", log_to_driver=False)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise UserError(
-                f"no Ray cluster can be joined at RAY_ADDRESS={address} ({str(error).splitlines()[0]}). On the first "
+                f"no Ray cluster can be joined at RAY_ADDRESS={address} ({_lines(error)[0]}). On the first "
                 "machine run `ray start --head --port=6379`, on the others `ray start --address=FIRST:6379`, and this "
                 "command on any of them"
             ) from error
     register_ray()
     return int(ray.cluster_resources().get("CPU", 0)) or 1
+
+
+def _lines(error: BaseException) -> list[str]:
+    """What it says; Ray's errors carry remote tracebacks, whose last line tells."""
+    return str(error).strip().splitlines() or [type(error).__name__]
 
 
 @contextlib.contextmanager
@@ -166,7 +172,7 @@ def _ray(count: int, tokenizer: Tokenizer | None) -> Iterator[Run]:
             yield partial(_run_on_ray, parallel, ahead, 2 * count)
     except RayError as error:
         raise UserError(
-            f"a Ray worker was lost ({str(error).strip().splitlines()[-1]}). Every machine of the cluster needs the "
+            f"a Ray worker was lost ({_lines(error)[-1]}). Every machine of the cluster needs the "
             "same miaobi and enough memory; `ray status` lists them. Then run the command again"
         ) from error
 
