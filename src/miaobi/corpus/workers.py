@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 from collections import deque
@@ -186,11 +187,12 @@ def _run_on_ray(
         under_way = tuple(itertools.islice(tasks, window))
         results = ahead.submit(_work_on_ray, parallel, function, under_way)
         if done is not None:
-            yield from zip((task[0] for task in done[0]), done[1].result(), strict=True)
+            for task, result in zip(done[0], done[1].result(), strict=True):
+                yield task[0], pickle.loads(result)
         done = under_way, results
 
 
-def _work_on_ray(parallel: Any, function: Callable, tasks: tuple[tuple, ...]) -> list:
+def _work_on_ray(parallel: Any, function: Callable, tasks: tuple[tuple, ...]) -> list[bytes]:
     import joblib
 
     return parallel(joblib.delayed(_call_on_ray)(function, (_with_full_paths(t[0]), *t[1:])) for t in tasks)
@@ -204,9 +206,10 @@ def _with_full_paths(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
     )
 
 
-def _call_on_ray(function: Callable, task: tuple) -> Any:
+def _call_on_ray(function: Callable, task: tuple) -> bytes:
+    """The result, pickled: arrays that Ray hands over are windows into its store and would keep all of it occupied."""
     try:
-        return _call(function, task)
+        return pickle.dumps(_call(function, task))
     except FileNotFoundError as error:
         raise UserError(
             f"{error.filename} is not on the Ray worker {socket.gethostname()}; put the sources on a disk that all "
