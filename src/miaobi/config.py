@@ -49,7 +49,10 @@ class PrepareConfig:
     val_fraction: float = 0.1
     """Share of the documents (hash) or characters (tail) kept for validation."""
     workers: int = 0
-    """Processes that read and encode; 0 = one per core."""
+    """Processes that read and encode; 0 = one per core (of the whole cluster with --backend=ray)."""
+    backend: Literal["processes", "ray"] = "processes"
+    """processes = on this machine; ray = on the Ray cluster that RAY_ADDRESS names, or the one this machine is part of.
+    Every machine of the cluster then reads the sources under the same path: put them on a shared disk."""
     skip_bad: bool = False
     """Skip and count records and files that cannot be read instead of stopping."""
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from miaobi.config import PrepareConfig
-from miaobi.corpus import cutting, pipeline
-from miaobi.corpus import prepare as prepare_module
+from miaobi.corpus import cutting, pipeline, workers
 from miaobi.corpus.dataset import PreparedData
 from miaobi.corpus.dialogue import messages_of
 from miaobi.corpus.prepare import prepare
@@ -361,7 +360,7 @@ def test_workers_and_blocks_change_nothing(tmp_path, monkeypatch, settings):
         jsonl(tmp_path / "b.jsonl", [as_messages(t) for t in talks(90, 1)]),
     ]
     run(sources, tmp_path / "one", workers=1, **settings)
-    monkeypatch.setattr(prepare_module, "SMALL_INPUT_BYTES", 0)
+    monkeypatch.setattr(workers, "SMALL_INPUT_BYTES", 0)
     monkeypatch.setattr(cutting, "BLOCK_BYTES", 700)
     monkeypatch.setattr(pipeline, "MAX_BLOCKS_PER_TASK", 3)
     run(sources, tmp_path / "many", workers=2, **settings)

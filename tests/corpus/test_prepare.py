@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from miaobi.config import PrepareConfig
-from miaobi.corpus import cutting, pipeline, store
-from miaobi.corpus import prepare as prepare_module
+from miaobi.corpus import cutting, pipeline, store, workers
 from miaobi.corpus.prepare import prepare
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
@@ -64,19 +63,15 @@ def documents(out: Path, split: str) -> list[str]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """All files, without the setting that is meant to differ."""
-    files = {path.name: path.read_bytes() for path in out.iterdir()}
-    parsed = json.loads(files.pop("manifest.json"))
-    for setting in ("workers", "out"):
-        parsed["settings"].pop(setting)
-    return {**files, "manifest": json.dumps(parsed).encode()}
+    """All files."""
+    return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Many blocks and real worker processes although the text is small."""
     monkeypatch.setattr(cutting, "BLOCK_BYTES", 2000)
-    monkeypatch.setattr(prepare_module, "SMALL_INPUT_BYTES", 0)
+    monkeypatch.setattr(workers, "SMALL_INPUT_BYTES", 0)
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
@@ -156,7 +151,7 @@ def test_workers_and_blocks_change_nothing(tmp_path, monkeypatch, settings):
     texts = articles(200)
     sources = [write(tmp_path / "a.txt", texts), write(tmp_path / "b.txt", texts[50:60] + articles(50, seed=2))]
     run(sources, tmp_path / "one", workers=1, **settings)
-    monkeypatch.setattr(prepare_module, "SMALL_INPUT_BYTES", 0)
+    monkeypatch.setattr(workers, "SMALL_INPUT_BYTES", 0)
     run(sources, tmp_path / "two", workers=2, **settings)
     monkeypatch.setattr(cutting, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(pipeline, "MAX_BLOCKS_PER_TASK", 3)

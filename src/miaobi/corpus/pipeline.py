@@ -1,21 +1,14 @@
 """What is done to each stretch of text, in any process: survey it, count it, encode it.
 
-`prepare` calls these through `Workers.map`, which keeps the order of the sources, so the number of workers changes
-nothing in the result.
+`prepare` calls these through `workers`, which keeps the order of the sources, so the number of workers and where they
+are change nothing in the result.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
-import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,9 +24,6 @@ MAX_BLOCKS_PER_TASK = 256
 _SLICE = 1 << 18
 """Characters counted at a time, so that NumPy's 64-bit copies of them stay in the cache."""
 DROP, TRAIN, VAL = 0, 1, 2
-
-_tokenizer: Tokenizer | None = None
-"""The worker processes' copy."""
 
 
 @dataclass(frozen=True)
@@ -69,61 +59,6 @@ class Survey:
     blocks: list[tuple[int, str, int, int, int]]
     """Per block: source, encoding, documents, characters as read, skipped."""
     empty: int
-
-
-@dataclass
-class Workers:
-    """Processes for `map`; with one worker everything happens here."""
-
-    count: int
-    tokenizer: Tokenizer | None = None
-    _pool: ProcessPoolExecutor | None = field(default=None, init=False)
-
-    def __enter__(self) -> Workers:
-        if self.count > 1:
-            # fork shares the loaded libraries; macOS has it too, but Apple's libraries break after it.
-            has_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
-            context = multiprocessing.get_context("fork" if has_fork else "spawn")
-            self._pool = ProcessPoolExecutor(self.count, context, _start_worker, (self.tokenizer,))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def map(self, function: Callable, tasks: Iterable[tuple]) -> Iterator[tuple[tuple[Block, ...], Any]]:
-        """(blocks, function(tokenizer, blocks, *others)) for each task (blocks, *others), in order.
-
-        At most two tasks per worker are under way or waiting, which bounds the memory.
-        """
-        if self._pool is None:
-            for task in tasks:
-                yield task[0], function(self.tokenizer, *task)
-            return
-        waiting: deque = deque()
-        try:
-            for task in tasks:
-                waiting.append((task[0], self._pool.submit(_run, function, task)))
-                if len(waiting) > 2 * self.count:
-                    blocks, future = waiting.popleft()
-                    yield blocks, future.result()
-            while waiting:
-                blocks, future = waiting.popleft()
-                yield blocks, future.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process was killed, most likely because memory ran out; try --workers=1"
-            ) from error
-
-
-def _start_worker(tokenizer: Tokenizer | None) -> None:
-    global _tokenizer
-    _tokenizer = tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one core
-
-
-def _run(function: Callable, task: tuple) -> Any:
-    return function(_tokenizer, *task)
 
 
 def tasks(blocks: Iterable[Block]) -> Iterator[tuple[Block, ...]]:

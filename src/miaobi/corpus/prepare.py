@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,15 +21,14 @@ from miaobi import console
 from miaobi.config import PrepareConfig
 from miaobi.corpus import dialogue, pipeline, store
 from miaobi.corpus.dialogue import Encoded
-from miaobi.corpus.pipeline import DROP, VAL, Job, Workers
+from miaobi.corpus.pipeline import DROP, VAL, Job
 from miaobi.corpus.sources import Source, find_sources
 from miaobi.corpus.survey import Corpus, read_tasks, take_survey, with_progress
 from miaobi.corpus.template import CHATML_TEMPLATE, ROLES, SEP_TEMPLATE, source_of
 from miaobi.corpus.tokenizer import DEFAULT_BPE_VOCAB_SIZE, IM_END, IM_START, PAD, SEP, Tokenizer
+from miaobi.corpus.workers import Workers, workers_for
 from miaobi.errors import UserError
 
-SMALL_INPUT_BYTES = 4 << 20
-"""Below this, starting worker processes takes longer than the work."""
 BPE_SAMPLE_CHARACTERS = 8_000_000
 """BPE is trained on evenly spaced lines of about so many characters; its trainer needs some 65 bytes for each."""
 
@@ -57,7 +55,7 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
     weights = [w for w, group in zip(cfg.weights or [1.0] * len(sources), found, strict=True) for _ in group]
     out = Path(cfg.out).expanduser()
     store.check_replaceable(out, [file.path for file in files])
-    workers = _worker_count(files, cfg)
+    workers = workers_for(files, cfg)
     job = _job(files, cfg)
     corpus = take_survey(files, job, cfg, workers, weights)
     tokenizer = _tokenizer(corpus, cfg, workers)
@@ -80,17 +78,11 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
 
 
 def settings_of(cfg: PrepareConfig) -> dict[str, Any]:
-    """How the data was prepared, as the manifest tells it."""
-    return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
-
-
-def _worker_count(files: list[Source], cfg: PrepareConfig) -> int:
-    size = sum(file.size * (4 if file.compression else 1) for file in files)
-    if size < SMALL_INPUT_BYTES:
-        return 1
-    if cfg.workers:
-        return cfg.workers
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How the data was prepared, as the manifest tells it; by whom and where makes no difference to the data."""
+    settings = dataclasses.asdict(cfg)
+    for key in ("out", "workers", "backend"):
+        del settings[key]
+    return json.loads(json.dumps(settings, default=str))
 
 
 def _job(files: list[Source], cfg: PrepareConfig) -> Job:
@@ -126,7 +118,7 @@ def _template(files: list[Source], cfg: PrepareConfig) -> str:
 # Vocabulary
 
 
-def _tokenizer(corpus: Corpus, cfg: PrepareConfig, workers: int) -> Tokenizer:
+def _tokenizer(corpus: Corpus, cfg: PrepareConfig, workers: Workers) -> Tokenizer:
     if cfg.tokenizer == "char":
         counts = _kept_counts(corpus, workers)
         counts[[ord(mark) for mark in dialogue.MARKS.values()]] = 0
@@ -179,7 +171,7 @@ def _end_ids(tokenizer: Tokenizer, corpus: Corpus) -> list[int]:
     return [] if end is None else [end]
 
 
-def _kept_counts(corpus: Corpus, workers: int) -> np.ndarray:
+def _kept_counts(corpus: Corpus, workers: Workers) -> np.ndarray:
     """(0x110000,) int64: characters of the kept documents; what was dropped is read again and taken off."""
     total = np.zeros(pipeline.N_CODE_POINTS, np.int64)
     lossy = set()
@@ -191,14 +183,14 @@ def _kept_counts(corpus: Corpus, workers: int) -> np.ndarray:
                 lossy.add(number)
     if lossy:
         jobs = ((task, corpus.job, corpus.choices[n]) for n, task in enumerate(read_tasks(corpus)) if n in lossy)
-        with Workers(workers) as pool:
-            results = pool.map(pipeline.count_dropped, jobs)
+        with workers.started() as run:
+            results = run(pipeline.count_dropped, jobs)
             for _, (code_points, counts) in with_progress(results, corpus.sources, "counting"):
                 total[code_points] -= counts
     return total
 
 
-def _bpe_sample(corpus: Corpus, workers: int) -> Iterator[str]:
+def _bpe_sample(corpus: Corpus, workers: Workers) -> Iterator[str]:
     characters = sum(int(lengths.sum()) for lengths in corpus.lengths)
     every = max(1, -(-characters // BPE_SAMPLE_CHARACTERS))
     if every > 1:
@@ -207,15 +199,15 @@ def _bpe_sample(corpus: Corpus, workers: int) -> Iterator[str]:
         (task, corpus.job, corpus.choices[number] if corpus.choices else None, every)
         for number, task in enumerate(read_tasks(corpus))
     )
-    with Workers(workers) as pool:
-        for _, lines in pool.map(pipeline.sample_lines, sampled):
+    with workers.started() as run:
+        for _, lines in run(pipeline.sample_lines, sampled):
             yield from lines
 
 
 # Second pass: encode and write
 
 
-def _write(out: Path, corpus: Corpus, tokenizer: Tokenizer, cfg: PrepareConfig, workers: int) -> dict[str, Any]:
+def _write(out: Path, corpus: Corpus, tokenizer: Tokenizer, cfg: PrepareConfig, workers: Workers) -> dict[str, Any]:
     vocab_size = cfg.vocab_size or tokenizer.vocab_size
     dtype = "uint16" if vocab_size <= 65535 else "uint32"
     end_ids = _end_ids(tokenizer, corpus)
@@ -234,8 +226,8 @@ def _write(out: Path, corpus: Corpus, tokenizer: Tokenizer, cfg: PrepareConfig, 
                 if (corpus.choices[number] != DROP).any()
             )
         train_bytes_at_cut = 0
-        with Workers(workers, tokenizer) as pool:
-            for _, parts in with_progress(pool.map(function, jobs), corpus.sources, "encoding"):
+        with workers.started(tokenizer) as run:
+            for _, parts in with_progress(run(function, jobs), corpus.sources, "encoding"):
                 prepared.train.write(parts[0])
                 prepared.val.write(parts[1])
                 train_bytes_at_cut += parts[2] if corpus.job.whole else 0

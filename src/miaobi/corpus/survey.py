@@ -12,9 +12,10 @@ from miaobi import console
 from miaobi.config import PrepareConfig
 from miaobi.corpus import clean, pipeline
 from miaobi.corpus.cutting import Block
-from miaobi.corpus.pipeline import DROP, TRAIN, VAL, Job, Survey, Workers
+from miaobi.corpus.pipeline import DROP, TRAIN, VAL, Job, Survey
 from miaobi.corpus.read import iter_blocks
 from miaobi.corpus.sources import Source
+from miaobi.corpus.workers import Workers
 from miaobi.errors import UserError
 
 MIN_VAL_DOCUMENTS, MIN_VAL_TOKENS = 20, 10 * 256
@@ -43,7 +44,7 @@ class Corpus:
     """Documents of sources with a weight below 1."""
 
 
-def take_survey(files: list[Source], job: Job, cfg: PrepareConfig, workers: int, weights: list[float]) -> Corpus:
+def take_survey(files: list[Source], job: Job, cfg: PrepareConfig, workers: Workers, weights: list[float]) -> Corpus:
     """Reads everything once; `weights` has one number for each of the files.
 
     Raises UserError for unreadable sources and for text too small to split.
@@ -66,15 +67,15 @@ def take_survey(files: list[Source], job: Job, cfg: PrepareConfig, workers: int,
     return corpus
 
 
-def _first_pass(files: list[Source], job: Job, cfg: PrepareConfig, workers: int, weights: list[float]) -> Corpus:
+def _first_pass(files: list[Source], job: Job, cfg: PrepareConfig, workers: Workers, weights: list[float]) -> Corpus:
     records = [{"path": f.name, "bytes": f.size, "encoding": "skipped", "documents": 0, "characters": 0} for f in files]
     corpus = Corpus(files, job, [], [], [], [], [], [], records)
     raw_presence = np.zeros(pipeline.N_CODE_POINTS, bool)
     near = clean.NearDuplicates(cfg.near_threshold) if job.near else None
     minhashes_new: list[np.ndarray] = []
-    with Workers(workers) as pool:
+    with workers.started() as run:
         for _, found in with_progress(
-            pool.map(pipeline.survey, ((task, job) for task in read_tasks(corpus))), files, "reading"
+            run(pipeline.survey, ((task, job) for task in read_tasks(corpus))), files, "reading"
         ):
             found: Survey
             corpus.lengths.append(found.lengths)
