@@ -281,7 +281,8 @@ def check_same(world: World, cfg: RunConfig, fingerprint: str) -> None:
         differ = [key for key, value in theirs.items() if value != told[0][key]]
         if differ:
             if not world.is_first:
-                time.sleep(LAST_WORD)  # rank 0 tells it
+                time.sleep(LAST_WORD)
+                raise SystemExit(2)  # rank 0 tells it
             key = differ[0]
             raise UserError(f"rank {rank} on {world.hosts[rank][0]} differs from rank 0: {key} is {theirs[key]}, "
                             f"rank 0 has {told[0][key]}; all must be told the same")  # fmt: skip
