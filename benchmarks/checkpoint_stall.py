@@ -20,7 +20,7 @@ from benchmarks.train_speed import OPTIM, open_data
 from miaobi.device import keep_allocations, pick_dtype
 from miaobi.overrides import load_config
 from miaobi.train.loop import Run
-from miaobi.train.parallel import join, rank_device
+from miaobi.train.world import join, rank_device
 
 
 @dataclass(frozen=True)

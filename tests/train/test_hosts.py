@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import pointed
-from miaobi.train import parallel, saving
+from miaobi.train import saving, world
 from miaobi.train.state import Progress
 
 IP = shutil.which("ip") or shutil.which("ip", path="/usr/sbin:/sbin")
@@ -263,7 +263,7 @@ def test_processes_that_are_started_again_meet_in_a_store_without_the_addresses_
     def meet(rank: int, attempt: int) -> str:
         time.sleep(late * ((rank + attempt) % 2))
         me.store, me.rank = dist.TCPStore("127.0.0.1", kept.port, timeout=patience), rank
-        store = parallel.fresh_store(patience)
+        store = world.fresh_store(patience)
         store.set(f"{rank}", f"attempt {attempt}")
         return store.get(f"{1 - rank}").decode()
 
@@ -273,20 +273,20 @@ def test_processes_that_are_started_again_meet_in_a_store_without_the_addresses_
             assert list(ranks.map(meet, range(2), [attempt] * 2)) == [f"attempt {attempt}"] * 2
     me.store, me.rank = kept, 0
     with pytest.raises(dist.DistError, match="rank 1 did not come"):
-        parallel.fresh_store(timedelta(seconds=0.2))
+        world.fresh_store(timedelta(seconds=0.2))
 
 
 @pytest.fixture
-def neighbour() -> Iterator[tuple[parallel.World, parallel.World]]:
+def neighbour() -> Iterator[tuple[world.World, world.World]]:
     """Ranks 0 and 1, and whether the second still answers: `neighbour[1].leave()` ends that."""
-    worlds = [parallel.World(rank, 2, alive=socket.create_server(("127.0.0.1", 0), backlog=1)) for rank in range(2)]
-    for world in worlds:
-        world.hosts = [(f"host-{w.rank}", *w.alive.getsockname()) for w in worlds]
-        threading.Thread(target=world.answer, daemon=True).start()
+    worlds = [world.World(rank, 2, alive=socket.create_server(("127.0.0.1", 0), backlog=1)) for rank in range(2)]
+    for one in worlds:
+        one.hosts = [(f"host-{w.rank}", *w.alive.getsockname()) for w in worlds]
+        threading.Thread(target=one.answer, daemon=True).start()
     yield tuple(worlds)
-    for world in worlds:
-        if world.alive.fileno() != -1:
-            world.leave()
+    for one in worlds:
+        if one.alive.fileno() != -1:
+            one.leave()
 
 
 def test_a_rank_that_waits_for_a_slow_disk_waits_on_until_another_rank_is_gone(neighbour, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from miaobi.model.checkpoint import load_model, pointed
 from miaobi.overrides import load_config, with_values
 from miaobi.train import loop
 from miaobi.train.loop import Run
-from miaobi.train.parallel import World
+from miaobi.train.world import World
 
 
 def rows(run: Path) -> list[dict]:

@@ -25,24 +25,15 @@ from miaobi.model.lora import adapter_parameters
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin
 from miaobi.train.evaluate import eager, place, text_size, validation_nats
+from miaobi.train.layout import Objective, compile_blocks, placed, whole
 from miaobi.train.mirror import Mirror
 from miaobi.train.optimizer import make_optimizers, rate, set_rate
-from miaobi.train.parallel import (
-    Objective,
-    World,
-    check_batch,
-    check_same,
-    explain_lost,
-    join,
-    placed,
-    rank_device,
-    whole,
-)
 from miaobi.train.recipe import length, resolve_optim
 from miaobi.train.saving import Saver, load_optimizers
 from miaobi.train.source import build_model, open_blocks, open_data, opening, start_or_continue
 from miaobi.train.state import open_run, start_run
 from miaobi.train.watch import Metrics, on_signals, overfitting, since_best
+from miaobi.train.world import World, check_batch, check_same, explain_lost, join, rank_device
 
 COMPILE_PAYS_AFTER = 200  # steps; a cold compile costs about twenty seconds on two cores
 
@@ -336,31 +327,23 @@ class Run:
         )
 
     def maybe_compile(self) -> None:
-        """Compile one block, shared by all layers; eager with one line of warning where that fails."""
+        """Compile, where it is wished for or wins its cost back."""
         wish = self.cfg.train.compile
         slow_products = self.device.type == "cpu" and self.dtype == torch.float32  # the rest is 3% of a step then
         worth = self.total_steps >= COMPILE_PAYS_AFTER and can_compile(self.device) and not slow_products
         if wish is False or (wish == "auto" and not worth):
             return
-        started = time.perf_counter()
-        for block in self.model.blocks:
-            block.compile()
         # FlexAttention knows no dropout, and needs the compiler to be fast.
         self.flex = self.device.type == "cuda" and self.model.cfg.dropout == 0.0
         x, _, positions, mask = place(self.blocks.fixed(self.micro), slice(None), self.device, self.flex)
         self.model.train()
-        try:
+
+        def step() -> None:
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
                 self.model.hidden(x, positions, mask).sum().backward()
-            log(f"compiled in {time.perf_counter() - started:.0f} s")
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as e:  # BackendCompilerFailed, InductorError and the like derive from it
-            warn(f"torch.compile does not work here ({type(e).__name__}); going on without (--compile=False says so)")
+
+        if not compile_blocks(self.model, step):
             self.flex = False
-            for block in self.model.blocks:
-                block._compiled_call_impl = None
-        self.model.zero_grad(set_to_none=True)
 
     def flops_per_token(self) -> float:
         """Forward and backward: 6N + 12 L H D T (PaLM, arXiv:2204.02311, appendix B); 4N where N is frozen."""

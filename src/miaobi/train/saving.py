@@ -30,9 +30,10 @@ from miaobi.errors import UserError
 from miaobi.model.checkpoint import Unfilled, aside_of, point, pointed, save_model, written_whole
 from miaobi.model.lora import adapters, merged, save_adapter
 from miaobi.model.transformer import Transformer
+from miaobi.train.layout import whole
 from miaobi.train.mirror import Mirror
-from miaobi.train.parallel import World, whole
 from miaobi.train.state import Progress
+from miaobi.train.world import World
 
 LOOK = 10.0  # seconds after which a rank that waits for a checkpoint looks whether the others still live
 Optimizers = list[torch.optim.Optimizer]

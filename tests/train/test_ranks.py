@@ -21,7 +21,7 @@ from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.prepare import prepare
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, pointed
-from miaobi.train.parallel import World, check_batch, join, rank_device
+from miaobi.train.world import World, check_batch, join, rank_device
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 STEPS = 50
@@ -217,7 +217,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_those_that_would():
 
 
 def test_more_processes_than_gpus_is_refused(monkeypatch):
-    monkeypatch.setattr("miaobi.train.parallel.pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("miaobi.train.world.pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="rank 5 has no GPU of its own: this machine has 2"):
         rank_device("auto", World(rank=5, size=6, local_rank=2))

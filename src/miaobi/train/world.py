@@ -1,8 +1,7 @@
-"""Several processes on one run: who they are, what they agree on, and how the model is laid out over them.
+"""Several processes on one run: how they meet, what they agree on, and what is said when one is lost.
 
-torchrun starts the processes, and starts them again; here they meet (gloo between CPUs, nccl between GPUs) and share
-the work: DDP copies the model (arXiv:2006.15704), FSDP2 shards it (arXiv:2304.11277), over all ranks or within groups
-of them (HSDP). With one process nothing here communicates.
+torchrun starts the processes, and starts them again; here they meet, over gloo between CPUs and nccl between GPUs.
+With one process nothing here communicates.
 """
 
 from __future__ import annotations
@@ -24,16 +23,13 @@ from uuid import uuid4
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from miaobi.config import ModelConfig, RunConfig, TrainConfig
+from miaobi.config import RunConfig, TrainConfig
 from miaobi.console import log, quiet
 from miaobi.corpus.dataset import IGNORE, Batch
 from miaobi.device import pick_device
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import Unfilled
-from miaobi.model.loss import linear_cross_entropy
-from miaobi.model.transformer import Transformer
 from miaobi.overrides import flatten
 
 LONG = timedelta(days=1)  # for rank 0 to prepare the data, for the slowest disk to take a checkpoint
@@ -314,103 +310,3 @@ def explain_lost(world: World) -> Iterator[None]:
 
 def first_line(e: Exception) -> str:
     return str(e).partition("\n")[0]
-
-
-# --- layout ------------------------------------------------------------------------------------------------------
-
-
-class Objective(nn.Module):
-    """Nats over the scored targets, as one module: DDP prepares its reductions in `forward`."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, targets: Tensor, position_ids: Tensor | None, mask) -> Tensor:
-        hidden = self.model.hidden(ids, position_ids, mask)
-        return linear_cross_entropy(hidden, self.model.head_weight, targets)
-
-
-def placed(
-    cfg: TrainConfig,
-    world: World,
-    device: torch.device,
-    dtype: torch.dtype,
-    shape: ModelConfig,
-    weights: dict[str, Tensor] | None,
-) -> Transformer:
-    """A model of `shape` with `weights`, or with initial ones: whole on the CPU, or this rank's shards on `device`.
-
-    Raises UserError for fsdp in float16.
-    """
-    torch.manual_seed(cfg.seed)
-    if not is_sharded(cfg, world, shape, device):
-        with Unfilled():
-            model = Transformer(shape)
-        if weights is None:
-            model.init_weights()
-        else:
-            model.load_state_dict(weights)
-        return model
-    if dtype == torch.float16:
-        raise UserError("parallel=fsdp cannot scale the loss for float16; use --dtype=bfloat16, or --parallel=ddp")
-    with torch.device("meta"):
-        model = Transformer(shape)
-    shard(model, world, cfg, device, dtype)
-    fill(model, weights)
-    return model
-
-
-def is_sharded(cfg: TrainConfig, world: World, shape: ModelConfig, device: torch.device) -> bool:
-    """Whether the model is sharded. auto: where fp32 weights, gradients and two moments would fill half of a GPU."""
-    if cfg.parallel != "auto" or world.size == 1 or device.type != "cuda" or cfg.trainable == "lora":
-        return cfg.parallel == "fsdp"
-    with torch.device("meta"):
-        parameters = Transformer(shape).num_parameters()
-    return 16 * parameters > torch.cuda.get_device_properties(device).total_memory / 2
-
-
-def shard(model: Transformer, world: World, cfg: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Shard the weights of `model` (FSDP2), block by block and then the rest, in place.
-
-    Matrix products and what is sent for them are in `dtype`; weights, gradients' sums and moments are in fp32.
-    `model` is on the meta device, and gets memory for its shards, without values: see `fill`.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
-    size = cfg.fsdp_shard_size or world.size
-    if size == world.size:
-        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    else:
-        mesh = init_device_mesh(device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
-    reduced = torch.float32 if dtype != torch.float32 else None
-    policy = MixedPrecisionPolicy(param_dtype=dtype if reduced else None, reduce_dtype=reduced)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(model, "hidden")
-    model.to_empty(device=device)
-
-
-@torch.no_grad()
-def fill(model: Transformer, values: dict[str, Tensor] | None) -> None:
-    """Give a sharded model the weights `values`, or draw the initial ones as one process would, one by one.
-
-    Every rank draws whole parameters and keeps its part, so that no rank ever holds more than one whole.
-    """
-    from torch.distributed.tensor import distribute_tensor
-
-    for name, p in model.named_parameters():
-        if values is None:
-            whole = torch.empty(p.shape)
-            model.init_parameter(name, whole)
-        else:
-            whole = values[name]
-        part = distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-        p.to_local().copy_(part.to_local())
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered (a collective), any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
