@@ -9,6 +9,7 @@ being written. Weights are compared byte for byte with those of a run of the sam
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -68,14 +69,16 @@ class Command:
         with self.said.open("a") as said:
             return subprocess.Popen(self.words, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-    def victim(self, process: subprocess.Popen, draw: random.Random) -> int:
-        """The process to kill: the only one, or any of torchrun's workers."""
+    def victim(self, process: subprocess.Popen, draw: random.Random) -> int | None:
+        """The process to kill: the only one, or any of torchrun's workers; None if they have ended."""
         if self.ranks == 1:
-            return process.pid
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        return int(
-            draw.choice([pid for pid in children if b"LOCAL_RANK=" in Path(f"/proc/{pid}/environ").read_bytes()])
-        )
+            return process.pid if process.poll() is None else None
+        workers = []
+        with contextlib.suppress(OSError):  # one that ends while it is looked at
+            for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                if b"LOCAL_RANK=" in Path(f"/proc/{child}/environ").read_bytes():
+                    workers.append(int(child))
+        return draw.choice(workers) if workers else None
 
     def reached(self) -> int:
         """Step of the last checkpoint, 0 without one."""
@@ -128,7 +131,10 @@ def left_alone(command: Command) -> tuple[str, float]:
 
 
 def killed(command: Command, seconds: float, in_save: bool, draw: random.Random) -> tuple[float, int]:
-    """Kill a run once and bring it to its end: (seconds after its first steps, step of the checkpoint it had)."""
+    """Kill a run once and bring it to its end: (seconds after its first steps, step of the checkpoint it had).
+
+    The step is -1 for a run that ended before it could be killed.
+    """
     process = command.start()
     if not command.until(command.training, process):
         raise SystemExit(f"the run ended before it began:\n{command.said.read_text()[-3000:]}")
@@ -137,9 +143,10 @@ def killed(command: Command, seconds: float, in_save: bool, draw: random.Random)
     command.until(lambda: time.monotonic() > moment, process)
     if in_save and command.until(command.saving, process):
         time.sleep(draw.uniform(0, 0.02))
-    if process.poll() is not None:  # faster than the one left alone
+    if (victim := command.victim(process, draw)) is None:  # faster than the one left alone
+        process.wait()
         return time.monotonic() - began, -1
-    os.kill(command.victim(process, draw), signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
     after, reached = time.monotonic() - began, command.reached()
     if command.ranks == 1:
         process.wait()
