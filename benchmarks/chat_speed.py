@@ -30,13 +30,11 @@ from typing import Any
 from benchmarks.common import Worker, clock, git_version, machine, parse, ratio, report, take_turns
 from miaobi.config import PrepareConfig
 from miaobi.console import log
-from miaobi.corpus.dataset import PreparedData
 from miaobi.corpus.prepare import prepare
-from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.overrides import load_config, read_yaml, shipped_config
 from miaobi.train.loop import Run
-from miaobi.train.state import start_run
+from miaobi.train.world import World
 
 
 @dataclass(frozen=True)
@@ -71,9 +69,7 @@ class Miaobi:
         cfg, origin = load_config(shipped_config("chat-90m.yaml"), [(k, str(v)) for k, v in given.items()])
         self.device = pick_device(args.device)
         dtype = pick_dtype(cfg.train.dtype, self.device)
-        out = start_run(cfg, origin)
-        data = PreparedData.open(work / "data")
-        self.run = Run(cfg, origin, out, data, Tokenizer.load(data.path), self.device, dtype, checkpoint=None)
+        self.run = Run(cfg, origin, World(), self.device, dtype, cfg.train.micro_batch)
         self.run.maybe_compile()
         self.run.model.train()
         self.done = 0

@@ -31,7 +31,7 @@ from miaobi.model.checkpoint import save_model
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.overrides import load_config
 from miaobi.train.loop import Run
-from miaobi.train.state import start_run
+from miaobi.train.world import World
 
 SEED = 1337
 OPTIM = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "grad_clip": 1.0}
@@ -82,7 +82,7 @@ class Miaobi:
         data = PreparedData.open(work / "data")
         tokenizer = Tokenizer.load(data.path)
         dtype = pick_dtype(cfg.train.dtype, self.device)
-        self.run = Run(cfg, origin, start_run(cfg, origin), data, tokenizer, self.device, dtype, checkpoint=None)
+        self.run = Run(cfg, origin, World(), self.device, dtype, cfg.train.micro_batch)
         self.done = 0
         (work / "weights").mkdir()
         save_model(work / "weights", self.run.model, tokenizer, data.end_ids)

@@ -80,7 +80,7 @@ class Run:
         checkpoint = None
         with world.first():  # the others find the run begun and its data prepared
             if world.is_first:
-                checkpoint = open_run(cfg, origin, mirror)
+                checkpoint = open_run(cfg, origin, mirror, world.restarted)
                 start_run(cfg, origin)
             self.data = open_data(cfg, self.out)
         check_same(world, cfg, self.data.fingerprint)

@@ -50,17 +50,16 @@ class Progress:
     """LoRA: fingerprint of that MODEL's weights."""
 
 
-def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None) -> Path | None:
+def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, restarted: bool = False) -> Path | None:
     """Make or enter the run directory; return the checkpoint to continue from, or None for a new run.
 
-    Where the directory has no checkpoint, the mirror's is fetched.
+    Where the directory has no checkpoint, the mirror's is fetched. restarted: --init_from=scratch was obeyed before.
 
     Raises UserError where the directory holds a run of another configuration, or nothing where a run was asked for.
     """
     out = Path(cfg.train.out_dir)
     link = out / "checkpoints" / "last"
     last = pointed(link)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun repeats the command as it was
     asked = cfg.train.init_from == "scratch" and origin.get("init_from") == "command line" and not restarted
     if os.path.lexists(link) and asked:
         number = 1

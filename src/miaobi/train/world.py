@@ -51,6 +51,8 @@ class World:
     slow: Any = None
     """Process group (gloo) for what may take hours: preparing data, writing checkpoints in the background."""
     alive: socket.socket | None = None
+    restarted: bool = False
+    """Whether torchrun has repeated its command, as it was: what that moved aside the first time is now the run."""
 
     @property
     def is_first(self) -> bool:
@@ -122,7 +124,7 @@ class World:
     def lost(self, why: str) -> UserError:
         """What to raise when the other ranks do not answer any more: which of them, as far as can be told."""
         found = "; ".join(self.unreachable()) or "all processes still answer: one of them is stuck, or was too slow"
-        return UserError(f"rank {self.rank} on {socket.gethostname()} lost the other ranks: {found} ({why}). "
+        return UserError(f"{socket.gethostname()} lost the other ranks: {found} ({why}). "
                          "docs/cluster.md says what to try")  # fmt: skip
 
     def answer(self) -> None:
@@ -154,9 +156,6 @@ def join(cfg: TrainConfig) -> World:
     if _world is not None:
         return _world
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if size == 1 and cfg.parallel != "fsdp":
-        _world = World()
-        return _world
     if size > 1 and cfg.parallel == "none":
         raise UserError(f"parallel=none, but torchrun started {size} processes, which would all write one run; "
                         "leave --parallel out, or start miaobi train without torchrun")  # fmt: skip
@@ -164,24 +163,28 @@ def join(cfg: TrainConfig) -> World:
         quiet()
     backend = "cpu:gloo,cuda:nccl" if pick_device(cfg.device).type == "cuda" else "gloo"
     timeout = timedelta(seconds=cfg.comm_timeout)
-    address = "127.0.0.1"
-    if size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        try:
+    address, store, restarted = "127.0.0.1", dist.HashStore(), False
+    try:
+        if size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
             store = fresh_store(timeout)
+            # torchrun's own counter differs between machines, and does not count machines that come and go
+            restarted = rank == 0 and store.underlying_store.add("meetings", 1) > 1
+        if size == 1 and cfg.parallel != "fsdp":
+            _world = World(restarted=restarted)
+            return _world
+        if size > 1:
             address = own_address(store, rank, size)
             choose_interface(address)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        except dist.DistError as e:
-            master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise UserError(f"rank {rank} cannot meet the others at {master} ({first_line(e)}); is the address right, "
-                            "the port free and open in the firewall? See docs/cluster.md") from e  # fmt: skip
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    except dist.DistError as e:
+        master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(f"cannot meet the other processes at {master} ({first_line(e)}); is the address right, "
+                        "the port free and open in the firewall? See docs/cluster.md") from e  # fmt: skip
     alive = socket.create_server((address, 0), backlog=size)
     world = World(
         rank, size, int(os.environ.get("LOCAL_RANK", "0")),
         control=dist.new_group(backend="gloo", timeout=timeout), slow=dist.new_group(backend="gloo", timeout=LONG),
-        alive=alive,
+        alive=alive, restarted=restarted,
     )  # fmt: skip
     world.hosts = world.gather((socket.gethostname(), address, alive.getsockname()[1]))
     if size > 1:
