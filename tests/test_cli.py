@@ -199,7 +199,8 @@ def test_the_seeds_sample_line(miaobi, trained):
     samples = answer.out.split("\n---------------\n")
     assert len(samples) == 11
     assert samples.pop() == ""
-    assert all(s.startswith("皇马") and len(s) > 2 for s in samples)
+    assert all(s.startswith("皇马") for s in samples)
+    assert sum(len(s) > 2 for s in samples) > 5, "forty steps teach little: some end at once"
 
 
 def test_every_key_of_nanogpts_sample_py_is_understood(miaobi, trained):
@@ -286,11 +287,3 @@ def test_eval_json(miaobi, trained, prepared, tmp_path):
         assert set(result) >= {"loss", "perplexity", "bits_per_char", "bits_per_byte", "tokens", "characters"}
         assert result["bits_per_byte"] < result["bits_per_char"]
     assert "bits/char" in miaobi("eval", trained(), prepared(), "--device=cpu", "--stride=block").out
-
-
-def test_several_processes_are_refused_before_they_race_on_one_directory(miaobi, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    answer = miaobi("train", "--data=nowhere", f"--out_dir={tmp_path / 'run'}")
-    assert answer.code == 2
-    assert "several processes" in answer.err
-    assert not (tmp_path / "run").exists()

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,11 @@ class Screen:
         self.stream = pyte.ByteStream(self.terminal)
         command = ["-m", "miaobi", "chat", *map(str, args)]
         env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))} | environment
-        self.child = pexpect.spawn(sys.executable, command, env=env, dimensions=(60, 100), timeout=240)
+        # a shell lets what it starts in the background ignore Ctrl-C, this pytest perhaps, and children inherit that
+        listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        self.child = pexpect.spawn(
+            sys.executable, command, env=env, dimensions=(60, 100), timeout=240, preexec_fn=listen
+        )
         self.child.delaybeforesend = 0.02
 
     @property
