@@ -12,8 +12,8 @@ from miaobi.classify import finetune as room
 from miaobi.classify.base import prepare_base
 from miaobi.classify.config import ClassifyConfig
 from miaobi.classify.data import Labelled, read_labelled
-from miaobi.classify.finetune import Cell, Finetuning, build, finetune, row_weights
-from miaobi.classify.head import Judge
+from miaobi.classify.finetune import Cell, Finetuning, build, finetune, keep_head, row_weights
+from miaobi.classify.head import Judge, save
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model
 
@@ -239,3 +239,39 @@ def test_three_classes_and_a_shorter_block(config: Callable):
     assert np.array(result["confusion"]).shape == (3, 3)
     assert np.array(result["confusion"]).sum() == len(split.test.labels)
     assert judge.probabilities(["皇马"]).shape == (1, 3)
+
+
+TEXTS = ["皇马赢得比赛", "曼联输掉联赛，球迷输掉冠军。" * 5]
+
+
+@pytest.mark.parametrize("pooling", ["mask", "no_mask", "mean"])
+def test_a_classifier_goes_on_where_it_stopped(config: Callable, tmp_path, pooling: str):
+    cfg = config("qwen3", pooling=pooling)
+    first, _, _ = finetune(cfg, Cell(pooling, "full", 1), cfg.base_model, read_labelled(cfg), CPU, torch.float32)
+    save(tmp_path, first)
+    again = config(pooling=pooling, base_model=tmp_path)
+    model, tokenizer, reading = prepare_base(again, str(tmp_path), 2)
+    assert reading == first.reading
+    classifier = build(again, Cell(pooling, "full", 2), model, 2)
+    keep_head(classifier, str(tmp_path), first.labels)
+    second = Judge(classifier, tokenizer, reading, first.labels, first.temperature)
+    np.testing.assert_allclose(second.probabilities(TEXTS), first.probabilities(TEXTS), atol=1e-5)
+
+    started = classifier.score.weight.detach().clone()
+    keep_head(classifier, config("qwen3").base_model, first.labels)  # a language model has none
+    assert torch.equal(classifier.score.weight, started)
+    fresh = build(again, Cell(pooling, "full", 2), model, 2)
+    before = fresh.score.weight.detach().clone()
+    keep_head(fresh, str(tmp_path), ["差", "好"])  # other labels: its rows would mean something else
+    assert torch.equal(fresh.score.weight, before)
+
+
+def test_a_classifier_trained_on_other_reviews_starts_better(config: Callable, tmp_path):
+    cfg = config("qwen3", max_epoch=4)
+    first, _, result = finetune(cfg, Cell("mask", "full", 1), cfg.base_model, read_labelled(cfg), CPU, torch.float32)
+    assert result["accuracy"] > 0.8
+    save(tmp_path, first)
+    slow = {"learning_rate": 1e-6, "max_epoch": 1}
+    assert run(config(base_model=tmp_path, **slow), 2)["accuracy"] > 0.8
+    published = run(config(base_model=tmp_path, protocol="as-published", trainable="head", **slow), 2)
+    assert published["accuracy"] < 0.8, "that protocol's head is a fresh one"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from miaobi.classify import head
 from miaobi.classify.base import open_base, prepare_base
@@ -71,6 +72,7 @@ class Run:
         self.cfg, self.keep_models, self.out = cfg, keep_models, Path(cfg.out_dir)
         self.rows: list[Row] = []
         self.stopped: str | None = None
+        self.states: dict[Hashable, Tensor] = {}
         if not cfg.data:
             raise UserError("which texts? give a .csv, .tsv or .jsonl with texts and labels: --data=reviews.csv")
         keep_allocations()
@@ -124,8 +126,9 @@ class Run:
 
     def train(self, cell: Cell) -> Row:
         """Train a cell and write it down, whole or not at all."""
-        judge, _, row = finetune(self.cfg, cell, self.base, self.data, self.device, self.dtype,
-                                 self.out / "logs" / cell.name, lambda: self.stopped is not None)  # fmt: skip
+        logs = self.out / "logs" / cell.name
+        judge, _, row = finetune(self.cfg, cell, self.base, self.data, self.device, self.dtype, logs,
+                                 lambda: self.stopped is not None, self.states)  # fmt: skip
         with written_whole(self.out / "checkpoints" / cell.name) as aside:
             if self.keep_models:
                 head.save(aside, judge)
