@@ -131,6 +131,30 @@ def test_states_of_frozen_layers_are_kept_and_change_nothing(config: Callable, m
     assert kept["accuracy"] == anew["accuracy"]
 
 
+@pytest.mark.parametrize("trainable", ["last_block", "head"])
+def test_splits_share_the_states_of_texts_they_have_in_common(config: Callable, monkeypatch, trainable: str):
+    cfg, made = config("qwen3", trainable=trainable), []
+    frozen = Judge.run
+    monkeypatch.setattr(Judge, "run", lambda self, stage, rows: made.append(len(rows)) or frozen(self, stage, rows))
+    states: dict = {}
+    for seed in (1, 2):
+        run = started(cfg, seed)
+        run.states = states
+        parts = (run.split.train, run.split.dev, run.split.test)
+        for part in parts:
+            shared = run.rows(part)
+            run.inputs.clear()
+            run.states = {}
+            for a, b in zip(shared, run.rows(part), strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+            run.states = states
+    rows = sum(len(part.rows) for part in parts)
+    assert sum(made) == 3 * rows, "the second split needed nothing new: the others are those made for comparison"
+    monkeypatch.setattr(room, "CACHE_BYTES", run.state_bytes([torch.from_numpy(row) for row in run.split.dev.rows]))
+    run.inputs.clear()
+    assert len(run.rows(run.split.dev)) == len(run.split.dev.rows) == len(states), "no more than fits is kept"
+
+
 def test_every_text_weighs_the_same_and_every_label_if_balanced(config: Callable):
     part = started(config()).split.train
     weights = row_weights(part, 2, "none")

@@ -164,6 +164,8 @@ class Finetuning:
         c, full = self.classifier, self.judge.full_length
         kind = (self.cell.trainable, c.pooling if self.cell.trainable == "head" else full)
         keys = [(*kind, row.numpy().tobytes()) for row in ids]
+        if sum(state.nbytes for state in self.states.values()) + self.state_bytes(ids) > CACHE_BYTES:
+            self.states.clear()
         new = [i for i, key in enumerate(keys) if key not in self.states]
         if new:
             c.eval()
