@@ -413,6 +413,7 @@ def classify(args: list[str]) -> None:
     elif result["rows"]:
         ablation.show(result["rows"], result["baselines"], cfg.protocol)
         if kind == "train":
+            ablation.conclude(result)
             print(f"next: miaobi classify predict {result['run']} 房间很干净，下次还来")
     if result["stopped"]:
         sys.exit(130 if result["stopped"] == "interrupted" else 143)

@@ -235,6 +235,20 @@ def show(rows: list[Row], simple: list[Row], protocol: str) -> None:
     Console(width=None if Console().is_terminal else 120).print(table)
 
 
+def conclude(result: dict[str, Any]) -> None:
+    """Below the table of `train`, on stdout: the comparison with the SVM, and the surest errors of the best one."""
+    versus = result.get("versus_svm", {})
+    if versus.get("low") is not None:
+        difference, low, high = (100 * versus[name] for name in ("difference", "low", "high"))
+        print(f"minus the SVM on the same splits: {difference:+.2f} points (95% interval {low:+.2f} to {high:+.2f})")
+    best = max(result["rows"], key=lambda row: row["dev_accuracy"])
+    name = Cell(best["pooling"], best["trainable"], best["seed"]).name
+    print(f"surest errors of {name}, of {len(best['worst_errors'])} in its result.json:")
+    for error in best["worst_errors"][:3]:
+        text = " ".join(error["text"].split())
+        print(f"  {error['label']} taken for {error['predicted']} ({error['probability']:.0%}): {text[:60]}")
+
+
 def percent(figure: tuple[float, float], count: int) -> str:
     """Mean ± deviation in percent."""
     return f"{figure[0]:.2%}" + (f" ± {100 * figure[1]:.2f}" if count > 1 else "")
