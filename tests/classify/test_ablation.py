@@ -194,6 +194,18 @@ def test_the_table_is_printed_for_people(miaobi: Callable, table: Path, trained:
     assert answer.code == 0, answer.err
     assert "last_block" not in answer.out
     assert all(word in answer.out for word in ("mask", "full", "majority", "svm", "±", "miaobi classify predict"))
+    rows = [json.loads((tmp_path / f"run/checkpoints/mask-full-{s}/result.json").read_text(encoding="utf-8"))["row"]
+            for s in (1337, 1338)]  # fmt: skip
+    svm = [
+        json.loads((tmp_path / f"run/baselines/{s}.json").read_text(encoding="utf-8"))["rows"][1] for s in (1337, 1338)
+    ]
+    gaps = [row["accuracy"] - simple["accuracy"] for row, simple in zip(rows, svm, strict=True)]
+    half = 12.706204736 * abs(gaps[0] - gaps[1]) / 2  # Student's t with one degree of freedom
+    low, high = (100 * (np.mean(gaps) + side * half) for side in (-1, 1))
+    assert f"{100 * np.mean(gaps):+.2f} points (95% interval {low:+.2f} to {high:+.2f})" in answer.out
+    best = max(rows, key=lambda row: row["dev_accuracy"])
+    assert f"surest errors of mask-full-{best['seed']}" in answer.out
+    assert best["worst_errors"][0]["text"][:60] in answer.out
 
 
 def test_small_gpts_checkpoint_and_yaml_train_as_they_are(miaobi: Callable, tmp_path: Path, monkeypatch):

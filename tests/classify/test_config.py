@@ -72,7 +72,9 @@ def test_the_shipped_configurations_are_read():
     cfg, _ = load_config(shipped_config("sentiment.yaml"), [("base_model", "out")])
     assert (cfg.base_model, cfg.protocol) == ("out", "corrected")
     base, _ = load_run_config(shipped_config("sentiment-base.yaml"), [])
-    assert (base.data.data, base.model.vocab_size) == ("clean.jsonl", 4096)
+    middle, _ = load_config(shipped_config("sentiment-middle.yaml"), [])
+    assert (middle.base_model, middle.pooling, middle.long_texts) == (base.train.out_dir, cfg.pooling, "truncate")
+    assert base.model.block_size >= middle.block_size
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from miaobi.classify import finetune as room
 from miaobi.classify.base import prepare_base
 from miaobi.classify.config import ClassifyConfig
 from miaobi.classify.data import Labelled, read_labelled
-from miaobi.classify.finetune import Cell, Finetuning, build, finetune, row_weights
-from miaobi.classify.head import Judge
+from miaobi.classify.finetune import Cell, Finetuning, build, finetune, keep_head, row_weights
+from miaobi.classify.head import Judge, save
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model
 
@@ -131,6 +131,30 @@ def test_states_of_frozen_layers_are_kept_and_change_nothing(config: Callable, m
     assert kept["accuracy"] == anew["accuracy"]
 
 
+@pytest.mark.parametrize("trainable", ["last_block", "head"])
+def test_splits_share_the_states_of_texts_they_have_in_common(config: Callable, monkeypatch, trainable: str):
+    cfg, made = config("qwen3", trainable=trainable), []
+    frozen = Judge.run
+    monkeypatch.setattr(Judge, "run", lambda self, stage, rows: made.append(len(rows)) or frozen(self, stage, rows))
+    states: dict = {}
+    for seed in (1, 2):
+        run = started(cfg, seed)
+        run.states = states
+        parts = (run.split.train, run.split.dev, run.split.test)
+        for part in parts:
+            shared = run.rows(part)
+            run.inputs.clear()
+            run.states = {}
+            for a, b in zip(shared, run.rows(part), strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+            run.states = states
+    rows = sum(len(part.rows) for part in parts)
+    assert sum(made) == 3 * rows, "the second split needed nothing new: the others are those made for comparison"
+    monkeypatch.setattr(room, "CACHE_BYTES", run.state_bytes([torch.from_numpy(row) for row in run.split.dev.rows]))
+    run.inputs.clear()
+    assert len(run.rows(run.split.dev)) == len(run.split.dev.rows) == len(states), "no more than fits is kept"
+
+
 def test_every_text_weighs_the_same_and_every_label_if_balanced(config: Callable):
     part = started(config()).split.train
     weights = row_weights(part, 2, "none")
@@ -239,3 +263,39 @@ def test_three_classes_and_a_shorter_block(config: Callable):
     assert np.array(result["confusion"]).shape == (3, 3)
     assert np.array(result["confusion"]).sum() == len(split.test.labels)
     assert judge.probabilities(["皇马"]).shape == (1, 3)
+
+
+TEXTS = ["皇马赢得比赛", "曼联输掉联赛，球迷输掉冠军。" * 5]
+
+
+@pytest.mark.parametrize("pooling", ["mask", "no_mask", "mean"])
+def test_a_classifier_goes_on_where_it_stopped(config: Callable, tmp_path, pooling: str):
+    cfg = config("qwen3", pooling=pooling)
+    first, _, _ = finetune(cfg, Cell(pooling, "full", 1), cfg.base_model, read_labelled(cfg), CPU, torch.float32)
+    save(tmp_path, first)
+    again = config(pooling=pooling, base_model=tmp_path)
+    model, tokenizer, reading = prepare_base(again, str(tmp_path), 2)
+    assert reading == first.reading
+    classifier = build(again, Cell(pooling, "full", 2), model, 2)
+    keep_head(classifier, str(tmp_path), first.labels)
+    second = Judge(classifier, tokenizer, reading, first.labels, first.temperature)
+    np.testing.assert_allclose(second.probabilities(TEXTS), first.probabilities(TEXTS), atol=1e-5)
+
+    started = classifier.score.weight.detach().clone()
+    keep_head(classifier, config("qwen3").base_model, first.labels)  # a language model has none
+    assert torch.equal(classifier.score.weight, started)
+    fresh = build(again, Cell(pooling, "full", 2), model, 2)
+    before = fresh.score.weight.detach().clone()
+    keep_head(fresh, str(tmp_path), ["差", "好"])  # other labels: its rows would mean something else
+    assert torch.equal(fresh.score.weight, before)
+
+
+def test_a_classifier_trained_on_other_reviews_starts_better(config: Callable, tmp_path):
+    cfg = config("qwen3", max_epoch=4)
+    first, _, result = finetune(cfg, Cell("mask", "full", 1), cfg.base_model, read_labelled(cfg), CPU, torch.float32)
+    assert result["accuracy"] > 0.8
+    save(tmp_path, first)
+    slow = {"learning_rate": 1e-6, "max_epoch": 1}
+    assert run(config(base_model=tmp_path, **slow), 2)["accuracy"] > 0.8
+    published = run(config(base_model=tmp_path, protocol="as-published", trainable="head", **slow), 2)
+    assert published["accuracy"] < 0.8, "that protocol's head is a fresh one"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from review_tables import write
 
 from miaobi.classify.data import normalized
-from miaobi.classify.overlap import PREFIX, WINDOW, Evaluation, window_hashes
+from miaobi.classify.overlap import PREFIX, WINDOW, Args, Evaluation, clean, window_hashes
 
 REVIEWS = ["房间很大，早餐丰富，前台服务热情，离地铁站只有五分钟路程，下次还会选择这里入住", "太吵", "x" * 200]
 
@@ -49,3 +49,14 @@ def test_the_command_writes_what_is_left_and_counts_the_rest(tmp_path: Path):
     assert json.loads(done.stdout) == {"documents": 4, "prefix": 1, "window": 1, "kept": 2}
     kept = [json.loads(line)["text"] for line in (tmp_path / "clean.jsonl").read_text(encoding="utf-8").splitlines()]
     assert kept == ["新闻一则", "书很好看"]
+
+
+def test_labels_are_kept_when_asked_and_rows_without_one_left_out(tmp_path: Path):
+    write(tmp_path / "reviews.csv", [("1", text) for text in REVIEWS])
+    write(tmp_path / "shop.csv", [("1", "太吵。"), ("0", "书很好看"), ("", "没有标签")])
+    (tmp_path / "more.jsonl").write_text('{"text": "送得慢", "label": 0}\n', encoding="utf-8")
+    args = Args((str(tmp_path / "shop.csv"), str(tmp_path / "more.jsonl")), str(tmp_path / "reviews.csv"),
+                tmp_path / "clean.jsonl", labels=True)  # fmt: skip
+    assert clean(args) == {"documents": 3, "prefix": 1, "window": 0, "kept": 2}
+    kept = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
+    assert kept == [{"text": "书很好看", "label": "0"}, {"text": "送得慢", "label": "0"}]

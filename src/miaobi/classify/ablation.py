@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from miaobi.classify import head
 from miaobi.classify.base import open_base, prepare_base
@@ -71,6 +72,7 @@ class Run:
         self.cfg, self.keep_models, self.out = cfg, keep_models, Path(cfg.out_dir)
         self.rows: list[Row] = []
         self.stopped: str | None = None
+        self.states: dict[Hashable, Tensor] = {}
         if not cfg.data:
             raise UserError("which texts? give a .csv, .tsv or .jsonl with texts and labels: --data=reviews.csv")
         keep_allocations()
@@ -124,8 +126,9 @@ class Run:
 
     def train(self, cell: Cell) -> Row:
         """Train a cell and write it down, whole or not at all."""
-        judge, _, row = finetune(self.cfg, cell, self.base, self.data, self.device, self.dtype,
-                                 self.out / "logs" / cell.name, lambda: self.stopped is not None)  # fmt: skip
+        logs = self.out / "logs" / cell.name
+        judge, _, row = finetune(self.cfg, cell, self.base, self.data, self.device, self.dtype, logs,
+                                 lambda: self.stopped is not None, self.states)  # fmt: skip
         with written_whole(self.out / "checkpoints" / cell.name) as aside:
             if self.keep_models:
                 head.save(aside, judge)
@@ -230,6 +233,20 @@ def show(rows: list[Row], simple: list[Row], protocol: str) -> None:
         table.add_row(name, "", str(len(found)), percent(spread(found, "accuracy"), len(found)),
                       f"{spread(found, 'macro_f1')[0]:.4f}", "", f"{spread(found, 'seconds')[0]:,.1f}")  # fmt: skip
     Console(width=None if Console().is_terminal else 120).print(table)
+
+
+def conclude(result: dict[str, Any]) -> None:
+    """Below the table of `train`, on stdout: the comparison with the SVM, and the surest errors of the best one."""
+    versus = result.get("versus_svm", {})
+    if versus.get("low") is not None:
+        difference, low, high = (100 * versus[name] for name in ("difference", "low", "high"))
+        print(f"minus the SVM on the same splits: {difference:+.2f} points (95% interval {low:+.2f} to {high:+.2f})")
+    best = max(result["rows"], key=lambda row: row["dev_accuracy"])
+    name = Cell(best["pooling"], best["trainable"], best["seed"]).name
+    print(f"surest errors of {name}, of {len(best['worst_errors'])} in its result.json:")
+    for error in best["worst_errors"][:3]:
+        text = " ".join(error["text"].split())
+        print(f"  {error['label']} taken for {error['predicted']} ({error['probability']:.0%}): {text[:60]}")
 
 
 def percent(figure: tuple[float, float], count: int) -> str:

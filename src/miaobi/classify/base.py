@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from miaobi.classify import head
 from miaobi.classify.config import ClassifyConfig
 from miaobi.classify.data import Reading
 from miaobi.corpus.dataset import derive
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import load_model
+from miaobi.model.checkpoint import load_model, model_directory
 from miaobi.model.transformer import VOCAB_MULTIPLE, Transformer
 
 MARKS = ("<start>", "<extract>")
@@ -39,22 +40,34 @@ def prepare_base(cfg: ClassifyConfig, base: str, seed: int) -> tuple[Transformer
 
     as-published: `<start>` text `<extract>`, two tokens that the model never saw, drawn as torch draws embeddings
     (standard deviation 1), as small-gpt does. corrected: the text, and the token that ended texts in pretraining where
-    it is not the padding, which transformers would not pool.
+    it is not the padding, which transformers would not pool. A base that is a classifier itself reads on as it did.
 
     Raises UserError for a tokenizer without padding, and what `load_model` raises.
     """
-    model, tokenizer = load_model(base)
+    trained = base_classifier(base)
+    model, tokenizer = (trained.classifier.model, trained.tokenizer) if trained else load_model(base)
     size = min(cfg.block_size or model.cfg.block_size, model.cfg.block_size)
     if cfg.block_size is not None and cfg.block_size > size:
         raise UserError(f"block_size is {cfg.block_size}, but {base} reads {size} tokens at most; leave block_size out")
     pad = tokenizer.eot_id if tokenizer.pad_id is None else tokenizer.pad_id
     if pad is None:
         raise UserError(f"the tokenizer of {base} has neither a padding nor an end token; choose another base_model")
+    if trained and (trained.reading.before or cfg.protocol == "corrected"):
+        return model, tokenizer, dataclasses.replace(trained.reading, block_size=size, long_texts=cfg.long_texts)
     if cfg.protocol == "as-published":
         tokenizer, (start, extract) = with_marks(tokenizer, model, seed)
         return model, tokenizer, Reading(size, cfg.long_texts, (start,), (extract,), pad)
     ends = [id_ for id_ in (*reversed(model.end_ids), tokenizer.eot_id, tokenizer.sep_id) if id_ not in (None, pad)]
     return model, tokenizer, Reading(size, cfg.long_texts, (), tuple(ends[:1]), pad)
+
+
+def base_classifier(base: str) -> head.Judge | None:
+    """The classifier that `base` is, None for a language model.
+
+    One may be tuned on: intermediate training on other labelled texts first (STILTs, arXiv:1811.01088).
+    """
+    path = model_directory(base)
+    return head.load(path, torch.device("cpu"), torch.float32) if (path / head.SETTINGS).is_file() else None
 
 
 def with_marks(tokenizer: Tokenizer, model: Transformer, seed: int) -> tuple[Tokenizer, tuple[int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miaobi.classify.base import prepare_base
+from miaobi.classify.base import base_classifier, prepare_base
 from miaobi.classify.config import LEARNING_RATES, ClassifyConfig
 from miaobi.classify.data import Labelled, Part, Split, make_split
 from miaobi.classify.evaluation import fit_temperature, judged, log_loss
@@ -78,6 +78,13 @@ def build(cfg: ClassifyConfig, cell: Cell, model: Transformer, labels: int) -> C
     return classifier
 
 
+def keep_head(classifier: Classifier, base: str, names: list[str]) -> None:
+    """Where the base is a classifier with the same labels and pooling, its head is where training starts."""
+    trained = base_classifier(base)
+    if trained and trained.labels == names and trained.classifier.pooling == classifier.pooling:
+        classifier.score.weight.data.copy_(trained.classifier.score.weight)
+
+
 def optimizer_of(classifier: Classifier, cfg: ClassifyConfig, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW; a parameter `d` layers below the head learns at layer_decay ** d of the rate. Vectors do not decay."""
     depth = classifier.model.cfg.n_layer
@@ -117,10 +124,12 @@ def schedule_of(cfg: ClassifyConfig, trainable: str, steps: int) -> OptimConfig:
 class Finetuning:
     """What lives while one cell trains."""
 
-    def __init__(self, cfg: ClassifyConfig, cell: Cell, judge: Judge, split: Split) -> None:
+    def __init__(self, cfg: ClassifyConfig, cell: Cell, judge: Judge, split: Split,
+                 states: dict[Hashable, Tensor] | None = None) -> None:  # fmt: skip
         self.cfg, self.cell, self.judge, self.split = cfg, cell, judge, split
         self.classifier = judge.classifier
         self.inputs: dict[int, list[Tensor]] = {}
+        self.states = {} if states is None or cfg.protocol == "as-published" else states  # there two rows are drawn
         self.weights = row_weights(split.train, len(judge.labels), cfg.class_weights)
         per_epoch = math.ceil(len(split.train.rows) / cfg.batch_size)
         self.steps = cfg.max_epoch * per_epoch
@@ -140,7 +149,6 @@ class Finetuning:
             ids = [torch.from_numpy(row) for row in part.rows]
             self.inputs[key] = ids
             if self.cell.trainable in ("last_block", "head") and self.state_bytes(ids) <= CACHE_BYTES:
-                self.classifier.eval()
                 self.inputs[key] = self.frozen(ids)
         return self.inputs[key]
 
@@ -153,11 +161,22 @@ class Finetuning:
 
     def frozen(self, ids: list[Tensor]) -> list[Tensor]:
         """Outputs of the frozen layers, on the CPU: (T, C) in front of the last block, or pooled (C,)."""
-        c = self.classifier
-        if self.cell.trainable == "head":
-            return self.judge.run(lambda x, lengths: c.pooled(c.lower(x), lengths), ids)
-        states = self.judge.run(lambda x, _: c.lower(x), ids)
-        return [s[: self.judge.full_length or len(row)] for s, row in zip(states, ids, strict=True)]
+        c, full = self.classifier, self.judge.full_length
+        kind = (self.cell.trainable, c.pooling if self.cell.trainable == "head" else full)
+        keys = [(*kind, row.numpy().tobytes()) for row in ids]
+        if sum(state.nbytes for state in self.states.values()) + self.state_bytes(ids) > CACHE_BYTES:
+            self.states.clear()
+        new = [i for i, key in enumerate(keys) if key not in self.states]
+        if new:
+            c.eval()
+            rows = [ids[i] for i in new]
+            if self.cell.trainable == "head":
+                found = self.judge.run(lambda x, lengths: c.pooled(c.lower(x), lengths), rows)
+            else:
+                padded = self.judge.run(lambda x, _: c.lower(x), rows)
+                found = [s[: full or len(row)].clone() for s, row in zip(padded, rows, strict=True)]
+            self.states |= {keys[i]: state for i, state in zip(new, found, strict=True)}
+        return [self.states[key] for key in keys]
 
     def order(self) -> Iterator[np.ndarray]:
         """Rows of every step: each epoch a permutation of its own, a pure function of (seed, epoch)."""
@@ -258,22 +277,29 @@ def finetune(
     dtype: torch.dtype,
     metrics: Path | None = None,
     interrupted: Callable[[], bool] = lambda: False,
+    states: dict[Hashable, Tensor] | None = None,
 ) -> tuple[Judge, Split, dict[str, Any]]:
     """Train one cell.
 
-    metrics: directory of its curves. Returns the classifier at its best, the split, and the figures of its test part
-    (`evaluation.judged`) with dev_accuracy, seconds, trained_parameters, peak_memory_mb, best_step, train_rows.
+    metrics: directory of its curves. states: outputs of frozen layers that cells of one base share, filled on the way
+    (corrected alone: as-published gives every seed's base two rows of its own).
+
+    Returns the classifier at its best, the split, and the figures of its test part (`evaluation.judged`) with
+    dev_accuracy, seconds, trained_parameters, peak_memory_mb, best_step, train_rows.
     Raises Interrupted; UserError for data and settings that do not fit, a loss that is not finite, too little memory.
     """
     reset_peak_memory(device)
     model, tokenizer, reading = prepare_base(cfg, base, cell.seed)
     split = make_split(data, cfg, cell.seed, reading, tokenizer)
-    classifier = build(cfg, cell, model, len(data.names)).to(device)
+    classifier = build(cfg, cell, model, len(data.names))
+    if cfg.protocol == "corrected":
+        keep_head(classifier, base, data.names)
+    classifier.to(device)
     judge = Judge(classifier, tokenizer, reading, data.names, dtype=dtype, micro_tokens=cfg.micro_tokens)
     tokens, _ = token_budget(device, cfg.micro_tokens)
     advice = f"try --micro_tokens={max(1, tokens // 2)} (same result, less memory), then a smaller base_model"
     with explain_memory(device, advice):
-        run = Finetuning(cfg, cell, judge, split)
+        run = Finetuning(cfg, cell, judge, split, states)
         if metrics is not None:
             metrics.mkdir(parents=True, exist_ok=True)
         curves = Metrics(metrics, 0, None) if metrics is not None else None

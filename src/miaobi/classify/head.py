@@ -29,7 +29,7 @@ OWN = "miaobi-classifier"
 """model_type of classifiers that transformers does not have: it refuses them instead of pooling another state."""
 SETTINGS = "classifier.json"
 CPU_TOKENS, GPU_TOKENS = 4096, 65536
-SLACK = 0.9
+SLACK = 0.6
 """On a CPU rows of one micro-batch are at least this share of its longest: padding costs as much as text."""
 
 

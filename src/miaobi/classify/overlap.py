@@ -40,6 +40,8 @@ class Args:
     """.jsonl that is written: one document a line, in text."""
     text_column: str | None = None
     """Text column of the evaluation table; default: the one called text, review, content or sentence."""
+    labels: bool = False
+    """Keep the labels of the sources, all of which are then labelled tables: text for an intermediate classifier."""
 
 
 def window_hashes(text: str) -> np.ndarray:
@@ -69,14 +71,19 @@ class Evaluation:
         return "window" if len(self.windows) and bool((self.windows[places] == found).any()) else ""
 
 
-def documents(name: str) -> Iterator[str]:
-    """Texts of a source: of .csv and .tsv the text column, else documents as `miaobi prepare` finds them."""
-    tables = {source.path: source.format == "csv" for source in find_sources([name])}
+def documents(name: str, labels: bool) -> Iterator[dict[str, str]]:
+    """Records of a source: of .csv and .tsv the text column, else documents as `miaobi prepare` finds them.
+
+    labels: all are tables, and their rows have a label as well; those without one are left out.
+    """
+    tables = {source.path: labels or source.format == "csv" for source in find_sources([name])}
     for path, is_table in tables.items():
         if is_table:
-            yield from (row.text for row in read_rows(str(path), None, None, skip_bad=True, labels=False) if row)
+            rows = (row for row in read_rows(str(path), None, None, skip_bad=True, labels=labels) if row)
+            yield from ({"text": row.text} | ({"label": row.label} if labels else {}) for row in rows
+                        if not labels or row.label)  # fmt: skip
         else:
-            yield from read_documents([str(path)])
+            yield from ({"text": text} for text in read_documents([str(path)]))
 
 
 def clean(args: Args) -> dict[str, int]:
@@ -87,12 +94,12 @@ def clean(args: Args) -> dict[str, int]:
     with args.out.open("w", encoding="utf-8") as f:
         for name in args.sources:
             before = dict(counts)
-            for text in documents(name):
+            for record in documents(name, args.labels):
                 counts["documents"] += 1
-                shared = evaluation.overlaps(text)
+                shared = evaluation.overlaps(record["text"])
                 counts[shared or "kept"] += 1
                 if not shared:
-                    f.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                    f.write(json.dumps(record, ensure_ascii=False) + "\n")
             found = {key: counts[key] - before[key] for key in counts}
             log(f"{name}: {found['documents']:,} documents; {found['prefix']:,} begin like an evaluation text, "
                 f"{found['window']:,} more share {WINDOW} characters with one")  # fmt: skip
