@@ -7,6 +7,7 @@ With one process nothing here communicates.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import struct
@@ -141,6 +142,7 @@ class World:
             self.alive.shutdown(socket.SHUT_RDWR)  # wakes `answer`
             self.alive.close()
         if dist.is_initialized():
+            gc.collect()  # sharded modules are cycles that hold a group: destroyed at exit, its threads would abort
             dist.destroy_process_group()
 
 
