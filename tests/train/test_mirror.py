@@ -80,11 +80,16 @@ def test_storage_that_nobody_speaks_is_refused_before_training(train, prepared, 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_name_in_the_mirror_is_no_path_out_of_it(tmp_path):
-    far = tmp_path / "far"
+@pytest.mark.parametrize("name", ["..", "../../../step-1", "", "/", "step-1/../.."])
+def test_a_name_in_the_mirror_is_no_path_out_of_it(tmp_path, name):
+    """`..` would be the run directory itself, which a checkpoint replaces as a whole."""
+    far, checkpoints = tmp_path / "far", tmp_path / "run" / "checkpoints"
     (far / "step-1").mkdir(parents=True)
     (far / "step-1" / "config.json").write_text("{}")
-    (far / "last").write_text("../../../step-1")
-    Mirror(str(far)).pull(tmp_path / "run" / "checkpoints")
-    assert pointed(tmp_path / "run" / "checkpoints" / "last").name == "step-1"
-    assert not (tmp_path / "step-1").exists()
+    (far / "last").write_text(name)
+    checkpoints.mkdir(parents=True)
+    (tmp_path / "run" / "precious").write_text("kept")
+    with pytest.raises(UserError, match="which is no checkpoint"):
+        Mirror(str(far)).pull(checkpoints)
+    assert (tmp_path / "run" / "precious").read_text() == "kept"
+    assert list(checkpoints.iterdir()) == []

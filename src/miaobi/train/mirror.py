@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 from pathlib import Path
 
 import fsspec
@@ -68,10 +69,14 @@ class Mirror:
         return posixpath.join(self.root, name)
 
     def _read(self, name: str) -> str | None:
-        """The step that `best` or `last` names; never a path out of the storage."""
+        """The step that `best` or `last` names. Raises UserError for anything else in there, such as a path."""
         if not self.files.exists(self._at(name)):
             return None
-        return posixpath.basename(self.files.cat_file(self._at(name)).decode().strip())
+        step = self.files.cat_file(self._at(name)).decode(errors="replace").strip()
+        if not re.fullmatch(r"step-[0-9]+", step):
+            raise UserError(f"{name} in {self.url} names {step[:40]!r}, which is no checkpoint; write step-N there, "
+                            "or remove that file")  # fmt: skip
+        return step
 
     def _whole(self, known: set[str]) -> set[str]:
         """Steps that were copied to their end: those that a name stands for."""
