@@ -273,3 +273,13 @@ def test_what_cannot_be_trained_is_said_before_anything_is_written(train, prepar
     with pytest.raises(UserError, match=message):
         train(**{"data": prepared(), "out_dir": tmp_path / "run"} | changes)
     assert not (tmp_path / "run" / "checkpoints" / "last").exists()
+
+
+def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not(new_run):
+    """SLURM tells every process, and torchrun passes its own SIGTERM on."""
+    run = new_run()
+    run.interrupt("terminated")
+    run.interrupt("terminated")
+    assert run.interrupted == "terminated"
+    with pytest.raises(KeyboardInterrupt):
+        run.interrupt("interrupted")

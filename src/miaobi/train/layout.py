@@ -45,7 +45,7 @@ def placed(
     Raises UserError for fsdp in float16.
     """
     torch.manual_seed(cfg.seed)
-    if not is_sharded(cfg, world, shape, device):
+    if not wants_shards(cfg, world, shape, device):
         with Unfilled():
             model = Transformer(shape)
         if weights is None:
@@ -62,8 +62,8 @@ def placed(
     return model
 
 
-def is_sharded(cfg: TrainConfig, world: World, shape: ModelConfig, device: torch.device) -> bool:
-    """Whether the model is sharded. auto: where fp32 weights, gradients and two moments would fill half of a GPU."""
+def wants_shards(cfg: TrainConfig, world: World, shape: ModelConfig, device: torch.device) -> bool:
+    """Whether a model is to be sharded. auto: fp32 weights, gradients and two moments would fill half of a GPU."""
     if cfg.parallel != "auto" or world.size == 1 or device.type != "cuda" or cfg.trainable == "lora":
         return cfg.parallel == "fsdp"
     with torch.device("meta"):
@@ -100,21 +100,32 @@ def fill(model: Transformer, values: dict[str, Tensor] | None) -> None:
 
     Every rank draws whole parameters and keeps its part, so that no rank ever holds more than one whole.
     """
-    from torch.distributed.tensor import distribute_tensor
-
     for name, p in model.named_parameters():
         if values is None:
             value = torch.empty(p.shape)
             model.init_parameter(name, value)
         else:
             value = values[name]
-        part = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-        p.to_local().copy_(part.to_local())
+        p.copy_(part_of(value.to(p.device), p))
+
+
+def is_sharded(held: Tensor | nn.Module) -> bool:
+    """Whether this rank has only a part of it: a DTensor, an FSDPModule (told by what they do: slow to import)."""
+    return hasattr(held, "full_tensor") or hasattr(held, "reshard")
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered (a collective), any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that every rank has whole, sharded as `like` is; all of it where that is not."""
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def compile_blocks(model: Transformer, step: Callable[[], None]) -> bool:

@@ -25,7 +25,7 @@ from miaobi.model.lora import adapter_parameters
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin
 from miaobi.train.evaluate import eager, place, text_size, validation_nats
-from miaobi.train.layout import Objective, compile_blocks, placed, whole
+from miaobi.train.layout import Objective, compile_blocks, is_sharded, placed, whole
 from miaobi.train.mirror import Mirror
 from miaobi.train.optimizer import make_optimizers, rate, set_rate
 from miaobi.train.recipe import length, resolve_optim
@@ -132,7 +132,7 @@ class Run:
             log(f"continuing from step {first}")
         self.maybe_compile()
         self.peak = peak_flops(self.device, self.dtype)
-        if self.world.size > 1 and not self.is_sharded:
+        if self.world.size > 1 and not is_sharded(self.model):
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
         wandb = {"project": cfg.wandb_project, "name": cfg.wandb_run_name} if cfg.wandb_log else None
         metrics = Metrics(self.out, first, wandb) if self.world.is_first else None
@@ -236,7 +236,7 @@ class Run:
 
     def reducing(self, last: bool) -> AbstractContextManager:
         """Gradients are reduced over the ranks with the last micro-batch only."""
-        if self.is_sharded:
+        if is_sharded(self.model):
             self.model.set_requires_gradient_sync(last)
         elif self.world.size > 1 and not last:
             return self.objective.no_sync()
@@ -245,7 +245,7 @@ class Run:
     def validation_loss(self) -> float:
         """Nats per scored token over the evaluation windows, which the ranks share."""
         nats = validation_nats(self.model, self.eval_share, self.micro, self.dtype)
-        if self.is_sharded:
+        if is_sharded(self.model):
             self.model.reshard()  # the forward pass leaves the outermost weights gathered
         total = self.world.sum(torch.tensor(nats, dtype=torch.float64))
         return float(total) / max(1, int((self.eval_windows.targets != IGNORE).sum()))
@@ -278,7 +278,7 @@ class Run:
             p.stopped = "patience"
             log(f"stopped: no better validation loss for {cfg.patience} evaluations. "
                 f"The best model is step {p.best_step} (val {p.best_val_loss:.4f})")  # fmt: skip
-        if preview is not None and cfg.sample_tokens and self.world.is_first and not self.is_sharded:
+        if preview is not None and cfg.sample_tokens and self.world.is_first and not is_sharded(self.model):
             prompt = cfg.sample_start or opening(data, self.tokenizer)
             self.model.eval()
             with eager(self.model):
@@ -301,11 +301,6 @@ class Run:
         """Begin a checkpoint; it is written while training goes on."""
         self.saver.save(self.model, self.optimizers, self.scaler, self.progress)
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether this rank holds a part of the model only (FSDP)."""
-        return hasattr(self.model, "reshard")
-
     def interrupt(self, reason: str) -> None:
         """Ask the loop to save after the step at hand; Ctrl-C once more stops at once.
 
@@ -314,7 +309,7 @@ class Run:
         if self.interrupted and reason == "interrupted":
             raise KeyboardInterrupt
         self.interrupted = reason
-        log("finishing this step, then saving (again to stop at once)")
+        log("finishing this step, then saving (Ctrl-C again stops at once)")
 
     def fail_not_finite(self, step: int) -> None:
         """Raise UserError: the loss is NaN or infinite."""

@@ -12,6 +12,7 @@ from miaobi.config import OptimConfig
 from miaobi.device import cpu_has_bf16
 from miaobi.model.families import qkv_widths
 from miaobi.model.transformer import Transformer
+from miaobi.train.layout import is_sharded, part_of, whole
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of Jordan et al. 2024
 
@@ -40,7 +41,7 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(p.shape, []).append((p, parts))
             for alike in by_shape.values():
                 # sharded matrices are whole for a moment: only as many at once as there are ranks to work on them
-                at_once = len(alike) if not hasattr(alike[0][0], "full_tensor") else world_size()
+                at_once = world_size() if is_sharded(alike[0][0]) else len(alike)
                 for i in range(0, len(alike), at_once):
                     self._move(alike[i : i + at_once], group["lr"], group["momentum"])
         return loss
@@ -53,8 +54,7 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             buffer = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-            update = p.grad.lerp(buffer, momentum)
-            updates.append(update.full_tensor() if hasattr(update, "full_tensor") else update)
+            updates.append(whole(p.grad.lerp(buffer, momentum)))
         pieces = torch.stack(updates).split(alike[0][1], dim=1)  # (N, rows, C) each
         by_shape: dict[torch.Size, list[int]] = {}
         for i, piece in enumerate(pieces):
@@ -66,21 +66,12 @@ class Muon(torch.optim.Optimizer):
             for i, o in zip(indices, orthogonal.split(len(alike)), strict=True):
                 moved[i] = o * scale
         for (p, _), update in zip(alike, torch.cat(moved, dim=1), strict=True):
-            subtract(p, update, lr)
+            p.add_(part_of(update, p), alpha=-lr)
 
 
 def world_size() -> int:
     """Ranks of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def subtract(p: Tensor, update: Tensor, lr: float) -> None:
-    """p -= lr update; where `p` is sharded every rank moves its part."""
-    if hasattr(p, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
-    p.add_(update, alpha=-lr)
 
 
 def shared_orthogonalize(g: Tensor) -> Tensor:

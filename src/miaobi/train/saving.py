@@ -30,7 +30,7 @@ from miaobi.errors import UserError
 from miaobi.model.checkpoint import Unfilled, aside_of, point, pointed, save_model, written_whole
 from miaobi.model.lora import adapters, merged, save_adapter
 from miaobi.model.transformer import Transformer
-from miaobi.train.layout import whole
+from miaobi.train.layout import is_sharded, whole
 from miaobi.train.mirror import Mirror
 from miaobi.train.state import Progress
 from miaobi.train.world import World
@@ -149,8 +149,7 @@ class Saver:
 @torch.no_grad()
 def snapshot(model: Transformer, world: World) -> Transformer | None:
     """A copy of `model` on the CPU that training does not touch: on rank 0, None elsewhere. Shards are gathered."""
-    sharded = hasattr(model, "reshard")
-    if not sharded and not world.is_first:
+    if not is_sharded(model) and not world.is_first:
         return None
     values = {}
     for name, p in model.named_parameters():
