@@ -231,6 +231,17 @@ def test_processes_that_were_told_not_to_share_are_refused(monkeypatch):
         join(TrainConfig(parallel="none"))
 
 
+def test_processes_that_were_not_started_by_torchrun_are_told_of_it(miaobi, prepared, tmp_path, monkeypatch):
+    """Some schedulers set WORLD_SIZE for everything they start."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    answer = miaobi("train", *flags(data=prepared(), out_dir=tmp_path / "run"))
+    assert answer.code == 2
+    assert "RANK expected" in answer.err
+    assert "torchrun sets all of it" in answer.err
+    assert not (tmp_path / "run").exists()
+    assert miaobi("sample", tmp_path / "nothing").code == 2, "other verbs do not mind"
+
+
 def test_a_port_in_use_is_an_error_that_names_it(miaobi, prepared, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

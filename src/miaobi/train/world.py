@@ -178,10 +178,11 @@ def join(cfg: TrainConfig) -> World:
             address = own_address(store, rank, size)
             choose_interface(address)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    except dist.DistError as e:
+    except (dist.DistError, ValueError) as e:  # ValueError: RANK or MASTER_ADDR is missing
         master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(f"cannot meet the other processes at {master} ({first_line(e)}); is the address right, "
-                        "the port free and open in the firewall? See docs/cluster.md") from e  # fmt: skip
+                        "the port free and open in the firewall? torchrun sets all of it: see docs/cluster.md"
+                        ) from e  # fmt: skip
     alive = socket.create_server((address, 0), backlog=size)
     world = World(
         rank, size, int(os.environ.get("LOCAL_RANK", "0")),
