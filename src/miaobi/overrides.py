@@ -7,6 +7,7 @@ import difflib
 import os
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -185,21 +186,7 @@ def load_config(path: Path | None, given: list[tuple[str, str]]) -> tuple[RunCon
 
     Returns the configuration and where each value came from. Raises UserError for unknown keys and wrong types.
     """
-    values: dict[str, Any] = {}
-    origin: Origin = {}
-    written: set[str] = set()
-    file_values, lines = read_yaml(path) if path else ({}, {})
-    for key, value in file_values.items():
-        place = f"{path}, line {lines[key]}"
-        written.add(key)
-        if (found := canonical(key, value, place)) is not None:
-            if found[0] in values:
-                raise UserError(f"{place}: {key} means {found[0]}, which was given at {origin[found[0]]}; keep one")
-            values[found[0]], origin[found[0]] = found[1], place
-    for key, value in given:
-        written.add(key)
-        if (found := canonical(key, value, f"--{key}")) is not None:
-            values[found[0]], origin[found[0]] = found[1], "command line"
+    values, origin, written = collect(path, given, canonical)
     if values.get("max_epochs") is not None and "max_iters" not in values:
         values["max_iters"], origin["max_iters"] = UNLIMITED, "max_epochs decides"
     if values.get("family", "auto") == "auto":
@@ -211,6 +198,29 @@ def load_config(path: Path | None, given: list[tuple[str, str]]) -> tuple[RunCon
             if key not in values:
                 values[key], origin[key] = value, "small-gpt's way, because data_path is given"
     return with_values(RunConfig(), values), origin
+
+
+def collect(
+    path: Path | None, given: list[tuple[str, str]], canonical: Callable[[str, Any, str], tuple[str, Any] | None]
+) -> tuple[dict[str, Any], Origin, set[str]]:
+    """Values of a file, then of the command line, under our names; where each came from; the keys as written.
+
+    canonical: our name and value for a key, or None for one that means nothing.
+    Raises UserError for two keys in the file that mean the same.
+    """
+    values: dict[str, Any] = {}
+    origin: Origin = {}
+    file_values, lines = read_yaml(path) if path else ({}, {})
+    for key, value in file_values.items():
+        place = f"{path}, line {lines[key]}"
+        if (found := canonical(key, value, place)) is not None:
+            if found[0] in values:
+                raise UserError(f"{place}: {key} means {found[0]}, which was given at {origin[found[0]]}; keep one")
+            values[found[0]], origin[found[0]] = found[1], place
+    for key, value in given:
+        if (found := canonical(key, value, f"--{key}")) is not None:
+            values[found[0]], origin[found[0]] = found[1], "command line"
+    return values, origin, {*file_values, *(key for key, _ in given)}
 
 
 def shipped_config(name: str) -> Path:

@@ -13,7 +13,7 @@ import tyro
 from miaobi.config import LoraConfig
 from miaobi.console import log
 from miaobi.errors import UserError
-from miaobi.overrides import Origin, coerce, read_yaml, suggest
+from miaobi.overrides import Origin, coerce, collect, suggest
 
 Pooling = Literal["mask", "no_mask", "mean"]
 Trainable = Literal["full", "last_block", "head", "lora"]
@@ -189,20 +189,7 @@ def load_config(path: Path | None, given: list[tuple[str, str]]) -> tuple[Classi
 
     Returns the configuration and where each value came from. Raises UserError for unknown keys and wrong types.
     """
-    values: dict[str, Any] = {}
-    origin: Origin = {}
-    written = {key for key, _ in given}
-    file_values, lines = read_yaml(path) if path else ({}, {})
-    for key, value in file_values.items():
-        place = f"{path}, line {lines[key]}"
-        written.add(key)
-        if (found := canonical(key, value, place)) is not None:
-            if found[0] in values:
-                raise UserError(f"{place}: {key} means {found[0]}, which was given at {origin[found[0]]}; keep one")
-            values[found[0]], origin[found[0]] = found[1], place
-    for key, value in given:
-        if (found := canonical(key, value, f"--{key}")) is not None:
-            values[found[0]], origin[found[0]] = found[1], "command line"
+    values, origin, written = collect(path, given, canonical)
     if "protocol" not in values and (seed_keys := sorted(written & SMALL_GPT)):
         values["protocol"], origin["protocol"] = "as-published", f"small-gpt's way, because {seed_keys[0]} is given"
     return ClassifyConfig(**values), origin
