@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from miaobi.cli import VERBS, spelled_out, split_train_args
+from miaobi.arguments import VERBS, spelled_out, split_train_args
 from miaobi.errors import UserError
 
 

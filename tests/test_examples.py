@@ -15,7 +15,7 @@ import pytest
 from ruamel.yaml import YAML
 from torch.distributed.run import get_args_parser
 
-from miaobi.cli import split_train_args
+from miaobi.arguments import split_train_args
 from miaobi.config import RunConfig
 from miaobi.errors import UserError
 from miaobi.overrides import load_config

@@ -135,7 +135,7 @@ def test_the_seeds_train_line(tmp_path):
     """python train.py config/train_TH.py ... with .yaml for .py."""
     flags = ("--device=cuda --compile=False --eval_iters=200 --log_interval=10 --block_size=256 --batch_size=32 "
              "--n_layer=40 --n_head=8 --n_embd=512 --max_iters=30000 --lr_decay_iters=30000 --dropout=0.4")  # fmt: skip
-    from miaobi.cli import split_train_args
+    from miaobi.arguments import split_train_args
 
     path, given = split_train_args([str(Path(__file__).parents[1] / "configs/train_TH.yaml"), *flags.split()])
     cfg, _ = load_config(path, given)

