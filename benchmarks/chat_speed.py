@@ -69,7 +69,7 @@ class Miaobi:
         cfg, origin = load_config(shipped_config("chat-90m.yaml"), [(k, str(v)) for k, v in given.items()])
         self.device = pick_device(args.device)
         dtype = pick_dtype(cfg.train.dtype, self.device)
-        self.run = Run(cfg, origin, World(), self.device, dtype, cfg.train.micro_batch)
+        self.run = Run(cfg, origin, World(), self.device, dtype)
         self.run.maybe_compile()
         self.run.model.train()
         self.done = 0

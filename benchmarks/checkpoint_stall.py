@@ -54,7 +54,7 @@ class Saving:
         cfg, origin = load_config(None, [(key, str(value)) for key, value in given.items()])
         world = join(cfg.train)
         device = rank_device(cfg.train.device, world)
-        self.run = Run(cfg, origin, world, device, pick_dtype(cfg.train.dtype, device), cfg.train.micro_batch)
+        self.run = Run(cfg, origin, world, device, pick_dtype(cfg.train.dtype, device))
         self.args = args
 
     def milliseconds(self, wait: bool) -> float:

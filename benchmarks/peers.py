@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import clock
 from miaobi.corpus.dataset import IGNORE, PreparedData, batch
-from miaobi.device import pick_device, pick_dtype
+from miaobi.device import peak_memory, pick_device, pick_dtype, reset_peak_memory
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face keeps them as Conv1D
 
@@ -136,6 +136,12 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         self.done += count
         return clock(self.device) - start, loss.item()
+
+    def memory(self, reset: bool = False) -> int:
+        """Most bytes held at once since this was called with `reset`."""
+        if reset:
+            reset_peak_memory(self.device)
+        return peak_memory(self.device)
 
 
 class Scorer:

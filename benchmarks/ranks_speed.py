@@ -71,8 +71,7 @@ class Rank:
         cfg, origin = load_config(None, [(key, str(value)) for key, value in given.items()])
         world = join(cfg.train)
         device = rank_device(cfg.train.device, world)
-        micro = min(cfg.train.micro_batch, cfg.train.global_batch // world.size)
-        self.run = Run(cfg, origin, world, device, pick_dtype(cfg.train.dtype, device), micro)
+        self.run = Run(cfg, origin, world, device, pick_dtype(cfg.train.dtype, device))
         if self.size > 1:
             self.run.objective = DistributedDataParallel(self.run.objective, gradient_as_bucket_view=True)
         self.run.model.train()

@@ -1,8 +1,8 @@
-"""Training speed of one gpt2-family model: miaobi, nanoGPT and transformers, same weights, same batches, in turns.
+"""Training speed and memory of one gpt2-family model: miaobi, nanoGPT and transformers, same weights and batches.
 
     python -m benchmarks.train_speed --data TEXT --nanogpt DIR
 
-Each side lives in its own process and does `--steps` optimizer steps when told to, while the others wait. miaobi runs
+Each side lives in its own process and does `--steps` optimizer steps in its turn, while the others wait. miaobi runs
 as `miaobi train` does, with its own choice of precision and compilation, and draws its batches inside the clock;
 peers get theirs ready made (see peers.py for how each is set up).
 """
@@ -26,7 +26,7 @@ from miaobi.config import PrepareConfig
 from miaobi.console import log
 from miaobi.corpus.dataset import IGNORE, PreparedData, batch
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.device import keep_allocations, pick_device, pick_dtype
+from miaobi.device import keep_allocations, peak_memory, pick_device, pick_dtype, reset_peak_memory
 from miaobi.model.checkpoint import save_model
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.overrides import load_config
@@ -46,6 +46,8 @@ class Args:
     """Text, or a directory made by miaobi prepare."""
     nanogpt: Path | None = None
     """A checkout of nanoGPT to compare with."""
+    transformers: bool = True
+    """Compare with transformers, too."""
     transformers_fast: bool = False
     """Add transformers with torch.compile and, where the hardware has it, bf16."""
     n_layer: int = 6
@@ -82,7 +84,7 @@ class Miaobi:
         data = PreparedData.open(work / "data")
         tokenizer = Tokenizer.load(data.path)
         dtype = pick_dtype(cfg.train.dtype, self.device)
-        self.run = Run(cfg, origin, World(), self.device, dtype, cfg.train.micro_batch)
+        self.run = Run(cfg, origin, World(), self.device, dtype)
         self.done = 0
         (work / "weights").mkdir()
         save_model(work / "weights", self.run.model, tokenizer, data.end_ids)
@@ -111,6 +113,12 @@ class Miaobi:
             self.done += 1
         return clock(self.device) - start, loss.item()
 
+    def memory(self, reset: bool = False) -> int:
+        """Most bytes held at once since this was called with `reset`."""
+        if reset:
+            reset_peak_memory(self.device)
+        return peak_memory(self.device)
+
 
 def open_data(source: Path, at: Path) -> None:
     """Prepared data at `at`: the directory `source`, or a text cut as nanoGPT cuts it."""
@@ -125,7 +133,7 @@ def open_data(source: Path, at: Path) -> None:
 def open_sides(args: Args, work: Path, stack: ExitStack) -> dict[str, Worker]:
     """A process for each side; miaobi's first, for it writes the weights that the others read."""
     sides = {"miaobi": stack.enter_context(closing(Worker(Miaobi, args, work)))}
-    kinds = {"transformers": "transformers"}
+    kinds = {"transformers": "transformers"} if args.transformers else {}
     if args.transformers_fast:
         kinds["transformers, compiled"] = "transformers-fast"
     if args.nanogpt:
@@ -148,23 +156,34 @@ def main() -> None:
         for name, side in sides.items():
             log(f"{name}: {about[name]}; warming up")
             side.call("steps", warmup)
+            side.call("memory", True)
 
         def turn(name: str) -> float:
             seconds, last[name] = sides[name].call("steps", args.steps)
             return args.steps * args.batch_size * args.block_size / seconds
 
         rates = take_turns({name: partial(turn, name) for name in sides}, args.pairs)
+        memory = {name: side.call("memory") / 2**20 for name, side in sides.items()}
     ratios = {name: ratio(rates["miaobi"], rates[name]) for name in sides if name != "miaobi"}
     first = {name: told["first_loss"] for name, told in about.items()}
     same = max(first.values()) - min(first.values()) < SAME
-    columns = ["side", "dtype", "tokens/s", "miaobi / side", "first loss", f"after {warmup + args.pairs * args.steps}"]
+    columns = [
+        "side",
+        "dtype",
+        "tokens/s",
+        "miaobi / side",
+        "peak MiB",
+        "first loss",
+        f"after {warmup + args.pairs * args.steps}",
+    ]
     rows = [[name, about[name]["dtype"] + (", compiled" if about[name]["compiled"] else ""),
-             statistics.median(rates[name]), ratios.get(name, ""), f"{first[name]:.4f}", f"{last[name]:.4f}"]
+             statistics.median(rates[name]), ratios.get(name, ""), f"{memory[name]:,.0f}",
+             f"{first[name]:.4f}", f"{last[name]:.4f}"]
             for name in sides]  # fmt: skip
     report("train_speed", columns, rows, {
         "machine": machine(args.device), "settings": dataclasses.asdict(args), "sides": about,
         "nanogpt": git_version(args.nanogpt) if args.nanogpt else None, "tokens_per_second": rates, "ratios": ratios,
-        "same_first_loss": same, "last_loss": last,
+        "peak_mib": memory, "same_first_loss": same, "last_loss": last,
     }, args.json)  # fmt: skip
     if not same:
         raise SystemExit(f"the sides do not compute the same; their losses of the first batch: {first}")

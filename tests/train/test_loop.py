@@ -39,7 +39,7 @@ def new_run(prepared, tmp_path):
                  "grad_clip": 0, "compile": False} | values  # fmt: skip
         cfg, _ = load_config(None, [(key, str(value)) for key, value in given.items()])
         cfg = with_values(cfg, {"data": str(prepared()), "out_dir": str(tmp_path / "run")})
-        run = Run(cfg, {}, World(), torch.device("cpu"), torch.float32, cfg.train.micro_batch)
+        run = Run(cfg, {}, World(), torch.device("cpu"), torch.float32)
         run.optimizers = []
         return run
 

@@ -28,7 +28,7 @@ from miaobi.train.evaluate import eager, place, text_size, validation_nats
 from miaobi.train.layout import Objective, compile_blocks, is_sharded, placed, whole
 from miaobi.train.mirror import Mirror
 from miaobi.train.optimizer import make_optimizers, rate, set_rate
-from miaobi.train.recipe import length, resolve_optim
+from miaobi.train.recipe import length, micro_batch, resolve_optim
 from miaobi.train.saving import Saver, load_optimizers
 from miaobi.train.source import build_model, open_blocks, open_data, opening, start_or_continue
 from miaobi.train.state import open_run, start_run
@@ -56,14 +56,14 @@ def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None 
         dtype = pick_dtype(cfg.train.dtype, device)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32, as nanoGPT allows
-        micro = min(cfg.train.micro_batch, cfg.train.global_batch // world.size)
+        micro = micro_batch(cfg, device, world.size)
         advice = (
             f"micro-batches of {micro} x {cfg.model.block_size} tokens were too large. "
             f"Try --micro_batch_size={max(1, micro // 2)} (same step, less memory), "
             "then --activation_checkpointing=True, then a smaller --block_size or model"
         )
         with explain_memory(device, advice), explain_lost(world):
-            return Run(cfg, origin or {}, world, device, dtype, micro).go(preview)
+            return Run(cfg, origin or {}, world, device, dtype).go(preview)
     finally:
         world.leave()
 
@@ -71,10 +71,9 @@ def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None 
 class Run:
     """Everything that lives while a run trains."""
 
-    def __init__(
-        self, cfg: RunConfig, origin: Origin, world: World, device: torch.device, dtype: torch.dtype, micro: int
-    ) -> None:
-        self.cfg, self.world, self.device, self.dtype, self.micro = cfg, world, device, dtype, micro
+    def __init__(self, cfg: RunConfig, origin: Origin, world: World, device: torch.device, dtype: torch.dtype) -> None:
+        self.cfg, self.world, self.device, self.dtype = cfg, world, device, dtype
+        self.micro = micro_batch(cfg, device, world.size)
         self.out = Path(cfg.train.out_dir)
         mirror = Mirror(cfg.train.mirror) if cfg.train.mirror else None
         checkpoint = None

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from miaobi.config import ModelConfig, OptimConfig, RunConfig
 from miaobi.console import warn
 from miaobi.errors import UserError
+
+CPU_TOKENS = 2048  # at once: a product of more rows is no faster on a CPU, and keeps more activations
 
 
 def resolve_model(cfg: ModelConfig, vocab_size: int) -> ModelConfig:
@@ -50,3 +54,13 @@ def length(cfg: RunConfig, windows: int) -> int:
     if cfg.train.max_epochs is not None:
         steps = min(steps, max(1, cfg.train.max_epochs * windows // cfg.train.global_batch))
     return steps
+
+
+def micro_batch(cfg: RunConfig, device: torch.device, ranks: int) -> int:
+    """Sequences of a rank that go through the model at once: all of its step, but on a CPU pieces of CPU_TOKENS."""
+    rows = cfg.train.global_batch // ranks
+    micro = min(cfg.train.micro_batch, rows)
+    if device.type != "cpu" or cfg.train.micro_batch_size:
+        return micro
+    pieces = -(-rows // max(1, min(micro, CPU_TOKENS // cfg.model.block_size)))
+    return -(-rows // pieces)
