@@ -140,8 +140,9 @@ def test_a_worker_that_dies_or_lacks_the_file_is_explained(on_ray):
         on_ray(exec, NOT_THERE, {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("address", [f"127.0.0.1:{free_port()}", "nonsense"])
+@pytest.mark.parametrize("address", ["127.0.0.1:PORT", "nonsense"])
 def test_without_a_cluster_it_says_so_at_once(tmp_path, monkeypatch, address):
+    address = address.replace("PORT", str(free_port()))
     monkeypatch.setenv("RAY_ADDRESS", address)
     (tmp_path / "a.txt").write_text("好\n\n坏\n", encoding="utf-8")
     began = time.monotonic()
