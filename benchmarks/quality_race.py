@@ -31,15 +31,13 @@ PROGRESS = re.compile(r"(?:iter |step )(\d+)(?:/\d+)?:? +loss ([\d.]+)")  # a tr
 
 
 @dataclass(frozen=True)
-class Args:
-    """Command line."""
+class Race:
+    """The text, the model and nanoGPT's run of it."""
 
     data: Path
     """UTF-8 text."""
     nanogpt: Path | None = None
     """A checkout of nanoGPT; without it the side `nanogpt` is left out."""
-    sides: tuple[str, ...] = SIDES
-    """Which to run now: nanogpt, miaobi-gpt2 (gpt2 family, AdamW, nanoGPT's settings), miaobi (default recipe)."""
     results: Path | None = None
     """JSON file to add to; sides measured earlier with the same settings appear in the table again."""
     plot: Path | None = None
@@ -50,8 +48,6 @@ class Args:
     block_size: int = 256
     batch_size: int = 32
     steps: int = 400
-    recipe_batch: int = 16
-    """Batch of the default recipe, which then takes more steps over the same number of tokens."""
     device: str = "cpu"
     """cpu, cuda, mps; nanoGPT trains in fp32 without compilation on any."""
     json: bool = False
@@ -72,6 +68,36 @@ class Args:
                 "lr_decay_iters": self.steps}  # fmt: skip
 
     @property
+    def race(self) -> dict[str, Any]:
+        """What results must share to be compared: the settings and the text."""
+        return self.shared | {"data_sha256": hashlib.sha256(self.data.read_bytes()).hexdigest()}
+
+    def earlier(self) -> dict[str, Any]:
+        """Sides measured before. Exits where `results` holds those of another race."""
+        if self.results is None or not self.results.exists():
+            return {}
+        found = json.loads(self.results.read_text(encoding="utf-8"))
+        if found["settings"] != self.race:
+            sys.exit(f"{self.results} holds a race with other settings; name another --results")
+        return found["sides"]
+
+    def keep(self, sides: dict[str, dict[str, Any]]) -> None:
+        """Write what was measured to `results`."""
+        if self.results:
+            kept = {"settings": self.race, "sides": sides}
+            self.results.write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Args(Race):
+    """Command line."""
+
+    sides: tuple[str, ...] = SIDES
+    """Which to run now: nanogpt, miaobi-gpt2 (gpt2 family, AdamW, nanoGPT's settings), miaobi (default recipe)."""
+    recipe_batch: int = 16
+    """Batch of the default recipe, which then takes more steps over the same number of tokens."""
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """The default recipe with its own batch: as many tokens, all else by default."""
         steps = self.steps * self.batch_size // self.recipe_batch
@@ -84,7 +110,7 @@ def flags(values: dict[str, Any]) -> list[str]:
 
 
 def call(command: list[str], cwd: Path | None = None) -> dict[str, Any]:
-    """Run a command to its end: seconds, the curve [seconds, step, loss] of its log, its JSON result if it has one.
+    """Run a command to its end: seconds, the curve [seconds, step, loss] of its log, its lines, its JSON result if any.
 
     Exits, showing the log's end, where the command fails.
     """
@@ -101,11 +127,12 @@ def call(command: list[str], cwd: Path | None = None) -> dict[str, Any]:
     if process.wait():
         sys.exit("\n".join([*lines[-20:], f"exit code {process.returncode}: {' '.join(command)}"]))
     told = [line for line in lines if line.startswith("{")]
-    return {"seconds": time.perf_counter() - start, "curve": curve} | (json.loads(told[-1]) if told else {})
+    run = {"seconds": time.perf_counter() - start, "curve": curve, "lines": lines}
+    return run | (json.loads(told[-1]) if told else {})
 
 
-def run_nanogpt(args: Args, work: Path) -> dict[str, Any]:
-    """Its prepare.py, its train.py, its model for the score, all in a copy."""
+def prepare_nanogpt(args: Race, work: Path) -> tuple[Path, float]:
+    """A copy of nanoGPT with the text prepared by its prepare.py in data/race; and the seconds that took."""
     copy = copy_nanogpt(args.nanogpt, work / "nanoGPT")
     data = copy / "data" / "race"
     data.mkdir()
@@ -113,10 +140,20 @@ def run_nanogpt(args: Args, work: Path) -> dict[str, Any]:
     (data / "prepare.py").write_bytes(script)
     (data / "requests.py").write_text("")  # it downloads nothing where input.txt exists
     (data / "input.txt").symlink_to(args.data.resolve())
-    call([sys.executable, "prepare.py"], cwd=data)
+    return copy, call([sys.executable, "prepare.py"], cwd=data)["seconds"]
+
+
+def train_nanogpt(args: Race, copy: Path, **changes: Any) -> tuple[dict[str, Any], list[str]]:
+    """What `call` tells of its train.py with nanoGPT's settings and `changes`; and its flags."""
     own = {"compile": False, "dtype": "float32", "dataset": "race", "gradient_accumulation_steps": 1, "out_dir": "out"}
-    command = flags(own | args.shared | args.adamw)
-    run = call([sys.executable, "train.py", *command], cwd=copy)
+    command = flags(own | args.shared | args.adamw | changes)
+    return call([sys.executable, "train.py", *command], cwd=copy), command
+
+
+def run_nanogpt(args: Race, copy: Path) -> dict[str, Any]:
+    """Its train.py in a copy where the text is prepared, its model for the score."""
+    data = copy / "data" / "race"
+    run, command = train_nanogpt(args, copy)
     with closing(Worker(Scorer, copy, copy / "out" / "ckpt.pt", data)) as scorer:
         scored = scorer.call("score")
     return {"nats_per_char": scored["loss"], "parameters": scored["parameters"], "characters": scored["tokens"],
@@ -161,15 +198,9 @@ def main() -> None:
     args = parse("quality_race", Args, __doc__)
     if unknown := set(args.sides) - set(SIDES):
         sys.exit(f"no such side: {', '.join(unknown)}; there are {', '.join(SIDES)}")
-    settings = args.shared | {"data_sha256": hashlib.sha256(args.data.read_bytes()).hexdigest()}
-    result: dict[str, Any] = {"settings": settings, "sides": {}}
-    if args.results and args.results.exists():
-        earlier = json.loads(args.results.read_text(encoding="utf-8"))
-        if earlier["settings"] != settings:
-            sys.exit(f"{args.results} holds a race with other settings; name another --results")
-        result["sides"] = earlier["sides"]
+    result: dict[str, Any] = {"settings": args.race, "sides": args.earlier()}
     run = {
-        "nanogpt": lambda work: run_nanogpt(args, work),
+        "nanogpt": lambda work: run_nanogpt(args, prepare_nanogpt(args, work)[0]),
         "miaobi-gpt2": lambda work: run_miaobi(args, work, "gpt2", args.adamw),
         "miaobi": lambda work: run_miaobi(args, work, "qwen3", args.recipe),
     }
@@ -178,8 +209,7 @@ def main() -> None:
             if name in args.sides and (name != "nanogpt" or args.nanogpt):
                 log(name)
                 result["sides"][name] = run[name](Path(work)) | {"machine": machine(args.device)}
-                if args.results:
-                    args.results.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+                args.keep(result["sides"])
     sides = {name: result["sides"][name] for name in SIDES if name in result["sides"]}
     base = sides.get("nanogpt", {}).get("nats_per_char")
     rows = [[name, f"{side['nats_per_char']:.4f}", f"{side['nats_per_char'] - base:+.4f}" if base else "",

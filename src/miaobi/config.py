@@ -186,10 +186,11 @@ class OptimConfig:
     """muon = Muon for the matrices inside blocks, AdamW for the rest; auto = muon for a qwen3 from scratch, else adamw
     (gpt2, and any MODEL that is tuned)."""
     learning_rate: float | None = None
-    """Peak rate of AdamW; default 1e-3 (adamw), 3e-3 (muon's AdamW part); a tenth of it where init_from names a MODEL,
-    but 1e-3 for LoRA."""
-    muon_learning_rate: float = 0.02
-    """Peak rate of Muon, in units of an orthogonal update scaled by sqrt(max(1, rows/columns))."""
+    """Peak rate of AdamW; default 1e-3 (adamw), 3e-3 (muon's AdamW part; 1e-3 after bigram_init); a tenth of it where
+    init_from names a MODEL, but 1e-3 for LoRA."""
+    muon_learning_rate: float | None = None
+    """Peak rate of Muon, in units of an orthogonal update scaled by sqrt(max(1, rows/columns)); default 0.02, after
+    bigram_init 0.005."""
     min_lr: float | None = None
     """Rate at the end of the schedule; default learning_rate/10 (cosine), 0 (wsd)."""
     schedule: Literal["auto", "cosine", "wsd", "constant"] = "auto"
@@ -243,6 +244,9 @@ class TrainConfig:
     resume_from: str | None = None
     """Run or checkpoint directory to continue from, when it is not out_dir; or a small-gpt .pth: its weights, not
     its steps, converted once with the vocabulary of the text that `data` names."""
+    bigram_init: Literal["auto"] | bool = "auto"
+    """Start a new qwen3 or llama with what the text's pairs of tokens say, counted in a second, instead of at random.
+    auto = for text, where the run trains on at most a tenth of a token per parameter."""
     batch_size: int = 32
     """Sequences per step. With gradient_accumulation_steps it is nanoGPT's micro-batch: the product is the step."""
     gradient_accumulation_steps: int | None = None

@@ -94,7 +94,7 @@ class Run:
         self.blocks, val_blocks = open_blocks(cfg.data, self.data, model_cfg.block_size)
         self.total_steps = length(cfg, len(self.blocks))
         tuning = cfg.train.trainable if self.progress.base else None
-        self.optim = resolve_optim(cfg.optim, model_cfg.family, self.total_steps, tuning)
+        self.optim = resolve_optim(cfg.optim, model_cfg.family, self.total_steps, tuning, self.progress.bigrams)
         self.optimizers = make_optimizers(self.model, self.optim, self.optim.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         if checkpoint is not None:

@@ -23,15 +23,19 @@ def resolve_model(cfg: ModelConfig, vocab_size: int) -> ModelConfig:
     return dataclasses.replace(cfg, vocab_size=cfg.vocab_size or vocab_size)
 
 
-def resolve_optim(cfg: OptimConfig, family: str, max_iters: int, tuning: str | None = None) -> OptimConfig:
+def resolve_optim(
+    cfg: OptimConfig, family: str, max_iters: int, tuning: str | None = None, bigrams: bool = False
+) -> OptimConfig:
     """Fill in optimizer, rates and schedule; see the help of each key for the rule.
 
+    bigrams: the model did not start at random, and larger rates would spoil what it knows (docs/lab-notes.md).
     tuning: None from scratch, else what is trained of a MODEL (full or lora). LoRA likes ten times the rate of full
     tuning, whatever its rank (Schulman et al. 2025, thinkingmachines.ai/blog/lora).
     """
     kind = cfg.optimizer if cfg.optimizer != "auto" else ("adamw" if family == "gpt2" or tuning else "muon")
     schedule = cfg.schedule if cfg.schedule != "auto" else ("cosine" if kind == "adamw" else "wsd")
-    learning_rate = cfg.learning_rate or (1e-3 if kind == "adamw" else 3e-3) * (0.1 if tuning == "full" else 1.0)
+    usual = 1e-3 if kind == "adamw" or bigrams else 3e-3
+    learning_rate = cfg.learning_rate or usual * (0.1 if tuning == "full" else 1.0)
     min_lr = cfg.min_lr if cfg.min_lr is not None else (learning_rate / 10 if schedule == "cosine" else 0.0)
     if min_lr > learning_rate:
         warn(f"min_lr ({min_lr:g}) is above learning_rate ({learning_rate:g}): the rate will rise, not fall")
@@ -42,6 +46,7 @@ def resolve_optim(cfg: OptimConfig, family: str, max_iters: int, tuning: str | N
         optimizer=kind,
         schedule=schedule,
         learning_rate=learning_rate,
+        muon_learning_rate=cfg.muon_learning_rate or (0.005 if bigrams else 0.02),
         min_lr=min_lr,
         warmup_iters=warmup,
         lr_decay_iters=cfg.lr_decay_iters or max_iters,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from miaobi.model.checkpoint import load_model, model_directory
 from miaobi.model.lora import add_lora, load_adapter
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin
+from miaobi.train import bigrams
 from miaobi.train.recipe import resolve_model
 from miaobi.train.state import Progress, load_progress
 
@@ -135,7 +137,17 @@ def build_model(
                         f"tune its model in a new --out_dir with --init_from={checkpoint}")  # fmt: skip
     source = find_base(cfg, progress, checkpoint) if lora else checkpoint or cfg.train.base_model
     if source is None:
-        return place(resolve_model(cfg.model, data.vocab_size), None)
+        shape = resolve_model(cfg.model, data.vocab_size)
+        if not bigrams.wanted(cfg, shape, data):
+            return place(shape, None)
+        started = time.perf_counter()
+        torch.manual_seed(cfg.train.seed)
+        model = Transformer(shape)
+        tokens = bigrams.sample(data.train, bigrams.COUNTED)
+        bigrams.start_from_bigrams(model, tokens)
+        log(f"started from the bigrams of {len(tokens):,} tokens in {time.perf_counter() - started:.1f} s")
+        progress.bigrams = True
+        return place(shape, model.state_dict())
     model, theirs = load_model(source)
     if theirs.backend.to_str() != tokenizer.backend.to_str():
         raise UserError(

@@ -44,6 +44,8 @@ class Progress:
     """Steps the run was to take when this was written."""
     data: str = ""
     """Fingerprint of the prepared data."""
+    bigrams: bool = False
+    """The model started from the pairs of its text."""
     base: str = ""
     """MODEL that is tuned: directory or hub name; empty from scratch."""
     base_weights: str = ""
