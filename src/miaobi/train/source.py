@@ -145,7 +145,7 @@ def build_model(
         model = Transformer(shape)
         tokens = bigrams.sample(data.train, bigrams.COUNTED)
         bigrams.start_from_bigrams(model, tokens)
-        log(f"started from the bigrams of {len(tokens):,} tokens in {time.perf_counter() - started:.1f} s")
+        log(f"started from the bigrams of {len(tokens):,} tokens in {time.perf_counter() - started:.2f} s")
         progress.bigrams = True
         return place(shape, model.state_dict())
     model, theirs = load_model(source)
