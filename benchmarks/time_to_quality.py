@@ -44,7 +44,7 @@ class Args(Race):
     """miaobi's: 4652 makes as many parameters as nanoGPT has with the sports news."""
     our_batch: int = 4
     """Sequences per step of miaobi."""
-    our_steps: int = 48
+    our_steps: int = 64
     """Steps of miaobi; all else is its default."""
 
     @property
