@@ -1,7 +1,13 @@
 """One console for logs, progress bars and warnings: stderr, so that stdout carries only results."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -23,6 +29,8 @@ def warn(message: str) -> None:
 
 def progress(*columns: str | ProgressColumn) -> Progress:
     """A progress bar with elapsed time and ETA; `columns` are shown between the bar and the times."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
