@@ -35,7 +35,7 @@ def test_documents_have_a_newline_behind_each(documents):
 @pytest.mark.parametrize("text", ["", "中文\n", "\uffff", "😀中文", "\0\0"])
 def test_aside(tmp_path, text):
     points = characters.code_points(text)
-    aside = Aside.put(tmp_path / "0", points, np.array([len(text)]), max(map(ord, text), default=0))
+    aside = Aside.put(tmp_path / "0", points, np.array([len(text)]))
     assert aside.take().tolist() == points.tolist()
     assert characters.text_of(aside.take()) == text
     assert (tmp_path / "0").stat().st_size == len(text) * (4 if "😀" in text else 2)

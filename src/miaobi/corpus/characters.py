@@ -14,9 +14,12 @@ _SLICE = 1 << 20
 
 
 def code_points(text: str) -> np.ndarray:
-    """(len(text),) uint32; half a character (a lone surrogate) passes."""
+    """(len(text),) uint16, or uint32 where that is too little; half a character (a lone surrogate) passes."""
+    if not text:
+        return np.empty(0, np.uint16)
     # NumPy's own strings are UCS-4: seven times as fast as text.encode("utf-32-le"), which looks for surrogates
-    return np.array([text]).view(np.uint32) if text else np.empty(0, np.uint32)
+    points = np.array([text]).view(np.uint32)
+    return points.astype(np.uint16) if points.max() < 65536 else points
 
 
 def text_of(points: np.ndarray) -> str:
@@ -25,7 +28,7 @@ def text_of(points: np.ndarray) -> str:
 
 
 def of_documents(documents: list[str]) -> np.ndarray:
-    """(characters + documents,) uint32: code points of all documents, a newline behind each."""
+    """(characters + documents,) uint16 or uint32: code points of all documents, a newline behind each."""
     return code_points("\n".join([*documents, ""]))
 
 
@@ -56,9 +59,9 @@ class Aside:
     """Characters in the file: those, and the newlines behind documents."""
 
     @classmethod
-    def put(cls, path: Path, points: np.ndarray, lengths: np.ndarray, highest: int) -> Aside:
-        """Writes (n,) code points up to `highest`, two bytes each where that suffices."""
-        points.astype(np.uint16 if highest < 65536 else np.uint32, copy=False).tofile(path)
+    def put(cls, path: Path, points: np.ndarray, lengths: np.ndarray) -> Aside:
+        """Writes (n,) uint16 or uint32 code points."""
+        points.tofile(path)
         return cls(path, lengths, len(points))
 
     def take(self) -> np.ndarray:

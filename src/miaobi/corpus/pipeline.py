@@ -95,7 +95,7 @@ def survey(_: Tokenizer | None, blocks: tuple[Block, ...], job: Job, aside: Path
         digests, sizes = np.empty((0, 16), np.uint8), np.array([characters.utf8_length(present, counts[present])])
     else:
         digests, sizes = clean.content_digests(documents)
-    kept_aside = None if aside is None else Aside.put(aside, points, lengths, len(counts) - 1)
+    kept_aside = None if aside is None else Aside.put(aside, points, lengths)
     sketches = near.sketches(points, lengths) if job.near else None
     if job.dialogue == "roles":  # between two turns counts one character of one byte, as where they stand on lines
         turns = np.array([sum(map(document.count, dialogue.ROLE_OF)) for document in documents], np.int64)

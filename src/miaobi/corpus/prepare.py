@@ -7,12 +7,12 @@ together in the order of the sources.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,8 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
     workers = workers_for(files, cfg)
     job = _job(files, cfg)
     # Dialogues and BPE want strings, and Ray's workers have disks of their own: there the second pass reads again.
-    can_set_aside = cfg.tokenizer == "char" and not job.dialogue and workers.backend == "processes"
-    with store.explain_full_disk(out), store.aside(out) if can_set_aside else nullcontext() as aside:
+    sets_aside = cfg.tokenizer == "char" and not job.dialogue and workers.backend == "processes"
+    with store.explain_full_disk(out), store.aside(out) if sets_aside else contextlib.nullcontext() as aside:
         corpus = take_survey(files, job, cfg, workers, weights, aside)
         tokenizer = _tokenizer(corpus, cfg, workers)
         with store.explain_refusal(out):

@@ -49,7 +49,12 @@ class Corpus:
 
 
 def take_survey(
-    files: list[Source], job: Job, cfg: PrepareConfig, workers: Workers, weights: list[float], aside: Path | None
+    files: list[Source],
+    job: Job,
+    cfg: PrepareConfig,
+    workers: Workers,
+    weights: list[float],
+    aside: Path | None,
 ) -> Corpus:
     """Reads everything once.
 
@@ -78,7 +83,12 @@ def take_survey(
 
 
 def _first_pass(
-    files: list[Source], job: Job, cfg: PrepareConfig, workers: Workers, weights: list[float], aside: Path | None
+    files: list[Source],
+    job: Job,
+    cfg: PrepareConfig,
+    workers: Workers,
+    weights: list[float],
+    aside: Path | None,
 ) -> Corpus:
     records = [{"path": f.name, "bytes": f.size, "encoding": "skipped", "documents": 0, "characters": 0} for f in files]
     corpus = Corpus(files, job, [], [], [], [], [], [], records, [], [])

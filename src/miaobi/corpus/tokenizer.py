@@ -349,9 +349,9 @@ def _too_small(vocab_size: int) -> str:
 
 
 def _code_points(text: str) -> np.ndarray:
-    """(len(text),) uint32. Raises UserError on a lone surrogate."""
+    """`code_points`. Raises UserError on a lone surrogate."""
     points = code_points(text)
-    if ((points & 0xFFFFF800) == 0xD800).any():
+    if (points >> 11 == 0xD800 >> 11).any():
         _reject_surrogates(text)
     return points
 
