@@ -1,11 +1,12 @@
-"""Preparing a large text: `miaobi prepare` and nanoGPT's prepare.py, as whole processes, in turns.
+"""Preparing a large text: `miaobi prepare`, nanoGPT's prepare.py and `tokenizers`, as whole processes, in turns.
 
-    python -m benchmarks.prepare_speed --text FILE --nanogpt DIR
+    python -m benchmarks.prepare_speed --text FILE --nanogpt DIR --tokenizers
 
 The input is one UTF-8 file made of the sentences of --text, dealt anew into numbered paragraphs for every repetition:
 real Chinese of any length in which neither documents nor near-duplicates repeat. Modes of miaobi: `tail` does what
 nanoGPT does (one stream, last tenth for validation), `default` also splits and deduplicates documents, `near` looks
-for near-duplicates as well.
+for near-duplicates as well. nanoGPT's side is one process with one thread; so are miaobi's and tokenizers' unless
+--workers says otherwise, and miaobi's characters/s are also given per worker.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import git_version, machine, parse, ratio, report, take_turns
+from benchmarks.common import git_version, machine, parse, ratio, report, take_turns, version
 from benchmarks.peers import copy_nanogpt
 from miaobi.console import log
 from miaobi.corpus.read import read_documents
 
 MODES = {"tail": ["--split=tail"], "default": [], "near": ["--dedup=near"]}
+PEER = Path(__file__).with_name("tokenizers_prepare.py")
 SAMPLE_EVERY = 0.2  # seconds between looks at memory
 
 
@@ -44,11 +46,15 @@ class Args:
     """Text files to make the input of."""
     nanogpt: Path | None = None
     """A checkout of nanoGPT to compare with."""
+    tokenizers: bool = False
+    """Compare with Hugging Face tokenizers too (tokenizers_prepare.py)."""
+    workers: int = 1
+    """Processes of miaobi (0: one per core), and threads of tokenizers."""
     megabytes: float = 200.0
     """Size of the input."""
     modes: tuple[str, ...] = tuple(MODES)
     """Of tail, default, near."""
-    pairs: int = 3
+    pairs: int = 5
     """Turns of each side."""
     json: bool = False
     """Print one line of JSON as well."""
@@ -148,36 +154,49 @@ def main() -> None:
         work, text = Path(folder), Path(folder) / "input.txt"
         characters = build(args.text, int(args.megabytes * 1e6), text)
         log(f"input: {text.stat().st_size / 1e6:,.1f} MB, {characters:,} characters")
-        peaks: dict[str, dict[str, float]] = {name: {} for name in (*args.modes, "nanoGPT")}
+        peaks: dict[str, dict[str, float]] = {name: {} for name in (*args.modes, "nanoGPT", "tokenizers")}
+        workers = args.workers or machine()["cores"]
 
         def miaobi(mode: str) -> float:
             out = work / mode
             shutil.rmtree(out, ignore_errors=True)
             command = [sys.executable, "-m", "miaobi", "prepare", str(text), "--out", str(out), "--json"]
-            seconds, printed = measure([*command, *MODES[mode]], {}, peaks[mode])
+            seconds, printed = measure([*command, f"--workers={workers}", *MODES[mode]], {}, peaks[mode])
             told[mode] = json.loads(printed)
             return characters / seconds
 
         sides = {mode: (lambda mode=mode: miaobi(mode)) for mode in args.modes}
+        homes: dict[str, Path] = {}
         if args.nanogpt:
             script = nanogpt_script(args.nanogpt, text, work)
+            homes["nanoGPT"] = Path(script[1]).parent
             sides["nanoGPT"] = lambda: characters / measure(script, {"PYTHONUTF8": "1"}, peaks["nanoGPT"])[0]
+        if args.tokenizers:
+            homes["tokenizers"] = work / "tokenizers"
+            homes["tokenizers"].mkdir()
+            command = [sys.executable, str(PEER), str(text), str(homes["tokenizers"])]
+            threads = {"TOKENIZERS_PARALLELISM": str(workers > 1).lower(), "RAYON_NUM_THREADS": str(workers)}
+            sides["tokenizers"] = lambda: characters / measure(command, threads, peaks["tokenizers"])[0]
         rates = take_turns(sides, args.pairs)
-        if args.nanogpt:
-            place = Path(script[1]).parent
-            told["nanoGPT"] = {f"{s}_tokens": (place / f"{s}.bin").stat().st_size // 2 for s in ("train", "val")}
-    ratios = {mode: ratio(rates[mode], rates["nanoGPT"]) for mode in args.modes if args.nanogpt}
-    rows = [[name, rate := statistics.median(rates[name]), characters / rate, ratios.get(name, ""),
-             peaks[name].get("largest", 0.0), peaks[name].get("together", 0.0),
-             told[name].get("duplicates_removed", "")] for name in rates]  # fmt: skip
-    columns = ["side", "characters/s", "seconds", "side / nanoGPT", "largest process, MiB", "all, MiB", "removed"]
+        for peer, home in homes.items():
+            told[peer] = {f"{s}_tokens": (home / f"{s}.bin").stat().st_size // 2 for s in ("train", "val")}
+    ratios = {peer: {mode: ratio(rates[mode], rates[peer]) for mode in args.modes} for peer in homes}
+    rows = []
+    for name in rates:
+        rate, peak = statistics.median(rates[name]), peaks[name]
+        rows.append([name, rate / 1e6, rate / 1e6 / workers if name in args.modes else "", characters / rate,
+                     *(of.get(name, "") for of in ratios.values()), f"{peak.get('largest', 0):,.0f}",
+                     f"{peak.get('together', 0):,.0f}", told[name].get("duplicates_removed", "")])  # fmt: skip
+    columns = ["side", "Mchar/s", "per worker", "seconds", *(f"/ {peer}" for peer in ratios),
+               "MiB", "MiB, all", "removed"]  # fmt: skip
     report("prepare_speed", columns, rows, {
         "machine": machine(), "settings": dataclasses.asdict(args), "characters": characters,
-        "nanogpt": git_version(args.nanogpt) if args.nanogpt else None, "characters_per_second": rates,
-        "ratios": ratios, "peak_mib": peaks, "reported": told,
+        "nanogpt": git_version(args.nanogpt) if args.nanogpt else None, "tokenizers": version("tokenizers"),
+        "workers": workers, "characters_per_second": rates, "ratios": ratios, "peak_mib": peaks, "reported": told,
     }, args.json)  # fmt: skip
-    if args.nanogpt and "tail" in told and told["tail"]["train_tokens"] != told["nanoGPT"]["train_tokens"]:
-        raise SystemExit("miaobi's tail cut and nanoGPT's differ in length")
+    for peer in homes:
+        if "tail" in told and told["tail"]["train_tokens"] != told[peer]["train_tokens"]:
+            raise SystemExit(f"miaobi's tail cut and that of {peer} differ in length")
 
 
 if __name__ == "__main__":

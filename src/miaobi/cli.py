@@ -22,6 +22,7 @@ from miaobi.arguments import (
     take_kind,
 )
 from miaobi.errors import UserError
+from miaobi.flags import plain_settings
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,32 +90,36 @@ def overview() -> str:
 
 def prepare(args: list[str]) -> None:
     """`miaobi prepare SOURCE... --out DIR`."""
-    import tyro
-
     from miaobi.config import PrepareConfig
 
-    @dataclass(frozen=True)
-    class Args:
-        sources: tyro.conf.Positional[tuple[str, ...]]
-        """Files, directories, globs; .txt .jsonl .csv .tsv .parquet, also .gz .xz .zst .zip of them."""
-        config: PrepareConfig
+    def parse_with_tyro() -> tuple[tuple[str, ...], PrepareConfig]:
+        import tyro
+
+        @dataclass(frozen=True)
+        class Args:
+            sources: tyro.conf.Positional[tuple[str, ...]]
+            """Files, directories, globs; .txt .jsonl .csv .tsv .parquet, also .gz .xz .zst .zip of them."""
+            config: PrepareConfig
+
+        given = parse("prepare", Args, args)
+        return given.sources, given.config
 
     as_json = take_flag(args, "--json")
-    given = parse("prepare", Args, args)
-    if not given.sources:
+    sources, config = plain_settings(PrepareConfig, args) or parse_with_tyro()
+    if not sources:
         raise UserError("prepare needs at least one file, directory or glob; miaobi prepare --help")
     from miaobi.corpus.prepare import prepare as prepare_corpus
 
-    result = prepare_corpus(list(given.sources), given.config)
+    result = prepare_corpus(list(sources), config)
     if as_json:
         print_json(result)
         return
-    print(f"{given.config.out}: {result['documents']:,} documents, {result['characters']:,} characters "
+    print(f"{config.out}: {result['documents']:,} documents, {result['characters']:,} characters "
           f"({result['distinct_characters']:,} distinct), vocabulary {result['vocab_size']:,}")  # fmt: skip
     print(f"train {result['train_tokens']:,} tokens, validation {result['val_tokens']:,} tokens, "
           f"{result['duplicates_removed']:,} duplicates removed, {result['seconds']:.1f} s")  # fmt: skip
-    config = "chat-13m" if given.config.format == "dialogue" else "demo"
-    print(f"next: miaobi train configs/{config}.yaml --data={given.config.out} --out_dir=my_run")
+    recipe = "chat-13m" if config.format == "dialogue" else "demo"
+    print(f"next: miaobi train configs/{recipe}.yaml --data={config.out} --out_dir=my_run")
 
 
 # --- train -------------------------------------------------------------------------------------------------------

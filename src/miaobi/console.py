@@ -1,28 +1,49 @@
 """One console for logs, progress bars and warnings: stderr, so that stdout carries only results."""
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from __future__ import annotations
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+import functools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
+
+
+@functools.cache
+def _console() -> Console:
+    from rich.console import Console  # a command that has nothing to say need not wait for it
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def __getattr__(name: str) -> Console:
+    """`console`, made when it is first asked for."""
+    if name == "console":
+        return _console()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def quiet() -> None:
     """Say nothing from here on: of several processes only the first one speaks. Errors are not the console's."""
-    console.quiet = True
+    _console().quiet = True
 
 
 def log(message: str) -> None:
     """One plain line on stderr; markup in user text (brackets) stays as typed."""
-    console.print(message, markup=False)
+    _console().print(message, markup=False)
 
 
 def warn(message: str) -> None:
     """One line that stands out on stderr."""
-    console.print(f"warning: {message}", style="yellow", markup=False)
+    _console().print(f"warning: {message}", style="yellow", markup=False)
 
 
 def progress(*columns: str | ProgressColumn) -> Progress:
     """A progress bar with elapsed time and ETA; `columns` are shown between the bar and the times."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = _console()
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),

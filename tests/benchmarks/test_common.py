@@ -141,10 +141,13 @@ def test_sample_speed_against_transformers():
 
 @pytest.mark.slow
 def test_prepare_speed_alone(text):
-    told = run("prepare_speed", "--text", text, "--megabytes", 0.2, "--pairs", 1, "--modes", "tail", "default")
+    told = run("prepare_speed", "--text", text, "--megabytes", 0.2, "--pairs", 1, "--modes", "tail", "default",
+               "--tokenizers")  # fmt: skip
     reported = told["reported"]
     assert reported["tail"]["characters"] == reported["default"]["characters"] == told["characters"]
     assert reported["default"]["duplicates_removed"] == 0
+    assert reported["tokenizers"]["val_tokens"] == reported["tail"]["val_tokens"]
+    assert told["ratios"]["tokenizers"]["tail"]["median"] > 0
     assert told["peak_mib"]["tail"]["largest"] < 1024
 
 

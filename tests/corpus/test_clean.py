@@ -50,17 +50,3 @@ def test_cut_at_paragraph_ends():
     pieces = clean.cut_document("\n".join(paragraphs))
     assert [line for piece in pieces for line in piece.split("\n")] == paragraphs
     assert all(3000 < len(piece) < 7000 for piece in pieces)
-
-
-def test_near_duplicates():
-    rng = np.random.default_rng(0)
-    originals = ["".join(chr(c) for c in rng.integers(0x4E00, 0x5E00, 400)) for _ in range(50)]
-    close = [text[:200] + "改" + text[201:] for text in originals]  # 5 of about 396 shingles differ
-    related = [text[:120] + "".join(chr(c) for c in rng.integers(0x4E00, 0x5E00, 280)) for text in originals]
-    search = clean.NearDuplicates(0.8)
-    new = [search.is_new(m) for m in clean.minhashes(originals + close + related + [" " + originals[0]])]
-    assert all(new[:50])
-    assert not any(new[50:100])
-    assert all(new[100:150])
-    assert not new[150]
-    assert clean.NearDuplicates(1.0).is_new(clean.minhashes([""])[0])

@@ -15,6 +15,7 @@ import pytest
 
 from miaobi.config import PrepareConfig
 from miaobi.corpus import cutting, pipeline, store, workers
+from miaobi.corpus import prepare as prepare_module
 from miaobi.corpus.prepare import prepare
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
@@ -310,6 +311,35 @@ def test_full_disk(tmp_path, monkeypatch):
         run(source, out)
     assert contents(out) == before
     assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("split", ["hash", "tail"])
+def test_sources_are_read_once(tmp_path, monkeypatch, small_blocks, split):
+    """The second pass finds the characters set aside: the sources may be gone by then."""
+    texts = [*articles(150), *articles(150)]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    run(tmp_path / "a.txt", tmp_path / "plain", split=split, workers=1)
+    survey = prepare_module.take_survey
+
+    def lose_sources(*args: object) -> object:
+        corpus = survey(*args)
+        (tmp_path / "a.txt").unlink()
+        return corpus
+
+    monkeypatch.setattr(prepare_module, "take_survey", lose_sources)
+    run(tmp_path / "a.txt", tmp_path / "lost", split=split, workers=2)
+    assert contents(tmp_path / "lost") == contents(tmp_path / "plain")
+    assert left_over(tmp_path) == []
+
+
+def test_full_disk_while_setting_aside(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pipeline.Aside, "put", full)
+    with pytest.raises(UserError, match="is full"):
+        run(write(tmp_path / "a.txt", articles(100)), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

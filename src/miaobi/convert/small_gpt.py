@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from miaobi.config import ModelConfig, RunConfig
 from miaobi.console import log, warn
 from miaobi.convert import reading
+from miaobi.corpus.characters import N_CODE_POINTS, code_points, count_characters
 from miaobi.corpus.dataset import IGNORE
-from miaobi.corpus.pipeline import N_CODE_POINTS, count_characters
 from miaobi.corpus.read import iter_blocks, read_block
 from miaobi.corpus.sources import find_sources
 from miaobi.corpus.survey import with_progress
@@ -173,7 +173,7 @@ def vocabulary(corpus: Path) -> list[str]:
         text = content.raw
         if content.encoding == "utf-8-sig" and block.start < 4:
             text = "\ufeff" + text  # open(path) keeps the byte order mark as a character
-        counts = count_characters(text)
+        counts = count_characters(code_points(text))
         fresh = np.flatnonzero((counts > 0) & (total[: len(counts)] == 0))
         in_order += sorted(map(chr, fresh.tolist()), key=text.find)
         total[: len(counts)] += counts

@@ -1,4 +1,4 @@
-"""What happens to a document between reading and encoding: normalising, duplicate search, the split."""
+"""What happens to a document between reading and encoding: normalising, cutting, exact duplicates, the split."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ import unicodedata
 
 import numpy as np
 
-N_PERMUTATIONS = 128
-SHINGLE = 5
-"""Characters in a shingle; near duplicates are found by the sets of their shingles."""
 PIECE_CHARACTERS = 4000
 """About how long the pieces of a cut document are."""
 
-_WHITE_SPACE = re.compile(r"\s+")
 _SENTENCE_END = re.compile(r"[。！？!?…][”’」』）)]*")
 
 
@@ -102,46 +98,3 @@ def is_validation(digests: np.ndarray, val_fraction: float) -> np.ndarray:
         return np.zeros(0, bool)
     low = np.ascontiguousarray(digests)[:, 8:].copy().view("<u8").ravel()
     return low < np.uint64(min(int(val_fraction * 2**64), 2**64 - 1))
-
-
-def minhashes(documents: list[str]) -> list:
-    """One rensa.RMinHash a document, over the set of its character 5-grams, white space left out."""
-    from rensa import RMinHash
-
-    # One by one: rensa's batch call runs on a thread pool, which hangs in a process forked after the pool was used.
-    sketches = []
-    for document in documents:
-        text = _WHITE_SPACE.sub("", document)
-        sketch = RMinHash(N_PERMUTATIONS, 42)
-        sketch.update({text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))})
-        sketches.append(sketch)
-    return sketches
-
-
-class NearDuplicates:
-    """Finds documents like one seen before (estimated Jaccard similarity of 5-grams at or above a threshold).
-
-    Keeps state for every distinct document: about BYTES_PER_DOCUMENT resident bytes.
-    """
-
-    BYTES_PER_DOCUMENT = 3300
-
-    def __init__(self, threshold: float):
-        from rensa import RMinHashDeduplicator
-
-        self._index = RMinHashDeduplicator(threshold, N_PERMUTATIONS, True, num_bands=_n_bands(threshold))
-        self._count = 0
-
-    def is_new(self, minhash) -> bool:
-        """True, and remembered, when no earlier document is like it."""
-        self._count += 1
-        return self._index.add(str(self._count), minhash)
-
-
-def _n_bands(threshold: float) -> int:
-    """Fewest bands that still catch a pair at the threshold with probability 0.95: 1 - (1 - t^rows)^bands."""
-    for rows in (32, 16, 8, 4, 2, 1):
-        bands = N_PERMUTATIONS // rows
-        if 1 - (1 - threshold**rows) ** bands >= 0.95:
-            return bands
-    return N_PERMUTATIONS

@@ -9,20 +9,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from miaobi.corpus import clean, cutting, dialogue
+from miaobi.corpus import characters, clean, cutting, dialogue, near
+from miaobi.corpus.characters import Aside
 from miaobi.corpus.cutting import Block
 from miaobi.corpus.dialogue import Encoded
 from miaobi.corpus.read import Content, read_block
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 
-N_CODE_POINTS = 0x110000
 MAX_BLOCKS_PER_TASK = 256
-_SLICE = 1 << 18
-"""Characters counted at a time, so that NumPy's 64-bit copies of them stay in the cache."""
 DROP, TRAIN, VAL = 0, 1, 2
 
 
@@ -55,10 +54,11 @@ class Survey:
     code_points: np.ndarray  # (distinct,) int64, of the documents, ascending
     counts: np.ndarray  # (distinct,) int64
     raw_code_points: np.ndarray  # (distinct,) int64, of the text as read
-    minhashes: list | None
+    sketches: np.ndarray | None  # (documents, N_PERMUTATIONS) uint32, for the search for near duplicates
     blocks: list[tuple[int, str, int, int, int]]
     """Per block: source, encoding, documents, characters as read, skipped."""
     empty: int
+    aside: Aside | None
 
 
 def tasks(blocks: Iterable[Block]) -> Iterator[tuple[Block, ...]]:
@@ -74,8 +74,8 @@ def tasks(blocks: Iterable[Block]) -> Iterator[tuple[Block, ...]]:
         yield tuple(group)
 
 
-def survey(_: Tokenizer | None, blocks: tuple[Block, ...], job: Job) -> Survey:
-    """First pass: digests, lengths and character counts."""
+def survey(_: Tokenizer | None, blocks: tuple[Block, ...], job: Job, aside: Path | None) -> Survey:
+    """First pass: digests, lengths and character counts; puts the characters into the file `aside` if there is one."""
     documents, raw, stats, empty = [], [], [], 0
     for block in blocks:
         content, found = _documents(block, job)
@@ -86,13 +86,17 @@ def survey(_: Tokenizer | None, blocks: tuple[Block, ...], job: Job) -> Survey:
         stats.append((block.index, content.encoding, len(kept), len(content.raw), content.skipped))
     if job.whole:
         documents = ["".join(documents)]
-    counts = count_characters("".join(documents))
-    code_points = np.flatnonzero(counts)
+    points, lengths = _points(documents, job)
+    counts = characters.count_characters(points)
+    if not job.whole:
+        counts[ord("\n")] -= len(documents)
+    present = np.flatnonzero(counts > 0)  # of booleans: ten times as fast
     if job.whole:
-        digests, sizes = np.empty((0, 16), np.uint8), np.array([utf8_length(code_points, counts[code_points])])
+        digests, sizes = np.empty((0, 16), np.uint8), np.array([characters.utf8_length(present, counts[present])])
     else:
         digests, sizes = clean.content_digests(documents)
-    lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+    kept_aside = None if aside is None else Aside.put(aside, points, lengths)
+    sketches = near.sketches(points, lengths) if job.near else None
     if job.dialogue == "roles":  # between two turns counts one character of one byte, as where they stand on lines
         turns = np.array([sum(map(document.count, dialogue.ROLE_OF)) for document in documents], np.int64)
         lengths, sizes = lengths - 1, sizes - 2 * turns - 1
@@ -100,23 +104,26 @@ def survey(_: Tokenizer | None, blocks: tuple[Block, ...], job: Job) -> Survey:
         digests=digests,
         lengths=lengths,
         sizes=sizes,
-        code_points=code_points,
-        counts=counts[code_points],
-        raw_code_points=_raw_code_points(raw, counts, job),
-        minhashes=clean.minhashes(documents) if job.near else None,
+        code_points=present,
+        counts=counts[present],
+        raw_code_points=present if raw == documents else _raw_code_points(raw, counts, job),
+        sketches=sketches,
         blocks=stats,
         empty=empty,
+        aside=kept_aside,
     )
 
 
 def count_dropped(
-    _: Tokenizer | None, blocks: tuple[Block, ...], job: Job, choice: np.ndarray
+    _: Tokenizer | None, blocks: tuple[Block, ...], job: Job, choice: np.ndarray, aside: Aside | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(code points, counts) of the documents in this task that the duplicate search dropped."""
-    documents = _all(blocks, job, choice)
-    counts = count_characters("".join(documents[i] for i in np.flatnonzero(choice == DROP)))
-    code_points = np.flatnonzero(counts)
-    return code_points, counts[code_points]
+    points, ends = _read_points(blocks, job, choice, aside)
+    dropped = np.flatnonzero(choice == DROP)
+    counts = characters.count_characters(_chosen(points, ends, dropped)[0])
+    counts[ord("\n")] -= len(dropped)
+    present = np.flatnonzero(counts > 0)
+    return present, counts[present]
 
 
 def sample_lines(
@@ -132,20 +139,34 @@ def sample_lines(
 
 
 def encode_documents(
-    tokenizer: Tokenizer, blocks: tuple[Block, ...], job: Job, choice: np.ndarray, end_id: int, dtype: str
+    tokenizer: Tokenizer,
+    blocks: tuple[Block, ...],
+    job: Job,
+    choice: np.ndarray,
+    end_id: int,
+    dtype: str,
+    aside: Aside | None,
 ) -> tuple[Encoded, Encoded]:
-    """Second pass of the hash split: train and val of this task."""
-    documents = _all(blocks, job, choice)
+    """Second pass of the hash split: train and val of this task. Removes what was set aside."""
+    by_character = tokenizer.by_character and not job.dialogue
+    if by_character:
+        points, ends = _read_points(blocks, job, choice, aside)
+    else:
+        documents = _all(blocks, job, choice)
     parts = []
     for copies in (copies_in_training(choice), choice == VAL):
-        chosen = [documents[i] for i in np.repeat(np.arange(len(documents)), copies)]
-        if job.dialogue == "lines":
-            part = dialogue.encode_lines(tokenizer, chosen)
+        numbers = np.repeat(np.arange(len(choice)), copies)
+        if by_character:
+            part = Encoded(*tokenizer.encode_points(*_chosen(points, ends, numbers), end_id))
+        elif job.dialogue == "lines":
+            part = dialogue.encode_lines(tokenizer, [documents[i] for i in numbers])
         elif job.dialogue:
-            part = dialogue.encode_roles(tokenizer, chosen, job.replies_only)
+            part = dialogue.encode_roles(tokenizer, [documents[i] for i in numbers], job.replies_only)
         else:
-            part = Encoded(*tokenizer.encode_documents(chosen, end_id))
+            part = Encoded(*tokenizer.encode_documents([documents[i] for i in numbers], end_id))
         parts.append(dataclasses.replace(part, ids=part.ids.astype(dtype, copy=False)))
+    if aside is not None:
+        aside.path.unlink()
     return parts[0], parts[1]
 
 
@@ -155,35 +176,25 @@ def copies_in_training(choice: np.ndarray) -> np.ndarray:
 
 
 def encode_stretch(
-    tokenizer: Tokenizer, blocks: tuple[Block, ...], job: Job, n_train: int, dtype: str
+    tokenizer: Tokenizer, blocks: tuple[Block, ...], job: Job, n_train: int, dtype: str, aside: Aside | None
 ) -> tuple[Encoded, Encoded, int]:
     """Second pass of the tail split: the first `n_train` characters of this task are train, the others val.
 
-    The last value is the number of UTF-8 bytes of the train part where the cut is inside this task, else 0.
+    The last value is the number of UTF-8 bytes of the train part where the cut is inside this task, else 0. Removes
+    what was set aside.
     """
-    text = "".join(_all(blocks, job, None))
+    points = aside.take() if aside is not None else _points(["".join(_all(blocks, job, None))], job)[0]
     parts, no_starts = [], np.empty(0, np.int64)
-    for piece in (text[:n_train], text[n_train:]):
-        ids, _ = tokenizer.encode_documents([piece], end_id=None)
+    for piece in (points[:n_train], points[n_train:]):
+        if tokenizer.by_character:
+            ids, _ = tokenizer.encode_points(piece, np.array([len(piece)]), end_id=None)
+        else:
+            ids, _ = tokenizer.encode_documents([characters.text_of(piece)], end_id=None)
         parts.append(Encoded(ids.astype(dtype, copy=False), no_starts))
-    return *parts, len(text[:n_train].encode()) if 0 < n_train < len(text) else 0
-
-
-def count_characters(text: str) -> np.ndarray:
-    """(65536 or 0x110000,) int64: occurrences of every code point, the longer array only when it is needed."""
-    total = np.zeros(65536, np.int64)
-    code_points = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    for low in range(0, len(code_points), _SLICE):
-        counts = np.bincount(code_points[low : low + _SLICE])
-        if len(counts) > len(total):
-            total = np.concatenate((total, np.zeros(N_CODE_POINTS - len(total), np.int64)))
-        total[: len(counts)] += counts
-    return total
-
-
-def utf8_length(code_points: np.ndarray, counts: np.ndarray) -> int:
-    """Bytes in UTF-8 of a text with these characters."""
-    return int(sum(counts[code_points >= low].sum() for low in (0, 0x80, 0x800, 0x10000)))
+    if aside is not None:
+        aside.path.unlink()
+    counts = characters.count_characters(points[:n_train]) if 0 < n_train < len(points) else np.zeros(0, np.int64)
+    return *parts, characters.utf8_length(np.arange(len(counts)), counts)
 
 
 def _documents(block: Block, job: Job) -> tuple[Content, list[str]]:
@@ -210,6 +221,30 @@ def _all(blocks: tuple[Block, ...], job: Job, choice: np.ndarray | None) -> list
     return documents
 
 
+def _points(documents: list[str], job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """Code points of the documents, a newline behind each unless the text is one stream; and their lengths."""
+    lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+    return (characters.code_points(documents[0]) if job.whole else characters.of_documents(documents)), lengths
+
+
+def _read_points(
+    blocks: tuple[Block, ...], job: Job, choice: np.ndarray, aside: Aside | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Code points of the documents of a task, a newline behind each; and where each begins, and the last one ends."""
+    if aside is not None:
+        points, lengths = aside.take(), aside.lengths
+    else:
+        points, lengths = _points(_all(blocks, job, choice), job)
+    return points, np.concatenate(([0], np.cumsum(lengths + 1)))
+
+
+def _chosen(points: np.ndarray, ends: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `_read_points` gave -> the code points of some of the documents, and where each of those ends."""
+    taken = [points[low:high] for low, high in zip(ends[numbers].tolist(), ends[numbers + 1].tolist(), strict=True)]
+    lengths = ends[numbers + 1] - ends[numbers]
+    return np.concatenate(taken) if taken else points[:0], np.cumsum(lengths)
+
+
 def _raw_code_points(raw: list[str], counts: np.ndarray, job: Job) -> np.ndarray:
     """(distinct,) int64: the characters of the text as read, ascending.
 
@@ -218,7 +253,7 @@ def _raw_code_points(raw: list[str], counts: np.ndarray, job: Job) -> np.ndarray
     missing = sum(map(len, raw)) - int(counts.sum())
     missing_newlines = sum(text.count("\n") for text in raw) - int(counts[ord("\n")])
     if job.normalize != "none" or job.simplify or job.dialogue or missing != missing_newlines:
-        return np.flatnonzero(count_characters("".join(raw)))
+        return np.flatnonzero(characters.count_characters(characters.code_points("".join(raw))))
     present = counts > 0
     present[ord("\n")] |= missing_newlines > 0
     return np.flatnonzero(present)

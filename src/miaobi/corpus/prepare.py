@@ -7,6 +7,7 @@ together in the order of the sources.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -20,6 +21,7 @@ import numpy as np
 from miaobi import console
 from miaobi.config import PrepareConfig
 from miaobi.corpus import dialogue, pipeline, store
+from miaobi.corpus.characters import N_CODE_POINTS
 from miaobi.corpus.dialogue import Encoded
 from miaobi.corpus.pipeline import DROP, VAL, Job
 from miaobi.corpus.sources import Source, find_sources
@@ -57,10 +59,13 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
     store.check_replaceable(out, [file.path for file in files])
     workers = workers_for(files, cfg)
     job = _job(files, cfg)
-    corpus = take_survey(files, job, cfg, workers, weights)
-    tokenizer = _tokenizer(corpus, cfg, workers)
-    with store.explain_full_disk(out):
-        manifest = _write(out, corpus, tokenizer, cfg, workers)
+    # Dialogues and BPE want strings, and Ray's workers have disks of their own: there the second pass reads again.
+    sets_aside = cfg.tokenizer == "char" and not job.dialogue and workers.backend == "processes"
+    with store.explain_full_disk(out), store.aside(out) if sets_aside else contextlib.nullcontext() as aside:
+        corpus = take_survey(files, job, cfg, workers, weights, aside)
+        tokenizer = _tokenizer(corpus, cfg, workers)
+        with store.explain_refusal(out):
+            manifest = _write(out, corpus, tokenizer, cfg, workers)
     statistics = manifest["statistics"]
     return {
         "out": str(out),
@@ -172,8 +177,8 @@ def _end_ids(tokenizer: Tokenizer, corpus: Corpus) -> list[int]:
 
 
 def _kept_counts(corpus: Corpus, workers: Workers) -> np.ndarray:
-    """(0x110000,) int64: characters of the kept documents; what was dropped is read again and taken off."""
-    total = np.zeros(pipeline.N_CODE_POINTS, np.int64)
+    """(0x110000,) int64: characters of the kept documents; what was dropped is counted again and taken off."""
+    total = np.zeros(N_CODE_POINTS, np.int64)
     lossy = set()
     for number, (code_points, counts) in enumerate(corpus.counts):
         dropped = corpus.choices[number] == DROP if corpus.choices else np.zeros(1, bool)
@@ -182,7 +187,8 @@ def _kept_counts(corpus: Corpus, workers: Workers) -> np.ndarray:
             if dropped.any():
                 lossy.add(number)
     if lossy:
-        jobs = ((task, corpus.job, corpus.choices[n]) for n, task in enumerate(read_tasks(corpus)) if n in lossy)
+        tasks = ((n, task) for n, task in enumerate(read_tasks(corpus)) if n in lossy)
+        jobs = ((task, corpus.job, corpus.choices[n], corpus.aside[n]) for n, task in tasks)
         with workers.started() as run:
             results = run(pipeline.count_dropped, jobs)
             for _, (code_points, counts) in with_progress(results, corpus.sources, "counting"):
@@ -221,7 +227,7 @@ def _write(out: Path, corpus: Corpus, tokenizer: Tokenizer, cfg: PrepareConfig, 
         else:
             function = pipeline.encode_documents
             jobs = (
-                (task, corpus.job, corpus.choices[number], end_id, dtype)
+                (task, corpus.job, corpus.choices[number], end_id, dtype, corpus.aside[number])
                 for number, task in enumerate(read_tasks(corpus))
                 if (corpus.choices[number] != DROP).any()
             )
@@ -272,8 +278,8 @@ def _tail_cut(corpus: Corpus, cfg: PrepareConfig) -> int:
 
 def _tail_jobs(corpus: Corpus, cfg: PrepareConfig, dtype: str) -> Iterator[tuple]:
     cut, position = _tail_cut(corpus, cfg), 0
-    for lengths, task in zip(corpus.lengths, read_tasks(corpus), strict=True):
-        yield task, corpus.job, max(0, cut - position), dtype
+    for lengths, aside, task in zip(corpus.lengths, corpus.aside, read_tasks(corpus), strict=True):
+        yield task, corpus.job, max(0, cut - position), dtype, aside
         position += int(lengths.sum())
 
 

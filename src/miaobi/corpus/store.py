@@ -165,6 +165,19 @@ class PreparedWriter:
         _sync_directory(self.out)
 
 
+@contextlib.contextmanager
+def aside(out: Path) -> Iterator[Path]:
+    """A directory beside `out` for what the passes of `prepare` hand on, gone afterwards."""
+    directory = out.with_name(f".{out.name}.tmp-aside-{os.getpid()}")
+    shutil.rmtree(directory, ignore_errors=True)
+    with explain_refusal(out):
+        directory.mkdir(parents=True)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def check_replaceable(out: Path, sources: list[Path]) -> None:
     """Raises UserError when writing `out` would mix with or destroy files that are not prepared data.
 
@@ -196,7 +209,7 @@ def is_prepared(directory: Path) -> bool:
 
 @contextlib.contextmanager
 def explain_full_disk(out: Path) -> Iterator[None]:
-    """Turns "no space left" and a refused write into a UserError; the temporary files are gone by then."""
+    """Turns "no space left" into a UserError; the temporary files are gone by then."""
     try:
         yield
     except OSError as error:
@@ -205,6 +218,15 @@ def explain_full_disk(out: Path) -> Iterator[None]:
                 f"the disk of {out} is full; the unfinished files were removed. Free some space (about 2 bytes a "
                 "character are needed, 4 beyond 65,535 tokens) or choose another --out"
             ) from error
+        raise
+
+
+@contextlib.contextmanager
+def explain_refusal(out: Path) -> Iterator[None]:
+    """Turns a refused write into a UserError."""
+    try:
+        yield
+    except OSError as error:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(
                 f"{error.filename or out} cannot be written ({error.strerror}); choose another --out"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
 from miaobi import console
 from miaobi.config import PrepareConfig
-from miaobi.corpus import clean, pipeline
+from miaobi.corpus import clean, near, pipeline
+from miaobi.corpus.characters import N_CODE_POINTS, Aside
 from miaobi.corpus.cutting import Block
 from miaobi.corpus.pipeline import DROP, TRAIN, VAL, Job, Survey
 from miaobi.corpus.read import iter_blocks
@@ -35,6 +37,8 @@ class Corpus:
     owners: list[np.ndarray]  # per task (documents,): which source a document is from
     choices: list[np.ndarray]  # per task (documents,): DROP, TRAIN or VAL; above it, TRAIN several times
     records: list[dict]  # per source: the manifest's entry
+    aside: list[Aside | None]  # per task: its characters, where they were set aside
+    places: list[tuple[Block, ...]]  # per task that was set aside: its blocks, without their content
     distinct: int = 0
     skipped: int = 0
     empty: int = 0
@@ -44,12 +48,23 @@ class Corpus:
     """Documents of sources with a weight below 1."""
 
 
-def take_survey(files: list[Source], job: Job, cfg: PrepareConfig, workers: Workers, weights: list[float]) -> Corpus:
-    """Reads everything once; `weights` has one number for each of the files.
+def take_survey(
+    files: list[Source],
+    job: Job,
+    cfg: PrepareConfig,
+    workers: Workers,
+    weights: list[float],
+    aside: Path | None,
+) -> Corpus:
+    """Reads everything once.
+
+    Args:
+        weights: one number for each of the files.
+        aside: directory to put the characters into, so that the second pass finds them there.
 
     Raises UserError for unreadable sources and for text too small to split.
     """
-    corpus = _first_pass(files, job, cfg, workers, weights)
+    corpus = _first_pass(files, job, cfg, workers, weights, aside)
     if job.whole:
         return corpus
     if job.dialogue:
@@ -61,22 +76,29 @@ def take_survey(files: list[Source], job: Job, cfg: PrepareConfig, workers: Work
             f"few documents: long ones are cut at paragraph ends into pieces of about {clean.PIECE_CHARACTERS:,} "
             "characters, so that validation gets some (--split=tail does not cut)"
         )
-        corpus = _first_pass(files, dataclasses.replace(job, cut=True), cfg, workers, weights)
+        corpus = _first_pass(files, dataclasses.replace(job, cut=True), cfg, workers, weights, aside)
     _fill_empty_side(corpus, cfg)
     _repeat(corpus, weights)
     return corpus
 
 
-def _first_pass(files: list[Source], job: Job, cfg: PrepareConfig, workers: Workers, weights: list[float]) -> Corpus:
+def _first_pass(
+    files: list[Source],
+    job: Job,
+    cfg: PrepareConfig,
+    workers: Workers,
+    weights: list[float],
+    aside: Path | None,
+) -> Corpus:
     records = [{"path": f.name, "bytes": f.size, "encoding": "skipped", "documents": 0, "characters": 0} for f in files]
-    corpus = Corpus(files, job, [], [], [], [], [], [], records)
-    raw_presence = np.zeros(pipeline.N_CODE_POINTS, bool)
-    near = clean.NearDuplicates(cfg.near_threshold) if job.near else None
-    minhashes_new: list[np.ndarray] = []
+    corpus = Corpus(files, job, [], [], [], [], [], [], records, [], [])
+    raw_presence = np.zeros(N_CODE_POINTS, bool)
+    sketches: list[np.ndarray] = []
+    jobs = (
+        (task, job, None if aside is None else aside / str(number)) for number, task in enumerate(read_tasks(corpus))
+    )
     with workers.started() as run:
-        for _, found in with_progress(
-            run(pipeline.survey, ((task, job) for task in read_tasks(corpus))), files, "reading"
-        ):
+        for blocks, found in with_progress(run(pipeline.survey, jobs), files, "reading"):
             found: Survey
             corpus.lengths.append(found.lengths)
             corpus.sizes.append(found.sizes)
@@ -93,17 +115,20 @@ def _first_pass(files: list[Source], job: Job, cfg: PrepareConfig, workers: Work
                 record["documents"] = 1 if job.whole else record["documents"] + documents
                 record["characters"] += characters
                 corpus.skipped += skipped
-            if near:
-                minhashes_new.append(np.array([near.is_new(minhash) for minhash in found.minhashes], bool))
+            corpus.aside.append(found.aside)
+            if found.aside is not None:
+                corpus.places.append(tuple(dataclasses.replace(b, data=None, records=None) for b in blocks))
+            if found.sketches is not None:
+                sketches.append(found.sketches)
     corpus.distinct = int(raw_presence.sum())
     if not job.whole:
-        _choose(corpus, minhashes_new, cfg, np.array(weights))
+        _choose(corpus, np.concatenate(sketches) if sketches else None, cfg, np.array(weights))
     if sum(record["characters"] for record in records) == 0:
         raise UserError("no text in the sources" + (f"; {corpus.skipped} were skipped" if corpus.skipped else ""))
     return corpus
 
 
-def _choose(corpus: Corpus, is_new: list[np.ndarray], cfg: PrepareConfig, weights: np.ndarray) -> None:
+def _choose(corpus: Corpus, sketches: np.ndarray | None, cfg: PrepareConfig, weights: np.ndarray) -> None:
     """Sets `choices`: duplicates dropped, sources thinned by their weights, the rest split."""
     digests = np.concatenate(corpus.digests) if corpus.digests else np.empty((0, 16), np.uint8)
     keep = np.ones(len(digests), bool)
@@ -114,10 +139,10 @@ def _choose(corpus: Corpus, is_new: list[np.ndarray], cfg: PrepareConfig, weight
         taken = keep.copy()
         keep[taken] = clean.first_occurrences(digests[taken])
         corpus.exact = int(taken.sum() - keep.sum())
-        if is_new:
-            near = keep & ~np.concatenate(is_new)
-            corpus.near = int(near.sum())
-            keep &= ~near
+        if sketches is not None:
+            alike = keep & ~near.first_of_their_kind(sketches, cfg.near_threshold)
+            corpus.near = int(alike.sum())
+            keep &= ~alike
     if cfg.split == "hash":
         is_val = clean.is_validation(digests, cfg.val_fraction)
     else:  # the last dialogues, wherever weights thin them out
@@ -171,9 +196,11 @@ def _fill_empty_side(corpus: Corpus, cfg: PrepareConfig) -> None:
             corpus.choices = np.split(choice, np.cumsum([len(c) for c in corpus.choices])[:-1])
 
 
-def read_tasks(corpus: Corpus) -> Iterator[tuple[Block, ...]]:
+def read_tasks(corpus: Corpus) -> Iterable[tuple[Block, ...]]:
     """The same tasks in every pass."""
     job = corpus.job
+    if corpus.places:
+        return corpus.places
     return pipeline.tasks(iter_blocks(corpus.sources, job.field, job.skip_bad, job.whole))
 
 

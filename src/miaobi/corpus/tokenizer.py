@@ -8,6 +8,7 @@ Every kind keeps the promise that no text is lost: what the vocabulary lacks goe
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from miaobi.corpus.characters import N_CODE_POINTS, code_points
 from miaobi.corpus.foreign import join_word_pieces, read_config, read_foreign
 from miaobi.errors import UserError
 
@@ -57,7 +59,6 @@ class Tokenizer:
         self._dtype = np.uint16 if self.vocab_size <= 65535 else np.uint32
         self._absent = np.iinfo(self._dtype).max  # in the table: no token of its own
         self._table = self._character_table()
-        self._token_bytes = self._bytes_of_tokens()
 
     @classmethod
     def train_char(cls, counts: Mapping[str, int], vocab_size: int | None = None, min_frequency: int = 1) -> Tokenizer:
@@ -199,22 +200,37 @@ class Tokenizer:
             return self._encode_documents_slowly(documents, end_id, newline_id)
         gap = 0 if end_id is None else 1
         # Documents are joined by newlines, one token each, whose places then take end_id.
-        code_points = _code_points("\n".join([*documents, ""]) if gap else "".join(documents))
-        ids = np.empty(len(code_points), self._dtype)
-        for low in range(0, len(ids), _SLICE):
-            np.take(self._table, code_points[low : low + _SLICE], out=ids[low : low + _SLICE], mode="clip")
-        if newline_id is not None:
-            ids[code_points == ord("\n")] = newline_id
+        points = _code_points("\n".join([*documents, ""]) if gap else "".join(documents))
         lengths = np.fromiter((len(document) + gap for document in documents), np.int64, len(documents))
-        ends = np.cumsum(lengths)
-        if gap:
+        return self.encode_points(points, np.cumsum(lengths), end_id, newline_id)
+
+    @property
+    def by_character(self) -> bool:
+        """Whether each character has an id of its own or is spelled in bytes, so that `encode_points` works."""
+        return self._table is not None
+
+    def encode_points(
+        self, points: np.ndarray, ends: np.ndarray, end_id: int | None, newline_id: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`encode_documents` of text that is already code points; for vocabularies that are `by_character`.
+
+        Args:
+            points: (n,) uint16 or uint32; where there is an end_id, with one newline behind each document.
+            ends: (documents,) int64, where each document, and that newline, ends.
+            end_id, newline_id: see `encode_documents`.
+        """
+        ids = np.empty(len(points), self._dtype)
+        for low in range(0, len(ids), _SLICE):
+            np.take(self._table, points[low : low + _SLICE], out=ids[low : low + _SLICE], mode="clip")
+        if newline_id is not None:
+            ids[points == ord("\n")] = newline_id
+        if end_id is not None:
             ids[ends - 1] = end_id
-        missing = np.flatnonzero(ids == self._absent)
-        if len(missing):
-            ids, extra = _spell_in_bytes(ids, missing, code_points[missing], self._byte_ids, self._absent)
+        if len(ids) and ids.max() == self._absent:
+            missing = np.flatnonzero(ids == self._absent)
+            ids, extra = _spell_in_bytes(ids, missing, points[missing], self._byte_ids, self._absent)
             ends = ends + _extra_before(missing, extra, ends)
-        starts = np.concatenate(([0], ends[:-1]))
-        return ids, starts
+        return ids, np.concatenate(([0], ends[:-1]))[: len(ends)]
 
     def _encode_documents_slowly(
         self, documents: Sequence[str], end_id: int | None, newline_id: int | None
@@ -287,13 +303,14 @@ class Tokenizer:
         if json.loads(self.backend.to_str())["model"]["merges"]:
             return None
         self._byte_ids = np.array(byte_ids, self._dtype)
-        table = np.full(0x110000, self._absent, self._dtype)
+        table = np.full(N_CODE_POINTS, self._absent, self._dtype)
         for token, id_ in self.backend.get_vocab(with_added_tokens=False).items():
             if len(token) == 1:
                 table[ord(token)] = id_
         return table
 
-    def _bytes_of_tokens(self) -> dict[int, bytes] | None:
+    @functools.cached_property
+    def _token_bytes(self) -> dict[int, bytes] | None:
         """What each id decodes to, for tokenizers whose decoder is ByteFallback and Fuse, as ours; else None.
 
         Spare rows of a model's embedding have no entry and decode to nothing, as in the library.
@@ -332,11 +349,11 @@ def _too_small(vocab_size: int) -> str:
 
 
 def _code_points(text: str) -> np.ndarray:
-    """(len(text),) uint32."""
-    try:
-        return np.frombuffer(text.encode("utf-32-le"), "<u4")
-    except UnicodeEncodeError as error:
-        raise UserError(_surrogate(text, error)) from error
+    """`code_points`. Raises UserError on a lone surrogate."""
+    points = code_points(text)
+    if (points >> 11 == 0xD800 >> 11).any():
+        _reject_surrogates(text)
+    return points
 
 
 def _reject_surrogates(text: str) -> None:
