@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from miaobi.config import ChatConfig, SampleConfig, SamplingConfig
-from miaobi.corpus.tokenizer import PAD, SEP, Tokenizer
 from miaobi.console import warn
+from miaobi.corpus.tokenizer import PAD, SEP, Tokenizer
 from miaobi.device import can_compile, cpu_has_bf16, explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.generate.sampling import next_token, penalize_repeats

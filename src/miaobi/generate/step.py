@@ -186,8 +186,8 @@ def build() -> Path | None:
         whole_or_not = f'{command} -o "$0.$$" && mv "$0.$$" "$0" || rm -f "$0.$$"'
         try:
             home.mkdir(parents=True, exist_ok=True)
-            subprocess.Popen(["sh", "-c", whole_or_not, str(made)], start_new_session=True,
-                             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+            nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+            subprocess.Popen(["sh", "-c", whole_or_not, str(made)], start_new_session=True, **nowhere)
         except OSError:  # a home that cannot be written
             return None
     return made

@@ -303,9 +303,7 @@ class Transformer(nn.Module):
         x = self.hidden(ids, position_ids, mask, caches)
         return F.linear(x[:, -1:] if last_only else x, self.head_weight)
 
-    def make_caches(
-        self, batch: int, length: int | None = None, dtype: torch.dtype | None = None
-    ) -> list[KVCache]:
+    def make_caches(self, batch: int, length: int | None = None, dtype: torch.dtype | None = None) -> list[KVCache]:
         """Empty caches for `batch` streams of up to `length` (default block_size) positions, in the precision of the
         products or in `dtype`. All keys lie in one stretch of memory, layer by layer, and so do all values.
         """
