@@ -23,6 +23,7 @@ static inline vec load(const float* p) { vec v; memcpy(&v, p, sizeof v); return 
 static inline ivec widen(const uint16_t* p) { return (ivec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 static inline ivec widen(const int8_t* p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 static inline vec convert(ivec v) { return (vec)_mm256_cvtepi32_ps((__m256i)v); }
+static inline void rest() { _mm_pause(); }
 #else
 template <class T>
 static inline ivec widen(const T* p) {
@@ -31,6 +32,7 @@ static inline ivec widen(const T* p) {
     return __builtin_convertvector(v, ivec);
 }
 static inline vec convert(ivec v) { return __builtin_convertvector(v, vec); }
+static inline void rest() {}
 #endif
 static inline vec load(const bfloat16* p) { return (vec)(widen(p) << 16); }  // it is the upper half of a float
 static inline vec load(const int8_t* p) { return convert(widen(p)); }
@@ -211,8 +213,10 @@ struct Barrier {
             round = now + 1;
             return;
         }
-        for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++)
-            if (spins > 10000) sched_yield();
+        for (int spins = 0; round.load() == now; spins++) {
+            if (spins < 1000) rest();
+            else sched_yield();
+        }
     }
 };
 

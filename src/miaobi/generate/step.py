@@ -116,18 +116,22 @@ class Step:
         self.kept.append(tensor.detach().contiguous())
         return self.kept[-1].data_ptr()
 
+    def place(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy in large pages, in `dtype`."""
+        size = tensor.numel() * dtype.itemsize
+        stretch, self.free = self.free[:size], self.free[size:]
+        return stretch.view(dtype).view(tensor.shape).copy_(tensor)
+
     def matrix(self, weight: Tensor, bias: Tensor | None = None) -> Matrix:
         """Pack a weight (N, K), and round it in place to what was packed."""
         packed, scale = weight, None
         if self.kind == "int8":
             packed, scale = quantize_rows(weight)
-            weight.copy_(packed * scale)
+            packed = self.place(packed, torch.int8)
+            torch.mul(packed, scale, out=weight)
         elif self.kind == "bfloat16":
-            packed = weight.bfloat16()
+            packed = self.place(weight, torch.bfloat16)
             weight.copy_(packed)
-        if packed is not weight:
-            stretch, self.free = self.free.split((packed.nbytes, self.free.numel() - packed.nbytes))
-            packed = stretch.view(packed.dtype).view(packed.shape).copy_(packed)
         return Matrix(self.keep(packed), self.keep(scale), self.keep(bias))
 
     def linear(self, linear: nn.Linear, parts: int = 1) -> list[Matrix]:
