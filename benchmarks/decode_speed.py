@@ -54,8 +54,8 @@ class Args:
     streams: int = 16
     stream_tokens: int = 64
     """Written by each of many streams in a turn."""
-    slow_tokens: int = 6
-    """The same for transformers in bf16, which takes seconds for one on a CPU without such units."""
+    slow_tokens: int = 2
+    """The same for transformers in bf16, which takes seconds for each on a CPU without such units."""
     n_layer: int = 40
     n_head: int = 8
     n_embd: int = 512
