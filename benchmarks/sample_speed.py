@@ -16,7 +16,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -58,7 +58,7 @@ class Args:
     """Print one line of JSON as well."""
 
 
-def write_model(args: Args, at: Path) -> None:
+def write_model(args: Any, at: Path, activation: str = "gelu") -> None:
     """A random model over a vocabulary of Chinese characters. Its blocks are louder than at birth: otherwise the
     likeliest next token is the last one again, and greedy decoding would check little."""
     room = args.vocab_size - N_RESERVED
@@ -66,7 +66,7 @@ def write_model(args: Args, at: Path) -> None:
     tokenizer = Tokenizer.train_char(counts, vocab_size=args.vocab_size)
     sizes = {key: getattr(args, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(family="gpt2", **sizes))
+    model = Transformer(ModelConfig(family="gpt2", activation=activation, **sizes))
     with torch.no_grad():
         for block in model.blocks:
             for matrix in (block.attn.qkv, block.attn.proj, block.mlp.up, block.mlp.down):
@@ -79,9 +79,9 @@ def write_model(args: Args, at: Path) -> None:
 class Miaobi:
     """What `miaobi sample` loads and calls."""
 
-    def __init__(self, weights: Path, device: str) -> None:
+    def __init__(self, weights: Path, device: str, dtype: str = "auto") -> None:
         self.weights, self.device = weights, device
-        self.lm = engine.load(weights, device)
+        self.lm = engine.load(weights, device, dtype)
         self.lm.tokenizer.eot_id = None  # random weights should not end a text early
         self.seed = 0
 
@@ -102,7 +102,8 @@ class Miaobi:
 class Transformers:
     """`generate` of GPT2LMHeadModel with its cache."""
 
-    def __init__(self, weights: Path, device: str, dtype: str) -> None:
+    def __init__(self, weights: Path, device: str, dtype: str, threads: int | None = None) -> None:
+        torch.set_num_threads(threads or torch.get_num_threads())
         self.device, self.dtype = pick_device(device), getattr(torch, dtype)
         self.model = transformers_model(weights).eval().to(self.device)
         self.prompt = torch.tensor([Tokenizer.load(weights).encode(PROMPT)], device=self.device)

@@ -395,8 +395,8 @@ class SamplingConfig:
     """Same seed, same text; None = another text each time."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the weights; auto = the fastest that the device does well."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    """Precision of the weights; auto = the fastest that loses nothing; int8 = faster still, on a CPU."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

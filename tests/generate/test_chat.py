@@ -115,7 +115,7 @@ def test_a_hub_models_template_and_greedy_replies_are_those_of_transformers(qwen
     tokenizer = transformers.AutoTokenizer.from_pretrained(qwen)
     ends = theirs.generation_config.eos_token_id
     assert len(ends) == 2
-    chat = Chat(load(qwen, "cpu"), ChatConfig(**GREEDY | {"max_new_tokens": 24}))
+    chat = Chat(load(qwen, "cpu", "float32"), ChatConfig(**GREEDY | {"max_new_tokens": 24}))
     fed, tokens_after = [], LanguageModel.tokens_after
     monkeypatch.setattr(
         LanguageModel, "tokens_after",

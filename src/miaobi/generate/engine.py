@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from miaobi.config import ChatConfig, SampleConfig, SamplingConfig
+from miaobi.console import warn
 from miaobi.corpus.tokenizer import PAD, SEP, Tokenizer
-from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
+from miaobi.device import can_compile, cpu_has_bf16, explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.generate.sampling import next_token, penalize_repeats
+from miaobi.generate.step import Step, can_step, library
 from miaobi.model.checkpoint import load_model
 from miaobi.model.transformer import KVCache, Transformer
 
@@ -39,8 +41,12 @@ class Memory:
     """Tokens whose keys and values are in the caches, from position 0 on."""
     caches: list[KVCache] = field(default_factory=list)
 
-    def recall(self, model: Transformer, prompt_ids: list[int], streams: int, room: int) -> int:
+    def recall(
+        self, model: Transformer, prompt_ids: list[int], streams: int, room: int, dtype: torch.dtype | None = None
+    ) -> int:
         """Make the caches as long as `room`, keeping what `prompt_ids` begins with; how many tokens that is.
+
+        dtype: of the caches; None = the model's.
 
         The last token of the prompt is never kept: its logits are what comes next.
         """
@@ -48,7 +54,7 @@ class Memory:
         while shared < min(len(self.ids), len(prompt_ids) - 1) and self.ids[shared] == prompt_ids[shared]:
             shared += 1
         if not self.caches or self.caches[0].k.shape[2] < room:
-            old, self.caches = self.caches, model.make_caches(streams, room)
+            old, self.caches = self.caches, model.make_caches(streams, room, dtype)
             for new, known in zip(self.caches, old, strict=False):
                 new.k[:, :, :shared], new.v[:, :, :shared] = known.k[:, :, :shared], known.v[:, :, :shared]
         self.ids = prompt_ids[:shared]
@@ -63,9 +69,16 @@ class LanguageModel:
         barred: control tokens that are never drawn, because the model was not trained on them.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, end_ids: tuple[int, ...] | None = None) -> None:
-        """end_ids: None = the tokenizer's end-of-text."""
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        end_ids: tuple[int, ...] | None = None,
+        step: Step | None = None,
+    ) -> None:
+        """end_ids: None = the tokenizer's end-of-text. step: the model's compiled step, if it has one."""
         self.model = model.eval()
+        self.step = step
         self.tokenizer = tokenizer
         eot = () if tokenizer.eot_id is None else (tokenizer.eot_id,)
         self.end_ids = eot if end_ids is None else end_ids
@@ -174,7 +187,9 @@ class LanguageModel:
         seen = torch.zeros(streams, self.model.cfg.vocab_size, dtype=torch.bool, device=self.device)
         seen.scatter_(1, history, True).index_fill_(1, end_ids, False)
         window = prompt_ids[-S:]
-        shared = memory.recall(self.model, window, streams, min(S, len(prompt_ids) + cfg.max_new_tokens))
+        cache_dtype = None if self.step is None else self.step.cache_dtype
+        room = min(S, len(prompt_ids) + cfg.max_new_tokens)
+        shared = memory.recall(self.model, window, streams, room, cache_dtype)
         caches = memory.caches
         logits = self.prefill(history[:1, -S:][:, shared:], caches, shared)
         memory.ids = list(window)
@@ -191,7 +206,7 @@ class LanguageModel:
             history = torch.cat((history, token[:, None]), dim=1)
             seen.scatter_(1, token[:, None], True)
             if caches[0].length < S:
-                logits = self.model(token[:, None], caches=caches, last_only=True)[:, -1]
+                logits = self.advance(token[:, None], caches)
                 memory.ids.append(drawn[0])
             else:
                 memory.ids = []  # until the caches are whole again: Ctrl-C may come in between
@@ -230,6 +245,12 @@ class LanguageModel:
             cache.length = first.length
         return logits.expand(streams, -1)
 
+    def advance(self, tokens: Tensor, caches: list[KVCache]) -> Tensor:
+        """Logits (B, V) behind tokens (B, 1): by the compiled step once it is there."""
+        if self.step is not None and library() is not None:
+            return self.step(tokens, caches)
+        return self.model(tokens, caches=caches, last_only=True)[:, -1]
+
     def start_id(self) -> int:
         """What an empty prompt starts from: the end of the text before it, or a line's where texts have no end."""
         return self.end_ids[-1] if self.end_ids else (self.tokenizer.encode("\n") or [0])[-1]
@@ -262,10 +283,19 @@ def load(
     device, dtype: as in `miaobi sample`; None = auto. Raises UserError if there is no whole model.
     """
     keep_allocations()
-    where = pick_device(device or "auto")
-    precision = pick_dtype(dtype or "auto", where)
+    where, wish = pick_device(device or "auto"), dtype or "auto"
     model, tokenizer = load_model(name, checkpoint)
-    return LanguageModel(model.to(where, precision), tokenizer, model.end_ids)
+    step = None
+    if where.type == "cpu" and wish != "float16" and can_compile(where) and can_step(model):
+        kind = "bfloat16" if wish == "auto" else wish
+        step = Step(model, kind)
+        precision = torch.bfloat16 if kind == "bfloat16" and cpu_has_bf16() else torch.float32
+    else:
+        if wish == "int8":
+            warn("int8 weights need a CPU and a C++ compiler; using --dtype=auto")
+            wish = "auto"
+        precision = pick_dtype(wish, where)
+    return LanguageModel(model.to(where, precision), tokenizer, model.end_ids, step)
 
 
 def read_prompt(start: str) -> str:

@@ -48,6 +48,10 @@ def next_token(logits: Tensor, cfg: SamplingConfig, generator: torch.Generator) 
     logits = logits.float()
     if cfg.temperature == 0:
         return logits.argmax(-1)
+    likeliest = None
+    if 0 < cfg.top_k < logits.shape[-1]:  # the race is run by these alone: over all V it cost more than a small model
+        logits, likeliest = logits.topk(cfg.top_k)
     p = filter_logits(logits, cfg).softmax(-1)
     race = torch.empty_like(p).exponential_(generator=generator)
-    return (p / race).argmax(-1)
+    drawn = (p / race).argmax(-1)
+    return drawn if likeliest is None else likeliest.gather(1, drawn[:, None]).squeeze(1)

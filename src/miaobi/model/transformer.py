@@ -33,12 +33,12 @@ class KVCache:
     length: int = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, H_kv, T, D) behind what is there; return all filled positions."""
+        """Store k, v (B, H_kv, T, D) behind what is there; return all filled positions in their precision."""
         end = self.length + k.shape[2]
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
         self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        return self.k[:, :, :end].to(k.dtype), self.v[:, :, :end].to(v.dtype)
 
 
 def rope_table(cfg: ModelConfig) -> Tensor:
@@ -303,11 +303,13 @@ class Transformer(nn.Module):
         x = self.hidden(ids, position_ids, mask, caches)
         return F.linear(x[:, -1:] if last_only else x, self.head_weight)
 
-    def make_caches(self, batch: int, length: int | None = None) -> list[KVCache]:
-        """Empty caches for `batch` streams of up to `length` (default block_size) positions."""
+    def make_caches(self, batch: int, length: int | None = None, dtype: torch.dtype | None = None) -> list[KVCache]:
+        """Empty caches for `batch` streams of up to `length` (default block_size) positions, in the precision of the
+        products or in `dtype`. All keys lie in one stretch of memory, layer by layer, and so do all values.
+        """
         attn, weight = self.blocks[0].attn, self.wte.weight
-        shape = (batch, attn.n_kv_head, length or self.cfg.block_size, attn.head_dim)
-        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled() else weight.dtype
-        return [
-            KVCache(weight.new_zeros(shape, dtype=dtype), weight.new_zeros(shape, dtype=dtype)) for _ in self.blocks
-        ]
+        shape = (len(self.blocks), batch, attn.n_kv_head, length or self.cfg.block_size, attn.head_dim)
+        if dtype is None:
+            dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled() else weight.dtype
+        return [KVCache(k, v) for k, v in zip(weight.new_zeros(shape, dtype=dtype),
+                                              weight.new_zeros(shape, dtype=dtype), strict=True)]  # fmt: skip

@@ -1,0 +1,212 @@
+"""One decoding step on the CPU, compiled: the weights stay in bfloat16 or int8 and are widened in registers.
+
+PyTorch decodes at the speed of its calls, and on a CPU without bf16 units it multiplies bf16 matrices ~100 times
+slower than fp32 ones. Decoding one stream does nothing but read every weight once, so fewer bytes are less time:
+`step.cpp` does a whole step in one call (figures in docs/lab-notes.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import mmap
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from miaobi.device import can_compile
+from miaobi.model.transformer import KVCache, Transformer, head_dim, intermediate_size
+
+SOURCE = Path(__file__).with_name("step.cpp")
+FLAGS = "-std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fPIC -shared"
+KINDS = ("float32", "bfloat16", "int8")  # in the order of step.cpp
+LANES = 8  # floats in one vector of step.cpp
+
+
+class Matrix(ctypes.Structure):
+    """As in step.cpp."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scale", "bias")]
+
+
+class Layer(ctypes.Structure):
+    """As in step.cpp."""
+
+    _fields_ = [(name, Matrix) for name in ("qkv", "proj", "gate", "up", "down")] + [
+        (name, ctypes.c_void_p)
+        for name in ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias", "q_norm", "k_norm")
+    ]
+
+
+class Model(ctypes.Structure):
+    """As in step.cpp."""
+
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in ("layers", "heads", "kv_heads", "head_dim", "width", "inner", "vocab", "is_rms", "is_gated",
+                     "is_tanh")
+    ] + [("eps", ctypes.c_float), ("qk_eps", ctypes.c_float), ("head", Matrix)] + [
+        (name, ctypes.c_void_p) for name in ("norm", "norm_bias", "rope")
+    ] + [("block_size", ctypes.c_int64)]  # fmt: skip
+
+
+def can_step(model: Transformer) -> bool:
+    """Whether step.cpp can have this model: it takes whole vectors."""
+    cfg = model.cfg
+    return not any(width % LANES for width in (cfg.n_embd, head_dim(cfg), intermediate_size(cfg)))
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 weights and one float32 scale per row, symmetric around 0: weight (N, K) ~ int8 (N, K) * scale (N, 1)."""
+    scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (weight / scale).round().to(torch.int8), scale
+
+
+def large_pages(size: int) -> Tensor:
+    """`size` zero bytes in pages of 2 MB where Linux has them: a step walks through all of them, and with pages of 4 kB
+    looking up their addresses took a quarter of its time.
+    """
+    memory = mmap.mmap(-1, max(1, size))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:size]
+
+
+class Step:
+    """A model's weights as step.cpp reads them, and the call.
+
+    The model's own matrices are rounded alike, so that its `forward` (prefill, scores, and steps until the library is
+    there) computes with the same numbers.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Transformer, kind: str) -> None:
+        """model: in fp32 on the CPU. kind: one of KINDS."""
+        cfg, attn, mlp = model.cfg, model.blocks[0].attn, model.blocks[0].mlp
+        self.model, self.kind = model, kind
+        self.cache_dtype = torch.float32 if kind == "float32" else torch.bfloat16
+        self.kept: list[Tensor] = []  # memory that the structures point to
+        each = {"float32": 0, "bfloat16": 2, "int8": 1}[kind]  # fp32 weights stay where they are
+        self.free = large_pages(each * sum(p.numel() for p in model.parameters()))
+        self.layers = (Layer * cfg.n_layer)(*(self.layer(block) for block in model.blocks))
+        inner = intermediate_size(cfg)
+        self.about = Model(
+            cfg.n_layer, attn.n_head, attn.n_kv_head, attn.head_dim, cfg.n_embd, inner, cfg.vocab_size,
+            isinstance(model.norm, nn.RMSNorm), mlp.gated, mlp.approximate == "tanh", model.norm.eps,
+            attn.q_norm.eps if attn.q_norm is not None else 0.0, self.matrix(model.head_weight),
+            *self.norm(model.norm), self.keep(model.rope), cfg.block_size,
+        )  # fmt: skip
+        heads = 2 * (attn.n_head + attn.n_kv_head)  # of q, k, v and of what they give
+        self.per_stream, self.per_thread = heads * attn.head_dim + inner, cfg.block_size
+        library()  # begin to build it now: the prompt is read in the meantime
+
+    def keep(self, tensor: Tensor | None) -> int | None:
+        """Address of a tensor, which then stays."""
+        if tensor is None:
+            return None
+        self.kept.append(tensor.detach().contiguous())
+        return self.kept[-1].data_ptr()
+
+    def place(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy in large pages, in `dtype`."""
+        size = tensor.numel() * dtype.itemsize
+        stretch, self.free = self.free[:size], self.free[size:]
+        return stretch.view(dtype).view(tensor.shape).copy_(tensor)
+
+    def matrix(self, weight: Tensor, bias: Tensor | None = None) -> Matrix:
+        """Pack a weight (N, K), and round it in place to what was packed."""
+        packed, scale = weight, None
+        if self.kind == "int8":
+            packed, scale = quantize_rows(weight)
+            packed = self.place(packed, torch.int8)
+            torch.mul(packed, scale, out=weight)
+        elif self.kind == "bfloat16":
+            packed = self.place(weight, torch.bfloat16)
+            weight.copy_(packed)
+        return Matrix(self.keep(packed), self.keep(scale), self.keep(bias))
+
+    def linear(self, linear: nn.Linear, parts: int = 1) -> list[Matrix]:
+        """Pack a linear layer, cut into as many parts of equal height."""
+        biases = [None] * parts if linear.bias is None else linear.bias.chunk(parts)
+        return [self.matrix(w, b) for w, b in zip(linear.weight.chunk(parts), biases, strict=True)]
+
+    def norm(self, norm: nn.Module | None) -> tuple[int | None, int | None]:
+        """Addresses of a norm's weight and bias."""
+        return self.keep(getattr(norm, "weight", None)), self.keep(getattr(norm, "bias", None))
+
+    def layer(self, block: nn.Module) -> Layer:
+        """Pack a block."""
+        attn, mlp = block.attn, block.mlp
+        gate_up = self.linear(mlp.up, 2) if mlp.gated else [Matrix(), *self.linear(mlp.up)]
+        return Layer(*self.linear(attn.qkv), *self.linear(attn.proj), *gate_up, *self.linear(mlp.down),
+                     *self.norm(block.attn_norm), *self.norm(block.mlp_norm),
+                     self.norm(attn.q_norm)[0], self.norm(attn.k_norm)[0])  # fmt: skip
+
+    def __call__(self, tokens: Tensor, caches: list[KVCache]) -> Tensor:
+        """One token further: tokens (B, 1) go behind what the caches hold. Returns logits (B, V) float32.
+
+        Needs `library()`, and caches as `make_caches` gives them: all layers one behind the other.
+        """
+        model, cache, pos = self.model, caches[0], caches[0].length
+        B, _, S, _ = cache.k.shape
+        x = model.wte(tokens[:, 0]) if model.wpe is None else model.wte(tokens[:, 0]) + model.wpe.weight[pos]
+        x, logits = x.float().contiguous(), torch.empty(B, model.cfg.vocab_size)
+        threads = torch.get_num_threads()
+        scratch = torch.empty(B * self.per_stream + threads * (B * model.cfg.n_embd + self.per_thread))
+        library().miaobi_step(
+            ctypes.byref(self.about), self.layers, KINDS.index(self.kind), cache.k.dtype == torch.bfloat16, B, pos, S,
+            *(ctypes.c_void_p(t.data_ptr()) for t in (cache.k, cache.v, x, logits, scratch)), threads,
+        )  # fmt: skip
+        for cache in caches:
+            cache.length = pos + 1
+        return logits
+
+
+@cache
+def build() -> Path | None:
+    """Where the library is, or will be once the compiler that this starts is done; None without a compiler.
+
+    Some seconds, once per machine; it goes on when this process ends.
+    """
+    if not can_compile(torch.device("cpu")):
+        return None
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
+    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line for line in info if line.startswith(("flags", "Features"))), platform.machine())
+    key = hashlib.sha256("\n".join((SOURCE.read_text(encoding="utf-8"), compiler, FLAGS, cpu)).encode()).hexdigest()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miaobi"
+    made = home / f"step-{key[:16]}.so"
+    if not made.exists():
+        command = shlex.join([compiler, *FLAGS.split(), str(SOURCE)])
+        whole_or_not = f'{command} -o "$0.$$" && mv "$0.$$" "$0" || rm -f "$0.$$"'
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+            subprocess.Popen(["sh", "-c", whole_or_not, str(made)], start_new_session=True, **nowhere)
+        except OSError:  # a home that cannot be written
+            return None
+    return made
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled step; None while or where there is none."""
+    made = build()
+    return opened(made) if made is not None and made.exists() else None
+
+
+@cache
+def opened(made: Path) -> ctypes.CDLL | None:
+    """The library at `made`; None if it does not fit this system."""
+    try:
+        return ctypes.CDLL(str(made))
+    except OSError:
+        return None

@@ -1,0 +1,226 @@
+"""The compiled step against the model's own forward and against transformers, and what happens without it."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from miaobi.config import ModelConfig, SampleConfig
+from miaobi.corpus.tokenizer import Tokenizer
+from miaobi.device import can_compile
+from miaobi.generate import engine, step
+from miaobi.model.checkpoint import save_model
+from miaobi.model.transformer import Transformer
+
+pytestmark = pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
+GREEDY = SampleConfig(num_samples=1, max_new_tokens=24, temperature=0)
+FAMILIES = {
+    "gpt2": {"family": "gpt2", "bias": True},
+    "gpt2 of the hub": {"family": "gpt2", "bias": False, "activation": "gelu_new", "tie_word_embeddings": False},
+    "qwen3": {"family": "qwen3", "n_kv_head": 2, "head_dim": 24},
+    "llama": {"family": "llama", "n_kv_head": 1, "intermediate_size": 72},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Wait for the library: some seconds, the first time."""
+    for _ in range(600):
+        if step.library() is not None:
+            return
+        time.sleep(0.1)
+    pytest.fail("the compiler did not finish")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A cache directory of its own, as on a machine where nothing was built yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    step.build.cache_clear()
+    yield tmp_path / "cache" / "miaobi"
+    step.build.cache_clear()
+
+
+def loud_model(vocab_size: int = 101, **settings) -> Transformer:
+    """Random, but with every norm and bias in use, and far from saying the same token for ever."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 40, "vocab_size": vocab_size}
+    model = Transformer(ModelConfig(**sizes, **settings)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3) if p.ndim > 1 else p.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+def saved(tmp_path: Path, **settings) -> Path:
+    """A model directory with a tokenizer."""
+    tokenizer = Tokenizer.train_char({chr(0x4E00 + i): 1 for i in range(101)}, vocab_size=512)
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", loud_model(vocab_size=tokenizer.vocab_size, **settings), tokenizer, end_ids=())
+    return tmp_path / "model"
+
+
+def greedy(lm: engine.LanguageModel) -> list[int]:
+    return [token for (token,) in lm.tokens("一丁", GREEDY)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("kind", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05), ("int8", 0.05)])
+@pytest.mark.parametrize("threads", [1, 3])
+@torch.inference_mode()
+def test_a_step_gives_the_logits_of_forward(family: str, kind: str, tolerance: float, threads: int):
+    """Logits are about 2.5 wide. float32 differs by the order of sums alone; in the others a key or value that lies
+    between two bf16 neighbours in the cache may go to either."""
+    model = loud_model(**FAMILIES[family])
+    compiled = step.Step(model, kind)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for streams in (1, 3, 6, 16):  # alone, fewer than a tile, a tile and some, tiles
+            ids = torch.randint(0, 101, (streams, 40))
+            ours, theirs = (model.make_caches(streams, 40, compiled.cache_dtype) for _ in range(2))
+            model(ids[:, :5], caches=ours)
+            model(ids[:, :5], caches=theirs)
+            for t in range(5, 40):
+                got = compiled(ids[:, t : t + 1], ours)
+                torch.testing.assert_close(got, model(ids[:, t : t + 1], caches=theirs)[:, -1], rtol=0, atol=tolerance)
+            assert ours[0].length == ours[-1].length == 40
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+@torch.inference_mode()
+def test_the_model_is_rounded_to_what_was_packed(kind: str):
+    """Scores and prefill see the weights that the step sees; and no weight moves further than its precision says."""
+    model, exact = loud_model(family="qwen3"), loud_model(family="qwen3")
+    step.Step(model, kind)
+    for name, weight in model.named_parameters():
+        known = dict(exact.named_parameters())[name]
+        if weight.ndim == 1:
+            assert torch.equal(weight, known)
+        elif kind == "bfloat16":
+            rows = 101 if name == "wte.weight" else len(weight)  # padding rows are never read
+            assert torch.equal(weight[:rows], known[:rows].bfloat16().float())
+        else:
+            half = known.abs().amax(1, keepdim=True) / 254
+            assert ((weight - known).abs() <= half * 1.001).all()
+            assert not torch.equal(weight, known)
+
+
+def test_a_row_of_zeros_stays_zero_in_int8():
+    weight = torch.tensor([[0.0, 0.0], [-2.0, 1.0]])
+    packed, scale = step.quantize_rows(weight)
+    torch.testing.assert_close(packed * scale, torch.tensor([[0.0, 0.0], [-2.0, 1.0]]), rtol=0, atol=2 / 254)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_greedy_text_in_float32_is_that_of_transformers(tmp_path: Path, family: str):
+    transformers = pytest.importorskip("transformers")
+    at = saved(tmp_path, **FAMILIES[family])
+    lm = engine.load(at, "cpu", "float32")
+    assert lm.step is not None
+    lm.barred = ()  # transformers draws control tokens too
+    prompt = torch.tensor([lm.tokenizer.encode("一丁")])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(at, dtype=torch.float32)
+    theirs.generation_config.eos_token_id = None
+    written = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False,
+                              pad_token_id=0)  # fmt: skip
+    assert written[0, prompt.shape[1] :].tolist() == greedy(lm)
+
+
+def test_text_goes_on_past_a_full_block(tmp_path: Path):
+    """The caches are filled again by prefill, and the step goes on from there, as without it."""
+    lm = engine.load(saved(tmp_path, **FAMILIES["gpt2"]), "cpu", "float32")
+    plain = engine.LanguageModel(lm.model, lm.tokenizer, lm.end_ids)
+    cfg = SampleConfig(num_samples=3, max_new_tokens=100, temperature=1.0)
+    assert list(lm.tokens("一", cfg)) == list(plain.tokens("一", cfg))
+
+
+def test_auto_decodes_in_bfloat16_where_there_is_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    at = saved(tmp_path, **FAMILIES["qwen3"])
+    assert engine.load(at, "cpu").step.kind == "bfloat16"
+    monkeypatch.setattr(engine, "can_compile", lambda device: False)
+    lm = engine.load(at, "cpu", "float32")
+    assert lm.step is None
+    assert len(greedy(lm)) == 24
+
+
+def test_int8_without_a_compiler_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(engine, "can_compile", lambda device: False)
+    lm = engine.load(saved(tmp_path, **FAMILIES["qwen3"]), "cpu", "int8")
+    assert lm.step is None
+    assert "int8 weights need a CPU and a C++ compiler" in capsys.readouterr().err
+
+
+def test_widths_that_are_no_whole_vectors_decode_without_the_step(tmp_path: Path):
+    at = saved(tmp_path, family="llama", intermediate_size=68)
+    lm = engine.load(at, "cpu", "float32")
+    assert lm.step is None
+    assert len(greedy(lm)) == 24
+
+
+def test_the_step_takes_over_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first tokens of a first run are written before the compiler is done; nobody should see where."""
+    lm = engine.load(saved(tmp_path, **FAMILIES["qwen3"]), "cpu", "float32")
+    whole, asked = greedy(lm), []
+    ready = step.library()
+
+    def later():
+        asked.append(None)
+        return None if len(asked) < 10 else ready
+
+    monkeypatch.setattr(engine, "library", later)
+    assert greedy(lm) == whole
+    assert len(asked) > 10
+
+
+def test_it_is_built_once(elsewhere: Path):
+    """By a process that outlives this one; what others see at the path is whole."""
+    made = step.build()
+    assert step.library() is None
+    for _ in range(600):
+        if step.library() is not None:
+            break
+        time.sleep(0.1)
+    assert [path.name for path in elsewhere.iterdir()] == [made.name]
+    born = made.stat().st_mtime_ns
+    step.build.cache_clear()
+    assert step.build() == made
+    assert step.library() is not None
+    time.sleep(0.3)
+    assert made.stat().st_mtime_ns == born
+
+
+def test_a_compiler_that_fails_leaves_nothing(elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    broken = tmp_path / "bin"
+    broken.mkdir()
+    for name in ("c++", "g++", "clang++"):
+        (broken / name).write_text('#!/bin/sh\nfor last; do :; done\nwhile [ "$1" != -o ]; do shift; done\n'
+                                   'echo half > "$2"\nexit 1\n')  # fmt: skip
+        (broken / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{broken}:/usr/bin:/bin")
+    lm = engine.load(saved(tmp_path, **FAMILIES["gpt2"]), "cpu", "bfloat16")
+    assert len(greedy(lm)) == 24
+    for _ in range(100):
+        if not any(elsewhere.iterdir()):
+            break
+        time.sleep(0.05)
+    assert not any(elsewhere.iterdir())
+    assert step.library() is None
+
+
+def test_a_library_of_another_system_is_left_alone(elsewhere: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **how: None)
+    made = step.build()
+    made.write_bytes(b"\x7fELF not for here")
+    assert step.library() is None
+    assert len(greedy(engine.load(saved(tmp_path, **FAMILIES["gpt2"]), "cpu", "bfloat16"))) == 24
+
+
+def test_a_cache_that_cannot_be_written_means_no_step(elsewhere: Path, tmp_path: Path):
+    (tmp_path / "cache").write_text("a file where the directory should be")
+    assert step.build() is None
+    assert step.library() is None
