@@ -464,4 +464,4 @@ def test_the_command_lists_what_it_converts(miaobi):
     assert "--corpus" in miaobi("convert", "small-gpt", "--help").out
     answer = miaobi("convert", "onnx", "x")
     assert answer.code == 2
-    assert "small-gpt and nanogpt" in answer.err
+    assert "it knows small-gpt, nanogpt" in answer.err

@@ -2,6 +2,7 @@
 
 import errno
 import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from miaobi.model.checkpoint import load_model, pointed
 from miaobi.model.transformer import Block
 from miaobi.train import saving
 from miaobi.train.loop import Run
+from miaobi.train.saving import Saver
 
 
 def last(run: Path) -> str:
@@ -21,7 +23,13 @@ def last(run: Path) -> str:
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(
     train, prepared, tmp_path, monkeypatch
 ):
-    step = Run.step
+    step, write = Run.step, Saver._write
+
+    def slowly(self, *args):
+        time.sleep(2)  # a slow disk: step 10 is still being written when step 13 fails
+        return write(self, *args)
+
+    monkeypatch.setattr(Saver, "_write", slowly)
 
     def broken(self, n):
         loss, norm, tokens = step(self, n)

@@ -311,7 +311,8 @@ class Run:
         log("finishing this step, then saving (Ctrl-C again stops at once)")
 
     def fail_not_finite(self, step: int) -> None:
-        """Raise UserError: the loss is NaN or infinite."""
+        """Raise UserError: the loss, which all ranks share, is NaN or infinite."""
+        self.saver.finish(self.progress)
         last = self.out / "checkpoints" / "last"
         kept = f"The last good checkpoint is {last}." if last.exists() else "No checkpoint was written yet."
         raise UserError(
