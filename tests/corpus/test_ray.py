@@ -43,7 +43,7 @@ from miaobi.corpus.pipeline import Job, survey
 from miaobi.corpus.sources import Source
 from miaobi.corpus.workers import Workers, connect_ray
 job = Job("text", False, False, "none", False, False)
-tasks = [((Block(Source(Path("elsewhere.txt"), "text", size=9), 0, 0, 9),), job)] * 3
+tasks = [((Block(Source(Path("elsewhere.txt"), "text", size=9), 0, 0, 9),), job, None)] * 3
 connect_ray()
 with Workers(2, "ray").started() as run:
     list(run(survey, tasks))

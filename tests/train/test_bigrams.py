@@ -103,6 +103,7 @@ def test_short_runs_start_from_bigrams(prepared):
     assert not decided(prepared, max_iters=2000)
     assert decided(prepared, max_iters=2000, bigram_init=True)
     assert not decided(prepared, bigram_init=False)
+    assert not decided(prepared, parallel="fsdp")
     assert not decided(prepared, family="gpt2")
     assert not decided(prepared, tie_word_embeddings=False)
     for family in ({"family": "gpt2"}, {"tie_word_embeddings": False}):
@@ -134,3 +135,14 @@ def test_a_run_starts_below_the_unigrams_and_goes_on_from_its_checkpoint(prepare
     assert whole["val_loss"] < unigram - 1.0
     model, _ = load_model(pointed(tmp_path / "a" / "checkpoints" / "last"))
     assert model.cfg.family == "qwen3"
+
+
+def test_an_extended_run_takes_the_usual_rates(prepared, train, tmp_path):
+    """Ten steps for a look, then the real run: it must not stay with the rates of a short one."""
+    settings = {"data": prepared(), "out_dir": tmp_path / "run", "n_embd": 64, "log_interval": 1, "warmup_iters": 0}
+    train(**settings, max_iters=10, schedule="constant")
+    train(**settings, max_iters=80, schedule="constant")
+    log = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rates = {row["step"]: row["learning_rate"] for row in map(json.loads, log) if "learning_rate" in row}
+    assert rates[10] == pytest.approx(1e-3)
+    assert rates[80] == pytest.approx(3e-3)

@@ -43,8 +43,12 @@ def wanted(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> bool:
                         "leave bigram_init out")  # fmt: skip
     if wish != "auto":
         return bool(wish)
-    if not fits or data.is_dialogue:
-        return False
+    # Every rank counts and holds the whole model, which fsdp is to avoid.
+    return fits and not data.is_dialogue and cfg.train.parallel != "fsdp" and is_short(cfg, shape, data)
+
+
+def is_short(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> bool:
+    """Whether the run is to train on at most SHORT tokens per parameter."""
     with torch.device("meta"):
         parameters = Transformer(shape).num_parameters()
     tokens = cfg.train.max_iters * cfg.train.global_batch * shape.block_size

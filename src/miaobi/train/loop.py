@@ -24,6 +24,7 @@ from miaobi.errors import UserError
 from miaobi.model.lora import adapter_parameters
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin
+from miaobi.train import bigrams
 from miaobi.train.evaluate import eager, place, text_size, validation_nats
 from miaobi.train.layout import Objective, compile_blocks, is_sharded, placed, whole
 from miaobi.train.mirror import Mirror
@@ -94,7 +95,8 @@ class Run:
         self.blocks, val_blocks = open_blocks(cfg.data, self.data, model_cfg.block_size)
         self.total_steps = length(cfg, len(self.blocks))
         tuning = cfg.train.trainable if self.progress.base else None
-        self.optim = resolve_optim(cfg.optim, model_cfg.family, self.total_steps, tuning, self.progress.bigrams)
+        gently = self.progress.bigrams and bigrams.is_short(cfg, model_cfg, self.data)  # it may have been extended
+        self.optim = resolve_optim(cfg.optim, model_cfg.family, self.total_steps, tuning, gently)
         self.optimizers = make_optimizers(self.model, self.optim, self.optim.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         if checkpoint is not None:
