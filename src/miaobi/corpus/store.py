@@ -215,8 +215,8 @@ def explain_full_disk(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"the disk of {out} is full; the unfinished files were removed. Free some space (about 2 bytes a "
-                "character are needed, 4 beyond 65,535 tokens) or choose another --out"
+                f"the disk of {out} is full; the unfinished files were removed. Free some space (about 4 bytes a "
+                "character are needed for a while, 6 beyond 65,535 tokens) or choose another --out"
             ) from error
         raise
 
