@@ -149,11 +149,9 @@ def main() -> None:
             log(f"pair {number + 1}/{args.pairs}")
             speeds.append(nanogpt_speed(args, copy))
             runs.append(run_miaobi(args, work, seed=1337 + number))
-            log(
-                "nanoGPT {:.0f} s; miaobi {seconds:.1f} s, cold {cold:.1f} s, {nats_per_char:.4f} nats/char, seed {seed}".format(
-                    speeds[-1], **runs[-1]
-                )
-            )  # a benchmark that is cut off has said what it found
+            run = runs[-1]  # said at once: a benchmark that is cut off has then told what it found
+            log(f"nanoGPT {speeds[-1]:.0f} s; miaobi {run['seconds']:.1f} s, cold {run['cold']:.1f} s, "
+                f"{run['nats_per_char']:.4f} nats/char, seed {run['seed']}")  # fmt: skip
     sides["miaobi"] = runs[0] | {"machine": machine(args.device)}
     args.keep(sides)
     sooner = ratio(speeds, [run["seconds"] for run in runs])
