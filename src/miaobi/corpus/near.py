@@ -81,6 +81,8 @@ def first_of_their_kind(sketches: np.ndarray, threshold: float) -> np.ndarray:
     kind has an estimated Jaccard similarity at or above the threshold.
 
     Only documents that share a band of their sketches are compared.
+    A sketch is 512 bytes, and there are two copies while `prepare` joins those of all tasks: 1,024 bytes a document. A
+    document that shares a band has entries in the tables as well, some hundred bytes for each of its bands.
     """
     n_bands = bands_for(threshold)
     rows = N_PERMUTATIONS // n_bands
