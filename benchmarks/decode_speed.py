@@ -1,4 +1,5 @@
-"""Decoding on a CPU against the fastest peers: one stream beside llama.cpp, many beside transformers.
+"""Decoding on a CPU against the fastest peers: one stream beside llama.cpp, many beside transformers: once all of one
+length, and once prompts and continuations of many lengths, as requests are.
 
     python -m benchmarks.decode_speed --llama_python VENV/bin/python --trained RUN --text TEXT.txt
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 import statistics
 import subprocess
 import tempfile
@@ -20,6 +22,7 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,15 @@ import torch
 from benchmarks import sample_speed
 from benchmarks.common import Worker, machine, parse, ratio, report, take_turns
 from benchmarks.sample_speed import GREEDY, PROMPT, TEMPERATURE, TOP_K, Transformers, write_model
+from miaobi.config import SamplingConfig
 from miaobi.console import log
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.generate import engine, step
-from miaobi.generate.engine import Memory
+from miaobi.generate.slots import Stream
 
 PAIRED = {"bfloat16": "bf16", "int8": "q8_0"}  # our precision -> llama.cpp's nearest
+Requests = list[tuple[list[int], int]]  # ids of a prompt, and how many tokens follow
+Written = tuple[list[list[int]], float]
 FAR = {"bf16": 0.05, "q8_0": 0.2, "bfloat16": 0.05, "int8": 0.2}  # of the norm of fp32 logits: beyond is another model
 
 
@@ -54,6 +60,8 @@ class Args:
     streams: int = 16
     stream_tokens: int = 64
     """Written by each of many streams in a turn."""
+    uneven: int = 32
+    """Prompts of 4 to 64 tokens, each continued by 4 to 64; only these count."""
     slow_tokens: int = 2
     """The same for transformers in bf16, which takes seconds for each on a CPU without such units."""
     n_layer: int = 40
@@ -77,9 +85,42 @@ class Miaobi(sample_speed.Miaobi):
         super().__init__(weights, "cpu", dtype)
         wait_for_library()
 
+    def uneven(self, requests: Requests, streams: int, temperature: float = TEMPERATURE) -> Written:
+        """What follows each prompt, `streams` at a time, and the seconds it took."""
+        started = time.perf_counter()
+        slots, opened = self.lm.slots(streams), []
+        coming = iter(requests)
+        while len(opened) < len(requests) or slots.running:
+            for ids, length in islice(coming, slots.free):
+                cfg = SamplingConfig(max_new_tokens=length, temperature=temperature, top_k=TOP_K)
+                opened.append(Stream(list(ids), cfg, self.lm.generator(len(opened))))
+                slots.add(opened[-1])
+            slots.advance()
+        texts = [one.ids[len(ids) :] for one, (ids, _) in zip(opened, requests, strict=True)]
+        return texts, time.perf_counter() - started
+
     def logits(self, ids: list[int]) -> list[float]:
-        """Of the token after `ids`, all but the first read one by one."""
+        """Of the token after `ids`, read one by one."""
         return next_logits(self.lm, torch.tensor([ids]))[-1][0].tolist()
+
+
+class Batches(Transformers):
+    """transformers on requests of many lengths: batches padded on the left, each as long as its longest text."""
+
+    def uneven(self, requests: Requests, streams: int, temperature: float = TEMPERATURE) -> Written:
+        """What follows each prompt, `streams` at a time, and the seconds it took."""
+        started, texts = time.perf_counter(), []
+        how = {"do_sample": True, "temperature": temperature, "top_k": TOP_K} if temperature else {"do_sample": False}
+        for i in range(0, len(requests), streams):
+            some = requests[i : i + streams]
+            wide = max(len(ids) for ids, _ in some)
+            padded = torch.tensor([[0] * (wide - len(ids)) + list(ids) for ids, _ in some])
+            mask = torch.tensor([[0] * (wide - len(ids)) + [1] * len(ids) for ids, _ in some])
+            with torch.inference_mode():
+                out = self.model.generate(padded, attention_mask=mask, max_new_tokens=max(n for _, n in some),
+                                          pad_token_id=0, **how)  # fmt: skip
+            texts += [row[wide : wide + n].tolist() for row, (_, n) in zip(out, some, strict=True)]
+        return texts, time.perf_counter() - started
 
 
 class Llama:
@@ -119,15 +160,14 @@ def wait_for_library() -> None:
 
 @torch.inference_mode()
 def next_logits(lm: engine.LanguageModel, ids: torch.Tensor) -> list[torch.Tensor]:
-    """Logits (B, V) behind each position of ids (B, T): the first is prefilled, the others decoded one by one."""
-    memory = Memory()
-    memory.recall(lm.model, ids[0].tolist(), len(ids), ids.shape[1], lm.step.cache_dtype)
-    found = [lm.prefill(ids[:, :1], memory.caches)]
-    return found + [lm.advance(ids[:, t : t + 1], memory.caches) for t in range(1, ids.shape[1])]
+    """Logits (B, V) behind each position of ids (B, T), decoded one by one."""
+    slots = lm.slots(len(ids))
+    slots.reserve(ids.shape[1])
+    return [slots.step(column.tolist(), [t] * len(ids)) for t, column in enumerate(ids.T)]
 
 
 def bits_per_character(run: Path, text: str, dtype: str, threads: int) -> float:
-    """Of `text` in windows of a block each, as the decoder itself sees it: prefill, then step after step."""
+    """Of `text` in windows of a block each, as the decoder itself sees it: step after step."""
     torch.set_num_threads(threads)
     lm = engine.load(run, "cpu", dtype)
     wait_for_library()
@@ -160,8 +200,11 @@ def main() -> None:
             return stack.enter_context(closing(Worker(make, weights, *given)))
 
         sides = {f"miaobi {dtype}": start(Miaobi, dtype, args.threads) for dtype in PAIRED}
-        many = {f"transformers {dtype}": start(Transformers, "cpu", dtype, args.threads)
+        many = {f"transformers {dtype}": start(Batches, "cpu", dtype, args.threads)
                 for dtype in ("float32", "bfloat16")}  # fmt: skip
+        draw = random.Random(0)
+        requests = [([draw.randrange(300, args.vocab_size) for _ in range(draw.randint(4, 64))], draw.randint(4, 64))
+                    for _ in range(args.uneven)]  # fmt: skip
         ours = sides["miaobi bfloat16"].call("greedy", GREEDY)
         for name, side in many.items():
             if (theirs := side.call("greedy", GREEDY)) != ours:
@@ -175,6 +218,9 @@ def main() -> None:
         ids = [*prompt, *ours[:30]]
         exact = start(Miaobi, "float32", args.threads)
         reference = exact.call("logits", ids)
+        texts = [side.call("uneven", requests[:4], 3, 0.0)[0] for side in (exact, many["transformers float32"])]
+        if texts[0] != texts[1]:
+            raise SystemExit(f"miaobi and transformers in fp32 differ on prompts of many lengths:\n{texts}")
         exact.close()
         for name, side in sides.items():
             distances[name] = distance(side.call("logits", ids), reference)
@@ -203,6 +249,13 @@ def main() -> None:
             length = args.slow_tokens if name.endswith("bfloat16") else args.stream_tokens
             several[name] = partial(side.call, "rate", args.streams, length)
         turns(f"{args.streams}x{args.stream_tokens}", several, [("miaobi bfloat16", name) for name in many])
+
+        def useful(side: Worker) -> float:
+            return sum(n for _, n in requests) / side.call("uneven", requests, args.streams)[1]
+
+        mixed = {"miaobi bfloat16": sides["miaobi bfloat16"], "transformers float32": many["transformers float32"]}
+        turns(f"{args.uneven} uneven, {args.streams} at a time", {k: partial(useful, v) for k, v in mixed.items()},
+              [("miaobi bfloat16", "transformers float32")])  # fmt: skip
     if args.trained and args.text:
         text = args.text.read_text(encoding="utf-8")[: args.characters]
         quality = {dtype: bits_per_character(args.trained, text, dtype, args.threads) for dtype in step.KINDS}

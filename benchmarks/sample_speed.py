@@ -88,8 +88,7 @@ class Miaobi:
     def greedy(self, tokens: int) -> list[int]:
         """The likeliest continuation in fp32."""
         lm = engine.load(self.weights, self.device, "float32")
-        cfg = SampleConfig(num_samples=1, max_new_tokens=tokens, temperature=0)
-        return [step[0] for step in lm.tokens(PROMPT, cfg)]
+        return list(lm.tokens(PROMPT, SampleConfig(max_new_tokens=tokens, temperature=0)))
 
     def rate(self, streams: int, tokens: int) -> float:
         """Tokens per second over all streams, prompt to text."""

@@ -2,8 +2,8 @@
 
     python -m benchmarks.scaling --throughput 180000 8000
 
-Nothing is run on a GPU here. Without --throughput, that of one GPU is assumed: --mfu of its peak. docs/cluster.md has
-the formula and the table.
+Nothing is run on a GPU here. Without --throughput, one GPU does as many FLOP/s as others measured on H100s with a model
+of about that size (`PUBLISHED`). docs/cluster.md has the formula and the table.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import math
 from dataclasses import dataclass
 
 from benchmarks.common import machine, parse, report
-from miaobi.console import warn
-from miaobi.device import PEAK_FLOPS
+from miaobi.console import log
 
 GPUS_PER_NODE = 8
 GPU_MEMORY = 80e9  # bytes
@@ -54,6 +53,32 @@ MODELS = {
 
 
 @dataclass(frozen=True)
+class Published:
+    """Tokens/s that somebody measured for one H100 of eight."""
+
+    model: Model
+    throughput: float
+    source: str
+
+    @property
+    def flops(self) -> float:
+        """FLOP/s of that GPU."""
+        return self.throughput * self.model.flops_per_token
+
+
+PUBLISHED = {
+    "300M": Published(
+        Model(124.4e6, 12, 768, 1024, sequences=64), 10e9 / (45 * 60) / 8,
+        "llm.c's GPT-2 124M, 10B tokens in 45 minutes on 8 H100s (github.com/KellerJordan/modded-nanogpt, README)",
+    ),
+    "7B": Published(
+        Model(7.5e9, 32, 4096, 8192, sequences=2), 6667.0,  # 8.03e9 but for the input embedding, which is looked up
+        "torchtitan's Llama 3.1 8B, FSDP and torch.compile on 8 H100s (benchmarks/llama3_h100_202412_torchtitan.md)",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Links:
     """What joins the GPUs: bytes/s in one direction, and seconds that a step of a collective takes besides."""
 
@@ -77,12 +102,7 @@ class Args:
     """Command line."""
 
     throughput: tuple[float, float] | None = None
-    """Measured tokens/s of one GPU: of the 300M, of the 7B."""
-    gpu: str = "H100"
-    """Without --throughput: whose peak."""
-    mfu: float = 0.35
-    """Without --throughput: share of the peak that a step reaches. torchtitan printed 0.33 without and 0.39 with
-    torch.compile for Llama 3.1 8B on H100s."""
+    """Your own: measured tokens/s of one GPU, of the 300M and of the 7B."""
     link_efficiency: float = 0.8
     """Share of a link's bandwidth that collectives reach."""
     json: bool = False
@@ -172,18 +192,19 @@ def table(throughputs: dict[str, float], link_efficiency: float) -> list[list[st
 def main() -> None:
     """Compute and print."""
     args = parse("scaling", Args, __doc__)
-    throughputs = dict(zip(MODELS, args.throughput or assumed(args), strict=True))
-    if args.throughput is None:
-        warn(f"assumed, not measured: one {args.gpu} at {args.mfu:.0%} of its peak, "
-             + ", ".join(f"{name} {value:,.0f} tokens/s" for name, value in throughputs.items()))  # fmt: skip
+    throughputs = dict(zip(MODELS, args.throughput or published(), strict=True))
+    for name, value in throughputs.items():
+        measured = PUBLISHED[name]
+        origin = "given" if args.throughput else f"{measured.flops / 1e12:.0f} TFLOP/s, as {measured.source}"
+        log(f"one GPU, {name}: {value:,.0f} tokens/s ({origin})")
     report("scaling", ["model", "GPUs", "network", *WAYS], table(throughputs, args.link_efficiency), {
         "machine": machine(), "settings": dataclasses.asdict(args), "tokens_per_second_of_one": throughputs,
     }, args.json)  # fmt: skip
 
 
-def assumed(args: Args) -> list[float]:
-    """Tokens/s of one GPU for each model, at --mfu of the peak."""
-    return [args.mfu * PEAK_FLOPS[args.gpu] / model.flops_per_token for model in MODELS.values()]
+def published() -> list[float]:
+    """Tokens/s of one H100 for each model, at the FLOP/s that others measured."""
+    return [PUBLISHED[name].flops / model.flops_per_token for name, model in MODELS.items()]
 
 
 if __name__ == "__main__":

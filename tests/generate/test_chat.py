@@ -18,7 +18,8 @@ from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, Messages
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.generate.chat import Chat
-from miaobi.generate.engine import LanguageModel, Memory, load, preview
+from miaobi.generate.engine import LanguageModel, load, preview
+from miaobi.generate.slots import Slots, Stream
 from miaobi.model.transformer import Transformer
 
 GREEDY = {"temperature": 0, "top_p": 1.0, "repetition_penalty": 1.0, "device": "cpu", "dtype": "float32"}
@@ -116,10 +117,9 @@ def test_a_hub_models_template_and_greedy_replies_are_those_of_transformers(qwen
     ends = theirs.generation_config.eos_token_id
     assert len(ends) == 2
     chat = Chat(load(qwen, "cpu", "float32"), ChatConfig(**GREEDY | {"max_new_tokens": 24}))
-    fed, tokens_after = [], LanguageModel.tokens_after
+    fed, write = [], LanguageModel.write
     monkeypatch.setattr(
-        LanguageModel, "tokens_after",
-        lambda lm, ids, *args, **kwargs: (fed.append(ids), tokens_after(lm, ids, *args, **kwargs))[1],
+        LanguageModel, "write", lambda lm, slots, stream: (fed.append(list(stream.ids)), write(lm, slots, stream))[1]
     )  # fmt: skip
     chat.system("你是一个助手。")
     messages = [{"role": "system", "content": "你是一个助手。"}]
@@ -150,7 +150,7 @@ def test_a_control_token_ends_a_reply_even_when_generation_config_forgot_it(qwen
     lm = load(qwen, "cpu")
     chat = Chat(LanguageModel(lm.model, lm.tokenizer, (lm.tokenizer.token_to_id("<|endoftext|>"),)), ChatConfig())
     said = iter([*lm.tokenizer.encode("你好"), lm.tokenizer.token_to_id("<|im_end|>"), *lm.tokenizer.encode("再见")])
-    chat.lm.tokens_after = lambda *args, **kwargs: ([token] for token in said)
+    chat.lm.write = lambda *args, **kwargs: iter(said)
     assert say(chat, "在吗") == "你好"
 
 
@@ -219,19 +219,19 @@ def test_a_system_message_that_leaves_no_room_is_refused():
 
 def test_replies_with_a_remembered_beginning_are_those_read_anew(talker, monkeypatch):
     """Keys and values kept from turn to turn, against a chat that reads everything again at every turn."""
-    read, forward = [], Transformer.forward
+    read, hidden = [], Transformer.hidden
     monkeypatch.setattr(
-        Transformer, "forward",
-        lambda model, ids, *args, **kwargs: (read.append(ids.shape[1]), forward(model, ids, *args, **kwargs))[1],
+        Transformer, "hidden",
+        lambda model, ids, *args, **kwargs: (read.append(ids.shape[1]), hidden(model, ids, *args, **kwargs))[1],
     )  # fmt: skip
     keeping, fresh = (Chat(load(talker, "cpu"), ChatConfig(**GREEDY | {"max_new_tokens": 16})) for _ in range(2))
     for n, text in enumerate(("你好", "我叫小明", "我叫什么", "数数", "你是谁", "我叫什么", "你好")):
-        fresh.messages, fresh._memory = list(keeping.messages), Memory()
+        fresh.messages, fresh._slots = list(keeping.messages), fresh.lm.slots()
         expected = say(fresh, text)
         read.clear()
         assert say(keeping, text) == expected
         if n in (1, 2, 3):  # later the oldest exchanges no longer fit, and all is read again
-            assert read[0] == len(text) + 2, "the message, between two <sep>"
+            assert read[0] == len(text) + 1, "<sep> and the message; the <sep> behind it begins the reply"
     assert len(keeping.template.encode(keeping.messages)) > 64
 
 
@@ -245,7 +245,7 @@ def test_ctrl_c_inside_the_model_leaves_a_conversation_that_goes_on_as_if_it_had
     say(chat, "你好")
     before = turns(chat)
     prompt = chat.prompt([*chat.messages, {"role": "user", "content": "我是谁"}])
-    at = block - len(prompt) + 1 if at == "slide" else at
+    at = block - len(prompt) + 2 if at == "slide" else at
     calls = iter(range(10**6))
 
     def interrupt(*_):
@@ -259,7 +259,7 @@ def test_ctrl_c_inside_the_model_leaves_a_conversation_that_goes_on_as_if_it_had
     hook.remove()
     said = "".join(pieces)
     assert turns(chat) == ([*before, ("user", "我是谁"), ("assistant", said)] if said else before)
-    assert bool(said) == (at > 0)
+    assert bool(said) == (at > 1)
     fresh.messages = list(chat.messages)
     assert say(chat, "再见") == say(fresh, "再见")
 
@@ -280,8 +280,9 @@ def test_empty_messages_are_ignored():
 def test_no_reply_is_empty():
     """Where the likeliest first token is an end, another one is taken; later it ends the reply."""
     chat = random_chat()
-    first = next(iter(chat.lm.tokens_after(chat.prompt([{"role": "user", "content": "你好"}]), chat.cfg,
-                                           chat.lm.generator(0))))[0]  # fmt: skip
+    asked = chat.stream(chat.prompt([{"role": "user", "content": "你好"}]))
+    asked.never_empty = False
+    first = next(chat.lm.write(chat.lm.slots(), asked))
     chat.ends = {first}
     assert say(chat, "你好")
     assert first not in chat.lm.tokenizer.encode(turns(chat)[1][1])
@@ -293,12 +294,12 @@ def test_ends_are_not_punished_as_repetitions(monkeypatch):
     end, other = chat.lm.tokenizer.sep_id, chat.lm.tokenizer.encode("谁")[0]
     logits = torch.full((1, chat.lm.model.cfg.vocab_size), -9.0)
     logits[0, [end, other]] = torch.tensor([2.0, 1.0])
-    monkeypatch.setattr(chat.lm, "prefill", lambda *_: logits)
+    monkeypatch.setattr(Slots, "step", lambda *_: logits)
     prompt = chat.prompt(conversation([2, 2, 2]))
     assert end in prompt
     assert other not in prompt
-    drawn = [next(chat.lm.tokens_after(prompt, chat.cfg, chat.lm.generator(0), ends=ends)) for ends in ([], [end])]
-    assert drawn == [[other], [end]]
+    streams = [Stream(list(prompt), chat.cfg, chat.lm.generator(0), ends) for ends in ([], [end])]
+    assert [next(chat.lm.write(chat.lm.slots(), stream)) for stream in streams] == [other, end]
 
 
 def test_a_seed_gives_the_same_dialogue_and_a_retry_another_reply():
@@ -390,7 +391,7 @@ def test_a_dialogue_models_sep_and_pad_both_end_a_reply(talker):
     assert chat.lm.end_ids == (chat.lm.tokenizer.sep_id, chat.lm.tokenizer.pad_id)
     for end in chat.lm.end_ids:
         said = [*chat.lm.tokenizer.encode("你好"), end, *chat.lm.tokenizer.encode("你好")]
-        chat.lm.tokens_after = lambda *args, said=said, **kwargs: ([token] for token in said)
+        chat.lm.write = lambda *args, said=said, **kwargs: iter(said)
         assert say(chat, "在吗") == "你好"
 
 

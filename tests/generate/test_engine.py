@@ -15,6 +15,7 @@ from miaobi.config import ModelConfig, SampleConfig
 from miaobi.corpus.tokenizer import SPECIALS, Tokenizer
 from miaobi.errors import UserError
 from miaobi.generate.engine import LanguageModel, load, preview, read_prompt
+from miaobi.generate.slots import Stream
 from miaobi.model.checkpoint import end_ids
 from miaobi.model.transformer import Transformer
 
@@ -51,9 +52,8 @@ def naive_greedy(lm: LanguageModel, prompt_ids: list[int], n: int) -> list[int]:
 @pytest.mark.parametrize("prompt", ["皇", "皇马赢得", "国家队" * 5, "国家队" * 6, CHARACTERS * 3])
 def test_greedy_tokens_are_those_of_naive_recomputation_past_the_block(lm, prompt):
     ids = TOKENIZER.encode(prompt)
-    cfg = SampleConfig(temperature=0, num_samples=2, max_new_tokens=3 * BLOCK)
-    steps = list(lm.tokens(prompt, cfg))
-    assert [a for a, _ in steps] == [b for _, b in steps] == naive_greedy(lm, ids, 3 * BLOCK)
+    cfg = SampleConfig(temperature=0, max_new_tokens=3 * BLOCK)
+    assert list(lm.tokens(prompt, cfg)) == naive_greedy(lm, ids, 3 * BLOCK)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.7])
@@ -65,8 +65,8 @@ def test_greedy_text_is_what_transformers_generates(lm, penalty, tmp_path):
     ids = torch.tensor([TOKENIZER.encode("皇马赢得")])
     out = theirs.generate(ids, max_new_tokens=BLOCK - 4, do_sample=False, repetition_penalty=penalty, pad_token_id=0,
                           eos_token_id=None)  # fmt: skip
-    cfg = SampleConfig(temperature=0, num_samples=1, max_new_tokens=BLOCK - 4, repetition_penalty=penalty)
-    assert [t for (t,) in lm.tokens("皇马赢得", cfg)] == out[0, 4:].tolist()
+    cfg = SampleConfig(temperature=0, max_new_tokens=BLOCK - 4, repetition_penalty=penalty)
+    assert list(lm.tokens("皇马赢得", cfg)) == out[0, 4:].tolist()
 
 
 def test_logits_are_those_of_the_model(lm):
@@ -106,9 +106,32 @@ class Scripted(LanguageModel):
         super().__init__(random_lm().model, TOKENIZER)
         self.ids = ids
 
-    def tokens(self, prompt, cfg):
-        for token in self.ids[: cfg.max_new_tokens]:
-            yield [token] * cfg.num_samples
+    def slots(self, size=1):
+        return Script(self.ids, size)
+
+
+class Script:
+    """Slots whose streams all get the same ids."""
+
+    def __init__(self, ids: list[int], size: int) -> None:
+        self.ids, self.size, self.running = ids, size, []
+
+    @property
+    def free(self) -> int:
+        return self.size - len(self.running)
+
+    def add(self, stream: Stream) -> None:
+        stream.left = min(stream.left, len(self.ids))
+        self.running.append((stream, iter(self.ids)))
+
+    def end(self, stream: Stream) -> None:
+        self.running = [pair for pair in self.running if pair[0] is not stream]
+
+    def advance(self) -> list[tuple[Stream, int]]:
+        drawn = [(stream, next(ids)) for stream, ids in self.running]
+        for stream, _ in drawn:
+            stream.left -= 1
+        return drawn
 
 
 LETTERS = [TOKENIZER.encode(c)[0] for c in "皇马赢。"]
@@ -217,12 +240,11 @@ def test_control_tokens_that_end_nothing_are_never_drawn(ends):
     """A model of plain text (--split=tail) never saw one, and would write `<|endoftext|>` as if it were text."""
     model = random_lm().model
     control = {TOKENIZER.token_to_id(name) for name in SPECIALS}
-    settings = {"num_samples": 32, "max_new_tokens": 40, "temperature": 3.0, "top_k": 0}
+    cfg = SampleConfig(max_new_tokens=1280, temperature=3.0, top_k=0)
     lm = LanguageModel(model, TOKENIZER, ends)
-    drawn = set(chain.from_iterable(lm.tokens("皇马", SampleConfig(**settings))))
-    assert drawn & control == set(ends)
+    assert control.intersection(lm.tokens("皇马", cfg)) == set(ends)
     everything = LanguageModel(model, TOKENIZER, tuple(control))
-    assert set(chain.from_iterable(everything.tokens("皇马", SampleConfig(**settings)))) >= control
+    assert control <= set(everything.tokens("皇马", cfg))
 
 
 def test_a_foreign_model_may_draw_what_it_likes(tmp_path):

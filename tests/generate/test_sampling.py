@@ -77,7 +77,7 @@ def test_the_likeliest_token_always_stays(seed, k, top_percent, min_percent):
 
 def test_temperature_zero_is_greedy_whatever_the_filters():
     logits = random_logits(0, rows=16)
-    token = next_token(logits, SampleConfig(temperature=0, top_k=3, top_p=0.2), torch.Generator().manual_seed(0))
+    token = next_token(logits, SampleConfig(temperature=0, top_k=3, top_p=0.2), [torch.Generator()] * len(logits))
     assert torch.equal(token, logits.argmax(-1))
 
 
@@ -89,7 +89,7 @@ def test_draws_follow_the_filtered_softmax(settings):
     cfg, n = SampleConfig(**settings), 40_000
     logits = random_logits(7, rows=1, vocab=10) / 2
     p = filter_logits(logits, cfg).softmax(-1)[0].double()
-    drawn = next_token(logits.expand(n, -1), cfg, torch.Generator().manual_seed(0))
+    drawn = next_token(logits.expand(n, -1), cfg, [torch.Generator().manual_seed(0)] * n)
     counts = torch.bincount(drawn, minlength=10).double()
     assert (counts[p == 0] == 0).all()
     kept = p > 0
@@ -102,7 +102,7 @@ def test_rows_are_drawn_independently():
     logits = torch.zeros(2, 5).expand(2, 5)
     generator = torch.Generator().manual_seed(0)
     cfg = SampleConfig(**FREE)
-    pairs = torch.stack([next_token(logits, cfg, generator) for _ in range(2000)])
+    pairs = torch.stack([next_token(logits, cfg, [generator] * len(logits)) for _ in range(2000)])
     agreement = (pairs[:, 0] == pairs[:, 1]).double().mean()
     assert abs(agreement - 0.2) < 0.05
 
@@ -110,7 +110,7 @@ def test_rows_are_drawn_independently():
 def test_half_precision_logits_are_drawn_in_float32():
     logits = torch.zeros(20_000, 3, dtype=torch.bfloat16)
     logits[:, 2] = -10.0  # 4.5e-5 of the probability: lost if the race ran in bf16
-    drawn = next_token(logits, SampleConfig(**FREE), torch.Generator().manual_seed(1))
+    drawn = next_token(logits, SampleConfig(**FREE), [torch.Generator().manual_seed(1)] * len(logits))
     assert abs((drawn == 0).double().mean() - 0.5) < 0.02
     assert (drawn == 2).sum() < 20
 

@@ -12,7 +12,8 @@ from miaobi.console import warn
 from miaobi.corpus.template import ChatTemplate, Messages
 from miaobi.device import explain_memory
 from miaobi.errors import UserError
-from miaobi.generate.engine import LanguageModel, Memory, control_ids
+from miaobi.generate.engine import LanguageModel, control_ids
+from miaobi.generate.slots import Stream
 
 UNKNOWN = ("<unk>", "[UNK]")  # control tokens that end nothing; a reply made of them says nothing either
 
@@ -34,7 +35,7 @@ class Chat:
         # Whatever generation_config.json forgot to list: no control token is part of what somebody says.
         self.ends = {*lm.end_ids, *control.values()}.difference(self.unknown)
         self._generator = lm.generator(cfg.seed)
-        self._memory = Memory()
+        self._slots = lm.slots()
         self._first = 0  # the oldest message, not counting a system message, that still fits the block
         self._saved: set[Path] = set()
         self._told = False
@@ -108,6 +109,10 @@ class Chat:
             self._first += 2  # an exchange: some templates insist on user and assistant in turn
         return ids
 
+    def stream(self, prompt: list[int]) -> Stream:
+        """The reply to a prompt."""
+        return Stream(list(prompt), self.cfg, self._generator, self.ends, self.unknown, never_empty=True)
+
     def _shortened(self, system: Messages, text: str) -> list[int]:
         """Ids of the longest end of a message that fits."""
 
@@ -131,12 +136,11 @@ class Chat:
 
     def _answer(self, asked: Messages) -> Iterator[str]:
         """Stream a reply to the last of `asked`; then, or where it was broken off, the conversation is that far."""
-        tokens = self.lm.tokens_after(self.prompt(asked), self.cfg, self._generator, ends=self.ends,
-                                      barred=self.unknown, never_empty=True, memory=self._memory)  # fmt: skip
+        tokens = self.lm.write(self._slots, self.stream(self.prompt(asked)))
         said = ""
         try:
             with explain_memory(self.lm.device, "`flush` forgets the conversation; a smaller --max_new_tokens helps"):
-                for piece in self.lm.pieces((token for (token,) in tokens), self.ends):
+                for piece in self.lm.pieces(tokens, self.ends):
                     said += piece
                     yield piece
         finally:

@@ -1,24 +1,27 @@
-"""Text out of a model: one prefill, then one token at a time with a KV cache."""
+"""Text out of a model: prompts in, continuations out."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from miaobi.config import ChatConfig, SampleConfig, SamplingConfig
+from miaobi.config import ChatConfig, SampleConfig
 from miaobi.console import warn
 from miaobi.corpus.tokenizer import PAD, SEP, Tokenizer
 from miaobi.device import can_compile, cpu_has_bf16, explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
-from miaobi.generate.sampling import next_token, penalize_repeats
-from miaobi.generate.step import Step, can_step, library
+from miaobi.generate.slots import Slots, Stream
+from miaobi.generate.step import Step, can_step
 from miaobi.model.checkpoint import load_model
-from miaobi.model.transformer import KVCache, Transformer
+from miaobi.model.transformer import Transformer
+
+SLOTS = {"cuda": 256, "cpu": 32}  # streams at once; from there on a step takes longer by as much as it does more
 
 
 @dataclass
@@ -33,32 +36,33 @@ class Completion:
     """stop = end of text or a stop string; length = max_new_tokens."""
 
 
-@dataclass
-class Memory:
-    """What one stream's caches hold, so that a prompt that begins alike need not be read again."""
+class Draft:
+    """A continuation that is being written."""
 
-    ids: list[int] = field(default_factory=list)
-    """Tokens whose keys and values are in the caches, from position 0 on."""
-    caches: list[KVCache] = field(default_factory=list)
+    def __init__(self, lm: LanguageModel, prompt: str, stop: tuple[str, ...]) -> None:
+        self.lm, self.prompt, self.stop = lm, prompt, stop
+        self.ids: list[int] = []
+        self.end: int | None = None  # where a stop string cuts it
+        self.completion = Completion(prompt, 0, "length")
 
-    def recall(
-        self, model: Transformer, prompt_ids: list[int], streams: int, room: int, dtype: torch.dtype | None = None
-    ) -> int:
-        """Make the caches as long as `room`, keeping what `prompt_ids` begins with; how many tokens that is.
+    def take(self, token: int) -> bool:
+        """Write one more token; whether the text has ended by that."""
+        done = self.completion
+        done.tokens += 1
+        if token in self.lm.end_ids:
+            done.finish_reason = "stop"
+            return True
+        self.ids.append(token)
+        if self.stop:
+            self.end = first_stop(self.lm.tokenizer.decode(self.ids), self.stop)
+        if self.end is not None:
+            done.finish_reason = "stop"
+        return self.end is not None
 
-        dtype: of the caches; None = the model's.
-
-        The last token of the prompt is never kept: its logits are what comes next.
-        """
-        shared = 0
-        while shared < min(len(self.ids), len(prompt_ids) - 1) and self.ids[shared] == prompt_ids[shared]:
-            shared += 1
-        if not self.caches or self.caches[0].k.shape[2] < room:
-            old, self.caches = self.caches, model.make_caches(streams, room, dtype)
-            for new, known in zip(self.caches, old, strict=False):
-                new.k[:, :, :shared], new.v[:, :, :shared] = known.k[:, :, :shared], known.v[:, :, :shared]
-        self.ids = prompt_ids[:shared]
-        return shared
+    def finish(self) -> Completion:
+        """The whole text."""
+        self.completion.text = self.prompt + self.lm.tokenizer.decode(self.ids)[: self.end]
+        return self.completion
 
 
 class LanguageModel:
@@ -102,30 +106,37 @@ class LanguageModel:
         return self.model(ids.to(self.device)).float()
 
     def generate(self, prompt: str, cfg: SampleConfig | None = None, **overrides) -> list[Completion]:
-        """`num_samples` continuations of `prompt` in one batch; overrides are fields of SampleConfig."""
+        """`num_samples` continuations of `prompt`; overrides are fields of SampleConfig."""
         cfg = replace(cfg or SampleConfig(), **overrides)
-        done = [Completion(prompt, 0, "length") for _ in range(cfg.num_samples)]
-        written: list[list[int]] = [[] for _ in done]
-        running = [True] * len(done)
-        ends: list[int | None] = [None] * len(done)  # where a stop string cuts the continuation
-        for tokens in self.tokens(prompt, cfg):
-            for i, token in enumerate(tokens):
-                if not running[i]:
-                    continue
-                done[i].tokens += 1
-                if token in self.end_ids:
-                    running[i], done[i].finish_reason = False, "stop"
-                    continue
-                written[i].append(token)
-                if cfg.stop:
-                    ends[i] = first_stop(self.tokenizer.decode(written[i]), cfg.stop)
-                    if ends[i] is not None:
-                        running[i], done[i].finish_reason = False, "stop"
-            if not any(running):
-                break
-        for i, completion in enumerate(done):
-            completion.text = prompt + self.tokenizer.decode(written[i])[: ends[i]]
-        return done
+        return list(self.complete([prompt] * cfg.num_samples, cfg))
+
+    def complete(self, prompts: Iterable[str], cfg: SampleConfig | None = None, **overrides) -> Iterator[Completion]:
+        """One continuation of each prompt, in their order and as many at a time as go well together; where one ends,
+        the next begins. `prompts` are taken when there is room for them. The nth has the seed `seed + n`.
+        """
+        cfg = replace(cfg or SampleConfig(), **overrides)
+        coming = enumerate(prompts)
+        first = list(islice(coming, SLOTS.get(self.device.type, SLOTS["cpu"])))
+        coming, slots = chain(first, coming), self.slots(max(1, len(first)))
+        drafts: dict[Stream, tuple[int, Draft]] = {}
+        done: dict[int, Completion] = {}
+        given = 0
+        while True:
+            for number, prompt in islice(coming, slots.free):
+                stream = self.open(prompt, cfg, number)
+                drafts[stream] = number, Draft(self, prompt, cfg.stop)
+                slots.add(stream)
+            if not drafts:
+                return
+            for stream, token in slots.advance():
+                number, draft = drafts[stream]
+                if draft.take(token) or not stream.left:
+                    slots.end(stream)
+                    del drafts[stream]
+                    done[number] = draft.finish()
+            while given in done:
+                yield done.pop(given)
+                given += 1
 
     def stream(self, prompt: str, cfg: SampleConfig | None = None, **overrides) -> Iterator[str]:
         """Pieces of one continuation as they are written; together they are what `generate` gives for one sample.
@@ -133,7 +144,7 @@ class LanguageModel:
         Text that could still turn out to begin a stop string, or half a character, is held back.
         """
         cfg = replace(cfg or SampleConfig(), **overrides, num_samples=1)
-        return self.pieces((token for (token,) in self.tokens(prompt, cfg)), self.end_ids, cfg.stop)
+        return self.pieces(self.tokens(prompt, cfg), self.end_ids, cfg.stop)
 
     def pieces(self, tokens: Iterable[int], ends: Collection[int], stop: tuple[str, ...] = ()) -> Iterator[str]:
         """Text of `tokens` as they come, until one of `ends` or a stop string."""
@@ -156,62 +167,32 @@ class LanguageModel:
         if rest:
             yield rest
 
-    def tokens(self, prompt: str, cfg: SampleConfig) -> Iterator[list[int]]:
-        """Token ids of all samples, one list per step, `max_new_tokens` times."""
-        prompt_ids = self.tokenizer.encode(prompt) or [self.start_id()]
-        return self.tokens_after(prompt_ids, cfg, self.generator(cfg.seed), cfg.num_samples, self.end_ids, self.barred)
+    def tokens(self, prompt: str, cfg: SampleConfig) -> Iterator[int]:
+        """Token ids of one continuation, `max_new_tokens` of them."""
+        return self.write(self.slots(), self.open(prompt, cfg))
 
-    @torch.inference_mode()
-    def tokens_after(
-        self,
-        prompt_ids: list[int],
-        cfg: SamplingConfig,
-        generator: torch.Generator,
-        streams: int = 1,
-        ends: Collection[int] = (),
-        barred: Collection[int] = (),
-        never_empty: bool = False,
-        memory: Memory | None = None,
-    ) -> Iterator[list[int]]:
-        """Token ids that follow `prompt_ids`, one list of `streams` per step, `max_new_tokens` times.
+    def slots(self, size: int = 1) -> Slots:
+        """Room for `size` streams at once."""
+        return Slots(self.model, size, self.step)
 
-        Learned positions cannot slide: when the block is full, the last half of it is prefilled again.
+    def open(self, prompt: str, cfg: SampleConfig, number: int = 0) -> Stream:
+        """The stream that goes on from `prompt`; `number` it among those of one seed."""
+        ids = self.tokenizer.encode(prompt) or [self.start_id()]
+        seed = None if cfg.seed is None else cfg.seed + number
+        return Stream(ids, cfg, self.generator(seed), self.end_ids, self.barred)
 
-        ends: ids that end a text; to have ended texts before makes them no less likely. barred: ids never drawn.
-        never_empty: the first token is none of `ends`. memory: of one stream, carried from call to call.
+    def write(self, slots: Slots, stream: Stream) -> Iterator[int]:
+        """Token ids that one stream writes; closed or interrupted in the middle, it leaves the slots as they should be.
+
+        What `slots` remember of earlier streams is not read again.
         """
-        S = self.model.cfg.block_size
-        memory = memory or Memory()
-        history = torch.tensor([prompt_ids] * streams, device=self.device)  # (B, T)
-        end_ids, barred_ids = self.index(ends), self.index(barred)
-        seen = torch.zeros(streams, self.model.cfg.vocab_size, dtype=torch.bool, device=self.device)
-        seen.scatter_(1, history, True).index_fill_(1, end_ids, False)
-        window = prompt_ids[-S:]
-        cache_dtype = None if self.step is None else self.step.cache_dtype
-        room = min(S, len(prompt_ids) + cfg.max_new_tokens)
-        shared = memory.recall(self.model, window, streams, room, cache_dtype)
-        caches = memory.caches
-        logits = self.prefill(history[:1, -S:][:, shared:], caches, shared)
-        memory.ids = list(window)
-        if never_empty:
-            logits = logits.index_fill(1, end_ids, -torch.inf)
-        for left in range(cfg.max_new_tokens - 1, -1, -1):
-            if barred:
-                logits = logits.index_fill(1, barred_ids, -torch.inf)
-            token = next_token(penalize_repeats(logits, seen, cfg.repetition_penalty), cfg, generator)  # (B,)
-            drawn = token.tolist()
-            yield drawn
-            if not left:
-                return
-            history = torch.cat((history, token[:, None]), dim=1)
-            seen.scatter_(1, token[:, None], True)
-            if caches[0].length < S:
-                logits = self.advance(token[:, None], caches)
-                memory.ids.append(drawn[0])
-            else:
-                memory.ids = []  # until the caches are whole again: Ctrl-C may come in between
-                logits = self.prefill(history[:, -max(1, S // 2) :], caches)
-                memory.ids = history[0, -max(1, S // 2) :].tolist()
+        slots.add(stream)
+        try:
+            while stream.left:
+                for _, token in slots.advance():
+                    yield token
+        finally:
+            slots.end(stream)
 
     def generator(self, seed: int | None) -> torch.Generator:
         """Randomness for drawing; from nowhere where there is no seed."""
@@ -221,35 +202,6 @@ class LanguageModel:
         else:
             generator.manual_seed(seed)
         return generator
-
-    def index(self, ids: Collection[int]) -> Tensor:
-        """ids that have a logit, as a tensor for indexing."""
-        known = [id_ for id_ in ids if id_ < self.model.cfg.vocab_size]
-        return torch.tensor(known, dtype=torch.long, device=self.device)
-
-    def prefill(self, ids: Tensor, caches: list[KVCache], start: int = 0) -> Tensor:
-        """Fill the caches with ids (B, T) from position `start`, or from 0 with (1, T) that all streams share.
-
-        Returns the last logits (B, V).
-        """
-        streams = caches[0].k.shape[0]
-        if ids.shape[0] == streams:
-            for cache in caches:
-                cache.length = start
-            return self.model(ids, caches=caches, last_only=True)[:, -1]
-        one = [KVCache(cache.k[:1], cache.v[:1]) for cache in caches]
-        logits = self.model(ids, caches=one, last_only=True)[:, -1]
-        for cache, first in zip(caches, one, strict=True):
-            cache.k[1:, :, : first.length] = first.k[:, :, : first.length]
-            cache.v[1:, :, : first.length] = first.v[:, :, : first.length]
-            cache.length = first.length
-        return logits.expand(streams, -1)
-
-    def advance(self, tokens: Tensor, caches: list[KVCache]) -> Tensor:
-        """Logits (B, V) behind tokens (B, 1): by the compiled step once it is there."""
-        if self.step is not None and library() is not None:
-            return self.step(tokens, caches)
-        return self.model(tokens, caches=caches, last_only=True)[:, -1]
 
     def start_id(self) -> int:
         """What an empty prompt starts from: the end of the text before it, or a line's where texts have no end."""
@@ -322,9 +274,8 @@ def preview(
     chat = Chat(lm, ChatConfig(max_new_tokens=tokens, seed=cfg.seed))
     asked = chat.template.encode([{"role": "user", "content": prompt}], add_generation_prompt=True)
     # Not chat.reply: it refuses a template that fills a small block, and a sample is no reason to end a run.
-    drawn = lm.tokens_after(asked, chat.cfg, lm.generator(cfg.seed), ends=chat.ends, barred=chat.unknown,
-                            never_empty=True)  # fmt: skip
-    return f">>>{prompt}\n" + "".join(lm.pieces((token for (token,) in drawn), chat.ends))
+    drawn = lm.write(lm.slots(), chat.stream(asked))
+    return f">>>{prompt}\n" + "".join(lm.pieces(drawn, chat.ends))
 
 
 def timed(lm: LanguageModel, prompt: str, cfg: SampleConfig) -> tuple[list[Completion], float]:

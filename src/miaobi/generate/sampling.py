@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,11 +41,12 @@ def filter_logits(logits: Tensor, cfg: SamplingConfig) -> Tensor:
     return logits
 
 
-def next_token(logits: Tensor, cfg: SamplingConfig, generator: torch.Generator) -> Tensor:
+def next_token(logits: Tensor, cfg: SamplingConfig, generators: Sequence[torch.Generator]) -> Tensor:
     """One token per row: the likeliest at temperature 0, else drawn.
 
     Draws by the exponential race argmax(p / e), e ~ Exp(1): the distribution of multinomial, without its host sync.
-    logits: (B, V). Returns (B,) int64.
+    logits: (B, V). generators: one for each row, so that what is drawn there does not depend on the others.
+    Returns (B,) int64.
     """
     logits = logits.float()
     if cfg.temperature == 0:
@@ -52,6 +55,8 @@ def next_token(logits: Tensor, cfg: SamplingConfig, generator: torch.Generator) 
     if 0 < cfg.top_k < logits.shape[-1]:  # the race is run by these alone: over all V it cost more than a small model
         logits, likeliest = logits.topk(cfg.top_k)
     p = filter_logits(logits, cfg).softmax(-1)
-    race = torch.empty_like(p).exponential_(generator=generator)
+    race = torch.empty_like(p)
+    for row, generator in zip(race, generators, strict=True):
+        row.exponential_(generator=generator)
     drawn = (p / race).argmax(-1)
     return drawn if likeliest is None else likeliest.gather(1, drawn[:, None]).squeeze(1)

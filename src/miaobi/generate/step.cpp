@@ -221,9 +221,11 @@ struct Barrier {
 };
 
 // What step.py calls: x (B, width), embeddings in and states out; logits (B, vocab). k, v: caches of all layers
-// (layers, B, H_kv, S, D), bfloat16 where is_short, else float. scratch: floats, as many as step.py says.
-extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, int is_short, int B, int pos, int S,
-                            void* k, void* v, float* x, float* logits, float* scratch, int threads) {
+// (layers, rows, H_kv, S, D), bfloat16 where is_short, else float; stream b has row b and is at positions[b].
+// scratch: floats, as many as step.py says.
+extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, int is_short, int B, int rows, int S,
+                            const int64_t* positions, void* k, void* v, float* x, float* logits, float* scratch,
+                            int threads) {
     const Model& m = *model;
     const int E = m.width, D = m.head_dim, Q = (m.heads + 2 * m.kv_heads) * D, Y = m.heads * D, F = m.inner;
     float *qkv = scratch, *y = qkv + (size_t)B * Q, *inner = y + (size_t)B * Y, *own = inner + (size_t)B * F;
@@ -250,8 +252,8 @@ extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, i
             const int heads = B * m.kv_heads;
             for (int at = heads * t / of; at < heads * (t + 1) / of; at++) {
                 const int b = at / m.kv_heads;
-                const size_t offset = ((size_t)i * heads + at) * S * D;
-                attention(m, l, qkv + (size_t)b * Q, at % m.kv_heads, pos, k, v, offset, p, y + (size_t)b * Y);
+                const size_t offset = ((size_t)i * rows * m.kv_heads + at) * S * D;
+                attention(m, l, qkv + (size_t)b * Q, at % m.kv_heads, positions[b], k, v, offset, p, y + (size_t)b * Y);
             }
             barrier.wait(of);
             share(l.proj, E, Y, y, x, ADD);

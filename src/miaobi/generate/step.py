@@ -151,23 +151,23 @@ class Step:
                      *self.norm(block.attn_norm), *self.norm(block.mlp_norm),
                      self.norm(attn.q_norm)[0], self.norm(attn.k_norm)[0])  # fmt: skip
 
-    def __call__(self, tokens: Tensor, caches: list[KVCache]) -> Tensor:
-        """One token further: tokens (B, 1) go behind what the caches hold. Returns logits (B, V) float32.
+    def __call__(self, tokens: Tensor, caches: list[KVCache], positions: list[int]) -> Tensor:
+        """One token further in the first B rows of the caches: tokens (B, 1) go to `positions`, behind what is there.
+        Returns logits (B, V) float32.
 
         Needs `library()`, and caches as `make_caches` gives them: all layers one behind the other.
         """
-        model, cache, pos = self.model, caches[0], caches[0].length
-        B, _, S, _ = cache.k.shape
-        x = model.wte(tokens[:, 0]) if model.wpe is None else model.wte(tokens[:, 0]) + model.wpe.weight[pos]
+        model, cache, B = self.model, caches[0], len(tokens)
+        rows, _, S, _ = cache.k.shape
+        places = torch.tensor(positions)
+        x = model.wte(tokens[:, 0]) if model.wpe is None else model.wte(tokens[:, 0]) + model.wpe(places)
         x, logits = x.float().contiguous(), torch.empty(B, model.cfg.vocab_size)
         threads = torch.get_num_threads()
         scratch = torch.empty(B * self.per_stream + threads * (B * model.cfg.n_embd + self.per_thread))
         library().miaobi_step(
-            ctypes.byref(self.about), self.layers, KINDS.index(self.kind), cache.k.dtype == torch.bfloat16, B, pos, S,
-            *(ctypes.c_void_p(t.data_ptr()) for t in (cache.k, cache.v, x, logits, scratch)), threads,
+            ctypes.byref(self.about), self.layers, KINDS.index(self.kind), cache.k.dtype == torch.bfloat16, B, rows, S,
+            *(ctypes.c_void_p(t.data_ptr()) for t in (places, cache.k, cache.v, x, logits, scratch)), threads,
         )  # fmt: skip
-        for cache in caches:
-            cache.length = pos + 1
         return logits
 
 

@@ -41,6 +41,22 @@ class KVCache:
         return self.k[:, :, :end].to(k.dtype), self.v[:, :, :end].to(v.dtype)
 
 
+@dataclass
+class RowCache(KVCache):
+    """The same where each row is at a position of its own: `append` stores one token per row at `places` (B,) and gives
+    all positions up to `length`, the furthest of them. Who may look where is for a mask to say.
+    """
+
+    places: Tensor | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, H_kv, 1, D); return the positions of the longest row in their precision."""
+        rows, end = torch.arange(len(k), device=k.device), self.length + 1
+        self.k[rows, :, self.places] = k[:, :, 0].to(self.k.dtype)
+        self.v[rows, :, self.places] = v[:, :, 0].to(self.v.dtype)
+        return self.k[:, :, :end].to(k.dtype), self.v[:, :, :end].to(v.dtype)
+
+
 def rope_table(cfg: ModelConfig) -> Tensor:
     """cos and sin of every position: (2, block_size, head_dim), halves repeated as Hugging Face rotates."""
     angle = torch.outer(torch.arange(cfg.block_size, dtype=torch.float32), rope_frequencies(cfg)).repeat(1, 2)
