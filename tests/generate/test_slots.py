@@ -14,7 +14,7 @@ from miaobi.config import ModelConfig, SampleConfig, SamplingConfig
 from miaobi.device import can_compile
 from miaobi.generate import slots as slots_module
 from miaobi.generate import step
-from miaobi.generate.slots import Slots, Stream, common
+from miaobi.generate.slots import Slots, Stream, common, continued
 from miaobi.model.transformer import Transformer
 
 V, BLOCK = 37, 16
@@ -201,6 +201,68 @@ def test_the_compiled_step_serves_rows_at_different_places(kind):
         return [one.ids for one in streams]
 
     assert written(1) == written(3) == written(5)
+
+
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("kind", step.KINDS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_greedy_text_is_the_same_with_guesses_and_takes_fewer_steps(family, kind, threads, monkeypatch):
+    """Past the block, with a penalty and without, and with a prompt that says everything twice."""
+    while step.library() is None:
+        time.sleep(0.1)
+    transformer, before = model(family, 64).float(), torch.get_num_threads()
+    compiled, steps = step.Step(transformer, kind), []
+    torch.set_num_threads(threads)
+    call = step.Step.__call__
+    monkeypatch.setattr(step.Step, "__call__", lambda *a, **k: (steps.append(len(a[1])), call(*a, **k))[1])
+
+    def written(penalty: float) -> tuple[list[int], int]:
+        steps.clear()
+        cfg = SamplingConfig(max_new_tokens=150, temperature=0, repetition_penalty=penalty)
+        one = Stream([*range(12), *range(9)], cfg, torch.Generator(), ends=(5,), barred=(2,), never_empty=True)
+        slots = Slots(transformer, 2, compiled)
+        slots.add(one)
+        tokens = []
+        while one.left:
+            tokens += [token for _, token in slots.advance()]
+        assert one.ids[21:] == tokens
+        return tokens, len(steps)
+
+    try:
+        guessed = [written(penalty) for penalty in (1.0, 1.3)]
+        assert max(steps) > 1
+        monkeypatch.setattr(Slots, "guess", lambda self: [])
+        plain = [written(penalty) for penalty in (1.0, 1.3)]
+    finally:
+        torch.set_num_threads(before)
+    assert [tokens for tokens, _ in guessed] == [tokens for tokens, _ in plain]
+    assert plain[0][1] == 150 > guessed[0][1]
+
+
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
+@pytest.mark.parametrize("kind", step.KINDS)
+@torch.inference_mode()
+def test_tokens_of_one_stream_at_once_get_the_logits_of_one_by_one_bit_for_bit(kind):
+    while step.library() is None:
+        time.sleep(0.1)
+    transformer = model("qwen3", 64).float()
+    compiled = step.Step(transformer, kind)
+    together, apart = (transformer.make_caches(2, 64, compiled.cache_dtype) for _ in range(2))
+    ids = torch.randint(0, V, (40, 1))
+    for caches in (together, apart):
+        compiled(ids[:1], caches, [0])
+    for at in range(1, 37, 9):
+        some = compiled(ids[at : at + 9], together, [*range(at, at + 9)], one=True)
+        assert torch.equal(some, torch.cat([compiled(ids[i : i + 1], apart, [i]) for i in range(at, at + 9)]))
+
+
+@given(st.lists(st.integers(0, 2), max_size=12), st.integers(-1, 5))
+def test_what_continues_is_what_followed_the_same_tokens_latest(ids, most):
+    guess = continued(ids, most)
+    assert len(guess) <= max(0, most)
+    follows = [ids[at + n :] for n in (3, 2) for at in range(len(ids) - n - 1, -1, -1) if ids[at : at + n] == ids[-n:]]
+    assert guess == (follows[0][: max(0, most)] if follows else [])
 
 
 def test_complete_gives_texts_in_order_and_takes_prompts_when_there_is_room(trained, monkeypatch):

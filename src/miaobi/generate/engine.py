@@ -129,6 +129,8 @@ class LanguageModel:
             if not drafts:
                 return
             for stream, token in slots.advance():
+                if stream not in drafts:  # it ended before the rest of what it had guessed
+                    continue
                 number, draft = drafts[stream]
                 if draft.take(token) or not stream.left:
                     slots.end(stream)

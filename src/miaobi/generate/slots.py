@@ -19,15 +19,12 @@ from miaobi.generate.step import Step, library
 from miaobi.model.transformer import KVCache, RowCache, Transformer
 
 PREFILL_TOKENS = 8192  # of several prompts in one forward pass, which bounds its memory
+GUESSED = (2, 5, 8)  # tokens at once: with the one before, whole groups of the compiled step
 
 
 @dataclass(eq=False)
 class Stream:
-    """A text being written.
-
-    Attributes:
-        left: tokens still to come.
-    """
+    """A text being written."""
 
     ids: list[int]
     """Tokens of the prompt, at least one; those written are added."""
@@ -40,6 +37,9 @@ class Stream:
     never_empty: bool = False
     """The first token is none of `ends`."""
     left: int = field(init=False)
+    """Tokens still to come."""
+    trust: int = 1
+    """How well the stream can be guessed: which of GUESSED."""
 
     def __post_init__(self) -> None:
         self.left = self.cfg.max_new_tokens
@@ -89,7 +89,8 @@ class Slots:
 
     @torch.inference_mode()
     def advance(self) -> list[tuple[Stream, int]]:
-        """One token further: each stream that runs, and its token. A stream that has all its tokens ends.
+        """One token further: each stream that runs, and its token; several, where what came next could be guessed.
+        A stream that has all its tokens ends.
 
         Learned positions cannot slide: when the block is full, the last half of it is read again.
         """
@@ -99,6 +100,8 @@ class Slots:
         full = [row for row, _ in enumerate(self.running) if len(self.known[row]) == self.model.cfg.block_size]
         half = max(1, self.model.cfg.block_size // 2)
         self.prefill(full, [self.running[row].ids[-half:-1] for row in full])
+        if guess := self.guess():
+            return self.check(guess)
         given = [stream.ids[-1] for stream in self.running]
         logits = self.step(given, [len(self.known[row]) for row, _ in enumerate(given)])
         for row, token in enumerate(given):
@@ -110,6 +113,42 @@ class Slots:
             if not stream.left:
                 self.end(stream)
         return drawn
+
+    def guess(self) -> list[int]:
+        """What may come next, because it came before (prompt lookup, github.com/apoorvumang/prompt-lookup-decoding).
+
+        For one greedy stream and the compiled step alone. Greedy text of a small model repeats itself, drawn text
+        does not, and many streams are bound by arithmetic (docs/lab-notes.md).
+        """
+        if self.compiled is None or len(self.running) > 1 or self.running[0].cfg.temperature or library() is None:
+            return []
+        stream, room = self.running[0], self.model.cfg.block_size - len(self.known[0]) - 1
+        most = min(GUESSED[stream.trust], stream.left - 1, room)
+        return continued(stream.ids[-self.model.cfg.block_size :], most)
+
+    def check(self, guess: list[int]) -> list[tuple[Stream, int]]:
+        """Tokens of the only stream: those of `guess` that it would have written, and one more."""
+        stream, found = self.running[0], []
+        tokens = [stream.ids[-1], *guess]
+        at = len(self.known[0])
+        ids = torch.tensor(tokens)[:, None]
+        logits = self.compiled(ids, self.caches, [*range(at, at + len(tokens))], one=True)
+        for i, token in enumerate(tokens):
+            self.known[0].append(token)
+            (drawn,) = self.draw(logits[i : i + 1])
+            stream.ids.append(drawn)
+            stream.left -= 1
+            found.append((stream, drawn))
+            if drawn != next(iter(guess[i:]), None):
+                break
+        right = len(found) - 1
+        if right == len(guess):
+            stream.trust = min(stream.trust + 1, len(GUESSED) - 1)
+        elif 2 * right < len(guess):
+            stream.trust = max(stream.trust - 1, 0)
+        if not stream.left:
+            self.end(stream)
+        return found
 
     def admit(self) -> None:
         """Give rows to the streams that wait, and fill these with all of their prompts but the last tokens."""
@@ -236,6 +275,17 @@ def mark(mask: Tensor, ids: Collection[int]) -> None:
     """Make mask (V,) true at `ids` and false elsewhere; an id beyond V has no logit."""
     known = [id_ for id_ in ids if id_ < len(mask)]
     mask.zero_()[torch.tensor(known, dtype=torch.long, device=mask.device)] = True
+
+
+def continued(ids: list[int], most: int, longest: int = 3) -> list[int]:
+    """What followed the last three or two tokens of `ids` when they occurred before, latest first; `most` tokens."""
+    if most > 0:
+        for n in range(min(longest, len(ids) - 1), 1, -1):
+            end = ids[-n:]
+            for at in range(len(ids) - n - 1, -1, -1):
+                if ids[at : at + n] == end:
+                    return ids[at + n : at + n + most]
+    return []
 
 
 def common(a: list[int], b: list[int]) -> int:

@@ -1,4 +1,5 @@
-// One decoding step of the whole model on the CPU: every stream gets one token further, in one parallel region.
+// One decoding step of the whole model on the CPU: every stream gets one token further, or one stream several, in one
+// parallel region.
 //
 // A step is bound by reading the weights, so they stay as they are stored (float, bfloat16 or int8 with a scale per
 // row) and are widened to float in registers, once for all streams. All arithmetic is in float. Built by step.py with
@@ -79,18 +80,23 @@ static void tile(const T* w, const float* x, int K, float* out) {
         for (int r = 0; r < R; r++) out[m * R + r] = sum(acc[r][m]);
 }
 
-// w . x, for one stream: row after row is one stretch of memory, which the processor fetches faster than several.
-template <class T>
-static float dot(const T* w, const float* x, int K) {
+// out[n] = w . x[n], for few streams: row after row is one stretch of memory, which the processor fetches faster than
+// several. Each sum is added up in the same order whatever N.
+template <int N, class T>
+static void dots(const T* w, const float* x, int K, float* out) {
     constexpr int U = 4;  // sums at once, or each would wait for the one before
-    vec acc[U] = {};
+    vec acc[N][U] = {};
     int k = 0;
     for (; k + U * W <= K; k += U * W) {
         for (size_t i = 0; i < U * W * sizeof(T); i += 64) __builtin_prefetch((const char*)(w + k) + i + 2048);
-        for (int u = 0; u < U; u++) acc[u] += load(w + k + u * W) * load(x + k + u * W);
+        for (int u = 0; u < U; u++) {
+            vec a = load(w + k + u * W);
+            for (int n = 0; n < N; n++) acc[n][u] += a * load(x + (size_t)n * K + k + u * W);
+        }
     }
-    for (; k < K; k += W) acc[0] += load(w + k) * load(x + k);
-    return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+    for (; k < K; k += W)
+        for (int n = 0; n < N; n++) acc[n][0] += load(w + k) * load(x + (size_t)n * K + k);
+    for (int n = 0; n < N; n++) out[n] = sum((acc[n][0] + acc[n][1]) + (acc[n][2] + acc[n][3]));
 }
 
 struct Matrix {  // (out, in) row by row, a scale per row where they are int8, a bias where there is one
@@ -101,11 +107,12 @@ struct Matrix {  // (out, in) row by row, a scale per row where they are int8, a
 enum Kind { FLOAT, BFLOAT16, INT8 };
 enum Mode { SET, ADD, MULTIPLY };
 
-// Rows `from` to `to` of a times each x (B, K), into, onto or times those columns of y (B, stride).
+// Rows `from` to `to` of a times each x (B, K), into, onto or times those columns of y (B, stride). With `alone` each x
+// is computed as if there were no other, to the last bit.
 template <class T>
 static void product(const Matrix& a, int from, int to, int K, const float* x, int B, float* y, int stride,
-                    Mode mode) {
-    constexpr int R = 3, M = 4;  // with these sums and their factors 16 registers are full
+                    Mode mode, bool alone) {
+    constexpr int R = 3, M = 4, N = 3;  // with these sums and their factors 16 registers are full
     const T* w = (const T*)a.w;
     auto put = [&](int b, int o, float value) {
         if (a.scale) value *= a.scale[o];
@@ -113,16 +120,24 @@ static void product(const Matrix& a, int from, int to, int K, const float* x, in
         float* at = y + (size_t)b * stride + o;
         *at = mode == SET ? value : mode == ADD ? *at + value : *at * value;
     };
-    auto row = [&](int b, int o) { put(b, o, dot(w + (size_t)o * K, x + (size_t)b * K, K)); };
     for (int o = from; o < to; o += R) {
         const int last = o + R < to ? o + R : to;
         int b = 0;
-        for (float out[R * M]; o + R <= to && b + M <= B; b += M) {
+        for (float out[R * M]; !alone && o + R <= to && b + M <= B; b += M) {
             tile<R, M>(w + (size_t)o * K, x + (size_t)b * K, K, out);
             for (int j = 0; j < R * M; j++) put(b + j / R, o + j % R, out[j]);
         }
-        for (; b < B; b++)
-            for (int r = o; r < last; r++) row(b, r);
+        for (int r = o, from_b = b; r < last; r++) {
+            float out[N];
+            for (b = from_b; b + N <= B; b += N) {
+                dots<N>(w + (size_t)r * K, x + (size_t)b * K, K, out);
+                for (int n = 0; n < N; n++) put(b + n, r, out[n]);
+            }
+            for (; b < B; b++) {
+                dots<1>(w + (size_t)r * K, x + (size_t)b * K, K, out);
+                put(b, r, *out);
+            }
+        }
     }
 }
 
@@ -161,33 +176,43 @@ static void activate(const Model& m, float* x, int n) {
         for (int i = 0; i < n; i++) x[i] *= 0.5f * (1 + fast_erf(x[i] * 0.70710678f));
 }
 
-// All heads of one stream that share key/value head h: its qkv -> its y. Keys and values of that head begin `offset`
-// elements into the caches, which get this position's.
+// QK-norm, then the rotation of a position, for one head.
+static void place(const Model& m, float* x, const float* w, int pos) {
+    const int D = m.head_dim;
+    if (w) normalize(m, x, w, nullptr, D, m.qk_eps, x);
+    if (!m.rope) return;
+    const float *cos = m.rope + (size_t)pos * D, *sin = cos + m.block_size * D;
+    for (int i = 0; i < D / 2; i++) {
+        float a = x[i], c = x[i + D / 2];
+        x[i] = a * cos[i] - c * sin[i];
+        x[i + D / 2] = c * cos[i + D / 2] + a * sin[i + D / 2];
+    }
+}
+
+// Key and value of one token and head h into the caches, where that head's begin at `offset` elements.
 template <class C>
-static void attend(const Model& m, const Layer& l, float* qkv, int h, int pos, void* k_cache, void* v_cache,
-                   size_t offset, float* p, float* y) {
-    const int D = m.head_dim, group = m.heads / m.kv_heads;
+static void remember(const Model& m, const Layer& l, float* qkv, int h, int pos, void* k_cache, void* v_cache,
+                     size_t offset) {
+    const int D = m.head_dim;
     C *ks = (C*)k_cache + offset, *vs = (C*)v_cache + offset;
     float *k = qkv + (m.heads + h) * D, *v = k + m.kv_heads * D;
-    auto place = [&](float* x, const float* w) {  // QK-norm, then the rotation of this position
-        if (w) normalize(m, x, w, nullptr, D, m.qk_eps, x);
-        if (!m.rope) return;
-        const float *cos = m.rope + (size_t)pos * D, *sin = cos + m.block_size * D;
-        for (int i = 0; i < D / 2; i++) {
-            float a = x[i], c = x[i + D / 2];
-            x[i] = a * cos[i] - c * sin[i];
-            x[i + D / 2] = c * cos[i + D / 2] + a * sin[i + D / 2];
-        }
-    };
-    place(k, l.k_norm);
+    place(m, k, l.k_norm, pos);
     for (int d = 0; d < D; d++) { store(ks + (size_t)pos * D + d, k[d]); store(vs + (size_t)pos * D + d, v[d]); }
+}
+
+// All heads of one token that share key/value head h: its qkv -> its y, from the caches as `remember` filled them.
+template <class C>
+static void attend(const Model& m, const Layer& l, float* qkv, int h, int pos, const void* k_cache,
+                   const void* v_cache, size_t offset, float* p, float* y) {
+    const int D = m.head_dim, group = m.heads / m.kv_heads;
+    const C *ks = (const C*)k_cache + offset, *vs = (const C*)v_cache + offset;
     for (int g = h * group; g < (h + 1) * group; g++) {
         float* q = qkv + g * D;
-        place(q, l.q_norm);
+        place(m, q, l.q_norm, pos);
         float top, total = 0, scale = 1 / std::sqrt((float)D);
         int j = 0;
         for (; j + 4 <= pos + 1; j += 4) tile<4, 1>(ks + (size_t)j * D, q, D, p + j);
-        for (; j <= pos; j++) p[j] = dot(ks + (size_t)j * D, q, D);
+        for (; j <= pos; j++) dots<1>(ks + (size_t)j * D, q, D, p + j);
         top = p[0];
         #pragma omp simd reduction(max : top)
         for (j = 0; j <= pos; j++) top = p[j] > top ? p[j] : top;
@@ -221,15 +246,17 @@ struct Barrier {
 };
 
 // What step.py calls: x (B, width), embeddings in and states out; logits (B, vocab). k, v: caches of all layers
-// (layers, rows, H_kv, S, D), bfloat16 where is_short, else float; stream b has row b and is at positions[b].
+// (layers, rows, H_kv, S, D), bfloat16 where is_short, else float. Token b goes to positions[b] of row b, or of row 0
+// where is_one: then they are one stream's, in order, and get the logits that they would get one by one.
 // scratch: floats, as many as step.py says.
-extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, int is_short, int B, int rows, int S,
-                            const int64_t* positions, void* k, void* v, float* x, float* logits, float* scratch,
-                            int threads) {
+extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, int is_short, int is_one, int B,
+                            int rows, int S, const int64_t* positions, void* k, void* v, float* x, float* logits,
+                            float* scratch, int threads) {
     const Model& m = *model;
     const int E = m.width, D = m.head_dim, Q = (m.heads + 2 * m.kv_heads) * D, Y = m.heads * D, F = m.inner;
     float *qkv = scratch, *y = qkv + (size_t)B * Q, *inner = y + (size_t)B * Y, *own = inner + (size_t)B * F;
     auto multiply = kind == FLOAT ? product<float> : kind == BFLOAT16 ? product<bfloat16> : product<int8_t>;
+    auto keep = is_short ? remember<bfloat16> : remember<float>;
     auto attention = is_short ? attend<bfloat16> : attend<float>;
     Barrier barrier;
     #pragma omp parallel num_threads(threads)
@@ -239,7 +266,7 @@ extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, i
         float* p = z + (size_t)B * E;
         auto first = [&](int n, int thread) { return thread == of ? n : (int)((int64_t)n / 16 * thread / of) * 16; };
         auto share = [&](const Matrix& a, int n, int K, const float* in, float* out, Mode mode) {
-            multiply(a, first(n, t), first(n, t + 1), K, in, B, out, n, mode);
+            multiply(a, first(n, t), first(n, t + 1), K, in, B, out, n, mode, is_one);
         };
         auto norm_all = [&](const float* w, const float* bias) {  // each thread for itself: cheaper than to wait
             for (int b = 0; b < B; b++) normalize(m, x + (size_t)b * E, w, bias, E, m.eps, z + (size_t)b * E);
@@ -249,11 +276,18 @@ extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, i
             norm_all(l.attn_norm, l.attn_norm_bias);
             share(l.qkv, Q, E, z, qkv, SET);
             barrier.wait(of);
-            const int heads = B * m.kv_heads;
-            for (int at = heads * t / of; at < heads * (t + 1) / of; at++) {
+            const int heads = B * m.kv_heads, from_head = heads * t / of, to_head = heads * (t + 1) / of;
+            auto offset = [&](int at) {
+                return ((size_t)i * rows * m.kv_heads + (is_one ? at % m.kv_heads : at)) * S * D;
+            };
+            for (int at = from_head; at < to_head; at++) {
                 const int b = at / m.kv_heads;
-                const size_t offset = ((size_t)i * rows * m.kv_heads + at) * S * D;
-                attention(m, l, qkv + (size_t)b * Q, at % m.kv_heads, positions[b], k, v, offset, p, y + (size_t)b * Y);
+                keep(m, l, qkv + (size_t)b * Q, at % m.kv_heads, positions[b], k, v, offset(at));
+            }
+            if (is_one) barrier.wait(of);  // they look at each other's
+            for (int at = from_head; at < to_head; at++) {
+                const int b = at / m.kv_heads, h = at % m.kv_heads;
+                attention(m, l, qkv + (size_t)b * Q, h, positions[b], k, v, offset(at), p, y + (size_t)b * Y);
             }
             barrier.wait(of);
             share(l.proj, E, Y, y, x, ADD);

@@ -151,9 +151,11 @@ class Step:
                      *self.norm(block.attn_norm), *self.norm(block.mlp_norm),
                      self.norm(attn.q_norm)[0], self.norm(attn.k_norm)[0])  # fmt: skip
 
-    def __call__(self, tokens: Tensor, caches: list[KVCache], positions: list[int]) -> Tensor:
+    def __call__(self, tokens: Tensor, caches: list[KVCache], positions: list[int], one: bool = False) -> Tensor:
         """One token further in the first B rows of the caches: tokens (B, 1) go to `positions`, behind what is there.
         Returns logits (B, V) float32.
+
+        one: all tokens are of row 0, one behind the other; logits equal those of B calls, bit for bit.
 
         Needs `library()`, and caches as `make_caches` gives them: all layers one behind the other.
         """
@@ -164,10 +166,10 @@ class Step:
         x, logits = x.float().contiguous(), torch.empty(B, model.cfg.vocab_size)
         threads = torch.get_num_threads()
         scratch = torch.empty(B * self.per_stream + threads * (B * model.cfg.n_embd + self.per_thread))
-        library().miaobi_step(
-            ctypes.byref(self.about), self.layers, KINDS.index(self.kind), cache.k.dtype == torch.bfloat16, B, rows, S,
-            *(ctypes.c_void_p(t.data_ptr()) for t in (places, cache.k, cache.v, x, logits, scratch)), threads,
-        )  # fmt: skip
+        is_short = cache.k.dtype == torch.bfloat16
+        addresses = (ctypes.c_void_p(t.data_ptr()) for t in (places, cache.k, cache.v, x, logits, scratch))
+        library().miaobi_step(ctypes.byref(self.about), self.layers, KINDS.index(self.kind), is_short, one, B, rows, S,
+                              *addresses, threads)  # fmt: skip
         return logits
 
 
