@@ -231,7 +231,8 @@ def test_replies_with_a_remembered_beginning_are_those_read_anew(talker, monkeyp
         read.clear()
         assert say(keeping, text) == expected
         if n in (1, 2, 3):  # later the oldest exchanges no longer fit, and all is read again
-            assert read[0] == len(text) + 1, "<sep> and the message; the <sep> behind it begins the reply"
+            # The message, and the <sep> before it unless a guess brought that; the <sep> behind it begins the reply.
+            assert read[0] - len(text) in (0, 1)
     assert len(keeping.template.encode(keeping.messages)) > 64
 
 
