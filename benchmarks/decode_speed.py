@@ -25,17 +25,18 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks import sample_speed
 from benchmarks.common import Worker, machine, parse, ratio, report, take_turns
 from benchmarks.sample_speed import GREEDY, PROMPT, TEMPERATURE, TOP_K, Transformers, write_model
-from miaobi.config import SamplingConfig
+from miaobi.config import SampleConfig, SamplingConfig
 from miaobi.console import log
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.generate import engine, step
-from miaobi.generate.slots import Stream
+from miaobi.generate.slots import Slots, Stream
 
 PAIRED = {"bfloat16": "bf16", "int8": "q8_0"}  # our precision -> llama.cpp's nearest
 Requests = list[tuple[list[int], int]]  # ids of a prompt, and how many tokens follow
@@ -50,7 +51,7 @@ class Args:
     llama_python: Path | None = None
     """The interpreter of an environment with llama-cpp-python and gguf."""
     trained: Path | None = None
-    """A trained model to measure what its precision costs."""
+    """A trained model to measure what its precision costs, and what prompt lookup brings."""
     text: Path | None = None
     """Text that it was not trained on."""
     characters: int = 20_000
@@ -98,6 +99,16 @@ class Miaobi(sample_speed.Miaobi):
             slots.advance()
         texts = [one.ids[len(ids) :] for one, (ids, _) in zip(opened, requests, strict=True)]
         return texts, time.perf_counter() - started
+
+    def greedy_rate(self, prompts: list[str], tokens: int, guesses: bool) -> float:
+        """Tokens per second of greedy continuations, one after another, with prompt lookup or without."""
+        cfg = SampleConfig(max_new_tokens=tokens, temperature=0)
+        with ExitStack() as stack:
+            if not guesses:
+                stack.enter_context(mock.patch.object(Slots, "guess", return_value=[]))
+            started = time.perf_counter()
+            written = sum(1 for prompt in prompts for _ in self.lm.tokens(prompt, cfg))
+        return written / (time.perf_counter() - started)
 
     def logits(self, ids: list[int]) -> list[float]:
         """Of the token after `ids`, read one by one."""
@@ -258,6 +269,11 @@ def main() -> None:
               [("miaobi bfloat16", "transformers float32")])  # fmt: skip
     if args.trained and args.text:
         text = args.text.read_text(encoding="utf-8")[: args.characters]
+        prompts = [text[i : i + 120] for i in range(0, len(text) - 120, max(120, len(text) // 10))]
+        with closing(Worker(Miaobi, args.trained, "bfloat16", args.threads)) as side:
+            greedy = {name: partial(side.call, "greedy_rate", prompts, args.tokens, name == "with guesses")
+                      for name in ("with guesses", "without")}  # fmt: skip
+            turns(f"greedy, {len(prompts)} prompts of the text", greedy, [("with guesses", "without")])
         quality = {dtype: bits_per_character(args.trained, text, dtype, args.threads) for dtype in step.KINDS}
         for dtype, bits in quality.items():
             rows.append(["bits/char", dtype, f"{bits:.4f}", f"{bits - quality['float32']:+.4f}"])

@@ -186,8 +186,8 @@ class OptimConfig:
     """muon = Muon for the matrices inside blocks, AdamW for the rest; auto = muon for a qwen3 from scratch, else adamw
     (gpt2, and any MODEL that is tuned)."""
     learning_rate: float | None = None
-    """Peak rate of AdamW; default 1e-3 (adamw), 3e-3 (muon's AdamW part; 1e-3 in a short run after bigram_init); a
-    tenth of it where init_from names a MODEL, but 1e-3 for LoRA."""
+    """Peak rate of AdamW; default 1e-3 (adamw), 3e-3 (muon's AdamW part up to 256 wide, then less by the root of the
+    width; 1e-3 in a short run after bigram_init); a tenth of it where init_from names a MODEL, but 1e-3 for LoRA."""
     muon_learning_rate: float | None = None
     """Peak rate of Muon, in units of an orthogonal update scaled by sqrt(max(1, rows/columns)); default 0.02, in a
     short run after bigram_init 0.005."""

@@ -11,9 +11,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks.common import Ratio, Worker, ratio, take_turns
 
 from benchmarks import common
+from miaobi.device import can_compile
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,6 +139,16 @@ def test_sample_speed_against_transformers():
     assert told["greedy_equal"]
     assert set(told["ratios"]["1x20"]) == {"transformers"}
     assert told["ratios"]["2x40"] == {}  # beyond the block only miaobi goes on
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
+def test_decode_speed_without_llama():
+    """Greedy texts of even and of uneven requests are compared with transformers' on the way."""
+    sizes = ("--n_layer", 2, "--n_head", 4, "--n_embd", 64, "--vocab_size", 600)
+    told = run("decode_speed", *sizes, "--pairs", 1, "--tokens", 8, "--streams", 2, "--stream_tokens", 4, "--uneven", 3)
+    assert max(told["distances"].values()) < 0.1
+    assert set(told["ratios"]["3 uneven, 2 at a time"]) == {"transformers float32"}
 
 
 @pytest.mark.slow

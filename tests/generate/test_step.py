@@ -10,7 +10,7 @@ import torch
 from miaobi.config import ModelConfig, SampleConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import can_compile
-from miaobi.generate import engine, slots, step
+from miaobi.generate import engine, step
 from miaobi.model.checkpoint import save_model
 from miaobi.model.transformer import Transformer
 
@@ -171,7 +171,7 @@ def test_the_step_takes_over_in_the_middle(tmp_path: Path, monkeypatch: pytest.M
         asked.append(None)
         return None if len(asked) < 10 else ready
 
-    monkeypatch.setattr(slots, "library", later)
+    monkeypatch.setattr(step, "library", later)
     assert greedy(lm) == whole
     assert len(asked) > 10
 

@@ -103,6 +103,15 @@ def test_the_recipe_of_each_family():
     assert gpt2.lr_decay_iters == qwen3.lr_decay_iters == 4000
 
 
+@pytest.mark.parametrize(("n_embd", "expected"), [(64, 3e-3), (256, 3e-3), (512, 3e-3 / 2**0.5), (1024, 1.5e-3)])
+def test_wider_models_take_smaller_steps_with_muons_adamw(n_embd, expected):
+    wide = resolve_optim(OptimConfig(), "qwen3", 4000, n_embd=n_embd)
+    assert wide.learning_rate == pytest.approx(expected)
+    assert wide.muon_learning_rate == 0.02
+    assert resolve_optim(OptimConfig(), "gpt2", 4000, n_embd=n_embd).learning_rate == 1e-3
+    assert resolve_optim(OptimConfig(learning_rate=4e-3), "qwen3", 4000, n_embd=n_embd).learning_rate == 4e-3
+
+
 # --- Muon --------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from miaobi.console import warn
 from miaobi.corpus.tokenizer import PAD, SEP, Tokenizer
 from miaobi.device import can_compile, cpu_has_bf16, explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
+from miaobi.generate.graph import GraphStep
 from miaobi.generate.slots import Slots, Stream
 from miaobi.generate.step import Step, can_step
 from miaobi.model.checkpoint import load_model
@@ -78,9 +79,9 @@ class LanguageModel:
         model: Transformer,
         tokenizer: Tokenizer,
         end_ids: tuple[int, ...] | None = None,
-        step: Step | None = None,
+        step: Step | GraphStep | None = None,
     ) -> None:
-        """end_ids: None = the tokenizer's end-of-text. step: the model's compiled step, if it has one."""
+        """end_ids: None = the tokenizer's end-of-text. step: the model's fast step, if it has one."""
         self.model = model.eval()
         self.step = step
         self.tokenizer = tokenizer
@@ -239,7 +240,7 @@ def load(
     keep_allocations()
     where, wish = pick_device(device or "auto"), dtype or "auto"
     model, tokenizer = load_model(name, checkpoint)
-    step = None
+    step: Step | GraphStep | None = None
     if where.type == "cpu" and wish != "float16" and can_compile(where) and can_step(model):
         kind = "bfloat16" if wish == "auto" else wish
         step = Step(model, kind)
@@ -249,7 +250,10 @@ def load(
             warn("int8 weights need a CPU and a C++ compiler; using --dtype=auto")
             wish = "auto"
         precision = pick_dtype(wish, where)
-    return LanguageModel(model.to(where, precision), tokenizer, model.end_ids, step)
+    model = model.to(where, precision)
+    if where.type == "cuda":
+        step = GraphStep(model)
+    return LanguageModel(model, tokenizer, model.end_ids, step)
 
 
 def read_prompt(start: str) -> str:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from miaobi.config import SamplingConfig
+from miaobi.generate.graph import GraphStep
 from miaobi.generate.sampling import next_token, penalize_repeats
-from miaobi.generate.step import Step, library
+from miaobi.generate.step import Step
 from miaobi.model.transformer import KVCache, RowCache, Transformer
 
 PREFILL_TOKENS = 8192  # of several prompts in one forward pass, which bounds its memory
@@ -52,8 +53,8 @@ class Slots:
         known: for each row, the tokens whose keys and values are in it from position 0 on, also after its stream's end.
     """
 
-    def __init__(self, model: Transformer, size: int = 1, compiled: Step | None = None) -> None:
-        """size: streams at once. compiled: the model's step, if it has one."""
+    def __init__(self, model: Transformer, size: int = 1, compiled: Step | GraphStep | None = None) -> None:
+        """size: streams at once. compiled: the model's fast step, if it has one."""
         self.model, self.size, self.compiled = model, size, compiled
         self.running: list[Stream] = []
         self.waiting: list[Stream] = []
@@ -120,7 +121,9 @@ class Slots:
         For one greedy stream and the compiled step alone. Greedy text of a small model repeats itself, drawn text
         does not, and many streams are bound by arithmetic (docs/lab-notes.md).
         """
-        if self.compiled is None or len(self.running) > 1 or self.running[0].cfg.temperature or library() is None:
+        if not isinstance(self.compiled, Step) or not self.compiled.ready:
+            return []
+        if len(self.running) > 1 or self.running[0].cfg.temperature:
             return []
         stream, room = self.running[0], self.model.cfg.block_size - len(self.known[0]) - 1
         most = min(GUESSED[stream.trust], stream.left - 1, room)
@@ -233,13 +236,16 @@ class Slots:
             self.known[row] = list(prompt)
 
     def step(self, tokens: list[int], positions: list[int]) -> Tensor:
-        """Logits (n, V) behind `tokens` of the first n rows, which go to `positions`: by the compiled step, once it is
-        there.
-        """
+        """Logits (n, V) behind `tokens` of the first n rows, which go to `positions`: by the fast step if ready."""
         n, last = len(tokens), max(positions)
         ids = torch.tensor(tokens, device=self.device)[:, None]
-        if self.compiled is not None and library() is not None:
-            return self.compiled(ids, self.caches, positions)
+        if self.compiled is not None and self.compiled.ready:
+            end = self.caches[0].k.shape[2] - 1
+            for row in range(n, self.compiled.rows(n, self.size)):
+                del self.known[row][end:]
+            logits = self.compiled(ids, self.caches, positions)
+            if logits is not None:
+                return logits
         if min(positions) == last:
             return self.model(ids, caches=self.part(lambda k, v: KVCache(k[:n], v[:n], last)), last_only=True)[:, -1]
         places = torch.tensor(positions, device=self.device)

@@ -109,6 +109,15 @@ class Step:
         self.per_stream, self.per_thread = heads * attn.head_dim + inner, cfg.block_size
         library()  # begin to build it now: the prompt is read in the meantime
 
+    @property
+    def ready(self) -> bool:
+        """Whether the library is there."""
+        return library() is not None
+
+    def rows(self, n: int, size: int) -> int:
+        """How many of `size` rows a step of n takes: just those."""
+        return n
+
     def keep(self, tensor: Tensor | None) -> int | None:
         """Address of a tensor, which then stays."""
         if tensor is None:

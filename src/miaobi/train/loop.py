@@ -96,7 +96,7 @@ class Run:
         self.total_steps = length(cfg, len(self.blocks))
         tuning = cfg.train.trainable if self.progress.base else None
         gently = self.progress.bigrams and bigrams.is_short(cfg, model_cfg, self.data)  # it may have been extended
-        self.optim = resolve_optim(cfg.optim, model_cfg.family, self.total_steps, tuning, gently)
+        self.optim = resolve_optim(cfg.optim, model_cfg.family, self.total_steps, tuning, gently, model_cfg.n_embd)
         self.optimizers = make_optimizers(self.model, self.optim, self.optim.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         if checkpoint is not None:

@@ -10,6 +10,7 @@ from miaobi.config import ModelConfig, OptimConfig, RunConfig
 from miaobi.console import warn
 from miaobi.errors import UserError
 
+WIDTH = 256  # of the models whose rates were swept
 CPU_TOKENS = 2048  # at once: a product of more rows is no faster on a CPU, and keeps more activations
 
 
@@ -24,17 +25,24 @@ def resolve_model(cfg: ModelConfig, vocab_size: int) -> ModelConfig:
 
 
 def resolve_optim(
-    cfg: OptimConfig, family: str, max_iters: int, tuning: str | None = None, bigrams: bool = False
+    cfg: OptimConfig,
+    family: str,
+    max_iters: int,
+    tuning: str | None = None,
+    bigrams: bool = False,
+    n_embd: int = WIDTH,
 ) -> OptimConfig:
     """Fill in optimizer, rates and schedule; see the help of each key for the rule.
 
     bigrams: the model did not start at random, and larger rates would spoil what it knows (docs/lab-notes.md).
+    n_embd: wider models take smaller steps in AdamW's part, by the root of the width, for each output sums over more
+    inputs; Muon's updates are scaled by their shape already.
     tuning: None from scratch, else what is trained of a MODEL (full or lora). LoRA likes ten times the rate of full
     tuning, whatever its rank (Schulman et al. 2025, thinkingmachines.ai/blog/lora).
     """
     kind = cfg.optimizer if cfg.optimizer != "auto" else ("adamw" if family == "gpt2" or tuning else "muon")
     schedule = cfg.schedule if cfg.schedule != "auto" else ("cosine" if kind == "adamw" else "wsd")
-    usual = 1e-3 if kind == "adamw" or bigrams else 3e-3
+    usual = 1e-3 if kind == "adamw" or bigrams else 3e-3 * min(1.0, (WIDTH / n_embd) ** 0.5)
     learning_rate = cfg.learning_rate or usual * (0.1 if tuning == "full" else 1.0)
     min_lr = cfg.min_lr if cfg.min_lr is not None else (learning_rate / 10 if schedule == "cosine" else 0.0)
     if min_lr > learning_rate:

@@ -1,0 +1,91 @@
+"""One decoding step on a GPU, recorded as a CUDA graph and replayed: launching its hundreds of small kernels one by one
+takes longer than they do (pytorch.org/blog/accelerating-pytorch-with-cuda-graphs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from miaobi.console import warn
+from miaobi.model.transformer import KVCache, RowCache, Transformer
+
+
+@dataclass
+class Recorded:
+    """A step of a fixed number of rows, whose tensors stay where they are."""
+
+    ids: Tensor
+    places: Tensor
+    logits: Tensor
+    replay: Callable[[], None]
+
+
+class GraphStep:
+    """A model's steps, recorded when they are first needed: one for each power of two of rows, so that few serve all.
+
+    Attributes:
+        ready: false once a step could not be recorded; nothing is tried again then.
+    """
+
+    cache_dtype = None
+
+    def __init__(self, model: Transformer) -> None:
+        self.model, self.ready = model, True
+        self.recorded: dict[int, Recorded] = {}
+        self.address = 0  # of the caches that the recorded steps read
+
+    def rows(self, n: int, size: int) -> int:
+        """How many of `size` rows a step of n takes. Those beyond n get something at the caches' last position."""
+        return min(size, 1 << (n - 1).bit_length())
+
+    def __call__(self, tokens: Tensor, caches: list[KVCache], positions: list[int]) -> Tensor | None:
+        """One token further: tokens (n, 1) go to `positions` of the first n rows. Returns logits (n, V), which the next
+        call overwrites, or None where no step can be recorded.
+        """
+        n, (size, _, length, _) = len(tokens), caches[0].k.shape
+        if self.address != caches[0].k.data_ptr():
+            self.recorded.clear()
+            self.address = caches[0].k.data_ptr()
+        rows = self.rows(n, size)
+        if rows not in self.recorded:
+            try:
+                self.recorded[rows] = self.record(rows, caches)
+            except RuntimeError as e:
+                self.ready = False
+                warn(f"no CUDA graph here ({str(e).splitlines()[0]}); decoding without, which is slower")
+                return None
+        step = self.recorded[rows]
+        step.ids[:n].copy_(tokens)
+        step.places.copy_(torch.tensor([*positions, *[length - 1] * (rows - n)]))
+        step.replay()
+        return step.logits[:n]
+
+    def record(self, rows: int, caches: list[KVCache]) -> Recorded:
+        """A step that looks at all positions of the caches behind a mask: no size in it depends on where a row is."""
+        device, last = self.model.wte.weight.device, caches[0].k.shape[2] - 1
+        ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        places = torch.full((rows,), last, device=device)  # what recording writes there is written again before use
+        part = [RowCache(cache.k[:rows], cache.v[:rows], last, places) for cache in caches]
+
+        def step() -> Tensor:
+            mask = torch.arange(last + 1, device=device) <= places[:, None]
+            return self.model(ids, places[:, None], mask[:, None, None], part, last_only=True)[:, -1]
+
+        return Recorded(ids, places, *self.capture(step))
+
+    def capture(self, step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        """What `step` returns, and what computes it anew in the same place."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # libraries allocate what they need the first time
+                step()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
+        return logits, graph.replay

@@ -1,0 +1,81 @@
+"""Recorded steps. Recording itself needs a GPU; everything around it is tested with one that simply runs again."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from miaobi.config import ModelConfig, SamplingConfig
+from miaobi.generate.graph import GraphStep
+from miaobi.generate.slots import Slots, Stream
+from miaobi.model.transformer import Transformer
+
+V, BLOCK = 37, 16
+CFG = SamplingConfig(max_new_tokens=30, temperature=0, repetition_penalty=1.2)
+PROMPTS = [[5], [1, 2, 3, 4], [1, 2, 9], [*range(14)], [*range(30)], [1, 2, 3, 4, 6]]
+
+
+class Rerun(GraphStep):
+    """Records by keeping the function; its result stays in one place, as a graph's does."""
+
+    def capture(self, step):
+        self.records = getattr(self, "records", 0) + 1
+        logits = step()
+        return logits, lambda: logits.copy_(step())
+
+
+class Refused(GraphStep):
+    def capture(self, step):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore of that")
+
+
+def model(family: str, device: str = "cpu", dtype: torch.dtype = torch.double) -> Transformer:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": BLOCK, "vocab_size": V}
+    made = Transformer(ModelConfig(family=family, **sizes)).eval()
+    for p in made.parameters():
+        torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.3)
+    return made.to(device, dtype)
+
+
+def written(transformer: Transformer, size: int, graphs: GraphStep | None) -> list[list[int]]:
+    """What streams of different lengths write that come as slots become free."""
+    slots, device = Slots(transformer, size, graphs), transformer.wte.weight.device
+    streams = [Stream(list(ids), replace(CFG, max_new_tokens=30 - 4 * n), torch.Generator(device))
+               for n, ids in enumerate(PROMPTS)]  # fmt: skip
+    coming = list(streams)
+    while any(one.left for one in streams):
+        while coming and slots.free:
+            slots.add(coming.pop(0))
+        slots.advance()
+    return [one.ids for one in streams]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("size", [1, 3, 5, 6])
+def test_recorded_steps_write_what_plain_ones_write(family, size):
+    """Past the block, with rows that nobody has, and with remembered rows that a later prompt begins like."""
+    transformer = model(family)
+    graphs = Rerun(transformer)
+    assert written(transformer, size, graphs) == written(transformer, size, None)
+    assert set(graphs.recorded) <= {min(size, rows) for rows in (1, 2, 4, 8)}
+    assert graphs.records <= 3 * len(graphs.recorded), "recorded again only where the caches grew"
+
+
+def test_where_nothing_can_be_recorded_decoding_goes_on_and_says_so_once(capsys):
+    transformer = model("qwen3")
+    graphs = Refused(transformer)
+    assert written(transformer, 3, graphs) == written(transformer, 3, None)
+    assert not graphs.ready
+    said = capsys.readouterr().err
+    assert said.count("no CUDA graph here (CUDA error: operation not permitted when stream is capturing)") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_cuda_graphs_write_what_plain_steps_write(family):
+    transformer = model(family, "cuda", torch.float32)
+    graphs = GraphStep(transformer)
+    assert written(transformer, 4, graphs) == written(transformer, 4, None)
+    assert graphs.ready
+    assert graphs.recorded
