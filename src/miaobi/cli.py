@@ -143,7 +143,7 @@ def train(args: list[str]) -> None:
 
         with join(cfg.train).first():  # of several processes one converts
             cfg, origin = start_from_checkpoint(cfg, origin)
-    from miaobi.generate.engine import preview
+    from miaobi.generate.chat import preview
     from miaobi.train.loop import train as train_run
 
     result = train_run(cfg, origin, preview)

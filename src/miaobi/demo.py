@@ -94,7 +94,8 @@ def prepare_texts(out: Path, quick: bool) -> None:
 
 def write_on(out: Path, quick: bool) -> dict:
     """Train on the articles and continue PROMPTS; returns train's figures with samples and trigram_share."""
-    from miaobi.generate.engine import load, preview
+    from miaobi.generate.chat import preview
+    from miaobi.generate.engine import load
     from miaobi.train.loop import train
 
     given = {"data": str(out / "data"), "out_dir": str(out)} | (QUICK if quick else {})
@@ -126,8 +127,8 @@ def talk(out: Path, quick: bool) -> tuple[list[dict[str, str]], str]:
 
     Returns [{user, assistant}, ...], empty where the training was interrupted, and why the training stopped.
     """
-    from miaobi.generate.chat import Chat
-    from miaobi.generate.engine import load, preview
+    from miaobi.generate.chat import Chat, preview
+    from miaobi.generate.engine import load
     from miaobi.train.loop import train
 
     run = out / "chat"

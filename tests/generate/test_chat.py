@@ -17,8 +17,8 @@ from miaobi.config import ChatConfig, ModelConfig
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, Messages
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.generate.chat import Chat
-from miaobi.generate.engine import LanguageModel, load, preview
+from miaobi.generate.chat import Chat, preview
+from miaobi.generate.engine import LanguageModel, load
 from miaobi.generate.slots import Slots, Stream
 from miaobi.model.transformer import Transformer
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from miaobi.config import ModelConfig, SampleConfig
 from miaobi.corpus.tokenizer import SPECIALS, Tokenizer
 from miaobi.errors import UserError
-from miaobi.generate.engine import LanguageModel, load, preview, read_prompt
+from miaobi.generate.chat import preview
+from miaobi.generate.engine import LanguageModel, load, read_prompt
 from miaobi.generate.slots import Stream
 from miaobi.model.checkpoint import end_ids
 from miaobi.model.transformer import Transformer

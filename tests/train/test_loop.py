@@ -143,7 +143,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train, pre
 
 
 def test_printed_samples_change_nothing(train, prepared, tmp_path):
-    from miaobi.generate.engine import preview
+    from miaobi.generate.chat import preview
 
     prompts = []
 

@@ -12,7 +12,7 @@ from miaobi.corpus.dialogue import GREETING, first_message
 from miaobi.corpus.prepare import prepare
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, ChatTemplate
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.generate.engine import preview
+from miaobi.generate.chat import preview
 
 SYSTEM_ADDED = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n你是妙笔<|im_end|>\n{% endif %}" + CHATML_TEMPLATE

@@ -7,13 +7,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from miaobi.config import ChatConfig
+from miaobi.config import ChatConfig, SampleConfig
 from miaobi.console import warn
 from miaobi.corpus.template import ChatTemplate, Messages
+from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory
 from miaobi.errors import UserError
 from miaobi.generate.engine import LanguageModel, control_ids
 from miaobi.generate.slots import Stream
+from miaobi.model.transformer import Transformer
 
 UNKNOWN = ("<unk>", "[UNK]")  # control tokens that end nothing; a reply made of them says nothing either
 
@@ -146,3 +148,17 @@ class Chat:
         finally:
             if said:
                 self.messages = [*asked, {"role": "assistant", "content": said}]
+
+
+def preview(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int, end_ids: tuple[int, ...], is_dialogue: bool
+) -> str:
+    """A short continuation, or `>>>` and a message with its reply, always drawn the same way, for the log of a run."""
+    lm, cfg = LanguageModel(model, tokenizer, end_ids), SampleConfig(num_samples=1, max_new_tokens=tokens)
+    if not is_dialogue:
+        return lm.generate(prompt, cfg)[0].text
+    chat = Chat(lm, ChatConfig(max_new_tokens=tokens, seed=cfg.seed))
+    asked = chat.template.encode([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    # Not chat.reply: it refuses a template that fills a small block, and a sample is no reason to end a run.
+    drawn = lm.write(lm.slots(), chat.stream(asked))
+    return f">>>{prompt}\n" + "".join(lm.pieces(drawn, chat.ends))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from miaobi.config import ChatConfig, SampleConfig
+from miaobi.config import SampleConfig
 from miaobi.console import warn
 from miaobi.corpus.tokenizer import PAD, SEP, Tokenizer
 from miaobi.device import can_compile, cpu_has_bf16, explain_memory, keep_allocations, pick_device, pick_dtype
@@ -266,22 +266,6 @@ def read_prompt(start: str) -> str:
     from miaobi.corpus.read import read_documents  # with its unpackers a tenth of a second, that a chat need not wait
 
     return "".join(read_documents([str(path)], whole=True))
-
-
-def preview(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, tokens: int, end_ids: tuple[int, ...], is_dialogue: bool
-) -> str:
-    """A short continuation, or `>>>` and a message with its reply, always drawn the same way, for the log of a run."""
-    lm, cfg = LanguageModel(model, tokenizer, end_ids), SampleConfig(num_samples=1, max_new_tokens=tokens)
-    if not is_dialogue:
-        return lm.generate(prompt, cfg)[0].text
-    from miaobi.generate.chat import Chat  # which stands on this module
-
-    chat = Chat(lm, ChatConfig(max_new_tokens=tokens, seed=cfg.seed))
-    asked = chat.template.encode([{"role": "user", "content": prompt}], add_generation_prompt=True)
-    # Not chat.reply: it refuses a template that fills a small block, and a sample is no reason to end a run.
-    drawn = lm.write(lm.slots(), chat.stream(asked))
-    return f">>>{prompt}\n" + "".join(lm.pieces(drawn, chat.ends))
 
 
 def timed(lm: LanguageModel, prompt: str, cfg: SampleConfig) -> tuple[list[Completion], float]:
