@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from miaobi.config import ModelConfig, SampleConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import can_compile
-from miaobi.generate import engine, step
+from miaobi.generate import engine, slots, step
 from miaobi.model.checkpoint import save_model
 from miaobi.model.transformer import Transformer
 
@@ -128,6 +129,24 @@ def test_greedy_text_in_float32_is_that_of_transformers(tmp_path: Path, family: 
     written = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False,
                               pad_token_id=0)  # fmt: skip
     assert written[0, prompt.shape[1] :].tolist() == greedy(lm)
+
+
+@pytest.mark.parametrize("tokens", range(20, 32))
+def test_a_greedy_sample_has_all_its_tokens_however_they_were_guessed(tmp_path: Path, tokens: int, monkeypatch):
+    """With guesses that are all right; and one that a stop string ends has none of the guesses behind it."""
+    lm = engine.load(saved(tmp_path, **FAMILIES["gpt2"]), "cpu", "float32")
+    cfg = SampleConfig(num_samples=1, max_new_tokens=tokens, temperature=0)
+    truth = [*lm.tokenizer.encode("一丁一丁"), *lm.tokens("一丁一丁", replace(cfg, max_new_tokens=36))]
+    monkeypatch.setattr(slots, "continued", lambda ids, most: truth[len(ids) :][: max(0, most)])
+    (whole,) = lm.generate("一丁一丁", cfg)
+    assert (whole.tokens, whole.finish_reason) == (tokens, "length")
+    ids = list(lm.tokens("一丁一丁", cfg))
+    assert whole.text == "一丁一丁" + lm.tokenizer.decode(ids)
+    assert "".join(lm.stream("一丁一丁", cfg)) == lm.tokenizer.decode(ids)
+    stop = lm.tokenizer.decode(ids[tokens // 2 : tokens // 2 + 1])
+    (cut,) = lm.generate("一丁一丁", cfg, stop=(stop,))
+    assert cut.text == "一丁一丁" + lm.tokenizer.decode(ids).split(stop)[0]
+    assert cut.tokens == ids.index(ids[tokens // 2]) + 1
 
 
 def test_text_goes_on_past_a_full_block(tmp_path: Path):

@@ -46,19 +46,24 @@ class Draft:
         self.end: int | None = None  # where a stop string cuts it
         self.completion = Completion(prompt, 0, "length")
 
-    def take(self, token: int) -> bool:
-        """Write one more token; whether the text has ended by that."""
-        done = self.completion
-        done.tokens += 1
+    @property
+    def ended(self) -> bool:
+        """Whether the text ended before its length did."""
+        return self.completion.finish_reason == "stop"
+
+    def take(self, token: int) -> None:
+        """Write one more token; nothing once the text has ended."""
+        if self.ended:
+            return
+        self.completion.tokens += 1
         if token in self.lm.end_ids:
-            done.finish_reason = "stop"
-            return True
+            self.completion.finish_reason = "stop"
+            return
         self.ids.append(token)
         if self.stop:
             self.end = first_stop(self.lm.tokenizer.decode(self.ids), self.stop)
         if self.end is not None:
-            done.finish_reason = "stop"
-        return self.end is not None
+            self.completion.finish_reason = "stop"
 
     def finish(self) -> Completion:
         """The whole text."""
@@ -130,13 +135,11 @@ class LanguageModel:
             if not drafts:
                 return
             for stream, token in slots.advance():
-                if stream not in drafts:  # it ended before the rest of what it had guessed
-                    continue
-                number, draft = drafts[stream]
-                if draft.take(token) or not stream.left:
-                    slots.end(stream)
-                    del drafts[stream]
-                    done[number] = draft.finish()
+                drafts[stream][1].take(token)
+            for stream in [stream for stream, (_, draft) in drafts.items() if draft.ended or not stream.left]:
+                slots.end(stream)
+                number, draft = drafts.pop(stream)
+                done[number] = draft.finish()
             while given in done:
                 yield done.pop(given)
                 given += 1
