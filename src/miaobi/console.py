@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,3 +57,29 @@ def progress(*columns: str | ProgressColumn) -> Progress:
         console=console,
         transient=not console.is_terminal,
     )
+
+
+@contextmanager
+def token_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Call what this gives with the number of tokens written: after two seconds a terminal shows a bar of `total`, with
+    tokens/s and the time that is left at most.
+    """
+    from rich.progress import TextColumn
+
+    bar, started, done = progress(TextColumn("{task.fields[speed]:,.0f} tokens/s")), time.perf_counter(), 0
+    task = bar.add_task(description, total=total, speed=0.0)
+
+    def wrote(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        seconds = time.perf_counter() - started
+        if seconds > 2 and _console().is_terminal:
+            bar.start()
+            bar.update(task, completed=done, speed=done / seconds)
+
+    bar.live.transient = True  # what was written is what stays
+    try:
+        yield wrote
+    finally:
+        if bar.live.is_started:
+            bar.stop()

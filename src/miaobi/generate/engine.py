@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from miaobi.config import SampleConfig
-from miaobi.console import warn
+from miaobi.console import token_bar, warn
 from miaobi.corpus.tokenizer import PAD, SEP, Tokenizer
 from miaobi.device import can_compile, cpu_has_bf16, explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
@@ -116,9 +116,17 @@ class LanguageModel:
         cfg = replace(cfg or SampleConfig(), **overrides)
         return list(self.complete([prompt] * cfg.num_samples, cfg))
 
-    def complete(self, prompts: Iterable[str], cfg: SampleConfig | None = None, **overrides) -> Iterator[Completion]:
+    def complete(
+        self,
+        prompts: Iterable[str],
+        cfg: SampleConfig | None = None,
+        wrote: Callable[[int], None] = lambda tokens: None,
+        **overrides,
+    ) -> Iterator[Completion]:
         """One continuation of each prompt, in their order and as many at a time as go well together; where one ends,
         the next begins. `prompts` are taken when there is room for them. The nth has the seed `seed + n`.
+
+        wrote: is told after each step how many tokens it wrote.
         """
         cfg = replace(cfg or SampleConfig(), **overrides)
         coming = enumerate(prompts)
@@ -134,7 +142,9 @@ class LanguageModel:
                 slots.add(stream)
             if not drafts:
                 return
-            for stream, token in slots.advance():
+            drawn = slots.advance()
+            wrote(len(drawn))
+            for stream, token in drawn:
                 drafts[stream][1].take(token)
             for stream in [stream for stream, (_, draft) in drafts.items() if draft.ended or not stream.left]:
                 slots.end(stream)
@@ -274,6 +284,9 @@ def read_prompt(start: str) -> str:
 def timed(lm: LanguageModel, prompt: str, cfg: SampleConfig) -> tuple[list[Completion], float]:
     """Continuations of `prompt`, and the tokens per second over all streams."""
     started = time.perf_counter()
-    with explain_memory(lm.device, f"{cfg.num_samples} streams were too many; try a smaller --num_samples"):
-        completions = lm.generate(prompt, cfg)
+    with (
+        explain_memory(lm.device, f"{cfg.num_samples} streams were too many; try a smaller --num_samples"),
+        token_bar("sample", cfg.num_samples * cfg.max_new_tokens) as wrote,
+    ):
+        completions = list(lm.complete([prompt] * cfg.num_samples, cfg, wrote))
     return completions, sum(c.tokens for c in completions) / (time.perf_counter() - started)
