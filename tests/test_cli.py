@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -27,6 +28,19 @@ def test_starting_does_not_import_torch(arguments):
             "assert not heavy, heavy")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, *arguments], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--version", 0), ("nonsense", 2)])
+def test_under_torchrun_a_process_ends_before_its_interpreter_is_taken_down(argument, code):
+    """Groups that torch's caches still hold have threads that abort the process then, now and again."""
+    script = ("import atexit, os, runpy, sys\nclass Group:\n    def __del__(self, abort=os.abort): abort()\nheld = Group()\n"
+              "atexit.register(print, 'what was registered is run')\nsys.argv = ['miaobi', sys.argv[1]]\n"
+              "runpy.run_module('miaobi', run_name='__main__')")  # fmt: skip
+    for several in ({}, {"TORCHELASTIC_RUN_ID": "1"}):
+        done = subprocess.run([sys.executable, "-c", script, argument], env=os.environ | several, capture_output=True,
+                              text=True)  # fmt: skip
+        assert done.stdout.endswith("what was registered is run\n")
+        assert done.returncode == (code if several else -signal.SIGABRT), done.stderr
 
 
 def test_importing_the_package_does_not_import_torch():
