@@ -33,7 +33,8 @@ def test_starting_does_not_import_torch(arguments):
 @pytest.mark.parametrize(("argument", "code"), [("--version", 0), ("nonsense", 2)])
 def test_under_torchrun_a_process_ends_before_its_interpreter_is_taken_down(argument, code):
     """Groups that torch's caches still hold have threads that abort the process then, now and again."""
-    script = ("import atexit, os, runpy, sys\nclass Group:\n    def __del__(self, abort=os.abort): abort()\nheld = Group()\n"
+    script = ("import atexit, os, runpy, sys\n"
+              "class Group:\n    def __del__(self, abort=os.abort): abort()\nheld = Group()\n"
               "atexit.register(print, 'what was registered is run')\nsys.argv = ['miaobi', sys.argv[1]]\n"
               "runpy.run_module('miaobi', run_name='__main__')")  # fmt: skip
     for several in ({}, {"TORCHELASTIC_RUN_ID": "1"}):

@@ -10,7 +10,7 @@ code = 0
 try:
     main()
 except SystemExit as e:
-    code = e.code
+    code = e.code or 0
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         raise
 if "TORCHELASTIC_RUN_ID" in os.environ:
