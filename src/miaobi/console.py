@@ -64,22 +64,25 @@ def token_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """Call what this gives with the number of tokens written: after two seconds a terminal shows a bar of `total`, with
     tokens/s and the time that is left at most.
     """
-    from rich.progress import TextColumn
-
-    bar, started, done = progress(TextColumn("{task.fields[speed]:,.0f} tokens/s")), time.perf_counter(), 0
-    task = bar.add_task(description, total=total, speed=0.0)
+    started, done, bar = time.perf_counter(), 0, None
 
     def wrote(tokens: int) -> None:
-        nonlocal done
+        nonlocal done, bar
         done += tokens
         seconds = time.perf_counter() - started
-        if seconds > 2 and _console().is_terminal:
-            bar.start()
-            bar.update(task, completed=done, speed=done / seconds)
+        if seconds < 2 or not _console().is_terminal:
+            return
+        if bar is None:
+            from rich.progress import TextColumn
 
-    bar.live.transient = True  # what was written is what stays
+            bar = progress(TextColumn("{task.fields[speed]:,.0f} tokens/s"))
+            bar.live.transient = True  # what was written is what stays
+            bar.add_task(description, total=total, speed=0.0)
+            bar.start()
+        bar.update(bar.task_ids[0], completed=done, speed=done / seconds)
+
     try:
         yield wrote
     finally:
-        if bar.live.is_started:
+        if bar is not None:
             bar.stop()

@@ -1,5 +1,7 @@
 """Recorded steps. Recording itself needs a GPU; everything around it is tested with one that simply runs again."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -60,6 +62,36 @@ def test_recorded_steps_write_what_plain_ones_write(family, size):
     assert written(transformer, size, graphs) == written(transformer, size, None)
     assert set(graphs.recorded) <= {min(size, rows) for rows in (1, 2, 4, 8)}
     assert graphs.records <= 3 * len(graphs.recorded), "recorded again only where the caches grew"
+
+
+def test_one_after_the_other_slots_of_other_sizes_are_recorded_anew():
+    transformer = model("qwen3")
+    graphs = Rerun(transformer)
+    for size in (3, 5, 1, 3):
+        assert written(transformer, size, graphs) == written(transformer, size, None)
+
+
+def test_memory_that_a_recorded_step_points_into_is_not_given_to_others():
+    """A graph holds addresses, not tensors: caches of another shape could come to lie there."""
+
+    class Pointing(GraphStep):
+        def capture(self, step):
+            return step(), lambda: None
+
+    graphs = Pointing(model("qwen3"))
+    slots = Slots(graphs.model, 2, graphs)
+    slots.add(Stream([1], CFG, torch.Generator()))
+    slots.advance()
+    keys = weakref.ref(slots.caches[0].k)
+    del slots
+    gc.collect()
+    assert graphs.recorded
+    assert keys() is not None
+    other = Slots(graphs.model, 1, graphs)
+    other.add(Stream([1], CFG, torch.Generator()))
+    other.advance()
+    gc.collect()
+    assert keys() is None, "the memory of old caches is not kept for ever"
 
 
 def test_where_nothing_can_be_recorded_decoding_goes_on_and_says_so_once(capsys):

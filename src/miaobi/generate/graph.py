@@ -36,7 +36,7 @@ class GraphStep:
     def __init__(self, model: Transformer) -> None:
         self.model, self.ready = model, True
         self.recorded: dict[int, Recorded] = {}
-        self.address = 0  # of the caches that the recorded steps read
+        self.keys: Tensor | None = None  # of the caches into whose memory the recorded steps point, which must stay
 
     def rows(self, n: int, size: int) -> int:
         """How many of `size` rows a step of n takes. Those beyond n get something at the caches' last position."""
@@ -47,9 +47,9 @@ class GraphStep:
         call overwrites, or None where no step can be recorded.
         """
         n, (size, _, length, _) = len(tokens), caches[0].k.shape
-        if self.address != caches[0].k.data_ptr():
+        if self.keys is not caches[0].k:
             self.recorded.clear()
-            self.address = caches[0].k.data_ptr()
+            self.keys = caches[0].k
         rows = self.rows(n, size)
         if rows not in self.recorded:
             try:
