@@ -65,7 +65,7 @@ def test_older_gpus_get_float16(monkeypatch, has_bf16, expected):
 
 
 def test_a_cpu_without_a_compiler_does_not_compile(monkeypatch):
-    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(module.native.shutil, "which", lambda name: None)
     assert not can_compile(CPU)
 
 

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import platform
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from miaobi import native
 from miaobi.console import warn
 from miaobi.errors import UserError
 
@@ -78,7 +78,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile has what it needs: a C++ compiler on the CPU, Triton on CUDA."""
     if device.type == "cpu":
-        return sys.platform == "linux" and any(shutil.which(cc) for cc in ("c++", "g++", "clang++"))
+        return native.compiler() is not None
     if device.type == "cuda":
         return sys.platform == "linux" and torch.cuda.get_device_capability(device) >= (7, 0)
     return False

@@ -46,7 +46,7 @@ def test_the_command_writes_what_is_left_and_counts_the_rest(tmp_path: Path):
                "--out=clean.jsonl"]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"documents": 4, "prefix": 1, "window": 1, "kept": 2}
+    assert json.loads(done.stdout) == {"documents": 4, "elsewhere": 0, "prefix": 1, "window": 1, "kept": 2}
     kept = [json.loads(line)["text"] for line in (tmp_path / "clean.jsonl").read_text(encoding="utf-8").splitlines()]
     assert kept == ["新闻一则", "书很好看"]
 
@@ -57,6 +57,16 @@ def test_labels_are_kept_when_asked_and_rows_without_one_left_out(tmp_path: Path
     (tmp_path / "more.jsonl").write_text('{"text": "送得慢", "label": 0}\n', encoding="utf-8")
     args = Args((str(tmp_path / "shop.csv"), str(tmp_path / "more.jsonl")), str(tmp_path / "reviews.csv"),
                 tmp_path / "clean.jsonl", labels=True)  # fmt: skip
-    assert clean(args) == {"documents": 3, "prefix": 1, "window": 0, "kept": 2}
+    assert clean(args) == {"documents": 3, "elsewhere": 0, "prefix": 1, "window": 0, "kept": 2}
     kept = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
     assert kept == [{"text": "书很好看", "label": "0"}, {"text": "送得慢", "label": "0"}]
+
+
+def test_only_what_mentions_a_word(tmp_path: Path):
+    write(tmp_path / "reviews.csv", [("1", text) for text in REVIEWS])
+    texts = ["酒店新闻一则", "体育新闻一则", "宾馆：" + REVIEWS[0]]
+    (tmp_path / "news.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    args = Args((str(tmp_path / "news.jsonl"),), str(tmp_path / "reviews.csv"), tmp_path / "clean.jsonl",
+                mentioning=("酒店", "宾馆"))  # fmt: skip
+    assert clean(args) == {"documents": 3, "elsewhere": 1, "prefix": 0, "window": 1, "kept": 1}
+    assert json.loads(args.out.read_text(encoding="utf-8")) == {"text": "酒店新闻一则"}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miaobi.corpus import characters
-from miaobi.corpus.characters import Aside
+from miaobi.corpus.characters import NONE, Aside
 
 ANY = st.text(st.one_of(st.characters(), st.sampled_from("一\0\ud800\uffff\U00010000\U0010ffff")))
 
@@ -34,8 +34,17 @@ def test_documents_have_a_newline_behind_each(documents):
 
 @pytest.mark.parametrize("text", ["", "中文\n", "\uffff", "😀中文", "\0\0"])
 def test_aside(tmp_path, text):
-    points = characters.code_points(text)
-    aside = Aside.put(tmp_path / "0", points, np.array([len(text)]))
-    assert aside.take().tolist() == points.tolist()
-    assert characters.text_of(aside.take()) == text
-    assert (tmp_path / "0").stat().st_size == len(text) * (4 if "😀" in text else 2)
+    """Several lie in one file, one behind the other."""
+    points, lengths = characters.code_points(text), np.array([len(text)])
+    asides = [Aside.put(tmp_path, points, lengths, NONE) for _ in range(3)]
+    for aside in reversed(asides):
+        assert aside.take().tolist() == points.tolist()
+        assert characters.text_of(aside.take()) == text
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size == 3 * len(text) * (4 if "😀" in text else 2)
+
+
+def test_aside_of_16_bits_with_characters_beyond(tmp_path):
+    points = np.array([0x4E00, 0xD801, 0xD7FF, 0xD800, 0xE000], np.uint16)
+    aside = Aside.put(tmp_path, points, np.array([5]), np.array([0x1F600, 0x10FFFF], np.uint32))
+    assert characters.text_of(aside.take()) == "一\U0010ffff\ud7ff😀\ue000"

@@ -121,6 +121,16 @@ def test_char_vocabulary_is_by_frequency_of_kept_text(tmp_path, small_blocks):
     assert [tokenizer.backend.id_to_token(261 + i) for i in range(len(expected))] == expected
 
 
+def test_bpe_is_learned_from_what_is_taken(tmp_path, monkeypatch, capsys):
+    """What weights leave out is not counted when lines are chosen."""
+    monkeypatch.setattr(prepare_module, "BPE_SAMPLE_CHARACTERS", 5000)
+    sources = [write(tmp_path / "a.txt", articles(100)), write(tmp_path / "b.txt", articles(2000, seed=1))]
+    kept = sum(map(len, articles(100)))
+    run(sources, tmp_path / "out", tokenizer="bpe", vocab_size=400, weights=(1.0, 0.0001), workers=1)
+    assert f"1 line in {-(-kept // 5000)}" in capsys.readouterr().err
+    assert Tokenizer.load(tmp_path / "out").vocab_size > 320
+
+
 def test_tail_split_is_nanogpts(tmp_path, small_blocks):
     raw = "开头\n\n\n" + "\n\n".join(articles(100)) + "\r\n \n结尾"
     (tmp_path / "a.txt").write_bytes(raw.encode("gb18030"))

@@ -111,6 +111,16 @@ def test_bpe_really_merges(tokenizers):
     assert tokenizers["bpe"].vocab_size <= 500
 
 
+def test_bpe_of_the_same_text_is_the_same():
+    """Also where the last place for a character goes to one of many that are equally rare."""
+    texts = ["".join(chr(0x4E00 + i) for i in range(300)) + "赢得比赛" * 9]
+    first, second = (Tokenizer.train_bpe(texts, vocab_size=400) for _ in range(2))
+    assert first.backend.to_str() == second.backend.to_str()
+    assert first.token_to_id("赛") is not None
+    assert first.token_to_id(chr(0x4E00)) is not None
+    assert first.token_to_id(chr(0x4E00 + 299)) is None
+
+
 @pytest.mark.parametrize("size", [200, N_RESERVED])
 def test_too_small_vocabulary(size):
     with pytest.raises(UserError, match="leaves no room"):

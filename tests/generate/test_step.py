@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from miaobi import native
 from miaobi.config import ModelConfig, SampleConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import can_compile
@@ -39,9 +40,9 @@ def compiled() -> None:
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A cache directory of its own, as on a machine where nothing was built yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    step.build.cache_clear()
+    native.build.cache_clear()
     yield tmp_path / "cache" / "miaobi"
-    step.build.cache_clear()
+    native.build.cache_clear()
 
 
 def loud_model(vocab_size: int = 101, **settings) -> Transformer:
@@ -197,7 +198,7 @@ def test_the_step_takes_over_in_the_middle(tmp_path: Path, monkeypatch: pytest.M
 
 def test_it_is_built_once(elsewhere: Path):
     """By a process that outlives this one; what others see at the path is whole."""
-    made = step.build()
+    made = native.build(step.SOURCE)
     assert step.library() is None
     for _ in range(600):
         if step.library() is not None:
@@ -205,8 +206,8 @@ def test_it_is_built_once(elsewhere: Path):
         time.sleep(0.1)
     assert [path.name for path in elsewhere.iterdir()] == [made.name]
     born = made.stat().st_mtime_ns
-    step.build.cache_clear()
-    assert step.build() == made
+    native.build.cache_clear()
+    assert native.build(step.SOURCE) == made
     assert step.library() is not None
     time.sleep(0.3)
     assert made.stat().st_mtime_ns == born
@@ -232,7 +233,7 @@ def test_a_compiler_that_fails_leaves_nothing(elsewhere: Path, tmp_path: Path, m
 
 def test_a_library_of_another_system_is_left_alone(elsewhere: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *given, **how: None)
-    made = step.build()
+    made = native.build(step.SOURCE)
     made.write_bytes(b"\x7fELF not for here")
     assert step.library() is None
     assert len(greedy(engine.load(saved(tmp_path, **FAMILIES["gpt2"]), "cpu", "bfloat16"))) == 24
@@ -240,5 +241,5 @@ def test_a_library_of_another_system_is_left_alone(elsewhere: Path, tmp_path: Pa
 
 def test_a_cache_that_cannot_be_written_means_no_step(elsewhere: Path, tmp_path: Path):
     (tmp_path / "cache").write_text("a file where the directory should be")
-    assert step.build() is None
+    assert native.build(step.SOURCE) is None
     assert step.library() is None

@@ -40,6 +40,8 @@ class Args:
     """.jsonl that is written: one document a line, in text."""
     text_column: str | None = None
     """Text column of the evaluation table; default: the one called text, review, content or sentence."""
+    mentioning: tuple[str, ...] = ()
+    """Keep only documents with one of these words: of general text, what is about the same things as the reviews."""
     labels: bool = False
     """Keep the labels of the sources, all of which are then labelled tables: text for an intermediate classifier."""
 
@@ -87,15 +89,21 @@ def documents(name: str, labels: bool) -> Iterator[dict[str, str]]:
 
 
 def clean(args: Args) -> dict[str, int]:
-    """Write the documents that share nothing with the evaluation; returns documents, prefix, window, kept."""
+    """Write the documents that share nothing with the evaluation.
+
+    Returns documents, elsewhere (they mention nothing of what they should), prefix, window, kept.
+    """
     rows = read_rows(args.evaluation, args.text_column, None, labels=False)
     evaluation = Evaluation([row.text for row in rows if row is not None])
-    counts = {"documents": 0, "prefix": 0, "window": 0, "kept": 0}
+    counts = {"documents": 0, "elsewhere": 0, "prefix": 0, "window": 0, "kept": 0}
     with args.out.open("w", encoding="utf-8") as f:
         for name in args.sources:
             before = dict(counts)
             for record in documents(name, args.labels):
                 counts["documents"] += 1
+                if args.mentioning and not any(word in record["text"] for word in args.mentioning):
+                    counts["elsewhere"] += 1
+                    continue
                 shared = evaluation.overlaps(record["text"])
                 counts[shared or "kept"] += 1
                 if not shared:

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 
 N_CODE_POINTS = 0x110000
+NONE = np.empty(0, np.uint32)
+FIRST_BEYOND, MOST_BEYOND = 0xD800, 2048
+"""Surrogates, which no text has: `scan` writes its i-th character of more than 16 bits as the i-th of them."""
 _SLICE = 1 << 20
 """Characters counted at a time, more than a block has: NumPy makes a 64-bit copy of them."""
 
@@ -49,21 +52,40 @@ def utf8_length(points: np.ndarray, counts: np.ndarray) -> int:
     return int(sum(counts[points >= low].sum() for low in (0, 0x80, 0x800, 0x10000)))
 
 
+def wide(points: np.ndarray, beyond: np.ndarray) -> np.ndarray:
+    """Code points of 16 bits (n,), where FIRST_BEYOND + i stands for beyond[i] -> as they are, in 32 or more."""
+    if not len(beyond):
+        return points
+    at = np.flatnonzero(points // MOST_BEYOND == FIRST_BEYOND // MOST_BEYOND)
+    characters = points.astype(np.promote_types(points.dtype, np.uint32))
+    characters[at] = beyond[points[at] - FIRST_BEYOND]
+    return characters
+
+
 @dataclass(frozen=True)
 class Aside:
     """Characters of one task in a file, so that the second pass need not read, decode and split the sources again."""
 
     path: Path
+    offset: int
+    points: int
+    """How many: the characters, and the newlines behind documents."""
+    dtype: str
     lengths: np.ndarray  # (documents,) int64, of its documents in characters
-    n: int
-    """Characters in the file: those, and the newlines behind documents."""
+    beyond: np.ndarray  # see `wide`
 
     @classmethod
-    def put(cls, path: Path, points: np.ndarray, lengths: np.ndarray) -> Aside:
-        """Writes (n,) uint16 or uint32 code points."""
-        points.tofile(path)
-        return cls(path, lengths, len(points))
+    def put(cls, directory: Path, points: np.ndarray, lengths: np.ndarray, beyond: np.ndarray) -> Aside:
+        """Writes (n,) uint16 or uint32 code points, behind those that this process wrote before: one file is 1.5 times
+        as fast as many.
+        """
+        with open(directory / str(os.getpid()), "ab", buffering=0) as file:
+            offset = file.tell()
+            data = memoryview(points).cast("B")
+            while data:
+                data = data[file.write(data) :]
+        return cls(Path(file.name), offset, len(points), points.dtype.name, lengths, beyond)
 
     def take(self) -> np.ndarray:
         """(n,) uint16 or uint32."""
-        return np.fromfile(self.path, np.uint16 if os.path.getsize(self.path) == 2 * self.n else np.uint32)
+        return wide(np.fromfile(self.path, self.dtype, self.points, offset=self.offset), self.beyond)

@@ -149,20 +149,31 @@ def _detect(source: Source, sample: bytes, is_whole: bool) -> tuple[str, int]:
     )
 
 
-def decode_block(block: Block, skip_bad: bool = False) -> tuple[str, str, int]:
-    """The text of a block as it is in the file, its encoding, and how many bad places were replaced (`skip_bad`).
+def block_bytes(block: Block) -> tuple[bytes, int, str]:
+    """The bytes of a block without a byte order mark, the offset of the first of them, and their encoding.
 
     Raises:
-        UserError: bytes that the encoding does not have, or that another encoding explains far better.
+        UserError: a small file whose encoding nobody knows.
     """
-    data, start, encoding = block.data, block.start, block.encoding
+    data = block.data
     if data is None:
         with open(block.source.path, "rb") as file:
             file.seek(block.start)
             data = file.read(block.end - block.start)
-    if encoding is None:
-        encoding, mark, _ = _find_encoding(block.source, data)
-        data, start = data[mark:], mark
+    if block.encoding is not None:
+        return data, block.start, block.encoding
+    encoding, mark, _ = _find_encoding(block.source, data)
+    return data[mark:], mark, encoding
+
+
+def decode_block(block: Block, skip_bad: bool = False) -> tuple[str, str, int]:
+    """The text of a block as it is in the file, its encoding, and how many bad places were replaced (`skip_bad`).
+
+    Raises:
+        UserError: what `block_bytes` raises; bytes that the encoding does not have, or that another encoding explains
+            far better.
+    """
+    data, start, encoding = block_bytes(block)
     if skip_bad:
         text, replaced = encodings.decode_replacing(data, encoding)
         return text, encoding, replaced

@@ -18,11 +18,14 @@ from miaobi.corpus.characters import Aside
 from miaobi.corpus.cutting import Block
 from miaobi.corpus.dialogue import Encoded
 from miaobi.corpus.read import Content, read_block
+from miaobi.corpus.scan import Text, scan
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 
 MAX_BLOCKS_PER_TASK = 256
 DROP, TRAIN, VAL = 0, 1, 2
+Stats = tuple[int, str, int, int, int]
+"""Of a block: source, encoding, documents, characters as read, skipped."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,7 @@ class Survey:
     counts: np.ndarray  # (distinct,) int64
     raw_code_points: np.ndarray  # (distinct,) int64, of the text as read
     sketches: np.ndarray | None  # (documents, N_PERMUTATIONS) uint32, for the search for near duplicates
-    blocks: list[tuple[int, str, int, int, int]]
-    """Per block: source, encoding, documents, characters as read, skipped."""
+    blocks: list[Stats]
     empty: int
     aside: Aside | None
 
@@ -76,6 +78,34 @@ def tasks(blocks: Iterable[Block]) -> Iterator[tuple[Block, ...]]:
 
 def survey(_: Tokenizer | None, blocks: tuple[Block, ...], job: Job, aside: Path | None) -> Survey:
     """First pass: digests, lengths and character counts; puts the characters into the file `aside` if there is one."""
+    found, stats, empty = _scanned(blocks, job) or _read(blocks, job)
+    return Survey(
+        digests=found.digests,
+        lengths=found.lengths - (job.dialogue == "roles"),  # see _read
+        sizes=found.sizes,
+        code_points=found.code_points,
+        counts=found.counts,
+        raw_code_points=found.seen,
+        sketches=near.sketches(characters.wide(found.points, found.beyond), found.lengths) if job.near else None,
+        blocks=stats,
+        empty=empty,
+        aside=None if aside is None else Aside.put(aside, found.points, found.lengths, found.beyond),
+    )
+
+
+def _scanned(blocks: tuple[Block, ...], job: Job) -> tuple[Text, list[Stats], int] | None:
+    """What `_read` gives, by compiled code; None where that does not know how."""
+    if len(blocks) > 1 or job.normalize != "none" or job.simplify or job.dialogue or job.cut:
+        return None
+    scanned = scan(blocks[0], job.whole)
+    if scanned is None:
+        return None
+    found, encoding, size = scanned
+    return found, [(blocks[0].index, encoding, len(found.lengths), size, 0)], 0
+
+
+def _read(blocks: tuple[Block, ...], job: Job) -> tuple[Text, list[Stats], int]:
+    """The text of a task, `Survey.blocks` and `Survey.empty`; by Python, which reads everything."""
     documents, raw, stats, empty = [], [], [], 0
     for block in blocks:
         content, found = _documents(block, job)
@@ -88,30 +118,17 @@ def survey(_: Tokenizer | None, blocks: tuple[Block, ...], job: Job, aside: Path
         documents = ["".join(documents)]
     points, lengths = _points(documents, job)
     counts = characters.count_characters(points)
-    if not job.whole:
-        counts[ord("\n")] -= len(documents)
+    counts[ord("\n")] -= 0 if job.whole else len(documents)
     present = np.flatnonzero(counts > 0)  # of booleans: ten times as fast
     if job.whole:
         digests, sizes = np.empty((0, 16), np.uint8), np.array([characters.utf8_length(present, counts[present])])
     else:
         digests, sizes = clean.content_digests(documents)
-    kept_aside = None if aside is None else Aside.put(aside, points, lengths)
-    sketches = near.sketches(points, lengths) if job.near else None
     if job.dialogue == "roles":  # between two turns counts one character of one byte, as where they stand on lines
         turns = np.array([sum(map(document.count, dialogue.ROLE_OF)) for document in documents], np.int64)
-        lengths, sizes = lengths - 1, sizes - 2 * turns - 1
-    return Survey(
-        digests=digests,
-        lengths=lengths,
-        sizes=sizes,
-        code_points=present,
-        counts=counts[present],
-        raw_code_points=present if raw == documents else _raw_code_points(raw, counts, job),
-        sketches=sketches,
-        blocks=stats,
-        empty=empty,
-        aside=kept_aside,
-    )
+        sizes = sizes - 2 * turns - 1
+    seen = present if raw == documents else _raw_code_points(raw, counts, job)
+    return Text(points, characters.NONE, lengths, digests, sizes, present, counts[present], seen), stats, empty
 
 
 def count_dropped(
@@ -147,7 +164,7 @@ def encode_documents(
     dtype: str,
     aside: Aside | None,
 ) -> tuple[Encoded, Encoded]:
-    """Second pass of the hash split: train and val of this task. Removes what was set aside."""
+    """Second pass of the hash split: train and val of this task."""
     by_character = tokenizer.by_character and not job.dialogue
     if by_character:
         points, ends = _read_points(blocks, job, choice, aside)
@@ -165,8 +182,6 @@ def encode_documents(
         else:
             part = Encoded(*tokenizer.encode_documents([documents[i] for i in numbers], end_id))
         parts.append(dataclasses.replace(part, ids=part.ids.astype(dtype, copy=False)))
-    if aside is not None:
-        aside.path.unlink()
     return parts[0], parts[1]
 
 
@@ -191,8 +206,6 @@ def encode_stretch(
         else:
             ids, _ = tokenizer.encode_documents([characters.text_of(piece)], end_id=None)
         parts.append(Encoded(ids.astype(dtype, copy=False), no_starts))
-    if aside is not None:
-        aside.path.unlink()
     counts = characters.count_characters(points[:n_train]) if 0 < n_train < len(points) else np.zeros(0, np.int64)
     return *parts, characters.utf8_length(np.arange(len(counts)), counts)
 

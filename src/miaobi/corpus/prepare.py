@@ -197,10 +197,11 @@ def _kept_counts(corpus: Corpus, workers: Workers) -> np.ndarray:
 
 
 def _bpe_sample(corpus: Corpus, workers: Workers) -> Iterator[str]:
-    characters = sum(int(lengths.sum()) for lengths in corpus.lengths)
+    kept = [choice != DROP for choice in corpus.choices] or [slice(None)] * len(corpus.lengths)
+    characters = sum(int(lengths[here].sum()) for lengths, here in zip(corpus.lengths, kept, strict=True))
     every = max(1, -(-characters // BPE_SAMPLE_CHARACTERS))
     if every > 1:
-        console.log(f"BPE is learned from every {every}th line, about {characters // every:,} characters")
+        console.log(f"BPE is learned from 1 line in {every}, about {characters // every:,} characters")
     sampled = (
         (task, corpus.job, corpus.choices[number] if corpus.choices else None, every)
         for number, task in enumerate(read_tasks(corpus))

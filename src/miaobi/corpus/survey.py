@@ -76,6 +76,8 @@ def take_survey(
             f"few documents: long ones are cut at paragraph ends into pieces of about {clean.PIECE_CHARACTERS:,} "
             "characters, so that validation gets some (--split=tail does not cut)"
         )
+        for abandoned in aside.iterdir() if aside is not None else ():
+            abandoned.unlink()
         corpus = _first_pass(files, dataclasses.replace(job, cut=True), cfg, workers, weights, aside)
     _fill_empty_side(corpus, cfg)
     _repeat(corpus, weights)
@@ -94,9 +96,7 @@ def _first_pass(
     corpus = Corpus(files, job, [], [], [], [], [], [], records, [], [])
     raw_presence = np.zeros(N_CODE_POINTS, bool)
     sketches: list[np.ndarray] = []
-    jobs = (
-        (task, job, None if aside is None else aside / str(number)) for number, task in enumerate(read_tasks(corpus))
-    )
+    jobs = ((task, job, aside) for task in read_tasks(corpus))
     with workers.started() as run:
         for blocks, found in with_progress(run(pipeline.survey, jobs), files, "reading"):
             found: Survey

@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from miaobi.corpus.characters import N_CODE_POINTS, code_points
+from miaobi.corpus.characters import N_CODE_POINTS, code_points, count_characters
 from miaobi.corpus.foreign import join_word_pieces, read_config, read_foreign
 from miaobi.errors import UserError
 
@@ -90,7 +90,8 @@ class Tokenizer:
         """
         if vocab_size <= N_RESERVED:
             raise UserError(_too_small(vocab_size))
-        room = vocab_size - N_RESERVED
+        room, texts = vocab_size - N_RESERVED, list(texts)
+        alphabet = _commonest(texts, max(1, room // 2))
         learner = tokenizers.Tokenizer(models.BPE())
         learner.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), "isolated")
         learner.train_from_iterator(
@@ -98,7 +99,8 @@ class Tokenizer:
             trainers.BpeTrainer(
                 vocab_size=room,
                 min_frequency=max(min_frequency, 2),
-                limit_alphabet=max(1, room // 2),
+                limit_alphabet=len(alphabet),  # by itself it takes any of equally rare characters
+                initial_alphabet=alphabet,
                 show_progress=False,
             ),
         )
@@ -327,6 +329,13 @@ class Tokenizer:
 
 def _rebuild(text: str, config: dict) -> Tokenizer:
     return Tokenizer.from_json(text, config)
+
+
+def _commonest(texts: list[str], n: int) -> list[str]:
+    """The n commonest characters, of equally common ones those that come first in Unicode."""
+    counts = count_characters(code_points("".join(texts)))
+    present = np.flatnonzero(counts)
+    return [chr(c) for c in present[np.argsort(-counts[present], kind="stable")][:n].tolist()]
 
 
 def _assemble(pieces: list[str], merges: list[tuple[str, str]], pre_tokenizer) -> tokenizers.Tokenizer:

@@ -9,24 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import mmap
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from miaobi.device import can_compile
+from miaobi import native
 from miaobi.model.transformer import KVCache, Transformer, head_dim, intermediate_size
 
 SOURCE = Path(__file__).with_name("step.cpp")
-FLAGS = "-std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fPIC -shared"
 KINDS = ("float32", "bfloat16", "int8")  # in the order of step.cpp
 LANES = 8  # floats in one vector of step.cpp
 
@@ -182,42 +174,6 @@ class Step:
         return logits
 
 
-@cache
-def build() -> Path | None:
-    """Where the library is, or will be once the compiler that this starts is done; None without a compiler.
-
-    Some seconds, once per machine; it goes on when this process ends.
-    """
-    if not can_compile(torch.device("cpu")):
-        return None
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))))
-    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line for line in info if line.startswith(("flags", "Features"))), platform.machine())
-    key = hashlib.sha256("\n".join((SOURCE.read_text(encoding="utf-8"), compiler, FLAGS, cpu)).encode()).hexdigest()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miaobi"
-    made = home / f"step-{key[:16]}.so"
-    if not made.exists():
-        command = shlex.join([compiler, *FLAGS.split(), str(SOURCE)])
-        whole_or_not = f'{command} -o "$0.$$" && mv "$0.$$" "$0" || rm -f "$0.$$"'
-        try:
-            home.mkdir(parents=True, exist_ok=True)
-            nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-            subprocess.Popen(["sh", "-c", whole_or_not, str(made)], start_new_session=True, **nowhere)
-        except OSError:  # a home that cannot be written
-            return None
-    return made
-
-
 def library() -> ctypes.CDLL | None:
     """The compiled step; None while or where there is none."""
-    made = build()
-    return opened(made) if made is not None and made.exists() else None
-
-
-@cache
-def opened(made: Path) -> ctypes.CDLL | None:
-    """The library at `made`; None if it does not fit this system."""
-    try:
-        return ctypes.CDLL(str(made))
-    except OSError:
-        return None
+    return native.library(SOURCE)

@@ -1,0 +1,99 @@
+"""The usual block of text read by scan.cpp: UTF-8 that is to stay as it is. Python reads all others."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from miaobi import native
+from miaobi.corpus.characters import MOST_BEYOND, wide
+from miaobi.corpus.cutting import Block, block_bytes
+
+SOURCE = Path(__file__).with_name("scan.cpp")
+KINDS = ("whole", "text", "lines")  # in the order of scan.cpp; as in Source.format, or one stream
+WORTH_COMPILING = 1 << 20  # bytes of a block; smaller ones are read while a compiler would start
+UNITS = 65536
+
+
+class Result(ctypes.Structure):
+    """As in scan.cpp."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("characters", "written", "documents", "beyond")]
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a pass over some text finds."""
+
+    points: np.ndarray
+    """(n,) uint16 or uint32: all characters of a stream, or those of documents with a newline behind each."""
+    beyond: np.ndarray
+    """Characters of more than 16 bits; see characters.wide."""
+    lengths: np.ndarray
+    """(documents,) int64, characters; of a stream its own."""
+    digests: np.ndarray
+    """(documents, 16) uint8, see `clean.content_digests`; (0, 16) of a stream."""
+    sizes: np.ndarray
+    """(documents,) int64, UTF-8 bytes."""
+    code_points: np.ndarray
+    """(distinct,) int64, of the documents, ascending."""
+    counts: np.ndarray
+    """(distinct,) int64: their occurrences."""
+    seen: np.ndarray
+    """(distinct,) int64: characters of all that was read, ascending."""
+
+
+def scan(block: Block, whole: bool) -> tuple[Text, str, int] | None:
+    """The documents of a block, or (`whole`) all of it as one stream; its encoding; and its characters as read.
+
+    None where Python has to read it.
+
+    Raises:
+        UserError: what `cutting.block_bytes` raises.
+    """
+    kind = "whole" if whole else block.source.format
+    if block.records is not None or kind not in KINDS or block.source.format not in KINDS:
+        return None
+    if block.end - block.start < WORTH_COMPILING:
+        return None
+    data, _, encoding = block_bytes(block)
+    if encoding not in ("utf-8", "utf-8-sig"):
+        return None
+    found = scan_bytes(data, kind)
+    return None if found is None else (found[0], encoding, found[1])
+
+
+def scan_bytes(data: bytes, kind: str) -> tuple[Text, int] | None:
+    """`scan` of UTF-8; None also while or where there is no library."""
+    library = native.library(SOURCE)
+    if library is None:
+        return None
+    points, beyond = np.empty(len(data) + 1, np.uint16), np.empty(MOST_BEYOND, np.uint32)
+    counts, dropped, result = np.zeros(UNITS, np.uint32), np.zeros(UNITS, np.uint8), Result()
+    documents = np.empty((0 if kind == "whole" else data.count(b"\n") + 1, 5), np.int64)
+    arrays = [ctypes.c_void_p(array.ctypes.data) for array in (points, counts, dropped, beyond, documents)]
+    size = ctypes.c_int64(len(data))
+    if not library.miaobi_scan(data, size, KINDS.index(kind), *arrays, ctypes.byref(result)):
+        return None
+    points, beyond = points[: result.written], beyond[: result.beyond].copy()
+    present = np.flatnonzero(counts.astype(bool))  # of booleans: ten times as fast
+    counts, seen = counts[present].astype(np.int64), np.flatnonzero(dropped.view(bool) | counts.astype(bool))
+    if kind == "whole":
+        lengths, sizes, digests = np.array([result.characters]), np.array([len(data)]), np.empty((0, 16), np.uint8)
+    else:
+        documents = documents[: result.documents]
+        lengths, sizes = documents[:, 4].copy(), documents[:, 1] - documents[:, 0]
+        view = memoryview(data)
+        digests = b"".join(
+            hashlib.blake2b(view[begin:end], digest_size=16).digest() for begin, end in documents[:, 2:4].tolist()
+        )
+        digests = np.frombuffer(digests, np.uint8).reshape(-1, 16)
+    if result.beyond:
+        present, seen = wide(present, beyond), np.sort(wide(seen, beyond))
+        order = np.argsort(present)
+        present, counts = present[order], counts[order]
+    return Text(points, beyond, lengths, digests, sizes, present, counts, seen), result.characters

@@ -1,0 +1,139 @@
+"""The compiled reader against Python's, on any text and on bytes that are none."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from miaobi import native
+from miaobi.config import PrepareConfig
+from miaobi.corpus import characters, cutting, pipeline, scan, workers
+from miaobi.corpus.cutting import Block
+from miaobi.corpus.pipeline import Job
+from miaobi.corpus.prepare import prepare
+from miaobi.corpus.sources import Source
+
+pytestmark = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
+EDGES = "\x00\x1c\x1f \x7f\x80\x85\xa0߿ࠀ\u2028\u3000一\ud7ff\ue000\ufeff\uffff\U00010000\U0010ffff😀é"
+PIECES = st.one_of(
+    st.sampled_from([*EDGES, "\n", "\n\n", "\n \u3000\n", " \n", "中文，汉字" * 4, "中文1汉字ab。" * 3]),
+    st.text(max_size=8),
+)
+TEXTS = st.lists(PIECES, max_size=24).map("".join)
+PLAIN = {"normalize": "none", "simplify": False, "near": False, "field": "text", "skip_bad": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Wait for the library: a second, the first time."""
+    for _ in range(600):
+        if native.library(scan.SOURCE) is not None:
+            return
+        time.sleep(0.1)
+    pytest.fail("the compiler did not finish")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many blocks, all of them worth compiling, and real worker processes, although the text is small."""
+    monkeypatch.setattr(scan, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(workers, "SMALL_INPUT_BYTES", 0)
+
+
+def both(data: bytes, kind: str) -> tuple:
+    """(what Python's reader says, what the compiled one says) of a block of its own."""
+    source = Source(Path("x"), "text" if kind == "whole" else kind)
+    block = Block(source, 3, 0, len(data), "utf-8", data)
+    job = Job(whole=kind == "whole", **PLAIN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "WORTH_COMPILING", 0)
+        return pipeline._read((block,), job), pipeline._scanned((block,), job)
+
+
+@pytest.mark.parametrize("kind", scan.KINDS)
+@given(text=TEXTS)
+@example(text="")
+@example(text="\n")
+@example(text="\n\n一\n\n")
+@example(text=" \n一\n \n\u3000二 \n  ")
+@example(text="一" * 40 + "\n\n" + "二" * 3)
+def test_text(kind, text):
+    text = text.replace("\r", "")
+    (expected, stats, empty), scanned = both(text.encode(), kind)
+    found, scanned_stats, scanned_empty = scanned
+    assert (scanned_stats, scanned_empty) == (stats, empty)
+    assert found.points.dtype == np.uint16
+    assert characters.wide(found.points, found.beyond).tolist() == expected.points.tolist()
+    assert len(set(found.beyond.tolist())) == len(found.beyond)
+    for name in ("lengths", "digests", "sizes", "code_points", "counts", "seen"):
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
+
+
+@pytest.mark.parametrize("kind", scan.KINDS)
+@given(before=TEXTS, middle=st.binary(min_size=1, max_size=4), after=TEXTS)
+@example(before="中文汉字", middle=b"\xed\xa0\x80", after="")  # half a character
+@example(before="中文汉字", middle=b"\xe0\x9f\xbf", after="中文汉字中文汉字")  # too long a spelling
+@example(before="中文汉字中文", middle=b"\xe4\xb8", after="")  # cut off
+@example(before="中", middle=b"\xf4\x90\x80\x80", after="")  # beyond Unicode
+@example(before="中", middle=b"\xc1\xbf", after="")
+@example(before="中", middle=b"\xf0\x8f\xbf\xbf", after="")
+@example(before="中", middle=b"\r", after="")
+def test_bytes_that_are_no_text_are_left_to_python(kind, before, middle, after):
+    data = before.encode() + middle + after.encode()
+    try:
+        is_ordinary = "\r" not in data.decode()
+    except UnicodeDecodeError:
+        is_ordinary = False
+    assert (scan.scan_bytes(data, kind) is not None) == is_ordinary
+
+
+def test_more_rare_characters_than_there_is_room_for():
+    many = [chr(0x20000 + i) for i in range(characters.MOST_BEYOND + 1)]
+    assert scan.scan_bytes("".join(many).encode(), "whole") is None
+    found, _ = scan.scan_bytes("".join(many[1:] * 2).encode(), "whole")
+    assert "".join(map(chr, characters.wide(found.points, found.beyond))) == "".join(many[1:] * 2)
+    assert found.counts.tolist() == [2] * characters.MOST_BEYOND
+
+
+@pytest.mark.parametrize("settings", [{"split": "tail"}, {"dedup": "near"}, {"tokenizer": "bpe", "vocab_size": 400},
+                                      {"format": "lines", "vocab_size": 300}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_prepared_data_is_the_same(tmp_path, monkeypatch, small, settings, mark):
+    """Blocks that the compiled reader takes, and one that it leaves, against all by Python."""
+    texts = [f"{i} 皇马😀曼联{chr(0x4E00 + i)}{'赢得比赛，' * (i % 50)}\n 完 " for i in range(300)]
+    text = mark + "\n\n \n".join([*texts, *texts[:20], "半\r\n角"])
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    taken = []
+    scanned = pipeline._scanned
+    monkeypatch.setattr(pipeline, "_scanned", lambda *a: taken.append(scanned(*a)) or taken[-1])
+    for count in (1, 2):
+        prepare([str(tmp_path / "a.txt")], PrepareConfig(out=tmp_path / f"fast{count}", workers=count, **settings))
+    assert sum(found is not None for found in taken) > 5
+    assert taken[-1] is None
+    monkeypatch.setattr(pipeline, "_scanned", lambda *a: None)
+    prepare([str(tmp_path / "a.txt")], PrepareConfig(out=tmp_path / "slow", workers=1, **settings))
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "slow").iterdir()}
+    for name in ("fast1", "fast2"):
+        assert {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} == expected
+
+
+def test_nothing_is_compiled_for_a_small_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "library", lambda source: pytest.fail("asked for"))
+    (tmp_path / "a.txt").write_text("皇马赢得比赛\n\n" * 2000, encoding="utf-8")
+    prepare([str(tmp_path / "a.txt")], PrepareConfig(out=tmp_path / "out", dedup="none"))
+
+
+def test_it_takes_over_in_the_middle(tmp_path, monkeypatch, small):
+    """The first blocks of a first run are read before the compiler is done; nobody should see where."""
+    ready, asked = native.library(scan.SOURCE), []
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{i} 皇马😀曼联" for i in range(2000)), encoding="utf-8")
+    prepare([str(tmp_path / "a.txt")], PrepareConfig(out=tmp_path / "whole", workers=1))
+    monkeypatch.setattr(native, "library", lambda source: asked.append(0) or (ready if len(asked) > 5 else None))
+    prepare([str(tmp_path / "a.txt")], PrepareConfig(out=tmp_path / "out", workers=1))
+    assert len(asked) > 10
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
