@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; subprocesses inher
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import hypothesis
 import pytest
 import torch
 
-from miaobi import cli
+from miaobi import cli, native
 from miaobi.config import PrepareConfig
 from miaobi.overrides import load_config
 
@@ -81,6 +82,22 @@ def train() -> Callable[..., dict]:
         return train_run(*load_config(None, given), preview)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def built() -> Callable[[Path], None]:
+    """`built(step.SOURCE)`: wait until it is compiled; some seconds, the first time."""
+
+    def wait(source: Path) -> None:
+        if native.compiler() is None:
+            pytest.skip("no C++ compiler")
+        for _ in range(600):
+            if native.library(source) is not None:
+                return
+            time.sleep(0.1)
+        pytest.fail(f"the compiler did not finish {source.name}")
+
+    return wait
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The compiled reader against Python's, on any text and on bytes that are none."""
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from miaobi.corpus.pipeline import Job
 from miaobi.corpus.prepare import prepare
 from miaobi.corpus.sources import Source
 
-pytestmark = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
 EDGES = "\x00\x1c\x1f \x7f\x80\x85\xa0߿ࠀ\u2028\u3000一\ud7ff\ue000\ufeff\uffff\U00010000\U0010ffff😀é"
 PIECES = st.one_of(
     st.sampled_from([*EDGES, "\n", "\n\n", "\n \u3000\n", " \n", "中文，汉字" * 4, "中文1汉字ab。" * 3]),
@@ -26,14 +24,9 @@ TEXTS = st.lists(PIECES, max_size=24).map("".join)
 PLAIN = {"normalize": "none", "simplify": False, "near": False, "field": "text", "skip_bad": False}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
-    """Wait for the library: a second, the first time."""
-    for _ in range(600):
-        if native.library(scan.SOURCE) is not None:
-            return
-        time.sleep(0.1)
-    pytest.fail("the compiler did not finish")
+@pytest.fixture(autouse=True)
+def compiled(built) -> None:
+    built(scan.SOURCE)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Streams together against each alone: who else is there must not change what is written."""
 
-import time
 from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import islice
@@ -11,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miaobi.config import ModelConfig, SampleConfig, SamplingConfig
-from miaobi.device import can_compile
 from miaobi.generate import slots as slots_module
 from miaobi.generate import step
 from miaobi.generate.slots import Slots, Stream, common, continued
@@ -178,12 +176,10 @@ def test_common_is_the_longest_common_beginning(a, b):
     assert common(a, b) == naive
 
 
-@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_the_compiled_step_serves_rows_at_different_places(kind):
+def test_the_compiled_step_serves_rows_at_different_places(kind, built):
     """Greedy, against each alone."""
-    while step.library() is None:
-        time.sleep(0.1)
+    built(step.SOURCE)
     transformer = model("qwen3").float()
     compiled = step.Step(transformer, kind)
     cfg = SamplingConfig(max_new_tokens=24, temperature=0)
@@ -203,14 +199,12 @@ def test_the_compiled_step_serves_rows_at_different_places(kind):
     assert written(1) == written(3) == written(5)
 
 
-@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 @pytest.mark.parametrize("kind", step.KINDS)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_greedy_text_is_the_same_with_guesses_and_takes_fewer_steps(family, kind, threads, monkeypatch):
+def test_greedy_text_is_the_same_with_guesses_and_takes_fewer_steps(family, kind, threads, monkeypatch, built):
     """Past the block, with a penalty and without, and with a prompt that says everything twice."""
-    while step.library() is None:
-        time.sleep(0.1)
+    built(step.SOURCE)
     transformer, before = model(family, 64).float(), torch.get_num_threads()
     compiled, steps = step.Step(transformer, kind), []
     torch.set_num_threads(threads)
@@ -240,12 +234,10 @@ def test_greedy_text_is_the_same_with_guesses_and_takes_fewer_steps(family, kind
     assert plain[0][1] == 150 > guessed[0][1]
 
 
-@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
 @pytest.mark.parametrize("kind", step.KINDS)
 @torch.inference_mode()
-def test_tokens_of_one_stream_at_once_get_the_logits_of_one_by_one_bit_for_bit(kind):
-    while step.library() is None:
-        time.sleep(0.1)
+def test_tokens_of_one_stream_at_once_get_the_logits_of_one_by_one_bit_for_bit(kind, built):
+    built(step.SOURCE)
     transformer = model("qwen3", 64).float()
     compiled = step.Step(transformer, kind)
     together, apart = (transformer.make_caches(2, 64, compiled.cache_dtype) for _ in range(2))
