@@ -115,7 +115,8 @@ def test_prepared_data_is_the_same(tmp_path, monkeypatch, small, settings, mark)
 
 
 def test_nothing_is_compiled_for_a_small_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "library", lambda source: pytest.fail("asked for"))
+    for name in ("library", "build"):
+        monkeypatch.setattr(native, name, lambda source: pytest.fail("asked for"))
     (tmp_path / "a.txt").write_text("皇马赢得比赛\n\n" * 2000, encoding="utf-8")
     prepare([str(tmp_path / "a.txt")], PrepareConfig(out=tmp_path / "out", dedup="none"))
 

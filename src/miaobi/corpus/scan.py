@@ -12,6 +12,7 @@ import numpy as np
 from miaobi import native
 from miaobi.corpus.characters import MOST_BEYOND, wide
 from miaobi.corpus.cutting import Block, block_bytes
+from miaobi.corpus.sources import Source
 
 SOURCE = Path(__file__).with_name("scan.cpp")
 KINDS = ("whole", "text", "lines")  # in the order of scan.cpp; as in Source.format, or one stream
@@ -45,6 +46,12 @@ class Text:
     """(distinct,) int64: their occurrences."""
     seen: np.ndarray
     """(distinct,) int64: characters of all that was read, ascending."""
+
+
+def get_ready(sources: list[Source]) -> None:
+    """Begin to build the library where it will be wanted, before workers start that would all do so."""
+    if any(source.size >= WORTH_COMPILING and source.format in KINDS for source in sources):
+        native.build(SOURCE)
 
 
 def scan(block: Block, whole: bool) -> tuple[Text, str, int] | None:

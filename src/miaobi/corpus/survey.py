@@ -11,7 +11,7 @@ import numpy as np
 
 from miaobi import console
 from miaobi.config import PrepareConfig
-from miaobi.corpus import clean, near, pipeline
+from miaobi.corpus import clean, near, pipeline, scan
 from miaobi.corpus.characters import N_CODE_POINTS, Aside
 from miaobi.corpus.cutting import Block
 from miaobi.corpus.pipeline import DROP, TRAIN, VAL, Job, Survey
@@ -97,6 +97,7 @@ def _first_pass(
     raw_presence = np.zeros(N_CODE_POINTS, bool)
     sketches: list[np.ndarray] = []
     jobs = ((task, job, aside) for task in read_tasks(corpus))
+    scan.get_ready(files)
     with workers.started() as run:
         for blocks, found in with_progress(run(pipeline.survey, jobs), files, "reading"):
             found: Survey
