@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
 import sys
 from functools import cache
@@ -32,7 +31,7 @@ def build(source: Path) -> Path | None:
     if program is None:
         return None
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line for line in info if line.startswith(("flags", "Features"))), platform.machine())
+    cpu = next((line for line in info if line.startswith(("flags", "Features"))), os.uname().machine)
     key = hashlib.sha256("\n".join((source.read_text(encoding="utf-8"), program, FLAGS, cpu)).encode()).hexdigest()
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miaobi"
     made = home / f"{source.stem}-{key[:16]}.so"

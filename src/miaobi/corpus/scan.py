@@ -87,8 +87,9 @@ def scan_bytes(data: bytes, kind: str) -> tuple[Text, int] | None:
     if not library.miaobi_scan(data, size, KINDS.index(kind), *arrays, ctypes.byref(result)):
         return None
     points, beyond = points[: result.written], beyond[: result.beyond].copy()
-    present = np.flatnonzero(counts.astype(bool))  # of booleans: ten times as fast
-    counts, seen = counts[present].astype(np.int64), np.flatnonzero(dropped.view(bool) | counts.astype(bool))
+    used = counts.astype(bool)  # whose places are found ten times as fast as of numbers
+    present, seen = np.flatnonzero(used), np.flatnonzero(dropped.view(bool) | used)
+    counts = counts[present].astype(np.int64)
     if kind == "whole":
         lengths, sizes, digests = np.array([result.characters]), np.array([len(data)]), np.empty((0, 16), np.uint8)
     else:
