@@ -233,7 +233,8 @@ def _write(out: Path, corpus: Corpus, tokenizer: Tokenizer, cfg: PrepareConfig, 
                 if (corpus.choices[number] != DROP).any()
             )
         train_bytes_at_cut = 0
-        with workers.started(tokenizer) as run:
+        is_here = bool(corpus.places)  # set aside: to look characters up is less work than to send ids over
+        with (Workers(1) if is_here else workers).started(tokenizer) as run:
             for _, parts in with_progress(run(function, jobs), corpus.sources, "encoding"):
                 prepared.train.write(parts[0])
                 prepared.val.write(parts[1])
