@@ -62,15 +62,13 @@ def scan(block: Block, whole: bool) -> tuple[Text, str, int] | None:
     Raises:
         UserError: what `cutting.block_bytes` raises.
     """
-    kind = "whole" if whole else block.source.format
-    if block.records is not None or kind not in KINDS or block.source.format not in KINDS:
-        return None
-    if block.end - block.start < WORTH_COMPILING:
+    format = block.source.format
+    if block.records is not None or format not in KINDS or block.end - block.start < WORTH_COMPILING:
         return None
     data, _, encoding = block_bytes(block)
     if encoding not in ("utf-8", "utf-8-sig"):
         return None
-    found = scan_bytes(data, kind)
+    found = scan_bytes(data, "whole" if whole else format)
     return None if found is None else (found[0], encoding, found[1])
 
 
