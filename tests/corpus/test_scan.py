@@ -1,5 +1,6 @@
 """The compiled reader against Python's, on any text and on bytes that are none."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,7 @@ def test_text(kind, text):
 @example(before="中", middle=b"\xf4\x90\x80\x80", after="")  # beyond Unicode
 @example(before="中", middle=b"\xc1\xbf", after="")
 @example(before="中", middle=b"\xf0\x8f\xbf\xbf", after="")
+@example(before="", middle=b"\xf8\x90\x80\x80", after="")  # a leading byte that UTF-8 has not
 @example(before="中", middle=b"\r", after="")
 def test_bytes_that_are_no_text_are_left_to_python(kind, before, middle, after):
     data = before.encode() + middle + after.encode()
@@ -82,6 +84,22 @@ def test_bytes_that_are_no_text_are_left_to_python(kind, before, middle, after):
     except UnicodeDecodeError:
         is_ordinary = False
     assert (scan.scan_bytes(data, kind) is not None) == is_ordinary
+
+
+@pytest.mark.parametrize("kind", scan.KINDS)
+@pytest.mark.parametrize("length", range(4))
+def test_every_leading_byte(kind, length):
+    """Where UTF-8 has no such character, neither has the compiled reader (\\xf8 to \\xff once began one)."""
+    for lead, *rest in itertools.product(range(0x80, 0x100), *[(0x80, 0x8F, 0x90, 0x9F, 0xBF)] * length):
+        data = bytes([lead, *rest])
+        try:
+            expected = data.decode()
+        except UnicodeDecodeError:
+            expected = None
+        found = scan.scan_bytes(data, kind)
+        assert (found is not None) == (expected is not None), data
+        if expected and kind == "whole":
+            assert characters.wide(found[0].points, found[0].beyond).tolist() == [ord(c) for c in expected], data
 
 
 def test_more_rare_characters_than_there_is_room_for():

@@ -109,7 +109,7 @@ struct Scan {
                 in += 2;
             } else {
                 const uint32_t d = left > 3 ? in[3] ^ 0x80 : 255, all = (a & 7) << 18 | b << 12 | c << 6 | d;
-                const bool is_one = a >= 0xF0 && !((b | c | d) & 0xC0) && all >= 0x10000 && all < 0x110000;
+                const bool is_one = a >= 0xF0 && a < 0xF5 && !((b | c | d) & 0xC0) && all >= 0x10000 && all < 0x110000;
                 *out = is_one ? point_beyond(all) : 0;
                 why = *out ? kEnd : kRefuse;
                 in += 4;
