@@ -118,6 +118,9 @@ def prepare(args: list[str]) -> None:
           f"({result['distinct_characters']:,} distinct), vocabulary {result['vocab_size']:,}")  # fmt: skip
     print(f"train {result['train_tokens']:,} tokens, validation {result['val_tokens']:,} tokens, "
           f"{result['duplicates_removed']:,} duplicates removed, {result['seconds']:.1f} s")  # fmt: skip
+    if names := result["skipped_in"]:
+        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+        print(f"skipped {result['skipped']:,} bad files, records or bytes in {', '.join(names[:5])}{more}")
     recipe = "chat-13m" if config.format == "dialogue" else "demo"
     print(f"next: miaobi train configs/{recipe}.yaml --data={config.out} --out_dir=my_run")
 

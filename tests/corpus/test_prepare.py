@@ -106,9 +106,8 @@ def test_hash_split(tmp_path, tokenizer):
     assert result["documents"] == 400
     assert result["encodings"] == {"utf-8": 1}
     assert data["vocab_size"] == result["vocab_size"] == Tokenizer.load(out).vocab_size
-    assert data["sources"] == [
-        {"path": source, "bytes": len(raw.encode()), "encoding": "utf-8", "documents": 400, "characters": len(raw)}
-    ]
+    read = {"encoding": "utf-8", "documents": 400, "characters": len(raw), "skipped": 0}
+    assert data["sources"] == [{"path": source, "bytes": len(raw.encode()), **read}]
 
 
 def test_char_vocabulary_is_by_frequency_of_kept_text(tmp_path, small_blocks):
@@ -384,6 +383,7 @@ def test_skip_bad_counts(tmp_path):
     result = run(home, tmp_path / "out", skip_bad=True)
     assert (result["skipped"], result["documents"]) == (2, 101)
     assert result["encodings"] == {"utf-8": 2, "skipped": 1}
+    assert [Path(name).name for name in result["skipped_in"]] == ["b.dat", "c.jsonl"]
 
 
 @pytest.mark.parametrize("split", ["hash", "tail"])

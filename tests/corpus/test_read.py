@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from miaobi.corpus import cutting, encodings
 from miaobi.corpus.read import iter_blocks, read_block
@@ -228,6 +230,27 @@ def test_bad_files(tmp_path, name, data, message):
     assert name in str(failure.value)
     if name != "no.zip":
         assert sum(c.skipped for c in contents(tmp_path / name, skip_bad=True)) >= (0 if name == "mixed.txt" else 1)
+
+
+PASSAGES = st.sampled_from(["gb18030", "big5", "utf-8"]).flatmap(
+    lambda codec: st.sampled_from([SIMPLIFIED[:60], TRADITIONAL[:60], "plain words 123 ", "㐀㐁㐂㐃" * 9]).map(
+        lambda text: (text * 9).encode(codec, "ignore") + b"\n"
+    )
+)
+
+
+@given(
+    pieces=st.lists(PASSAGES, max_size=12), encoding=st.sampled_from(["gb18030", "big5"]), ending=st.binary(max_size=2)
+)
+def test_mixed_encodings_are_found_as_if_each_passage_was_looked_at(pieces, encoding, ending):
+    data, expected, position = b"".join(pieces) + ending, None, 0
+    while position < len(data) and not expected:
+        end = data.find(b"\n", position + 1024) + 1 or len(data)
+        found = encodings._better_reading(data[position:end], encoding)
+        expected, position = (position, found) if found else None, end
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encodings, "_STRETCH", 3000)
+        assert encodings.mixed_encoding(data, encoding) == expected
 
 
 def test_offset_of_the_bad_byte(tmp_path, monkeypatch):

@@ -15,10 +15,11 @@ from miaobi.corpus.cutting import Block
 from miaobi.corpus.pipeline import Job
 from miaobi.corpus.prepare import prepare
 from miaobi.corpus.sources import Source
+from miaobi.errors import UserError
 
 EDGES = "\x00\x1c\x1f \x7f\x80\x85\xa0߿ࠀ\u2028\u3000一\ud7ff\ue000\ufeff\uffff\U00010000\U0010ffff😀é"
 PIECES = st.one_of(
-    st.sampled_from([*EDGES, "\n", "\n\n", "\n \u3000\n", " \n", "中文，汉字" * 4, "中文1汉字ab。" * 3]),
+    st.sampled_from([*EDGES, "\n", "\n\n", "\r\n", "\n \u3000\n", " \n", "中文，汉字" * 4, "中文1汉字ab。" * 3]),
     st.text(max_size=8),
 )
 TEXTS = st.lists(PIECES, max_size=24).map("".join)
@@ -38,10 +39,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "SMALL_INPUT_BYTES", 0)
 
 
-def both(data: bytes, kind: str) -> tuple:
+def both(data: bytes, kind: str, encoding: str) -> tuple:
     """(what Python's reader says, what the compiled one says) of a block of its own."""
     source = Source(Path("x"), "text" if kind == "whole" else kind)
-    block = Block(source, 3, 0, len(data), "utf-8", data)
+    block = Block(source, 3, 0, len(data), encoding, data)
     job = Job(whole=kind == "whole", **PLAIN)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "WORTH_COMPILING", 0)
@@ -49,15 +50,17 @@ def both(data: bytes, kind: str) -> tuple:
 
 
 @pytest.mark.parametrize("kind", scan.KINDS)
-@given(text=TEXTS)
-@example(text="")
-@example(text="\n")
-@example(text="\n\n一\n\n")
-@example(text=" \n一\n \n\u3000二 \n  ")
-@example(text="一" * 40 + "\n\n" + "二" * 3)
-def test_text(kind, text):
-    text = text.replace("\r", "")
-    (expected, stats, empty), scanned = both(text.encode(), kind)
+@given(text=TEXTS, encoding=st.sampled_from(["utf-8", "utf-16-le", "utf-16-be"]))
+@example(text="", encoding="utf-8")
+@example(text="\n", encoding="utf-8")
+@example(text="\n\n一\n\n", encoding="utf-8")
+@example(text=" \n一\n \n\u3000二 \n  ", encoding="utf-8")
+@example(text="一" * 40 + "\n\n" + "二" * 3, encoding="utf-8")
+@example(text="\r\n \r\n一\r\r\n二\n\r三\r", encoding="utf-8")
+@example(text="中文，汉字\r\n\r\n" * 9, encoding="gb18030")
+@example(text="這個國家，來會時發\r\n" * 9, encoding="big5")
+def test_text(kind, text, encoding):
+    (expected, stats, empty), scanned = both(text.encode(encoding), kind, encoding)
     found, scanned_stats, scanned_empty = scanned
     assert (scanned_stats, scanned_empty) == (stats, empty)
     assert found.points.dtype == np.uint16
@@ -112,15 +115,16 @@ def test_more_rare_characters_than_there_is_room_for():
 
 @pytest.mark.parametrize("settings", [{"split": "tail"}, {"dedup": "near"}, {"tokenizer": "bpe", "vocab_size": 400},
                                       {"format": "lines", "vocab_size": 300}], ids=str)  # fmt: skip
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_prepared_data_is_the_same(tmp_path, monkeypatch, small, settings, mark):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030", "utf-16"])
+def test_prepared_data_is_the_same(tmp_path, monkeypatch, small, settings, encoding):
     """Blocks that the compiled reader takes, and one that it leaves, against all by Python."""
     texts = [f"{i} 皇马😀曼联{chr(0x4E00 + i)}{'赢得比赛，' * (i % 50)}\n 完 " for i in range(300)]
-    text = mark + "\n\n \n".join([*texts, *texts[:20], "半\r\n角"])
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    text = "\r\n\n \n".join([*texts, *texts[:20], "半\r\n\r角"])
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding) + b"\xff")
     taken = []
     scanned = pipeline._scanned
     monkeypatch.setattr(pipeline, "_scanned", lambda *a: taken.append(scanned(*a)) or taken[-1])
+    settings = {"skip_bad": True, **settings}
     for count in (1, 2):
         prepare([str(tmp_path / "a.txt")], PrepareConfig(out=tmp_path / f"fast{count}", workers=count, **settings))
     assert sum(found is not None for found in taken) > 5
@@ -130,6 +134,18 @@ def test_prepared_data_is_the_same(tmp_path, monkeypatch, small, settings, mark)
     expected = {path.name: path.read_bytes() for path in (tmp_path / "slow").iterdir()}
     for name in ("fast1", "fast2"):
         assert {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} == expected
+
+
+def test_a_block_that_nobody_can_read_is_left_to_python(tmp_path, small):
+    """A file of its own task was once refused in spite of --skip_bad."""
+    files = {"a.txt": range(100, 200), "b.txt": range(200, 300)}  # one task, full; the next file is another
+    for name, numbers in files.items():
+        (tmp_path / name).write_text("".join(f"皇马{i}\n\n" for i in numbers), encoding="utf-8")
+    (tmp_path / "c.txt").write_bytes(b"\0\1\2" * 500)
+    sources, out = [str(tmp_path / name) for name in [*files, "c.txt"]], tmp_path / "out"
+    with pytest.raises(UserError, match=r"c\.txt is a binary file"):
+        prepare(sources, PrepareConfig(out=out))
+    assert prepare(sources, PrepareConfig(out=out, skip_bad=True))["skipped"] == 1
 
 
 def test_nothing_is_compiled_for_a_small_text(tmp_path, monkeypatch):

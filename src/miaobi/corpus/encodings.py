@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import itertools
 
 import numpy as np
 
@@ -54,6 +55,7 @@ _CANDIDATES = ("utf-8", "gb18030", "big5", "utf-16-le", "utf-16-be")
 _VALID_UTF8_BONUS = 8.0  # nats: other encodings are valid UTF-8 only by accident, and only when very short
 _UNLIKELY = -11.3  # nats per character: below this, no reading looks like Chinese or like ASCII
 _UNLIKELY_UTF16 = -9.0  # with zero bytes it is either clearly UTF-16, or a binary file
+_STRETCH = 1 << 20  # bytes whose passages are looked at together
 _MIXED = -8.0  # nats per non-ASCII character: below this a passage is worth a second reading
 
 
@@ -129,11 +131,16 @@ def _log_probability() -> np.ndarray:
     return table
 
 
+def _nats(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) float32 log probability of each character, and (n,) bool where it is not ASCII."""
+    code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    nats = np.where(code_points < 65536, _log_probability()[np.minimum(code_points, 65535)], np.float32(-14.0))
+    return nats, code_points >= 0x80
+
+
 def _score(text: str) -> tuple[float, float]:
     """(nats of the whole text, nats per non-ASCII character or 0 without any)."""
-    code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-    nats = np.where(code_points < 65536, _log_probability()[np.minimum(code_points, 65535)], -14.0)
-    foreign = code_points >= 0x80
+    nats, foreign = _nats(text)
     total = float(nats.sum(dtype=np.float64))
     return total, float(nats[foreign].mean(dtype=np.float64)) if foreign.any() else 0.0
 
@@ -218,13 +225,28 @@ def mixed_encoding(data: bytes, encoding: str) -> tuple[int, str] | None:
         return None
     position = 0
     while position < len(data):
-        newline = data.find(b"\n", position + 1024)
-        end = len(data) if newline < 0 else newline + 1
-        found = _better_reading(data[position:end], encoding)
-        if found:
-            return position, found
-        position = end
+        bounds = [position]
+        while position < min(len(data), bounds[0] + _STRETCH):
+            newline = data.find(b"\n", position + 1024)
+            position = len(data) if newline < 0 else newline + 1
+            bounds.append(position)
+        passages = list(itertools.pairwise(bounds))
+        for start, end in itertools.compress(passages, _unlikely([data[a:b] for a, b in passages], encoding)):
+            if found := _better_reading(data[start:end], encoding):
+                return start, found
     return None
+
+
+def _unlikely(passages: list[bytes], encoding: str) -> np.ndarray:
+    """(n,) bool: what `_better_reading` has to look at. All at once, as nearly none is: a tenth of the time."""
+    try:
+        texts = [decode(passage, encoding) for passage in passages]
+    except UnicodeDecodeError:
+        return np.ones(len(passages), bool)
+    nats, foreign = _nats("".join(texts))
+    starts = np.cumsum([0, *map(len, texts[:-1])])
+    counts = np.add.reduceat(foreign, starts, dtype=np.int64)
+    return np.add.reduceat(nats * foreign, starts, dtype=np.float64) < _MIXED * counts
 
 
 def _better_reading(passage: bytes, encoding: str) -> str | None:

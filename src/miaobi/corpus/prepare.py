@@ -44,7 +44,8 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
 
     Returns:
         out, documents, characters and distinct_characters (as read), vocab_size, train_tokens, val_tokens,
-        duplicates_removed, encodings (name -> files), skipped, seconds.
+        duplicates_removed, encodings (name -> files), skipped (bad files, records and bytes), skipped_in (files that
+        had some), seconds.
 
     Raises:
         UserError: what the user can mend: unreadable input, too little text, a full disk, an --out in use.
@@ -78,6 +79,7 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
         "duplicates_removed": corpus.exact + corpus.near,
         "encodings": dict(Counter(source["encoding"] for source in manifest["sources"])),
         "skipped": corpus.skipped,
+        "skipped_in": [source["path"] for source in manifest["sources"] if source["skipped"]],
         "seconds": round(time.perf_counter() - began, 3),
     }
 

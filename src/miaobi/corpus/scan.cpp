@@ -1,7 +1,7 @@
 // A block of UTF-8 in one pass: its characters, how often each occurs, and where its documents begin and end.
 //
-// Only the ordinary: text with a byte that is no UTF-8, or with a carriage return, is refused, and Python reads it, with
-// its error messages. Its own decoder and searches take three times as long (docs/lab-notes.md).
+// Only the ordinary: text with a byte that is no UTF-8, or with a carriage return, is refused. What scan.py cannot mend
+// Python reads, with its error messages; its own decoder and searches take three times as long (docs/lab-notes.md).
 // tests/corpus/test_scan.py compares both.
 
 #include <cstdint>

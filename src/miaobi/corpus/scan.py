@@ -1,4 +1,4 @@
-"""The usual block of text read by scan.cpp: UTF-8 that is to stay as it is. Python reads all others."""
+"""The usual block of text read by scan.cpp, other encodings and line ends first made UTF-8. Python reads all others."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 
 from miaobi import native
 from miaobi.corpus.characters import MOST_BEYOND, wide
-from miaobi.corpus.cutting import Block, block_bytes
+from miaobi.corpus.cutting import Block, block_bytes, decode_block
 from miaobi.corpus.sources import Source
+from miaobi.errors import UserError
 
 SOURCE = Path(__file__).with_name("scan.cpp")
 KINDS = ("whole", "text", "lines")  # in the order of scan.cpp; as in Source.format, or one stream
@@ -57,19 +58,25 @@ def get_ready(sources: list[Source]) -> None:
 def scan(block: Block, whole: bool) -> tuple[Text, str, int] | None:
     """The documents of a block, or (`whole`) all of it as one stream; its encoding; and its characters as read.
 
-    None where Python has to read it.
-
-    Raises:
-        UserError: what `cutting.block_bytes` raises.
+    None where Python has to read it, and be it to say what is wrong with it.
     """
     format = block.source.format
     if block.records is not None or format not in KINDS or block.end - block.start < WORTH_COMPILING:
         return None
-    data, _, encoding = block_bytes(block)
-    if encoding not in ("utf-8", "utf-8-sig"):
+    try:
+        data, encoding = _as_utf8(block)
+    except UserError:
         return None
     found = scan_bytes(data, "whole" if whole else format)
     return None if found is None else (found[0], encoding, found[1])
+
+
+def _as_utf8(block: Block) -> tuple[bytes, str]:
+    """The text of a block in UTF-8 with line ends `\\n`, and the encoding it was in."""
+    data, _, encoding = block_bytes(block)
+    if encoding not in ("utf-8", "utf-8-sig"):
+        data = decode_block(block)[0].encode()
+    return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in data else data, encoding
 
 
 def scan_bytes(data: bytes, kind: str) -> tuple[Text, int] | None:

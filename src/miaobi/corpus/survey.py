@@ -40,12 +40,16 @@ class Corpus:
     aside: list[Aside | None]  # per task: its characters, where they were set aside
     places: list[tuple[Block, ...]]  # per task that was set aside: its blocks, without their content
     distinct: int = 0
-    skipped: int = 0
     empty: int = 0
     exact: int = 0
     near: int = 0
     left_out: int = 0
     """Documents of sources with a weight below 1."""
+
+    @property
+    def skipped(self) -> int:
+        """Files, records and bytes that could not be read."""
+        return sum(record["skipped"] for record in self.records)
 
 
 def take_survey(
@@ -92,7 +96,8 @@ def _first_pass(
     weights: list[float],
     aside: Path | None,
 ) -> Corpus:
-    records = [{"path": f.name, "bytes": f.size, "encoding": "skipped", "documents": 0, "characters": 0} for f in files]
+    nothing = {"encoding": "skipped", "documents": 0, "characters": 0, "skipped": 0}
+    records = [{"path": file.name, "bytes": file.size, **nothing} for file in files]
     corpus = Corpus(files, job, [], [], [], [], [], [], records, [], [])
     raw_presence = np.zeros(N_CODE_POINTS, bool)
     sketches: list[np.ndarray] = []
@@ -115,7 +120,7 @@ def _first_pass(
                     record["encoding"] = encoding  # a stretch of plain ASCII says utf-8 before the rest knows better
                 record["documents"] = 1 if job.whole else record["documents"] + documents
                 record["characters"] += characters
-                corpus.skipped += skipped
+                record["skipped"] += skipped
             corpus.aside.append(found.aside)
             if found.aside is not None:
                 corpus.places.append(tuple(dataclasses.replace(b, data=None, records=None) for b in blocks))
