@@ -150,6 +150,9 @@ def test_no_model_says_what_was_looked_for(tmp_path):
         model_directory(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"neither config\.json nor checkpoints/"):
         model_directory(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is a PEFT adapter.*merge_and_unload"):
+        model_directory(tmp_path)
 
 
 # --- damaged models ----------------------------------------------------------------------------------------------

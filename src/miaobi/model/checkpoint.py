@@ -137,6 +137,9 @@ def model_directory(name: str | Path, checkpoint: str = "best") -> Path:
     if not path.exists():
         raise UserError(f"no model at {path}: no such directory. Give a run directory (out_dir of `miaobi train`) "
                         "a Hugging Face model directory, or a model of the hub as OWNER/NAME")  # fmt: skip
+    if (path / "adapter_config.json").is_file():
+        raise UserError(f"{path} is a PEFT adapter, not a whole model: merge it into its base with PEFT's "
+                        "merge_and_unload(), and give the directory that save_pretrained() then writes")  # fmt: skip
     raise UserError(f"no model at {path}: neither config.json nor checkpoints/ in it")
 
 
