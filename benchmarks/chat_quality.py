@@ -21,11 +21,11 @@ from typing import Any
 import tyro
 
 from benchmarks.common import machine, parse, report
-from miaobi.config import ChatConfig
 from miaobi.console import progress
 from miaobi.corpus.dataset import PreparedData
 from miaobi.errors import UserError
 from miaobi.generate.chat import Chat
+from miaobi.generate.config import ChatConfig
 from miaobi.generate.engine import LanguageModel, load
 
 LOOP = re.compile(r"(.{2,}?)\1{2,}", re.DOTALL)  # two characters or more, three times running

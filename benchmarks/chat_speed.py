@@ -28,8 +28,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.common import Worker, clock, git_version, machine, parse, ratio, report, take_turns
-from miaobi.config import PrepareConfig
 from miaobi.console import log
+from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.prepare import prepare
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.overrides import load_config, read_yaml, shipped_config

@@ -32,10 +32,10 @@ import torch
 from benchmarks import sample_speed
 from benchmarks.common import Worker, machine, parse, ratio, report, take_turns
 from benchmarks.sample_speed import GREEDY, PROMPT, TEMPERATURE, TOP_K, Transformers, write_model
-from miaobi.config import SampleConfig, SamplingConfig
 from miaobi.console import log
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.generate import engine, step
+from miaobi.generate.config import SampleConfig, SamplingConfig
 from miaobi.generate.slots import Slots, Stream
 
 PAIRED = {"bfloat16": "bf16", "int8": "q8_0"}  # our precision -> llama.cpp's nearest

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import machine, parse, report
-from miaobi.config import PrepareConfig
 from miaobi.console import log
+from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.prepare import prepare
 from miaobi.model.checkpoint import pointed
 

@@ -22,8 +22,8 @@ import torch
 
 from benchmarks.common import Worker, clock, git_version, machine, parse, ratio, report, take_turns
 from benchmarks.peers import Trainer, copy_nanogpt
-from miaobi.config import PrepareConfig
 from miaobi.console import log
+from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.dataset import IGNORE, PreparedData, batch
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import keep_allocations, peak_memory, pick_device, pick_dtype, reset_peak_memory

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from miaobi import cli, native
-from miaobi.config import PrepareConfig
+from miaobi.corpus.config import PrepareConfig
 from miaobi.overrides import load_config
 
 torch.set_num_threads(1)

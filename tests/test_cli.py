@@ -164,7 +164,7 @@ def test_train_flags_take_both_spellings():
 
 
 def test_a_switch_may_be_bare():
-    from miaobi.config import PrepareConfig
+    from miaobi.corpus.config import PrepareConfig
 
     assert spelled_out(PrepareConfig, ["--simplify", "--skip_bad", "False", "--out", "x", "--simplify"]) == [
         "--simplify=True", "--skip_bad", "False", "--out", "x", "--simplify=True"

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miaobi.config import ModelConfig, OptimConfig, PrepareConfig, RunConfig, TrainConfig
+from miaobi.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from miaobi.corpus.config import PrepareConfig
 from miaobi.errors import UserError
 
 

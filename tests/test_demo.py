@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from miaobi import demo
-from miaobi.config import ChatConfig, PrepareConfig
+from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.prepare import prepare
 from miaobi.generate.chat import Chat
+from miaobi.generate.config import ChatConfig
 from miaobi.generate.engine import load
 
 

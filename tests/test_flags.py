@@ -5,7 +5,7 @@ import json
 import pytest
 
 from miaobi import cli, flags
-from miaobi.config import PrepareConfig
+from miaobi.corpus.config import PrepareConfig
 from miaobi.errors import UserError
 
 

@@ -15,11 +15,12 @@ from urllib.parse import unquote
 import pytest
 import torch
 
-from miaobi.config import ChatConfig, DataConfig, ModelConfig
+from miaobi.config import DataConfig, ModelConfig
 from miaobi.corpus.dialogue import messages_of
 from miaobi.corpus.template import CHATML_TEMPLATE
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.demo import chatterbot, peoples_daily
+from miaobi.generate.config import ChatConfig
 from miaobi.generate.terminal import COMMANDS
 from miaobi.model.checkpoint import save_model
 from miaobi.model.transformer import Transformer

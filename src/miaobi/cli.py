@@ -90,7 +90,7 @@ def overview() -> str:
 
 def prepare(args: list[str]) -> None:
     """`miaobi prepare SOURCE... --out DIR`."""
-    from miaobi.config import PrepareConfig
+    from miaobi.corpus.config import PrepareConfig
 
     def parse_with_tyro() -> tuple[tuple[str, ...], PrepareConfig]:
         import tyro
@@ -171,7 +171,7 @@ def sample(args: list[str]) -> None:
     """`miaobi sample MODEL --start=...`."""
     import tyro
 
-    from miaobi.config import SampleConfig
+    from miaobi.generate.config import SampleConfig
 
     @dataclass(frozen=True)
     class Args:
@@ -213,8 +213,8 @@ def chat(args: list[str]) -> None:
     """`miaobi chat MODEL|CONFIG.yaml`."""
     import tyro
 
-    from miaobi.config import ChatConfig
     from miaobi.generate import terminal
+    from miaobi.generate.config import ChatConfig
 
     config = next((a for a in args if not a.startswith("-") and a.endswith((".yaml", ".yml"))), None)
     run_config, defaults = terminal.configured(find_config(config)) if config else (None, ChatConfig())

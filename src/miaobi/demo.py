@@ -11,9 +11,10 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from miaobi.config import ChatConfig, PrepareConfig, SampleConfig
 from miaobi.console import log
+from miaobi.corpus.config import PrepareConfig
 from miaobi.errors import UserError
+from miaobi.generate.config import ChatConfig, SampleConfig
 from miaobi.overrides import load_config, shipped_config
 
 FULL_WIDTH = str.maketrans(

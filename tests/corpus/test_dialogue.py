@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from miaobi.config import PrepareConfig
 from miaobi.corpus import cutting, pipeline, workers
+from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.dataset import PreparedData
 from miaobi.corpus.dialogue import messages_of
 from miaobi.corpus.prepare import prepare

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from miaobi.config import PrepareConfig
 from miaobi.corpus import cutting, pipeline, store, workers
 from miaobi.corpus import prepare as prepare_module
+from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.prepare import prepare
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
@@ -360,7 +360,7 @@ def test_kill_leaves_the_old_directory(tmp_path):
     before = contents(out)
     code = (
         "import os, signal, sys\n"
-        "from miaobi.config import PrepareConfig\n"
+        "from miaobi.corpus.config import PrepareConfig\n"
         "from miaobi.corpus import prepare, store\n"
         "store.PreparedWriter.commit = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "prepare.prepare([sys.argv[1]], PrepareConfig(out=sys.argv[2] and __import__('pathlib').Path(sys.argv[2])))\n"
@@ -426,7 +426,7 @@ def test_no_torch(tmp_path):
     source = write(tmp_path / "a.txt", articles(30))
     code = (
         "import sys, pathlib\n"
-        "from miaobi.config import PrepareConfig\n"
+        "from miaobi.corpus.config import PrepareConfig\n"
         "from miaobi.corpus.prepare import prepare\n"
         "prepare([sys.argv[1]], PrepareConfig(out=pathlib.Path(sys.argv[2])))\n"
         "sys.exit('torch' in sys.modules)\n"

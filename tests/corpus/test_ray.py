@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from miaobi.config import PrepareConfig
 from miaobi.corpus import workers
+from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.prepare import prepare
 from miaobi.errors import UserError
 

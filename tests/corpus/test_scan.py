@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from miaobi import native
-from miaobi.config import PrepareConfig
 from miaobi.corpus import characters, cutting, pipeline, scan, workers
+from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.cutting import Block
 from miaobi.corpus.pipeline import Job
 from miaobi.corpus.prepare import prepare

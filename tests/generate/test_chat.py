@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from miaobi.config import ChatConfig, ModelConfig
+from miaobi.config import ModelConfig
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, Messages
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.generate.chat import Chat, preview
+from miaobi.generate.config import ChatConfig
 from miaobi.generate.engine import LanguageModel, load
 from miaobi.generate.slots import Slots, Stream
 from miaobi.model.transformer import Transformer

@@ -11,10 +11,11 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miaobi.config import ModelConfig, SampleConfig
+from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import SPECIALS, Tokenizer
 from miaobi.errors import UserError
 from miaobi.generate.chat import preview
+from miaobi.generate.config import SampleConfig
 from miaobi.generate.engine import LanguageModel, load, read_prompt
 from miaobi.generate.slots import Stream
 from miaobi.model.checkpoint import end_ids

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from miaobi.config import ModelConfig, SamplingConfig
+from miaobi.config import ModelConfig
+from miaobi.generate.config import SamplingConfig
 from miaobi.generate.graph import GraphStep
 from miaobi.generate.slots import Slots, Stream
 from miaobi.model.transformer import Transformer

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
-from miaobi.config import SampleConfig
 from miaobi.errors import UserError
+from miaobi.generate.config import SampleConfig
 from miaobi.generate.sampling import filter_logits, next_token, penalize_repeats
 
 FREE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miaobi.config import ModelConfig, SampleConfig, SamplingConfig
+from miaobi.config import ModelConfig
 from miaobi.generate import slots as slots_module
 from miaobi.generate import step
+from miaobi.generate.config import SampleConfig, SamplingConfig
 from miaobi.generate.slots import Slots, Stream, common, continued
 from miaobi.model.transformer import Transformer
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from miaobi import native
-from miaobi.config import ModelConfig, SampleConfig
+from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.generate import engine, slots, step
+from miaobi.generate.config import SampleConfig
 from miaobi.model.checkpoint import save_model
 from miaobi.model.transformer import Transformer
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from miaobi.config import ChatConfig
 from miaobi.generate import terminal
+from miaobi.generate.config import ChatConfig
 
 pexpect = pytest.importorskip("pexpect", reason="no pseudo-terminals here")
 pyte = pytest.importorskip("pyte")

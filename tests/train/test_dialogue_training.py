@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from miaobi.config import ModelConfig, PrepareConfig
+from miaobi.config import ModelConfig
+from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.dataset import IGNORE, PreparedData
 from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.prepare import prepare

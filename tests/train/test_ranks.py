@@ -15,7 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miaobi.config import PrepareConfig, TrainConfig
+from miaobi.config import TrainConfig
+from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.dataset import IGNORE, Batch, PreparedData, TextWindows
 from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.prepare import prepare

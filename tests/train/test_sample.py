@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from miaobi.config import PrepareConfig
+from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.dataset import PreparedData
 from miaobi.corpus.dialogue import GREETING, first_message
 from miaobi.corpus.prepare import prepare

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from miaobi import console
-from miaobi.config import PrepareConfig
 from miaobi.corpus import dialogue, pipeline, store
 from miaobi.corpus.characters import N_CODE_POINTS
+from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.dialogue import Encoded
 from miaobi.corpus.pipeline import DROP, VAL, Job
 from miaobi.corpus.sources import Source, find_sources

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from miaobi import console
-from miaobi.config import PrepareConfig
 from miaobi.corpus import clean, near, pipeline, scan
 from miaobi.corpus.characters import N_CODE_POINTS, Aside
+from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.cutting import Block
 from miaobi.corpus.pipeline import DROP, TRAIN, VAL, Job, Survey
 from miaobi.corpus.read import iter_blocks

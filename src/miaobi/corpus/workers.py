@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from miaobi import console
-from miaobi.config import PrepareConfig
+from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.cutting import Block
 from miaobi.corpus.sources import Source
 from miaobi.corpus.tokenizer import Tokenizer

@@ -7,12 +7,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from miaobi.config import ChatConfig, SampleConfig
 from miaobi.console import warn
 from miaobi.corpus.template import ChatTemplate, Messages
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory
 from miaobi.errors import UserError
+from miaobi.generate.config import ChatConfig, SampleConfig
 from miaobi.generate.engine import LanguageModel, control_ids
 from miaobi.generate.slots import Stream
 from miaobi.model.transformer import Transformer

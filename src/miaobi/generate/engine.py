@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from miaobi.config import SampleConfig
 from miaobi.console import token_bar, warn
 from miaobi.corpus.tokenizer import PAD, SEP, Tokenizer
 from miaobi.device import can_compile, cpu_has_bf16, explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
+from miaobi.generate.config import SampleConfig
 from miaobi.generate.graph import GraphStep
 from miaobi.generate.slots import Slots, Stream
 from miaobi.generate.step import Step, can_step

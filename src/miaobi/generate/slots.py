@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from miaobi.config import SamplingConfig
+from miaobi.generate.config import SamplingConfig
 from miaobi.generate.graph import GraphStep
 from miaobi.generate.sampling import next_token, penalize_repeats
 from miaobi.generate.step import Step

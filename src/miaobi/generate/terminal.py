@@ -11,9 +11,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from miaobi.config import ChatConfig, RunConfig
+from miaobi.config import RunConfig
 from miaobi.console import warn
 from miaobi.errors import UserError
+from miaobi.generate.config import ChatConfig
 from miaobi.overrides import SMALL_GPT, load_config, read_yaml
 
 if TYPE_CHECKING:  # torch is imported after the command line has been understood

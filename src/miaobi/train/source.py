@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miaobi.config import DataConfig, ModelConfig, PrepareConfig, RunConfig
+from miaobi.config import DataConfig, ModelConfig, RunConfig
 from miaobi.console import log
+from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.dataset import PreparedData, TextWindows
 from miaobi.corpus.dialogue import first_message
 from miaobi.corpus.packing import PackedDialogues

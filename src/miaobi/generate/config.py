@@ -1,0 +1,79 @@
+"""How text is written: frozen dataclasses whose attribute docstrings are the help of `sample` and `chat`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from miaobi.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn, and on what."""
+
+    max_new_tokens: int = 500
+    """Tokens written at most."""
+    temperature: float = 1.0
+    """Below 1 = safer, above 1 = wilder, 0 = always the likeliest token."""
+    top_k: int = 0
+    """Keep only this many likeliest tokens; 0 = all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with this much probability."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest one."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that already occurred less likely (CTRL, arXiv:1909.05858)."""
+    seed: int | None = None
+    """Same seed, same text; None = another text each time."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    """Precision of the weights; auto = the fastest that loses nothing; int8 = faster still, on a CPU."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}; it cannot be negative (0 = greedy)")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; give 0 for no limit or a positive number")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"top_p is {self.top_p}; give a probability in (0, 1]")
+        if not 0.0 <= self.min_p < 1.0:
+            raise UserError(f"min_p is {self.min_p}; give a share from 0 up to below 1")
+        if self.repetition_penalty <= 0:
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be positive (1 = none)")
+
+
+@dataclass(frozen=True)
+class SampleConfig(SamplingConfig):
+    """Continuations of a prompt."""
+
+    start: str = "\n"
+    """The prompt, or FILE:path for a file that holds it."""
+    num_samples: int = 10
+    """Continuations, all in one batch."""
+    temperature: float = 0.8
+    top_k: int = 200
+    seed: int = 1337
+    """Same seed, same text."""
+    stop: tuple[str, ...] = ()
+    """End a continuation before any of these strings."""
+    stream: bool = False
+    """Print the text as it is written, one sample after another."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_samples < 1:
+            raise UserError(f"num_samples is {self.num_samples}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class ChatConfig(SamplingConfig):
+    """Replies in a conversation."""
+
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_p: float = 0.9
+    repetition_penalty: float = 1.2
