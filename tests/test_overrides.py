@@ -240,6 +240,8 @@ def test_a_wrong_type_names_key_line_and_expectation(tmp_path, text, expectation
         ("a: 1\n b: 2: 3", "line 2"),
         ("- seed\n- 1", "key: value"),
         ("seed: 1\nseed: 2", "seed"),
+        ("seed: 1\nn_layer: 3\x07", "line 2: not valid YAML: U+0007"),
+        ("seed: 1\n5: 3", "line 2: unknown key '5'"),
         ("model:\n  n_layer: 1\nn_layer: 2", "given twice"),
         ("lr: 1e-3\nlearning_rate: 2e-3", "learning_rate"),
         ("seed: 1\nmodel: 3", "line 2"),

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.reader import ReaderError
 
 from miaobi.config import RunConfig
 from miaobi.console import log
@@ -165,6 +166,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except MarkedYAMLError as e:
         line = e.problem_mark.line + 1 if e.problem_mark else "?"
         raise UserError(f"{path}, line {line}: not valid YAML: {e.problem}") from e
+    except ReaderError as e:
+        line = text.count("\n", 0, e.position) + 1
+        raise UserError(f"{path}, line {line}: not valid YAML: U+{e.character:04X} is not allowed") from e
     if tree is None:
         return {}, {}
     if not isinstance(tree, CommentedMap):
@@ -175,9 +179,10 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         opened = value.items() if key in names and isinstance(value, CommentedMap) else [(key, value)]
         node = value if key in names and isinstance(value, CommentedMap) else tree
         for inner, item in opened:
+            line, inner = node.lc.key(inner)[0] + 1, str(inner)  # 5: or true: are keys too
             if inner in values:
-                raise UserError(f"{path}, line {node.lc.key(inner)[0] + 1}: {inner} is given twice")
-            values[inner], lines[inner] = item, node.lc.key(inner)[0] + 1
+                raise UserError(f"{path}, line {line}: {inner} is given twice")
+            values[inner], lines[inner] = item, line
     return values, lines
 
 

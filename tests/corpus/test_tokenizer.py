@@ -222,6 +222,22 @@ def test_foreign_tokenizer(tmp_path):
     assert Tokenizer.load(tmp_path / "copy").encode(CORPUS) == tokenizer.encode(CORPUS)
 
 
+def test_a_tokenizer_that_cuts_and_pads_does_neither_here(tokenizers, tmp_path):
+    backend = tokenizers["bpe"].backend.from_str(tokenizers["bpe"].backend.to_str())
+    backend.enable_truncation(8)
+    backend.enable_padding(pad_id=1, pad_token="<pad>", length=16)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    for text in ("皇马", "皇马赢得比赛，" * 20):
+        assert Tokenizer.load(tmp_path).encode(text) == tokenizers["bpe"].encode(text)
+
+
+@pytest.mark.parametrize("content", ["5", "[]", "{}", '{"model": {}}', "{", "\udcff"])
+def test_what_is_no_tokenizer(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(UserError, match="is not a tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
 def test_spare_rows_decode_to_nothing(tokenizers):
     for tokenizer in tokenizers.values():
         assert tokenizer.decode([*tokenizer.encode("好"), tokenizer.vocab_size + 7]) == "好"

@@ -56,7 +56,10 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
     if cfg.weights and len(cfg.weights) != len(sources):
         raise UserError(f"{len(cfg.weights)} weights for {len(sources)} sources; give one number for each source")
     weights = [w for w, group in zip(cfg.weights or [1.0] * len(sources), found, strict=True) for _ in group]
-    out = Path(cfg.out).expanduser()
+    out = Path(cfg.out).expanduser().resolve()  # `.` has no name to put another beside; a link stays a link
+    if not out.name:
+        raise UserError(f"--out={cfg.out} is the root of a disk; choose a directory of its own")
+    store.clear_leftovers(out)
     store.check_replaceable(out, [file.path for file in files])
     workers = workers_for(files, cfg)
     job = _job(files, cfg)
@@ -69,7 +72,7 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
             manifest = _write(out, corpus, tokenizer, cfg, workers)
     statistics = manifest["statistics"]
     return {
-        "out": str(out),
+        "out": str(Path(cfg.out).expanduser()),
         "documents": statistics["documents"],
         "characters": statistics["characters"],
         "distinct_characters": statistics["distinct_characters"],

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -115,7 +116,7 @@ class PreparedWriter:
 
     def __init__(self, out: Path, dtype: str):
         self.out = out
-        self.directory = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+        self.directory = _beside(out, "tmp")
         self._dtype = dtype
 
     def __enter__(self) -> PreparedWriter:
@@ -147,7 +148,7 @@ class PreparedWriter:
             self._swap()
 
     def _swap(self) -> None:
-        old = self.out.with_name(f".{self.out.name}.old-{os.getpid()}")
+        old = _beside(self.out, "old")
         if self.out.is_dir():
             os.replace(self.out, old)
         os.replace(self.directory, self.out)
@@ -155,10 +156,15 @@ class PreparedWriter:
         shutil.rmtree(old, ignore_errors=True)
 
     def _move_in(self) -> None:
-        """Into a directory that also holds the source text. The manifest, which makes it prepared data, goes last."""
-        (self.out / "manifest.json").unlink(missing_ok=True)
+        """Into a directory that also holds the source text. The manifest, which makes it prepared data, goes last.
+
+        Until then there is one that says whose these files are and nothing else: killed here, the next run may go on.
+        """
+        unfinished = self.directory / "unfinished"
+        unfinished.write_text(json.dumps({"format": FORMAT}), encoding="utf-8")
+        os.replace(unfinished, self.out / "manifest.json")
         for entry in list(self.out.iterdir()):
-            if _OWN_NAMES.fullmatch(entry.name):
+            if _OWN_NAMES.fullmatch(entry.name) and entry.name != "manifest.json":
                 entry.unlink()
         for entry in sorted(self.directory.iterdir(), key=lambda e: e.name == "manifest.json"):
             os.replace(entry, self.out / entry.name)
@@ -168,7 +174,7 @@ class PreparedWriter:
 @contextlib.contextmanager
 def aside(out: Path) -> Iterator[Path]:
     """A directory beside `out` for what the passes of `prepare` hand on, gone afterwards."""
-    directory = out.with_name(f".{out.name}.tmp-aside-{os.getpid()}")
+    directory = _beside(out, "aside")
     shutil.rmtree(directory, ignore_errors=True)
     with explain_refusal(out):
         directory.mkdir(parents=True)
@@ -176,6 +182,35 @@ def aside(out: Path) -> Iterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def clear_leftovers(out: Path) -> None:
+    """Removes what killed runs on this machine left beside `out`; data that one had just moved aside comes back."""
+    if os.name != "posix" or not out.parent.is_dir():  # elsewhere one cannot ask whether a process lives
+        return
+    name = re.compile(re.escape(_beside(out, "KIND", 0).name[:-1]).replace("KIND", "(tmp|aside|old)") + r"(\d+)")
+    for path in list(out.parent.iterdir()):
+        found = name.fullmatch(path.name)
+        if not found or _is_running(int(found[2])):
+            continue
+        if found[1] == "old" and not out.exists():
+            os.replace(path, out)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _beside(out: Path, kind: str, process: int | None = None) -> Path:
+    """A name of this process, on the same disk as `out`; of this machine too, as disks are shared."""
+    return out.with_name(f".{out.name}.{kind}-{socket.gethostname()}-{os.getpid() if process is None else process}")
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def check_replaceable(out: Path, sources: list[Path]) -> None:

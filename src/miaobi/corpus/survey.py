@@ -127,10 +127,10 @@ def _first_pass(
             if found.sketches is not None:
                 sketches.append(found.sketches)
     corpus.distinct = int(raw_presence.sum())
-    if not job.whole:
-        _choose(corpus, np.concatenate(sketches) if sketches else None, cfg, np.array(weights))
     if sum(record["characters"] for record in records) == 0:
         raise UserError("no text in the sources" + (f"; {corpus.skipped} were skipped" if corpus.skipped else ""))
+    if not job.whole:
+        _choose(corpus, np.concatenate(sketches) if sketches else None, cfg, np.array(weights))
     return corpus
 
 

@@ -46,6 +46,8 @@ class Tokenizer:
         """Wraps `backend`; `config` is its tokenizer_config.json, which knows a foreign tokenizer's eos and pad."""
         self.backend = backend
         self.backend.encode_special_tokens = True  # text never turns into special tokens
+        self.backend.no_truncation()  # as some of the hub's ask for
+        self.backend.no_padding()
         self.config = dict(config or {})
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self.eot_id = self._special(EOT, "eos_token")
@@ -137,9 +139,14 @@ class Tokenizer:
     @classmethod
     def from_json(cls, text: str, config: Mapping[str, object] | None = None) -> Tokenizer:
         """From the content of a tokenizer.json. Raises ValueError when it is not one."""
-        if "model" not in json.loads(text):
+        content = json.loads(text)
+        if not isinstance(content, dict) or "model" not in content:
             raise ValueError("it has no model")
-        return cls(tokenizers.Tokenizer.from_str(text), config)
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(error) from error
+        return cls(backend, config)
 
     def __reduce__(self) -> tuple:
         return _rebuild, (self.backend.to_str(), self.config)

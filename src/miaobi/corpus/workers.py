@@ -10,8 +10,10 @@ import dataclasses
 import itertools
 import os
 import pickle
+import signal
 import socket
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -85,8 +87,10 @@ class Workers:
             # fork shares the loaded libraries; macOS has it too, but Apple's libraries break after it.
             has_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
             context = multiprocessing.get_context("fork" if has_fork else "spawn")
-            pool = ProcessPoolExecutor(self.count, context, _start_worker, (tokenizer,))
+            pool = ProcessPoolExecutor(self.count, context, _start_process, (tokenizer,))
             try:
+                with _interrupts_held():
+                    pool.submit(int)  # starts them
                 yield partial(_run_in_processes, pool, 2 * self.count)
             except BrokenProcessPool as error:
                 raise UserError(
@@ -94,6 +98,34 @@ class Workers:
                 ) from error
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes started meanwhile hold Ctrl-C back for good, as they inherit the mask."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_process(tokenizer: Tokenizer | None) -> None:
+    """Ctrl-C is the main process's: a worker that it met in the middle of a result would leave half of one in the pipe,
+    which is read for ever. And a worker whose main process was killed ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_main, daemon=True).start()
+    _start_worker(tokenizer)
+
+
+def _end_with_main() -> None:
+    from multiprocessing import parent_process
+
+    parent_process().join()
+    os._exit(1)
 
 
 def _start_worker(tokenizer: Tokenizer | None) -> None:
