@@ -86,6 +86,35 @@ def test_a_step_gives_the_logits_of_forward(family: str, kind: str, tolerance: f
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", step.KINDS)
+@torch.inference_mode()
+def test_streams_change_nothing_for_each_other(family: str, kind: str):
+    """To the last bit: few streams, many, and the tokens of one stream at once."""
+    compiled = step.Step(loud_model(**FAMILIES[family]), kind)
+    ids = torch.randint(0, 101, (17, 8))
+    caches = compiled.model.make_caches(17, 40, compiled.cache_dtype)
+    alone = [compiled(ids[:, t : t + 1], caches, [t] * 17) for t in range(8)]
+    for streams in (1, 2, 3, 5, 11, 12, 13, 16):
+        caches = compiled.model.make_caches(streams, 40, compiled.cache_dtype)
+        for t in range(8):
+            assert torch.equal(compiled(ids[:streams, t : t + 1], caches, [t] * streams), alone[t][:streams])
+    caches = compiled.model.make_caches(1, 40, compiled.cache_dtype)
+    at_once = compiled(ids[0, :, None], caches, [*range(8)], one=True)
+    assert torch.equal(at_once, torch.stack([logits[0] for logits in alone]))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_a_seed_gives_its_text_in_any_company(tmp_path: Path, family: str):
+    """Past a full block too."""
+    lm = engine.load(saved(tmp_path, **FAMILIES[family]), "cpu", "bfloat16")
+    cfg = SampleConfig(num_samples=14, max_new_tokens=100, temperature=1.0, seed=7)
+    for n, completion in enumerate(lm.generate("一丁", cfg)):
+        (alone,) = lm.generate("一丁", replace(cfg, num_samples=1, seed=7 + n))
+        assert completion.text == alone.text
+        assert "一丁" + "".join(lm.stream("一丁", replace(cfg, seed=7 + n))) == alone.text
+
+
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 @torch.inference_mode()
 def test_the_model_is_rounded_to_what_was_packed(kind: str):

@@ -100,7 +100,9 @@ class Slots:
             return []
         full = [row for row, _ in enumerate(self.running) if len(self.known[row]) == self.model.cfg.block_size]
         half = max(1, self.model.cfg.block_size // 2)
-        self.prefill(full, [self.running[row].ids[-half:-1] for row in full])
+        # one by one for the compiled step, with which each text is, to the last bit, what it would be alone
+        for rows in [[row] for row in full] if isinstance(self.compiled, Step) else [full]:
+            self.prefill(rows, [self.running[row].ids[-half:-1] for row in rows])
         if guess := self.guess():
             return self.check(guess)
         given = [stream.ids[-1] for stream in self.running]

@@ -37,6 +37,11 @@ static inline void rest() {}
 #endif
 static inline vec load(const bfloat16* p) { return (vec)(widen(p) << 16); }  // it is the upper half of a float
 static inline vec load(const int8_t* p) { return convert(widen(p)); }
+#if defined(__AVX2__) && defined(__FMA__)  // by name: left to itself the compiler takes a fused one in some places and not in others
+static inline vec fma(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+static inline vec fma(vec a, vec b, vec c) { return a * b + c; }
+#endif
 static inline float sum(vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 static inline void store(float* p, float x) { *p = x; }
 static inline void store(bfloat16* p, float x) {  // round to nearest even
@@ -64,39 +69,63 @@ static inline float fast_erf(float x) {
     return x < 0 ? -y : y;
 }
 
-// out[m * R + r] = w[r] . x[m] for R rows of w and M of x, each K long.
-template <int R, int M, class T>
-static void tile(const T* w, const float* x, int K, float* out) {
-    vec acc[R][M] = {};
+// out[r] = w[r] . x for R rows of w, each K long, side by side.
+template <int R, class T>
+static void beside(const T* w, const float* x, int K, float* out) {
+    vec acc[R] = {};
     for (int k = 0; k < K; k += W) {
-        vec a[R];
-        for (int r = 0; r < R; r++) a[r] = load(w + (size_t)r * K + k);
-        for (int m = 0; m < M; m++) {
-            vec b = load(x + (size_t)m * K + k);
-            for (int r = 0; r < R; r++) acc[r][m] += a[r] * b;
-        }
+        vec b = load(x + k);
+        for (int r = 0; r < R; r++) acc[r] = fma(load(w + (size_t)r * K + k), b, acc[r]);
     }
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < R; r++) out[m * R + r] = sum(acc[r][m]);
+    for (int r = 0; r < R; r++) out[r] = sum(acc[r]);
 }
 
+constexpr int U = 4;  // sums at once for a dot product, or each addition would wait for the one before
+
 // out[n] = w . x[n], for few streams: row after row is one stretch of memory, which the processor fetches faster than
-// several. Each sum is added up in the same order whatever N.
+// several.
 template <int N, class T>
 static void dots(const T* w, const float* x, int K, float* out) {
-    constexpr int U = 4;  // sums at once, or each would wait for the one before
     vec acc[N][U] = {};
     int k = 0;
     for (; k + U * W <= K; k += U * W) {
         for (size_t i = 0; i < U * W * sizeof(T); i += 64) __builtin_prefetch((const char*)(w + k) + i + 2048);
         for (int u = 0; u < U; u++) {
             vec a = load(w + k + u * W);
-            for (int n = 0; n < N; n++) acc[n][u] += a * load(x + (size_t)n * K + k + u * W);
+            for (int n = 0; n < N; n++) acc[n][u] = fma(a, load(x + (size_t)n * K + k + u * W), acc[n][u]);
         }
     }
     for (; k < K; k += W)
-        for (int n = 0; n < N; n++) acc[n][0] += load(w + k) * load(x + (size_t)n * K + k);
+        for (int n = 0; n < N; n++) acc[n][0] = fma(load(w + k), load(x + (size_t)n * K + k), acc[n][0]);
     for (int n = 0; n < N; n++) out[n] = sum((acc[n][0] + acc[n][1]) + (acc[n][2] + acc[n][3]));
+}
+
+// out[m * R + r] = w[r] . x[m] for R rows of w and M of x, each K long, for many streams. Every sum is added up in the
+// order of `dots`, to the same bits; two of the U sums and then the others, as registers hold no more.
+template <int R, int M, class T>
+static void tile(const T* w, const float* x, int K, float* out) {
+    vec total[R][M];
+    const int whole = K / (U * W) * (U * W);
+    for (int from = 0; from < U; from += 2) {
+        vec acc[R][M][2] = {};
+        auto add = [&](int k, int u) {
+            vec a[R];
+            for (int r = 0; r < R; r++) a[r] = load(w + (size_t)r * K + k);
+            for (int m = 0; m < M; m++) {
+                vec b = load(x + (size_t)m * K + k);
+                for (int r = 0; r < R; r++) acc[r][m][u] = fma(a[r], b, acc[r][m][u]);
+            }
+        };
+        for (int k = from * W; k < whole; k += U * W) add(k, 0), add(k + W, 1);
+        for (int k = whole; from == 0 && k < K; k += W) add(k, 0);
+        for (int r = 0; r < R; r++)
+            for (int m = 0; m < M; m++) {
+                vec both = acc[r][m][0] + acc[r][m][1];
+                total[r][m] = from == 0 ? both : total[r][m] + both;
+            }
+    }
+    for (int m = 0; m < M; m++)
+        for (int r = 0; r < R; r++) out[m * R + r] = sum(total[r][m]);
 }
 
 struct Matrix {  // (out, in) row by row, a scale per row where they are int8, a bias where there is one
@@ -107,23 +136,23 @@ struct Matrix {  // (out, in) row by row, a scale per row where they are int8, a
 enum Kind { FLOAT, BFLOAT16, INT8 };
 enum Mode { SET, ADD, MULTIPLY };
 
-// Rows `from` to `to` of a times each x (B, K), into, onto or times those columns of y (B, stride). With `alone` each x
-// is computed as if there were no other, to the last bit.
+// Rows `from` to `to` of a times each x (B, K), into, onto or times those columns of y (B, stride): each x as if there
+// were no other, to the last bit, so that a text is the same whoever else is being written.
 template <class T>
 static void product(const Matrix& a, int from, int to, int K, const float* x, int B, float* y, int stride,
-                    Mode mode, bool alone) {
-    constexpr int R = 3, M = 4, N = 3;  // with these sums and their factors 16 registers are full
+                    Mode mode) {
+    constexpr int R = 2, M = 3, N = 3;  // with these sums and their factors 16 registers are full
+    constexpr int MANY = 12;  // from here on tiles are faster
     const T* w = (const T*)a.w;
     auto put = [&](int b, int o, float value) {
-        if (a.scale) value *= a.scale[o];
-        if (a.bias) value += a.bias[o];
+        value = std::fma(value, a.scale ? a.scale[o] : 1, a.bias ? a.bias[o] : 0);
         float* at = y + (size_t)b * stride + o;
         *at = mode == SET ? value : mode == ADD ? *at + value : *at * value;
     };
     for (int o = from; o < to; o += R) {
         const int last = o + R < to ? o + R : to;
         int b = 0;
-        for (float out[R * M]; !alone && o + R <= to && b + M <= B; b += M) {
+        for (float out[R * M]; B >= MANY && o + R <= to && b + M <= B; b += M) {
             tile<R, M>(w + (size_t)o * K, x + (size_t)b * K, K, out);
             for (int j = 0; j < R * M; j++) put(b + j / R, o + j % R, out[j]);
         }
@@ -211,7 +240,7 @@ static void attend(const Model& m, const Layer& l, float* qkv, int h, int pos, c
         place(m, q, l.q_norm, pos);
         float top, total = 0, scale = 1 / std::sqrt((float)D);
         int j = 0;
-        for (; j + 4 <= pos + 1; j += 4) tile<4, 1>(ks + (size_t)j * D, q, D, p + j);
+        for (; j + 4 <= pos + 1; j += 4) beside<4>(ks + (size_t)j * D, q, D, p + j);
         for (; j <= pos; j++) dots<1>(ks + (size_t)j * D, q, D, p + j);
         top = p[0];
         #pragma omp simd reduction(max : top)
@@ -266,7 +295,7 @@ extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, i
         float* p = z + (size_t)B * E;
         auto first = [&](int n, int thread) { return thread == of ? n : (int)((int64_t)n / 16 * thread / of) * 16; };
         auto share = [&](const Matrix& a, int n, int K, const float* in, float* out, Mode mode) {
-            multiply(a, first(n, t), first(n, t + 1), K, in, B, out, n, mode, is_one);
+            multiply(a, first(n, t), first(n, t + 1), K, in, B, out, n, mode);
         };
         auto norm_all = [&](const float* w, const float* bias) {  // each thread for itself: cheaper than to wait
             for (int b = 0; b < B; b++) normalize(m, x + (size_t)b * E, w, bias, E, m.eps, z + (size_t)b * E);
