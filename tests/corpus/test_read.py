@@ -198,6 +198,36 @@ def test_csv_errors(tmp_path):
     assert documents(path, skip_bad=True) == ["好"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "line", "kept"),
+    [
+        (["1,很好", '1,"不错', "0,太吵", "1,安静"], 3, ["很好", "太吵", "安静"]),  # a quote that is never closed
+        (["1,很好", '1,"不错', "0,太吵", '1,"安静"'], 3, ["很好", "太吵", "安静"]),  # or by the next one's
+        (["1,很好", '1,"不""错\n\n"', '0,"好"吃', "1,安静"], 6, ["很好", '不"错\n\n', "安静"]),
+        (["1,天气好，去爬山,然后吃饭", "0,太吵"], 2, ["太吵"]),  # a delimiter without quotes
+        (["1,很好,", "0,太吵,,", "0,安静, "], 4, ["很好", "太吵"]),  # empty cells too many lose nothing
+    ],
+)
+def test_rows_of_a_csv_that_would_lose_text(tmp_path, monkeypatch, rows, line, kept):
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(["label,text", *rows]), encoding="utf-8")
+    for size in (8, 1 << 20):
+        monkeypatch.setattr(cutting, "BLOCK_BYTES", size)
+        with pytest.raises(UserError, match=rf"a\.csv, line {line}: .*(quote|columns).*--skip_bad"):
+            contents(path)
+        found = contents(path, skip_bad=True)
+        assert [d for c in found for d in c.documents] == kept
+        assert sum(c.skipped for c in found) == 1
+
+
+def test_quotes_of_a_tsv_that_do_not_pair_up_are_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", 32)
+    texts = ['"好"吃', '"难吃', "真的", '说"好"', *SIMPLIFIED.split()] * 9
+    (tmp_path / "a.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t1\n" for t in texts), encoding="utf-8")
+    assert documents(tmp_path / "a.tsv") == documents(tmp_path / "a.tsv") == texts
+    assert capsys.readouterr().err.count("quotes do not pair up") == 1
+
+
 def test_directories_and_globs(tmp_path):
     for name in ("b.txt", "a/z.txt", "a/y.md", ".hidden/x.txt", "a/.x.txt", "train.bin", "prepare.py", "manifest.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from miaobi.console import log
-from miaobi.corpus import cutting
-from miaobi.corpus.cutting import decode_block, text_blocks
+from miaobi.corpus.records import lines_of, refuse_width, table_rows
 from miaobi.corpus.sources import Source, find_sources
 from miaobi.errors import UserError
 
@@ -51,48 +47,14 @@ def read_rows(name: str, text_column: str | None, label_column: str | None, skip
             yield None if record is None else row_of(place, record, *columns, skip_bad)
 
 
-def lines_of(source: Source, skip_bad: bool) -> Iterator[str]:
-    """Decoded lines with their ends."""
-    for block in text_blocks(source, 0, whole=True):
-        yield from io.StringIO(decode_block(block, skip_bad)[0], newline="")
-
-
 def table(source: Source, skip_bad: bool) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """(place, column -> cell) of the rows of a .csv or .tsv."""
-    csv.field_size_limit(cutting.MAX_DOCUMENT_BYTES)
-    lines = lines_of(source, skip_bad)
-    header = next(lines, "")
-    is_tsv = source.inner_name.lower().endswith(".tsv") or ("\t" in header and "," not in header)
-    delimiter = "\t" if is_tsv else ","
-    names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
-    quoting = csv.QUOTE_NONE if is_tsv and not is_quoted(source, skip_bad) else csv.QUOTE_MINIMAL
-    # Strict: else a quote that is never closed swallows the rest of the file without a word.
-    rows, line = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True), 2
-    try:
-        for cells in rows:
-            place = f"{source.name}, line {line}"
-            line = rows.line_num + 2
-            if len(cells) >= len(names):
-                yield place, dict(zip(names, cells, strict=False))
-            elif cells and not skip_bad:
-                raise UserError(f"{place}: {len(cells)} columns where the header has {len(names)}; quote cells that "
-                                "contain the delimiter, or leave such rows out with --skip_bad=True")  # fmt: skip
-            elif cells:
-                yield place, None
-    except csv.Error as e:
-        raise UserError(f"{source.name}, line {line}: {e}; is a quote not closed? Quotes inside a cell are doubled, "
-                        'and the whole cell is quoted: "他说""好""。"') from e  # fmt: skip
-
-
-def is_quoted(source: Source, skip_bad: bool) -> bool:
-    """Whether quotes in a .tsv are those of a table; in many they are nothing but text."""
-    try:
-        for _ in csv.reader(lines_of(source, skip_bad), delimiter="\t", strict=True):
-            pass
-    except csv.Error:
-        log(f"{source.name}: quotes do not pair up, they are read as text")
-        return False
-    return True
+    names, rows = table_rows(source, lines_of(source, skip_bad), skip_bad)
+    for place, cells in rows:
+        if cells is not None and len(cells) < len(names) and not skip_bad:
+            refuse_width(place, cells, names)
+        is_whole = cells is not None and len(cells) == len(names)
+        yield place, dict(zip(names, cells, strict=True)) if is_whole else None
 
 
 def json_records(source: Source, skip_bad: bool) -> Iterator[tuple[str, dict[str, Any] | None]]:

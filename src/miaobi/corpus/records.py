@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
+from miaobi import console
 from miaobi.corpus import cutting
 from miaobi.corpus.cutting import Block, decode_block, text_blocks
 from miaobi.corpus.dialogue import messages_of, packed
@@ -21,7 +25,7 @@ def csv_blocks(source: Source, index: int, field: str, skip_bad: bool) -> Iterat
     """Rows of a .csv or .tsv. They may hold line breaks inside quotes, so they are parsed in order, in this process.
 
     Raises:
-        UserError: no such field, a row with too few columns, a quote that is never closed.
+        UserError: no such field, a row with too few or too many columns, a quote that is never closed.
     """
     encoding, bad = "utf-8", 0
 
@@ -32,35 +36,113 @@ def csv_blocks(source: Source, index: int, field: str, skip_bad: bool) -> Iterat
             bad += replaced
             yield from io.StringIO(text, newline="")  # line breaks inside a field stay as they are
 
-    csv.field_size_limit(cutting.MAX_DOCUMENT_BYTES)
-    text_lines = lines()
-    header = next(text_lines, "")
-    is_tsv = source.inner_name.lower().endswith(".tsv") or ("\t" in header and "," not in header)
-    delimiter = "\t" if is_tsv else ","
-    names = next(csv.reader([header], delimiter=delimiter), [])
+    names, rows = table_rows(source, lines(), skip_bad)
     if field not in names:
         raise UserError(_no_field(source, "line 1", field, names))
-    column, rows = names.index(field), csv.reader(text_lines, delimiter=delimiter)
-    records: list[str] = []
-    size = 0
-    try:
-        for row in rows:
-            if column < len(row):
-                records.append(row[column])
-                size += len(row[column])
-            elif row and not skip_bad:
-                raise UserError(
-                    f"{source.name}, line {rows.line_num + 1}: {len(row)} columns where the header has {len(names)}; "
-                    "quote fields that contain the delimiter, or leave such rows out with --skip_bad"
-                )
-            elif row:
-                bad += 1
-            if size > cutting.BLOCK_BYTES // 3:
-                yield Block(source, index, encoding=encoding, records=tuple(records), skipped=bad)
-                records, size, bad = [], 0, 0
-    except csv.Error as error:
-        raise UserError(f"{source.name}, line {rows.line_num + 1}: {error}; is a quote not closed?") from error
+    column, records, size = names.index(field), [], 0
+    for place, cells in rows:
+        if cells is not None and column < len(cells):
+            records.append(cells[column])
+            size += len(cells[column])
+        elif skip_bad:
+            bad += 1
+        else:
+            refuse_width(place, cells, names)
+        if size > cutting.BLOCK_BYTES // 3:
+            yield Block(source, index, encoding=encoding, records=tuple(records), skipped=bad)
+            records, size, bad = [], 0, 0
     yield Block(source, index, encoding=encoding, records=tuple(records), skipped=bad)
+
+
+def lines_of(source: Source, skip_bad: bool) -> Iterator[str]:
+    """Decoded lines with their ends."""
+    for block in text_blocks(source, 0, whole=True):
+        yield from io.StringIO(decode_block(block, skip_bad)[0], newline="")
+
+
+def table_rows(
+    source: Source, lines: Iterator[str], skip_bad: bool
+) -> tuple[list[str], Iterator[tuple[str, list[str] | None]]]:
+    """The columns of a .csv or .tsv, and (place, cells) of each row below them; None for a row that cannot be read.
+
+    There may be fewer cells than columns, but not more. Raises UserError for a bad row unless `skip_bad`.
+    """
+    csv.field_size_limit(cutting.MAX_DOCUMENT_BYTES)
+    header = next(lines, "")
+    is_tsv = source.inner_name.lower().endswith(".tsv") or ("\t" in header and "," not in header)
+    delimiter = "\t" if is_tsv else ","
+    names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+    quoting = csv.QUOTE_NONE if is_tsv and not _is_quoted(source, skip_bad) else csv.QUOTE_MINIMAL
+
+    def rows() -> Iterator[tuple[str, list[str] | None]]:
+        file = source.name
+        for number, cells in _parsed(lines, delimiter, quoting):
+            place = f"{file}, line {number + 1}"
+            if isinstance(cells, list) and not any(cells[len(names) :]):  # spreadsheets add empty cells at the end
+                if cells:
+                    yield place, cells[: len(names)]
+            elif skip_bad:
+                yield place, None
+            elif isinstance(cells, csv.Error):
+                raise UserError(
+                    f"{place}: {cells}; is a quote not closed? Quotes inside a cell are doubled, and the whole cell is "
+                    'quoted: "他说""好""。" (--skip_bad=True leaves such rows out)'
+                ) from cells
+            else:
+                refuse_width(place, cells, names)
+
+    return names, rows()
+
+
+def refuse_width(place: str, cells: list[str], names: list[str]) -> NoReturn:
+    """Raises UserError: a row has too few or too many cells."""
+    raise UserError(
+        f"{place}: {len(cells)} columns where the header has {len(names)}; quote cells that contain the delimiter, "
+        "or leave such rows out with --skip_bad=True"
+    )
+
+
+def _is_quoted(source: Source, skip_bad: bool) -> bool:
+    """Whether quotes in a .tsv are those of a table; in many they are nothing but text."""
+    for _, cells in _parsed(lines_of(source, skip_bad), "\t", csv.QUOTE_MINIMAL):
+        if isinstance(cells, csv.Error):
+            _say_once(f"{source.name}: quotes do not pair up, they are read as text")
+            return False
+    return True
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    console.log(message)  # though every pass over the text finds it anew
+
+
+def _parsed(lines: Iterator[str], delimiter: str, quoting: int) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """(number of its first line, cells) of each row, or what is wrong with it.
+
+    Strict: else a quote that is never closed swallows the rest of the file without a word. Of a row that cannot be read
+    only the first line is given up, and what it had swallowed is read anew.
+    """
+    row: list[str] = []
+    again: deque[str] = deque()
+
+    def taken() -> Iterator[str]:
+        while (line := again.popleft() if again else next(lines, None)) is not None:
+            row.append(line)
+            yield line
+
+    number = 1
+    while True:
+        try:
+            for cells in csv.reader(taken(), delimiter=delimiter, quoting=quoting, strict=True):
+                yield number, cells
+                number += len(row)
+                row.clear()
+            return
+        except csv.Error as error:
+            yield number, error
+            again.extendleft(reversed(row[1:]))
+            number += 1
+            row.clear()
 
 
 def parquet_blocks(source: Source, index: int, field: str, skip_bad: bool) -> Iterator[Block]:
