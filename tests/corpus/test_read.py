@@ -126,6 +126,37 @@ def test_packed_is_cut_like_plain(tmp_path, monkeypatch, packing, codec, whole):
     assert {p.name for p in tmp_path.rglob("*")} == {"a.txt", packed.name}  # nothing was extracted
 
 
+def test_a_zip_is_opened_once_and_every_member_read(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number in range(100):
+            archive.writestr(f"{number:03}.txt", f"第{number}篇")
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("007.txt", "同名的一篇")
+        for name in ("meta.pkl", "a/prepare.py", "manifest.json", "a/.hidden.txt", "__MACOSX/a.txt", "train.BIN"):
+            archive.writestr(name, "not text of a corpus")
+    opened, real = [], zipfile.ZipFile
+    monkeypatch.setattr(zipfile, "ZipFile", lambda path: opened.append(path) or real(path))
+    expected = [f"第{number}篇" for number in range(100)]
+    expected.insert(8, "同名的一篇")
+    assert documents(tmp_path / "a.zip") == expected
+    assert len(opened) == 1
+    with real(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.txt", "换了一个")
+    assert documents(tmp_path / "a.zip") == ["换了一个"]
+
+
+@pytest.mark.parametrize(("found", "offset", "put"), [(b"PK\x01\x02", 6, b"\x63\0"), ("文".encode(), 0, b"\xd6\xd0")])
+def test_a_zip_of_an_unknown_version_or_with_broken_names_is_refused(tmp_path, found, offset, put):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("文.txt", "好")
+    packed = bytearray((tmp_path / "a.zip").read_bytes())
+    at = packed.rindex(found) + offset
+    packed[at : at + len(put)] = put
+    (tmp_path / "a.zip").write_bytes(packed)
+    with pytest.raises(UserError, match=r"a\.zip is not a readable zip archive"):
+        contents(tmp_path / "a.zip")
+
+
 def test_blocks_change_nothing(tmp_path, monkeypatch):
     rng = random.Random(0)
     paragraphs = ["".join(rng.choices(SIMPLIFIED, k=rng.randint(1, 60))) for _ in range(200)]
