@@ -126,6 +126,19 @@ def test_packed_is_cut_like_plain(tmp_path, monkeypatch, packing, codec, whole):
     assert {p.name for p in tmp_path.rglob("*")} == {"a.txt", packed.name}  # nothing was extracted
 
 
+def test_frames_of_a_zst_are_read_one_after_the_other(tmp_path):
+    texts = [SIMPLIFIED * 999, "", TRADITIONAL, "好" * 99_999]
+    skipped = b"\x50\x2a\x4d\x18\x03\0\0\0..."  # a frame of other data, as the format allows
+    packed = skipped.join(zstandard.compress(text.encode()) for text in texts) + skipped
+    (tmp_path / "a.txt.zst").write_bytes(packed)
+    assert "".join(c.raw for c in contents(tmp_path / "a.txt.zst", whole=True)) == "".join(texts)
+    for length in range(len(packed) - len(skipped) - 9, len(packed)):
+        (tmp_path / "a.txt.zst").write_bytes(packed[:length])
+        if length != len(packed) - len(skipped):
+            with pytest.raises(UserError, match="damaged or cut short"):
+                contents(tmp_path / "a.txt.zst")
+
+
 def test_a_zip_is_opened_once_and_every_member_read(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for number in range(100):
@@ -277,6 +290,7 @@ def test_directories_and_globs(tmp_path):
         ("noise.txt", bytes(b or 1 for b in random.Random(2).randbytes(5000)), "makes sense"),
         ("cut.txt.gz", gzip.compress(random.Random(3).randbytes(9000), mtime=0)[:-2000], "damaged|binary"),
         ("cut.txt.xz", lzma.compress(SIMPLIFIED.encode() * 9)[:-40], "damaged"),
+        ("cut.txt.zst", zstandard.compress(SIMPLIFIED.encode() * 9999)[:-40], "damaged or cut short: .* no end"),
         ("no.zip", b"PK no archive", "not a readable zip"),
         ("no.parquet", b"PAR1 no table", "not a readable parquet"),
         ("mixed.txt", SIMPLIFIED.encode() + b"\n\n" + SIMPLIFIED.encode("gbk"), r"byte \d+ does not fit"),

@@ -6,6 +6,7 @@ import difflib
 import functools
 import glob
 import gzip
+import io
 import lzma
 import os
 import zipfile
@@ -67,8 +68,7 @@ class Source:
             if self.compression == "xz":
                 return lzma.open(self.path, "rb")
             if self.compression == "zst":
-                file = open(self.path, "rb")  # noqa: SIM115 - the reader closes it
-                return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=True)
+                return io.BufferedReader(_ZstdFrames(self.path))
             if self.compression == "zip":
                 archive = _archive(self.path)
                 return archive.open(archive.infolist()[self.entry])
@@ -82,6 +82,36 @@ class Source:
             return stream.read(size)
         except DAMAGED as error:
             raise UserError(f"{self.name} is damaged or cut short: {error}; fetch or pack it again") from error
+
+
+class _ZstdFrames(io.RawIOBase):
+    """The unpacked bytes of a .zst. zstandard's own reader takes a frame that was cut short for the end of the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "rb")  # noqa: SIM115 - closed with this
+        self.frame, self.packed, self.unpacked = None, b"", b""
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self.unpacked:
+            packed = self.packed or self.file.read(4096)  # of which zstd makes 128 MiB at most
+            if not packed and self.frame is not None:
+                raise EOFError("the last frame has no end")
+            if not packed:
+                return 0
+            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
+            self.unpacked, self.packed = memoryview(self.frame.decompress(packed)), b""
+            if self.frame.eof:
+                self.frame, self.packed = None, self.frame.unused_data
+        taken = min(len(buffer), len(self.unpacked))
+        buffer[:taken], self.unpacked = self.unpacked[:taken], self.unpacked[taken:]
+        return taken
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def find_sources(paths: list[str], format: str = "auto") -> list[Source]:
