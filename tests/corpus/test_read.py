@@ -93,6 +93,22 @@ def test_big5_with_hong_kong_and_eten_characters(tmp_path):
     assert contents(path)[0].raw == TRADITIONAL + "碁銹裏啲"
 
 
+@pytest.mark.parametrize("bad", [b"\xff", b"\x80", b"\xa4"])
+def test_one_bad_byte_leaves_the_other_characters_of_big5_alone(tmp_path, bad):
+    text = (TRADITIONAL + "裏恒粧銹碁\n") * 20
+    (tmp_path / "a.txt").write_bytes(text.encode("cp950") + bad + b"\n" + text.encode("cp950"))
+    (found,) = contents(tmp_path / "a.txt", skip_bad=True)
+    assert (found.raw, found.skipped) == (f"{text}\ufffd\n{text}", 1)
+
+
+@pytest.mark.parametrize(("codec", "bad"), [("utf-8", b"\xff"), ("gb18030", b"\xff"), ("utf-16-le", b"\x00\xd8")])
+def test_a_replacement_character_in_the_text_is_not_counted_as_bad(tmp_path, codec, bad):
+    text = SIMPLIFIED * 9 + "\ufffd\n"
+    (tmp_path / "a.txt").write_bytes(text.encode(codec) + bad + text.encode(codec))
+    (found,) = contents(tmp_path / "a.txt", skip_bad=True)
+    assert (found.raw, found.encoding, found.skipped) == (f"{text}\ufffd{text}", codec, 1)
+
+
 def test_ascii_for_long_then_gbk(tmp_path, monkeypatch):
     monkeypatch.setattr(cutting, "BLOCK_BYTES", 1 << 12)
     monkeypatch.setattr(encodings, "SAMPLE", 1 << 10)

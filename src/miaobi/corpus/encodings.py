@@ -56,6 +56,7 @@ _VALID_UTF8_BONUS = 8.0  # nats: other encodings are valid UTF-8 only by acciden
 _UNLIKELY = -11.3  # nats per character: below this, no reading looks like Chinese or like ASCII
 _UNLIKELY_UTF16 = -9.0  # with zero bytes it is either clearly UTF-16, or a binary file
 _STRETCH = 1 << 20  # bytes whose passages are looked at together
+BAD = "\udfff"  # half a character, which no decoder gives; U+FFFD may be in the text itself
 _MIXED = -8.0  # nats per non-ASCII character: below this a passage is worth a second reading
 
 
@@ -71,7 +72,16 @@ def _big5_extensions(error: UnicodeError) -> tuple[str, int]:
     raise error
 
 
+def _mark_bad(error: UnicodeError) -> tuple[str, int]:
+    """Puts BAD for bytes that the encoding does not have, its extensions included."""
+    try:
+        return _big5_extensions(error) if error.encoding == "big5" else (BAD, error.end)
+    except UnicodeDecodeError:
+        return BAD, error.end
+
+
 codecs.register_error("miaobi.big5", _big5_extensions)
+codecs.register_error("miaobi.mark", _mark_bad)
 
 
 def decode(data: bytes, encoding: str) -> str:
@@ -86,15 +96,19 @@ def decode_replacing(data: bytes, encoding: str) -> tuple[str, int]:
     try:
         return decode(data, encoding), 0
     except UnicodeDecodeError:
-        text = data.decode("utf-8" if encoding == "utf-8-sig" else encoding, "replace")
-        return text, text.count("\ufffd")
+        text = data.decode("utf-8" if encoding == "utf-8-sig" else encoding, "miaobi.mark")
+        return text.replace(BAD, "\ufffd"), text.count(BAD)
 
 
 def complete_length(data: bytes, encoding: str) -> int:
     """Length of `data` without a character cut off at its end."""
-    decoder = codecs.getincrementaldecoder("utf-8" if encoding == "utf-8-sig" else encoding)("replace")
+    decoder = _incremental(encoding, "miaobi.mark")
     decoder.decode(data)
     return len(data) - len(decoder.getstate()[0])
+
+
+def _incremental(encoding: str, errors: str) -> codecs.IncrementalDecoder:
+    return codecs.getincrementaldecoder("utf-8" if encoding == "utf-8-sig" else encoding)(errors)
 
 
 @functools.cache
@@ -147,12 +161,10 @@ def _score(text: str) -> tuple[float, float]:
 
 def _reading(sample: bytes, encoding: str) -> str:
     """`sample` read as `encoding`, a character cut off at the end dropped, U+FFFD for what is invalid."""
-    if encoding == "utf-8":
-        return codecs.getincrementaldecoder(encoding)("replace").decode(sample)
     try:
-        return decode(sample[: complete_length(sample, encoding)], encoding)
-    except UnicodeDecodeError:
-        return codecs.getincrementaldecoder(encoding)("replace").decode(sample)
+        return _incremental(encoding, "miaobi.big5" if encoding == "big5" else "strict").decode(sample)
+    except UnicodeDecodeError:  # mostly another encoding; to call _mark_bad for each of its bytes takes long
+        return _incremental(encoding, "replace").decode(sample)
 
 
 def detect(sample: bytes, is_whole: bool = True) -> tuple[str, int] | None:
