@@ -340,8 +340,23 @@ def test_mixed_encodings_are_found_as_if_each_passage_was_looked_at(pieces, enco
         found = encodings._better_reading(data[position:end], encoding)
         expected, position = (position, found) if found else None, end
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encodings, "_STRETCH", 3000)
+        patch.setattr(encodings, "_STRETCH", 3)
         assert encodings.mixed_encoding(data, encoding) == expected
+
+
+@pytest.mark.parametrize(("codec", "other"), [("gb18030", "big5"), ("gb18030", "utf-8"), ("utf-8", "gb18030")])
+@pytest.mark.parametrize("count", [9, 60])
+def test_parts_in_another_encoding_are_read_in_it_when_bad_places_may_be_skipped(tmp_path, codec, other, count):
+    parts = [(SIMPLIFIED + "\n") * 90, (TRADITIONAL + "\n") * count, (SIMPLIFIED + "\n") * 5]
+    data = b"".join(part.encode(codec) for part, codec in zip(parts, (codec, other, codec), strict=True))
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(UserError, match="does not fit and looks like"):
+        contents(tmp_path / "a.txt")
+    (found,) = contents(tmp_path / "a.txt", skip_bad=True)
+    assert (found.raw, found.skipped) == ("".join(parts), 0)
+    (tmp_path / "a.txt").write_bytes(data + b"\xff\xff\n")
+    (found,) = contents(tmp_path / "a.txt", skip_bad=True)
+    assert (found.raw, found.skipped) == ("".join(parts) + "\ufffd\ufffd\n", 2)
 
 
 def test_offset_of_the_bad_byte(tmp_path, monkeypatch):

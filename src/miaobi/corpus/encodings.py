@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import functools
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -55,8 +56,9 @@ _CANDIDATES = ("utf-8", "gb18030", "big5", "utf-16-le", "utf-16-be")
 _VALID_UTF8_BONUS = 8.0  # nats: other encodings are valid UTF-8 only by accident, and only when very short
 _UNLIKELY = -11.3  # nats per character: below this, no reading looks like Chinese or like ASCII
 _UNLIKELY_UTF16 = -9.0  # with zero bytes it is either clearly UTF-16, or a binary file
-_STRETCH = 1 << 20  # bytes whose passages are looked at together
+_STRETCH = 1024  # passages that are looked at together
 BAD = "\udfff"  # half a character, which no decoder gives; U+FFFD may be in the text itself
+_ALIKE = ("gb18030", "big5")  # take most bytes of each other and of UTF-8 for characters
 _MIXED = -8.0  # nats per non-ASCII character: below this a passage is worth a second reading
 
 
@@ -92,12 +94,18 @@ def decode(data: bytes, encoding: str) -> str:
 
 
 def decode_replacing(data: bytes, encoding: str) -> tuple[str, int]:
-    """Decoding that puts U+FFFD for what is not valid, and how many of them it put."""
-    try:
-        return decode(data, encoding), 0
-    except UnicodeDecodeError:
-        text = data.decode("utf-8" if encoding == "utf-8-sig" else encoding, "miaobi.mark")
-        return text.replace(BAD, "\ufffd"), text.count(BAD)
+    """Decoding that puts U+FFFD for what is not valid, and how many of them it put.
+
+    What another encoding explains far better (see `mixed_encoding`) is read in that one.
+    """
+    pieces = []
+    for piece, name in _by_encoding(data, encoding):
+        try:
+            pieces.append(decode(piece, name))
+        except UnicodeDecodeError:
+            pieces.append(piece.decode("utf-8" if name == "utf-8-sig" else name, "miaobi.mark"))
+    text = "".join(pieces)
+    return text.replace(BAD, "\ufffd"), text.count(BAD)
 
 
 def complete_length(data: bytes, encoding: str) -> int:
@@ -233,20 +241,57 @@ def mixed_encoding(data: bytes, encoding: str) -> tuple[int, str] | None:
     glued together from two encodings. Lines are gathered to passages of about 1 KiB; one is reported when the other
     reading is likelier by 30 nats and by 1.5 nats a character.
     """
-    if encoding not in ("gb18030", "big5"):
-        return None
+    bounds = _passages(data)
+    return next(((bounds[number], other) for number, other in _foreign_passages(data, bounds, encoding)), None)
+
+
+def _passages(data: bytes) -> list[int]:
+    """Where each passage begins, and where the last one ends."""
+    bounds = [0]
+    while bounds[-1] < len(data):
+        bounds.append(data.find(b"\n", bounds[-1] + 1024) + 1 or len(data))
+    return bounds
+
+
+def _foreign_passages(data: bytes, bounds: list[int], encoding: str) -> Iterator[tuple[int, str]]:
+    """(number, encoding) of the passages that another encoding explains far better."""
+    if encoding not in _ALIKE:
+        return
+    for first in range(0, len(bounds) - 1, _STRETCH):
+        passages = [data[a:b] for a, b in itertools.pairwise(bounds[first : first + _STRETCH + 1])]
+        for number in np.flatnonzero(_unlikely(passages, encoding)).tolist():
+            if found := _better_reading(passages[number], encoding):
+                yield first + number, found
+
+
+def _by_encoding(data: bytes, encoding: str) -> Iterator[tuple[bytes, str]]:
+    """(piece, its encoding): line by line where something does not fit, and beside it, where one encoding ends."""
     position = 0
-    while position < len(data):
-        bounds = [position]
-        while position < min(len(data), bounds[0] + _STRETCH):
-            newline = data.find(b"\n", position + 1024)
-            position = len(data) if newline < 0 else newline + 1
-            bounds.append(position)
-        passages = list(itertools.pairwise(bounds))
-        for start, end in itertools.compress(passages, _unlikely([data[a:b] for a, b in passages], encoding)):
-            if found := _better_reading(data[start:end], encoding):
-                return start, found
-    return None
+    if encoding in ("utf-8", "utf-8-sig", *_ALIKE):
+        bounds = _passages(data)
+        foreign = [number for number, _ in _foreign_passages(data, bounds, encoding)]
+        beside = {number + step for number in foreign for step in (-1, 0, 1)}
+        for number, (start, end) in enumerate(itertools.pairwise(bounds)):
+            if number not in beside and _is_valid(data[start:end], encoding):
+                continue
+            yield data[position:start], encoding
+            read_as = _likeliest if number in beside else _better_reading
+            for line in data[start:end].splitlines(keepends=True):
+                yield line, read_as(line, encoding) or encoding
+            position = end
+    yield data[position:], encoding
+
+
+def _is_valid(data: bytes, encoding: str) -> bool:
+    try:
+        decode(data, encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _likeliest(line: bytes, encoding: str) -> str:
+    return max((encoding, "utf-8", *_ALIKE), key=lambda name: _score(_reading(line, name))[0])
 
 
 def _unlikely(passages: list[bytes], encoding: str) -> np.ndarray:
