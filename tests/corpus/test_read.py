@@ -52,6 +52,7 @@ def documents(*paths: object, **options: object) -> list[str]:
         ("utf-16", SIMPLIFIED, "utf-16-le"),
         ("utf-16-le", SIMPLIFIED, "utf-16-le"),
         ("utf-16-be", TRADITIONAL + "😀", "utf-16-be"),
+        ("utf-32", SIMPLIFIED + "上海㐀😀", "utf-32-le"),
     ],
 )
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
@@ -62,7 +63,7 @@ def test_encodings(tmp_path, monkeypatch, codec, text, name, line_end, block_byt
     path.write_bytes((text * 3).replace("\n", line_end).encode(codec))
     found = contents(path)
     assert {c.encoding for c in found} == {name}
-    with open(path, encoding="utf-16" if codec == "utf-16" else codec, newline=None) as file:
+    with open(path, encoding=codec, newline=None) as file:
         assert "".join(c.raw for c in found) == file.read()
     assert [d for c in found for d in c.documents] == (text * 3).split("\n\n")
 
@@ -248,6 +249,31 @@ def test_json_error_names_file_and_line(tmp_path, monkeypatch):
         found = contents(path, skip_bad=True)
         assert [d for c in found for d in c.documents] == ["好"] * 10
         assert sum(c.skipped for c in found) == 1
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-be", "utf-32", "gb18030", "utf-8-sig"])
+@pytest.mark.parametrize("block_bytes", [50, 1 << 20])
+def test_lines_are_counted_in_characters(tmp_path, monkeypatch, codec, block_bytes):
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", block_bytes)
+    data = ('{"text": "上海ഊ，你好，Ċ"}\n' * 9 + '["坏"]\n').encode(codec)  # UTF-16 with bytes 0A
+    (tmp_path / "a.jsonl").write_bytes(data)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data))
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        with pytest.raises(UserError, match=r"a\.jsonl\S*, line 10: list"):
+            contents(tmp_path / name)
+
+
+@pytest.mark.parametrize("codec", ["utf-8", "gb18030", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv"])
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, codec, name):
+    texts = ["上海" + line for line in SIMPLIFIED.split()]
+    text = "\n".join(["text", *texts])
+    for size in (64, 1 << 20):
+        monkeypatch.setattr(cutting, "BLOCK_BYTES", size)
+        (tmp_path / name).write_bytes(("\ufeff" + text).encode(codec))
+        found = contents(tmp_path / name, whole=name == "a.txt")
+        assert "".join(c.raw for c in found) == (text if name == "a.txt" else "".join(texts))
+        assert {c.encoding.removesuffix("-sig") for c in found} == {codec}
 
 
 def test_csv_errors(tmp_path):

@@ -22,11 +22,13 @@ MAX_DOCUMENT_BYTES = 32 << 20
 MAX_FILE_BYTES = 64 << 20
 """Largest file that can be one document (--format=files)."""
 
-_LINE_ENDS = {  # unit of the encoding -> (line end, blank line)
-    "utf-8": (re.compile(rb"\n"), re.compile(rb"\n\r?\n")),
-    "utf-16-le": (re.compile(rb"\n\0"), re.compile(rb"\n\0(?:\r\0)?\n\0")),
-    "utf-16-be": (re.compile(rb"\0\n"), re.compile(rb"\0\n(?:\0\r)?\0\n")),
-}
+
+def _line_ends(encoding: str) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
+    line, carriage_return = "\n".encode(encoding), "\r".encode(encoding)
+    return re.compile(line), re.compile(line + b"(?:" + carriage_return + b")?" + line)
+
+
+_LINE_ENDS = {name: _line_ends(name) for name in ("utf-8", *encodings.UNITS)}  # -> (line end, blank line)
 Bytes = bytes | bytearray | mmap.mmap
 
 
@@ -67,10 +69,11 @@ def text_blocks(source: Source, index: int, whole: bool) -> Iterator[Block]:
         yield Block(source, index, 0, source.size)
         return
     with open(source.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        encoding, start, _ = _find_encoding(source, data)
+        encoding, first, _ = _find_encoding(source, data)
+        start = first
         while start < len(data):
             end = _cut(data, start, encoding, at_blank_line)
-            yield Block(source, index, start, end, encoding, first_line=1 if start < 4 else 0)
+            yield Block(source, index, start, end, encoding, first_line=1 if start == first else 0)
             start = end
 
 
@@ -99,7 +102,7 @@ def _streamed_blocks(source: Source, index: int, at_blank_line: bool, in_one: bo
                 encoding, _, is_certain = _find_encoding(source, buffer[head:end] or b" ")
             data = bytes(memoryview(buffer)[head:end])
             yield Block(source, index, offset, offset + len(data), encoding, data, first_line=line)
-            line += data.count(b"\n")
+            line += encodings.count_lines(data, encoding)
             offset += len(data)
             head = end
     if offset == 0:
@@ -112,7 +115,7 @@ def _cut(data: Bytes, start: int, encoding: str, at_blank_line: bool) -> int:
     if target >= len(data):
         return len(data)
     line, blank = _LINE_ENDS.get(encoding, _LINE_ENDS["utf-8"])  # newline bytes are safe in GB18030 and Big5 too
-    unit = 2 if encoding.startswith("utf-16") else 1
+    unit = len(line.pattern)
     for pattern in (blank, line) if at_blank_line else (line,):
         position = target
         while match := pattern.search(data, position, limit):

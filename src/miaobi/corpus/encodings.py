@@ -51,7 +51,13 @@ TRADITIONAL = (
 
 SAMPLE = 1 << 18
 """Bytes looked at, from the first byte that is not ASCII."""
-_BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
+UNITS = {"utf-16-le": "<u2", "utf-16-be": ">u2", "utf-32-le": "<u4", "utf-32-be": ">u4"}
+"""NumPy dtypes of the units of encodings in which the byte 0x0A need not be a line end: 上 is 4E 0A in UTF-16."""
+_BOMS = (
+    *((b"\xff\xfe\0\0", "utf-32-le"), (b"\0\0\xfe\xff", "utf-32-be")),  # the first begins like UTF-16's
+    *((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")),
+    (b"\x84\x31\x95\x33", "gb18030"),
+)
 _CANDIDATES = ("utf-8", "gb18030", "big5", "utf-16-le", "utf-16-be")
 _VALID_UTF8_BONUS = 8.0  # nats: other encodings are valid UTF-8 only by accident, and only when very short
 _UNLIKELY = -11.3  # nats per character: below this, no reading looks like Chinese or like ASCII
@@ -113,6 +119,14 @@ def complete_length(data: bytes, encoding: str) -> int:
     decoder = _incremental(encoding, "miaobi.mark")
     decoder.decode(data)
     return len(data) - len(decoder.getstate()[0])
+
+
+def count_lines(data: bytes, encoding: str) -> int:
+    """Line feeds in `data`, which begins with a whole unit of the encoding."""
+    if encoding not in UNITS:
+        return data.count(b"\n")
+    units = np.dtype(UNITS[encoding])
+    return int((np.frombuffer(data, units, len(data) // units.itemsize) == ord("\n")).sum())
 
 
 def _incremental(encoding: str, errors: str) -> codecs.IncrementalDecoder:
@@ -183,8 +197,9 @@ def detect(sample: bytes, is_whole: bool = True) -> tuple[str, int] | None:
         is_whole: nothing follows the sample, so that a character cut off at the end counts as an error.
 
     Returns:
-        (name, length of the byte order mark): utf-8, utf-8-sig, gb18030, big5, utf-16-le or utf-16-be, or rarely
-        another one that charset-normalizer is sure of; None for bytes that are no text.
+        (name, length of the byte order mark): utf-8, utf-8-sig, gb18030, big5, utf-16-le or utf-16-be, with its mark
+        utf-32-le or utf-32-be, or rarely another one that charset-normalizer is sure of; None for bytes that are no
+        text.
     """
     for mark, name in _BOMS:
         if sample.startswith(mark):

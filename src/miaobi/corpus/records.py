@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from miaobi import console
-from miaobi.corpus import cutting
+from miaobi.corpus import cutting, encodings
 from miaobi.corpus.cutting import Block, decode_block, text_blocks
 from miaobi.corpus.dialogue import messages_of, packed
 from miaobi.corpus.sources import DAMAGED, Source
@@ -252,7 +252,7 @@ def first_line(block: Block) -> int:
     line, left = 1, block.start
     with open(block.source.path, "rb") as file:
         while left > 0 and (piece := file.read(min(left, 1 << 20))):
-            line += piece.count(b"\n")
+            line += encodings.count_lines(piece, block.encoding or "utf-8")
             left -= len(piece)
     return line
 
