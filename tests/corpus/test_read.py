@@ -322,6 +322,24 @@ def test_directories_and_globs(tmp_path):
     assert documents(tmp_path / "**" / "*.txt") == ["a/z.txt", "b.txt"]
 
 
+def test_linked_directories_are_read_once(tmp_path):
+    for name in ("given/own/a.txt", "given/b.bin/b.txt", "elsewhere/c.txt", "elsewhere/deep/d.txt", "hidden/e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    given = tmp_path / "given"
+    for link, target in {
+        "linked": "../elsewhere", "again": "../elsewhere/deep", "an_own": "own", "own/up": "..", "nowhere": "none",
+        ".not": "../hidden",
+    }.items():  # fmt: skip
+        (given / link).symlink_to(target, target_is_directory=True)
+    (tmp_path / "elsewhere" / "back").symlink_to(given)
+    expected = ["elsewhere/c.txt", "elsewhere/deep/d.txt", "given/b.bin/b.txt", "given/own/a.txt"]
+    assert sorted(documents(given)) == expected
+    found = [source.name for source in find_sources([str(given)])]
+    assert found == sorted(found)
+    assert str(given / "own" / "a.txt") in found
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [

@@ -11,7 +11,8 @@ import lzma
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -124,7 +125,7 @@ def find_sources(paths: list[str], format: str = "auto") -> list[Source]:
     for given in paths:
         path = Path(given).expanduser()
         if path.is_dir():
-            found = [file for file in sorted(path.rglob("*")) if _is_corpus_file(file, path)]
+            found = sorted(_files_below(path))
             if not found:
                 raise UserError(f"{given}: no text in this directory; put .txt, .jsonl, .csv or .parquet files there")
         elif path.exists():
@@ -151,14 +152,28 @@ def _open_archive(path: Path, *_: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _is_corpus_file(file: Path, root: Path) -> bool:
-    return _is_text_name(file.relative_to(root).parts) and file.is_file()
+def _files_below(root: Path) -> Iterator[Path]:
+    """Files that are taken for text. Links to directories are followed; each real directory is read once."""
+    seen, waiting = set(), deque([root])
+    while waiting:
+        for name, directories, files in os.walk(waiting.popleft()):  # links wait, so that a directory's own path wins
+            directory, found = Path(name), os.stat(name)
+            if (found.st_dev, found.st_ino) in seen:
+                directories.clear()
+                continue
+            seen.add((found.st_dev, found.st_ino))
+            directories[:] = sorted(child for child in directories if not _is_hidden(child))
+            waiting.extend(directory / child for child in directories if (directory / child).is_symlink())
+            yield from (directory / file for file in files if _is_text_name(file) and (directory / file).is_file())
 
 
-def _is_text_name(parts: Sequence[str]) -> bool:
-    """Whether a file that lies there in a directory or an archive is taken for text."""
-    is_hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
-    return not is_hidden and Path(parts[-1]).suffix.lower() not in _NOT_TEXT and parts[-1] not in _OWN_FILES
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__MACOSX"))
+
+
+def _is_text_name(name: str) -> bool:
+    """Whether a file of this name, in a directory or an archive, is taken for text."""
+    return not _is_hidden(name) and Path(name).suffix.lower() not in _NOT_TEXT and name not in _OWN_FILES
 
 
 def _missing(given: str, path: Path) -> str:
@@ -188,7 +203,7 @@ def _sources_in(file: Path, format: str) -> list[Source]:
 
 def _is_corpus_member(member: zipfile.ZipInfo) -> bool:
     parts = [part for part in member.filename.split("/") if part not in ("", ".", "..")]
-    return not member.is_dir() and bool(parts) and _is_text_name(parts)
+    return bool(parts) and not member.is_dir() and not any(map(_is_hidden, parts)) and _is_text_name(parts[-1])
 
 
 def _format_of(name: str, format: str) -> str:
