@@ -7,10 +7,13 @@ import os
 import random
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from miaobi.corpus import cutting, pipeline, store, workers
@@ -432,3 +435,31 @@ def test_no_torch(tmp_path):
         "sys.exit('torch' in sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, source, str(tmp_path / "out")], check=False).returncode == 0
+
+
+def test_names_on_the_disk_that_are_not_utf8(tmp_path, monkeypatch):
+    """As unpacked from an archive that was made on Windows."""
+    names = ["新闻.txt".encode("gbk"), "笑话.parquet".encode("gbk"), "诗词.zip".encode("gbk"), b"\xff.txt"]
+    folder = os.fsencode(tmp_path) + "/语料/".encode()
+    os.mkdir(folder)
+    try:
+        for name in names:
+            open(folder + name, "wb").close()
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    texts = articles(200)
+    for name in (names[0], names[3]):
+        write(Path(os.fsdecode(folder + name)), texts[:50] if name == names[0] else texts[50:100])
+    pq.write_table(pa.table({"text": texts[100:150]}), os.fsdecode(tmp_path / "a.parquet"))
+    os.replace(tmp_path / "a.parquet", folder + names[1])
+    with zipfile.ZipFile(os.fsdecode(folder + names[2]), "w") as archive:
+        archive.writestr("a.txt", "\n\n".join(texts[150:]))
+    monkeypatch.setattr(workers, "SMALL_INPUT_BYTES", 0)
+    result = run(tmp_path / "语料", tmp_path / "out", workers=2)
+    assert result["documents"] == 200
+    found = [Path(source["path"]) for source in manifest(tmp_path / "out")["sources"]]
+    assert {path.parent for path in found} == {tmp_path / "语料"}
+    assert {path.name for path in found} == {"新闻.txt", "笑话.parquet", "诗词.zip!a.txt", "\ufffd.txt"}
+    Path(os.fsdecode(folder + names[0])).write_bytes(b"")
+    with pytest.raises(UserError, match=r"语料/新闻\.txt is empty"):
+        run(tmp_path / "语料", tmp_path / "out2")

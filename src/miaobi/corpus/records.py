@@ -8,7 +8,7 @@ import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 from miaobi import console
 from miaobi.corpus import cutting, encodings
@@ -151,28 +151,28 @@ def parquet_blocks(source: Source, index: int, field: str, skip_bad: bool) -> It
     import pyarrow.parquet as pq
 
     try:
-        table = pq.ParquetFile(_unpacked_table(source) if source.compression else source.path)
-        if field not in table.schema_arrow.names:
-            raise UserError(_no_field(source, "the table", field, table.schema_arrow.names))
-        row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[field]):
-            values = batch.column(0).to_pylist()
-            for offset, value in enumerate(values, start=1):
-                if not isinstance(value, str) and not skip_bad:
-                    raise UserError(
-                        f"{source.name}, row {row + offset}: field {field!r} is {type(value).__name__}, not text "
-                        "(--skip_bad leaves such rows out)"
-                    )
-            row += len(values)
-            records = tuple(value for value in values if isinstance(value, str))
-            yield Block(source, index, encoding="utf-8", records=records, skipped=len(values) - len(records))
+        with source.open() as stream:  # opened here, as pyarrow knows no names that are not UTF-8
+            table = pq.ParquetFile(_unpacked_table(source, stream) if source.compression else stream)
+            if field not in table.schema_arrow.names:
+                raise UserError(_no_field(source, "the table", field, table.schema_arrow.names))
+            row = 0
+            for batch in table.iter_batches(batch_size=1024, columns=[field]):
+                values = batch.column(0).to_pylist()
+                for offset, value in enumerate(values, start=1):
+                    if not isinstance(value, str) and not skip_bad:
+                        raise UserError(
+                            f"{source.name}, row {row + offset}: field {field!r} is {type(value).__name__}, not text "
+                            "(--skip_bad leaves such rows out)"
+                        )
+                row += len(values)
+                records = tuple(value for value in values if isinstance(value, str))
+                yield Block(source, index, encoding="utf-8", records=records, skipped=len(values) - len(records))
     except (pa.ArrowException, *DAMAGED) as error:
         raise UserError(f"{source.name} is not a readable parquet file: {error}") from error
 
 
-def _unpacked_table(source: Source) -> io.BytesIO:
-    with source.open() as stream:
-        packed = source.read(stream, MAX_PACKED_TABLE + 1)
+def _unpacked_table(source: Source, stream: BinaryIO) -> io.BytesIO:
+    packed = source.read(stream, MAX_PACKED_TABLE + 1)
     if len(packed) > MAX_PACKED_TABLE:
         raise UserError(f"{source.name}: unpack it first; parquet is compressed inside and needs no second packing")
     return io.BytesIO(packed)

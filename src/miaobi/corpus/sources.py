@@ -52,7 +52,8 @@ class Source:
     @property
     def name(self) -> str:
         """The path as the user knows it; `archive.zip!member` for a member."""
-        return f"{self.path}!{self.member}" if self.member else str(self.path)
+        path = printable(self.path)
+        return f"{path}!{self.member}" if self.member else path
 
     @property
     def inner_name(self) -> str:
@@ -127,7 +128,9 @@ def find_sources(paths: list[str], format: str = "auto") -> list[Source]:
         if path.is_dir():
             found = sorted(_files_below(path))
             if not found:
-                raise UserError(f"{given}: no text in this directory; put .txt, .jsonl, .csv or .parquet files there")
+                raise UserError(
+                    f"{printable(given)}: no text in this directory; put .txt, .jsonl, .csv or .parquet files there"
+                )
         elif path.exists():
             found = [path]
         else:
@@ -139,6 +142,23 @@ def find_sources(paths: list[str], format: str = "auto") -> list[Source]:
     if not sources:
         raise UserError("no source given; name a text file, a directory or a glob")
     return sources
+
+
+def printable(path: str | Path) -> str:
+    """A path for people and JSON. Its parts need not be UTF-8 on the disk: old archives leave names in GBK there."""
+    return os.sep.join(map(_printable_part, str(path).split(os.sep)))
+
+
+def _printable_part(name: str) -> str:
+    try:
+        name.encode()
+        return name
+    except UnicodeEncodeError:  # Python's way to show bytes that are not UTF-8
+        data = os.fsencode(name)
+    try:
+        return data.decode("gb18030")
+    except UnicodeDecodeError:
+        return data.decode("utf-8", "replace")
 
 
 def _archive(path: Path) -> zipfile.ZipFile:
@@ -179,11 +199,11 @@ def _is_text_name(name: str) -> bool:
 def _missing(given: str, path: Path) -> str:
     parent = path.parent
     if not parent.is_dir():
-        return f"{given}: no such file; its directory {parent} does not exist either"
+        return f"{printable(given)}: no such file; its directory {printable(parent)} does not exist either"
     names = [entry.name for entry in parent.iterdir()]
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(str(parent / name) for name in close)}?" if close else ""
-    return f"{given}: no such file or directory{hint}"
+    hint = f"; did you mean {' or '.join(printable(parent / name) for name in close)}?" if close else ""
+    return f"{printable(given)}: no such file or directory{hint}"
 
 
 def _sources_in(file: Path, format: str) -> list[Source]:
@@ -194,9 +214,9 @@ def _sources_in(file: Path, format: str) -> list[Source]:
     try:
         members = [(m, entry) for entry, m in enumerate(_archive(file).infolist()) if _is_corpus_member(m)]
     except DAMAGED as error:
-        raise UserError(f"{file} is not a readable zip archive: {error}") from error
+        raise UserError(f"{printable(file)} is not a readable zip archive: {error}") from error
     if not members:
-        raise UserError(f"{file}: no text in this zip archive")
+        raise UserError(f"{printable(file)}: no text in this zip archive")
     members.sort(key=lambda member: member[0].filename)
     return [Source(file, _format_of(m.filename, format), "zip", m.filename, entry, m.file_size) for m, entry in members]
 
