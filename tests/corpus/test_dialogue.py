@@ -112,6 +112,7 @@ BAD = [
     ({"instruction": ["好"], "output": "好"}, "must be texts"),
     ({"instruction": "好", "output": "好", "history": [["只有问"]]}, "`history` must be a list of"),
     ({"instruction": "好", "output": "好", "history": "你好"}, "`history` must be a list of"),
+    ({"instruction": "好", "output": "好", "history": 5}, "`history` must be a list of"),
     ({"messages": [{"role": "user", "content": "你\ufdd9好"}]}, r"U\+FDD9 is not a character"),
     ({"messages": [{"role": "user", "content": "\ufdd0"}]}, r"U\+FDD0 is not a character"),
     (["你好"], "list instead of an object"),
