@@ -186,11 +186,12 @@ def test_truncated_altered_and_missing_shards_are_refused_by_name(shards, name):
         "{}",
         "[]",
         '"x"',
+        '"\udcd6\udcd0"',
         "",
     ],
 )
 def test_a_damaged_manifest_is_an_error_for_the_user(shards, content):
-    (shards / "manifest.json").write_text(content, encoding="utf-8")
+    (shards / "manifest.json").write_text(content, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError, match=r"manifest\.json"):
         PreparedData.open(shards)
 

@@ -112,7 +112,7 @@ class PreparedData:
             raise UserError(
                 f"{path} is not prepared data: no manifest.json. Run: miaobi prepare TEXT --out {path}"
             ) from e
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError) as e:  # ValueError: neither JSON nor UTF-8
             raise UserError(f"{path / 'manifest.json'} is damaged ({e}); prepare the data again") from e
         for shard in expected:
             _check_shard(*shard)
