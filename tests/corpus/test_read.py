@@ -276,6 +276,16 @@ def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, codec, name):
         assert {c.encoding.removesuffix("-sig") for c in found} == {codec}
 
 
+@pytest.mark.parametrize("is_dictionary", [False, True])
+def test_parquet_text_that_is_not_utf8(tmp_path, is_dictionary):
+    texts = pa.array([SIMPLIFIED.encode(), SIMPLIFIED.encode("gbk"), b"ok"]).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": texts.dictionary_encode() if is_dictionary else texts}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet, row 2: field 'text' is in another encoding than UTF-8"):
+        contents(tmp_path / "a.parquet")
+    (found,) = contents(tmp_path / "a.parquet", skip_bad=True)
+    assert (found.documents, found.skipped) == ([SIMPLIFIED, "ok"], 1)
+
+
 def test_csv_errors(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("id,text\n1,好\n2\n", encoding="utf-8")

@@ -8,7 +8,7 @@ import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from miaobi import console
 from miaobi.corpus import cutting, encodings
@@ -16,6 +16,9 @@ from miaobi.corpus.cutting import Block, decode_block, text_blocks
 from miaobi.corpus.dialogue import messages_of, packed
 from miaobi.corpus.sources import DAMAGED, Source
 from miaobi.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 MAX_PACKED_TABLE = 512 << 20
 """A packed parquet file is unpacked in memory, up to this many bytes."""
@@ -157,11 +160,13 @@ def parquet_blocks(source: Source, index: int, field: str, skip_bad: bool) -> It
                 raise UserError(_no_field(source, "the table", field, table.schema_arrow.names))
             row = 0
             for batch in table.iter_batches(batch_size=1024, columns=[field]):
-                values = batch.column(0).to_pylist()
+                values = _values(batch.column(0))
                 for offset, value in enumerate(values, start=1):
                     if not isinstance(value, str) and not skip_bad:
+                        is_encoded = isinstance(value, UnicodeDecodeError)
+                        kind = "in another encoding than UTF-8" if is_encoded else type(value).__name__
                         raise UserError(
-                            f"{source.name}, row {row + offset}: field {field!r} is {type(value).__name__}, not text "
+                            f"{source.name}, row {row + offset}: field {field!r} is {kind}, not text "
                             "(--skip_bad leaves such rows out)"
                         )
                 row += len(values)
@@ -169,6 +174,21 @@ def parquet_blocks(source: Source, index: int, field: str, skip_bad: bool) -> It
                 yield Block(source, index, encoding="utf-8", records=records, skipped=len(values) - len(records))
     except (pa.ArrowException, *DAMAGED) as error:
         raise UserError(f"{source.name} is not a readable parquet file: {error}") from error
+
+
+def _values(column: pyarrow.Array) -> list[Any]:
+    """The values of a column, with an UnicodeDecodeError in the place of each text that is not UTF-8."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return list(map(_value, column))
+
+
+def _value(scalar: pyarrow.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def _unpacked_table(source: Source, stream: BinaryIO) -> io.BytesIO:
