@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import statistics
 from collections.abc import Hashable, Iterable
@@ -19,6 +20,7 @@ from miaobi.classify.config import ClassifyConfig, settings_of
 from miaobi.classify.data import Labelled, differences, make_split, read_labelled
 from miaobi.classify.evaluation import baselines, paired_interval
 from miaobi.classify.finetune import Cell, Interrupted, finetune
+from miaobi.classify.place import run_directory
 from miaobi.console import log
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
@@ -69,7 +71,7 @@ class Run:
     """A run directory: checkpoints/<cell>/result.json, with the classifier beside it where models are kept."""
 
     def __init__(self, cfg: ClassifyConfig, origin: Origin, keep_models: bool) -> None:
-        self.cfg, self.keep_models, self.out = cfg, keep_models, Path(cfg.out_dir)
+        self.keep_models = keep_models
         self.rows: list[Row] = []
         self.stopped: str | None = None
         self.states: dict[Hashable, Tensor] = {}
@@ -80,10 +82,12 @@ class Run:
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.data = read_labelled(cfg)
         self.base = open_base(cfg)
+        self.out = run_directory(cfg, origin, self.base)
+        self.cfg = dataclasses.replace(cfg, out_dir=str(self.out))
         self.counts = count(self.data, cfg)
         try:
             (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_yaml(self.out / "config.yaml", with_origins(cfg, origin))
+            write_yaml(self.out / "config.yaml", with_origins(self.cfg, origin))
         except OSError as e:
             raise UserError(f"out_dir {self.out} cannot be written: {e.strerror}; choose another --out_dir") from e
 

@@ -181,6 +181,8 @@ NO_LONGER = {  # keys of small-gpt that mean nothing here, and why
     "save_freq": "the best model is kept",
     "resume_from": "the same command again goes on with what is unfinished",
 }
+CHECKPOINT_ROOT = "checkpoint_root"
+"""small-gpt keeps all its checkpoints there, those of pretraining too."""
 SMALL_GPT = {"sentimental_data_path", "use_mask", "frozen", "train_percent"}
 
 
@@ -192,6 +194,9 @@ def load_config(path: Path | None, given: list[tuple[str, str]]) -> tuple[Classi
     values, origin, written = collect(path, given, canonical)
     if "protocol" not in values and (seed_keys := sorted(written & SMALL_GPT)):
         values["protocol"], origin["protocol"] = "as-published", f"small-gpt's way, because {seed_keys[0]} is given"
+    names = [key for key in (*written, *(key for key, _ in given)) if ALIASES.get(key, key) == "out_dir"]
+    if names and names[-1] == CHECKPOINT_ROOT:
+        origin["out_dir"] += f", as {CHECKPOINT_ROOT}"
     return ClassifyConfig(**values), origin
 
 
