@@ -1,4 +1,4 @@
-"""Where runs lie: other models keep their place."""
+"""Where runs lie: other models keep their place, and cells of other data, weights or settings are never mixed."""
 
 import json
 import shutil
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from review_tables import reviews, write
+from safetensors.torch import load_file, save_file
 
 from miaobi.classify import ablation
 from miaobi.classify.config import load_config
@@ -84,3 +86,57 @@ def test_small_gpts_checkpoint_root_may_be_the_pretrainings_too(
     answer = miaobi("classify", "train", "sentimental.yaml", *FAST, "--out_dir=checkpoints")
     assert answer.code == 2
     assert "choose another --out_dir" in answer.err
+
+
+# Cells
+
+
+def test_cells_of_other_texts_or_labels_are_refused(config: Callable, tmp_path: Path):
+    rows = reviews(60)
+    path = write(tmp_path / "mine.csv", rows)
+    first = ablation.train(config(data=path, baselines=False))
+    other = {"labels": [*rows[:-1], ("10"[int(rows[-1][0])], rows[-1][1])], "texts": [*rows[1:], ("1", "皇马")]}
+    for changed in other.values():
+        write(path, changed)
+        with pytest.raises(UserError, match=r"holds mask-full-1337 of other texts or labels than .*mine\.csv has now"):
+            ablation.train(config(data=path, baselines=False, seeds=2))
+    write(path, rows)
+    again = ablation.train(config(data=path, baselines=False, seeds=2))
+    assert again["rows"][0] == first["rows"][0]
+
+
+def test_cells_of_other_weights_are_refused(config: Callable, pretrained: Path):
+    ablation.train(config(base_model=pretrained, baselines=False))
+    weights = model_directory(pretrained) / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["transformer.h.0.mlp.c_fc.weight"][0, 0] += 1
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"holds mask-full-1337 of other weights than .*pretrained has now"):
+        ablation.train(config(base_model=pretrained, baselines=False))
+
+
+def test_cells_of_an_older_version_that_noted_neither_go_on(config: Callable, tmp_path: Path, capsys):
+    first = ablation.train(config())
+    for path in (tmp_path / "run" / "checkpoints" / "mask-full-1337" / "result.json",
+                 tmp_path / "run" / "baselines" / "1337.json"):  # fmt: skip
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        assert len(saved["settings"].pop("data_sha256")) == len(saved["settings"].pop("base_sha256")) == 64
+        path.write_text(json.dumps(saved), encoding="utf-8")
+    assert ablation.train(config()) == first  # the baselines' seconds included
+    assert "finished earlier" in capsys.readouterr().err
+
+
+def test_all_cells_are_looked_at_before_anything_is_written(config: Callable, tmp_path: Path):
+    ablation.train(config(seed=2, baselines=False))
+    before = files(tmp_path / "run")
+    with pytest.raises(UserError, match="holds mask-full-2 with max_epoch=1, now max_epoch=2"):
+        ablation.train(config(seed=1, seeds=2, max_epoch=2, baselines=False))  # the first of them is new
+    assert files(tmp_path / "run") == before
+
+
+def test_train_does_not_replace_ablates_cells_of_other_settings(config: Callable, tmp_path: Path):
+    ablation.ablate(config(baselines=False))
+    before = files(tmp_path / "run")
+    with pytest.raises(UserError, match="holds mask-full-1337 with max_epoch=1, now max_epoch=2"):
+        ablation.train(config(baselines=False, max_epoch=2))
+    assert files(tmp_path / "run") == before

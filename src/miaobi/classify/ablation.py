@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import statistics
 from collections.abc import Hashable, Iterable
 from pathlib import Path
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from miaobi.classify import head
 from miaobi.classify.base import open_base, prepare_base
-from miaobi.classify.config import ClassifyConfig, settings_of
+from miaobi.classify.config import ClassifyConfig
 from miaobi.classify.data import Labelled, differences, make_split, read_labelled
 from miaobi.classify.evaluation import baselines, paired_interval
 from miaobi.classify.finetune import Cell, Interrupted, finetune
-from miaobi.classify.place import run_directory
+from miaobi.classify.place import RESULT, changed, identity, read_result, refuse_others, run_directory
 from miaobi.console import log
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
@@ -31,7 +30,6 @@ from miaobi.train.watch import on_signals
 POOLINGS = ("mask", "no_mask")
 TRAINABLE = ("full", "last_block", "lora", "head")
 FIGURES = ("accuracy", "macro_f1", "calibration_error", "seconds", "trained_parameters", "peak_memory_mb")
-RESULT = "result.json"
 
 Row = dict[str, Any]
 
@@ -71,7 +69,7 @@ class Run:
     """A run directory: checkpoints/<cell>/result.json, with the classifier beside it where models are kept."""
 
     def __init__(self, cfg: ClassifyConfig, origin: Origin, keep_models: bool) -> None:
-        self.keep_models = keep_models
+        self.keep_models, self.origin = keep_models, origin
         self.rows: list[Row] = []
         self.stopped: str | None = None
         self.states: dict[Hashable, Tensor] = {}
@@ -84,15 +82,16 @@ class Run:
         self.base = open_base(cfg)
         self.out = run_directory(cfg, origin, self.base)
         self.cfg = dataclasses.replace(cfg, out_dir=str(self.out))
+        self.identity = identity(cfg, self.data, self.base)
         self.counts = count(self.data, cfg)
-        try:
-            (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_yaml(self.out / "config.yaml", with_origins(self.cfg, origin))
-        except OSError as e:
-            raise UserError(f"out_dir {self.out} cannot be written: {e.strerror}; choose another --out_dir") from e
 
     def go(self, cells: list[Cell]) -> dict[str, Any]:
-        """Train the cells that are not finished, in order; an interruption gives up the one at hand."""
+        """Train the cells that are not finished, in order; an interruption gives up the one at hand.
+
+        Raises UserError, before anything is written, where one of them was trained as something else.
+        """
+        refuse_others(self.out, cells, self.identity)
+        self.enter()
         with on_signals(self.interrupt):
             for cell in cells:
                 row = self.finished(cell)
@@ -108,6 +107,14 @@ class Run:
         return {"run": str(self.out), "rows": self.rows, "baselines": simple, "data": self.counts,
                 "stopped": self.stopped}  # fmt: skip
 
+    def enter(self) -> None:
+        """Make the run directory and write config.yaml."""
+        try:
+            (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_yaml(self.out / "config.yaml", with_origins(self.cfg, self.origin))
+        except OSError as e:
+            raise UserError(f"out_dir {self.out} cannot be written: {e.strerror}; choose another --out_dir") from e
+
     def interrupt(self, reason: str) -> None:
         """Ask the cell at hand to give up; asked again, stop at once."""
         if self.stopped:
@@ -115,16 +122,11 @@ class Run:
         self.stopped = reason
 
     def finished(self, cell: Cell) -> Row | None:
-        """Figures of an earlier command, if it had the same settings. Raises UserError naming the first other one."""
+        """Figures of an earlier command, with the classifier where it is to be kept."""
         path = self.out / "checkpoints" / cell.name
         saved = read_result(path / RESULT)
         if saved is None or (self.keep_models and not (path / "config.json").is_file()):
             return None
-        now = settings_of(self.cfg)
-        for key, was in saved["settings"].items():
-            if now.get(key) != was:
-                raise UserError(f"{self.out} holds {cell.name} with {key}={was}, now {key}={now.get(key)}: "
-                                "take another --out_dir, or remove that directory to train it anew")  # fmt: skip
         log(f"{cell.name}: finished earlier, accuracy {saved['row']['accuracy']:.2%}")
         return saved["row"]
 
@@ -136,7 +138,7 @@ class Run:
         with written_whole(self.out / "checkpoints" / cell.name) as aside:
             if self.keep_models:
                 head.save(aside, judge)
-            write_json(aside / RESULT, {"settings": settings_of(self.cfg), "row": row})
+            write_json(aside / RESULT, {"settings": self.identity, "row": row})
         log(f"{cell.name}: accuracy {row['accuracy']:.2%}, macro-F1 {row['macro_f1']:.4f}, "
             f"calibration error {row['calibration_error']:.4f}, {row['seconds']:.0f} s")  # fmt: skip
         return row
@@ -147,10 +149,10 @@ class Run:
         for seed in sorted(seeds):
             path = self.out / "baselines" / f"{seed}.json"
             saved = read_result(path)
-            if saved is None or saved["settings"] != settings_of(self.cfg):
+            if saved is None or changed(saved["settings"], self.identity) is not None:
                 _, tokenizer, reading = prepare_base(self.cfg, self.base, seed)
                 split = make_split(self.data, self.cfg, seed, reading, tokenizer)
-                saved = {"settings": settings_of(self.cfg), "rows": baselines(split, self.data.names, seed)}
+                saved = {"settings": self.identity, "rows": baselines(split, self.data.names, seed)}
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, saved)
             found += saved["rows"]
@@ -185,14 +187,6 @@ def count(data: Labelled, cfg: ClassifyConfig) -> dict[str, Any]:
     parts = found["corrected"]
     log(f"corrected: {parts['train']:,} texts to train, {parts['dev']:,} to choose, {parts['test']:,} to test")
     return found
-
-
-def read_result(path: Path) -> dict[str, Any] | None:
-    """What a cell left behind; None where there is nothing whole."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 # Figures

@@ -1,15 +1,26 @@
-"""Where a run lies: never in another model's place."""
+"""Where a run lies: never in another model's place, nor among cells of other settings, texts or weights."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
-from miaobi.classify.config import CHECKPOINT_ROOT, ClassifyConfig
+import torch
+
+from miaobi.classify.config import CHECKPOINT_ROOT, ClassifyConfig, settings_of
+from miaobi.classify.data import Labelled
+from miaobi.classify.finetune import Cell
 from miaobi.console import log
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import model_directory
+from miaobi.model.checkpoint import model_directory, read_tensors
 from miaobi.overrides import Origin, read_yaml
+
+RESULT = "result.json"
+CONTENTS = {"data_sha256": ("texts or labels", "data"), "base_sha256": ("weights", "base_model")}
+"""Fingerprint -> what it is of, and the setting that names where that lies."""
 
 
 def run_directory(cfg: ClassifyConfig, origin: Origin, base: str) -> Path:
@@ -44,3 +55,49 @@ def is_pretraining(out: Path) -> bool:
         return "max_iters" in read_yaml(out / "config.yaml")[0]
     except UserError:  # there is none, or not one of ours
         return False
+
+
+def identity(cfg: ClassifyConfig, data: Labelled, base: str) -> dict[str, Any]:
+    """What decides the figures of a cell besides its place in the grid: settings, and SHA-256 of what they name.
+
+    Raises UserError for a base without weights.
+    """
+    content = json.dumps([data.texts, data.labels.tolist(), data.names])  # ASCII, so that half a character passes
+    directory, weights = model_directory(base), hashlib.sha256()
+    try:
+        for name, tensor in sorted(read_tensors(directory).items()):
+            weights.update(name.encode())
+            weights.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    except UserError as e:
+        raise UserError(f"{directory}: {e}") from e
+    return settings_of(cfg) | {
+        "data_sha256": hashlib.sha256(content.encode()).hexdigest(),
+        "base_sha256": weights.hexdigest(),
+    }
+
+
+def refuse_others(out: Path, cells: list[Cell], now: dict[str, Any]) -> None:
+    """Raise UserError for the first of `cells` that an earlier command trained as something else than `now`."""
+    for cell in cells:
+        path = out / "checkpoints" / cell.name
+        saved = read_result(path / RESULT)
+        if saved is None or (key := changed(saved["settings"], now)) is None:
+            continue
+        how = f"with {key}={saved['settings'][key]}, now {key}={now.get(key)}"
+        if key in CONTENTS:
+            what, where = CONTENTS[key]
+            how = f"of other {what} than {now[where]} has now"
+        raise UserError(f"{out} holds {cell.name} {how}: take another --out_dir, or remove {path} to train it anew")
+
+
+def changed(was: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The first key that is not what it was. One that `was` lacks, coming from an older version, may be anything."""
+    return next((key for key, value in was.items() if now.get(key) != value), None)
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """What a cell or a baseline left behind; None where there is nothing whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
