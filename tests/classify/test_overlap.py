@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from review_tables import write
 
 from miaobi.classify.data import normalized
 from miaobi.classify.overlap import PREFIX, WINDOW, Args, Evaluation, clean, window_hashes
+from miaobi.errors import UserError
 
 REVIEWS = ["房间很大，早餐丰富，前台服务热情，离地铁站只有五分钟路程，下次还会选择这里入住", "太吵", "x" * 200]
 
@@ -70,3 +72,52 @@ def test_only_what_mentions_a_word(tmp_path: Path):
                 mentioning=("酒店", "宾馆"))  # fmt: skip
     assert clean(args) == {"documents": 3, "elsewhere": 1, "prefix": 0, "window": 1, "kept": 1}
     assert json.loads(args.out.read_text(encoding="utf-8")) == {"text": "酒店新闻一则"}
+
+
+@pytest.mark.parametrize("out", ["news.jsonl", "more/shop.csv", "reviews.csv", "link.jsonl", "./more/../news.jsonl"])
+def test_what_is_read_is_not_written_over(tmp_path: Path, monkeypatch, out: str):
+    monkeypatch.chdir(tmp_path)
+    Path("more").mkdir()
+    write(Path("reviews.csv"), [("1", text) for text in REVIEWS])
+    write(Path("more/shop.csv"), [("1", "太吵。"), ("0", "书很好看")])
+    Path("news.jsonl").write_text('{"text": "新闻一则"}\n', encoding="utf-8")
+    Path("link.jsonl").symlink_to("news.jsonl")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"is among what is read .*write to another file"):
+        clean(Args(("news.jsonl", "more"), "reviews.csv", Path(out)))
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_a_source_that_fails_leaves_what_was_there(tmp_path: Path):
+    evaluation = write(tmp_path / "reviews.csv", [("1", text) for text in REVIEWS])
+    good, bad, out = tmp_path / "a.jsonl", tmp_path / "b.csv", tmp_path / "out.jsonl"
+    good.write_text('{"text": "新闻一则"}\n', encoding="utf-8")
+    bad.write_text('text\n"never closed\n', encoding="utf-8")
+    args = Args((str(good), str(bad)), str(evaluation), out)
+    for before in (None, "of an earlier command"):
+        if before:
+            out.write_text(before, encoding="utf-8")
+        with pytest.raises(UserError, match="is a quote not closed"):
+            clean(args)
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+            ["a.jsonl", "b.csv", "reviews.csv", *(["out.jsonl"] if before else [])]
+        )
+        assert not before or out.read_text(encoding="utf-8") == before
+
+
+@pytest.mark.parametrize(("out", "said"), [("nowhere/clean.jsonl", "cannot be written"), (".", "is no regular file")])
+def test_an_out_that_cannot_be_written_ends_with_two(tmp_path: Path, out: str, said: str):
+    write(tmp_path / "reviews.csv", [("1", text) for text in REVIEWS])
+    (tmp_path / "news.jsonl").write_text('{"text": "新闻一则"}\n', encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "miaobi.classify.overlap",
+        "news.jsonl",
+        "--evaluation=reviews.csv",
+        f"--out={out}",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

@@ -9,10 +9,13 @@ characters) or shares any 20 characters in a row with one. What was left out is 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import tyro
@@ -88,15 +91,46 @@ def documents(name: str, labels: bool) -> Iterator[dict[str, str]]:
             yield from ({"text": text} for text in read_documents([str(path)]))
 
 
+def check_out(out: Path, inputs: list[str]) -> None:
+    """Raise UserError where `out` is one of the files that are read, or no file."""
+    for source in find_sources(inputs):
+        if out.exists() and out.samefile(source.path):
+            raise UserError(f"--out={out} is among what is read ({source.path}); write to another file")
+    if out.exists() and not out.is_file():
+        raise UserError(f"--out={out} is no regular file; give the name of a .jsonl that is to be written")
+
+
+@contextmanager
+def written_aside(out: Path) -> Iterator[TextIO]:
+    """A text file that appears at `out`, or where that links to, when it is whole; else what was there stays.
+
+    Raises UserError where it cannot be written.
+    """
+    out = Path(os.path.realpath(out))
+    aside = out.with_name(f".{out.name}.tmp")
+    try:
+        file = aside.open("w", encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"--out={out} cannot be written ({e.strerror}); choose another place") from e
+    try:
+        with file:
+            yield file
+        os.replace(aside, out)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def clean(args: Args) -> dict[str, int]:
     """Write the documents that share nothing with the evaluation.
 
     Returns documents, elsewhere (they mention nothing of what they should), prefix, window, kept.
+    Raises UserError for sources that cannot be read, and an `out` that cannot be written or is one of them.
     """
+    check_out(args.out, [*args.sources, args.evaluation])
     rows = read_rows(args.evaluation, args.text_column, None, labels=False)
     evaluation = Evaluation([row.text for row in rows if row is not None])
     counts = {"documents": 0, "elsewhere": 0, "prefix": 0, "window": 0, "kept": 0}
-    with args.out.open("w", encoding="utf-8") as f:
+    with written_aside(args.out) as f:
         for name in args.sources:
             before = dict(counts)
             for record in documents(name, args.labels):
@@ -114,10 +148,15 @@ def clean(args: Args) -> dict[str, int]:
     return counts
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command. Exit code 2 for the user's mistakes, a full disk among them."""
+    args = tyro.cli(Args, prog="python -m miaobi.classify.overlap", description=__doc__, use_underscores=True)
     try:
-        print(json.dumps(clean(tyro.cli(Args, prog="python -m miaobi.classify.overlap", description=__doc__,
-                                        use_underscores=True))))  # fmt: skip
-    except UserError as e:
+        print(json.dumps(clean(args)))
+    except (UserError, OSError) as e:
         print(f"miaobi: {e}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
