@@ -129,3 +129,17 @@ def test_mistakes_end_with_two_and_a_way_out(ask: Callable, table: Path, args: l
 
 def test_bytes_that_are_no_text_are_named(ask: Callable):
     assert "standard input, line 2: neither UTF-8 nor GB18030" in ask("-", stdin=b"ok\n\xff\xff\n", code=2)["error"]
+
+
+def test_a_label_keeps_to_its_column(classifier: Path, capsys):
+    """Whatever is in it, predict prints lines of three columns."""
+    cfg = PredictConfig(str(classifier), device="cpu")
+    judge = room.load(cfg.model, cfg)
+    judge.labels = ["输\t了", "赢\r\n了"]
+    rows = [Row("", "皇马赢得\t比赛"), Row("", "皇马输掉比赛")]
+    room.write(judge, iter(rows), cfg, as_json=False)
+    assert [line.split("\t")[::2] for line in capsys.readouterr().out.split("\n")[:-1]] == [
+        ["赢 了", "皇马赢得 比赛"], ["输 了", "皇马输掉比赛"],
+    ]  # fmt: skip
+    room.write(judge, iter(rows), cfg, as_json=True)
+    assert [item["label"] for item in json.loads(capsys.readouterr().out)["predictions"]] == judge.labels[::-1]

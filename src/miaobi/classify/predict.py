@@ -116,7 +116,8 @@ def write(judge: Judge, rows: Iterator[Row], cfg: PredictConfig, as_json: bool) 
             print(separator + json.dumps({"text": row.text, **found}, ensure_ascii=False), end="")
             separator = ", "
         else:
-            print(f"{found['label']}\t{found['probability']:.4f}\t{' '.join(row.text.split())}")
+            label, text = (" ".join(value.split()) for value in (found["label"], row.text))  # one line, three columns
+            print(f"{label}\t{found['probability']:.4f}\t{text}")
     result = score.result()
     if as_json:
         rest = "".join(f", {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in result.items())
