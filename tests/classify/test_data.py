@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,23 @@ def test_json_that_is_no_record_names_its_line(tmp_path: Path):
     path.write_text('{"label": 0, "text": 5}\n', encoding="utf-8")
     with pytest.raises(UserError, match="line 1: text is int, not text"):
         read(path)
+
+
+def test_half_a_character_names_its_line_or_is_left_out(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    rows = [("赢", "1"), ("\ud83d", "1"), ("输", "0"), ("平", "\ude00")]
+    path.write_text("\n".join(json.dumps({"text": t, "label": label}) for t, label in rows), encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: it has half a character .*--skip_bad=True"):
+        read(path)
+    data = read(path, skip_bad=True)
+    assert (data.texts, data.skipped) == (["赢", "输"], 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_is_refused_by_what_it_is(tmp_path: Path):
+    os.mkfifo(tmp_path / "63")
+    with pytest.raises(UserError, match=r"63 is a pipe; save what comes out of it as a \.csv"):
+        read(tmp_path / "63")
 
 
 def test_lines_of_text_have_no_labels(tmp_path: Path):

@@ -3,6 +3,8 @@
 import io
 import itertools
 import json
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +120,9 @@ def test_true_labels_are_scored_and_unseen_ones_count_as_wrong(ask: Callable, mi
     ("args", "message"),
     [
         (["nowhere.csv"], "nowhere.csv: no such file"),
+        (["nowhere.csv.gz"], "nowhere.csv.gz: no such file"),
+        (["nowhere.ZIP"], "nowhere.ZIP: no such file"),
+        (["."], ". is a directory; give a text, a file"),
         (["TABLE", "--text_column=words"], "no column 'words'; there are label, review"),
         (["TABLE", "--label_column=stars"], "no column 'stars'"),
         (["TABLE", "--batch_size=0"], "batch_size is 0"),
@@ -129,6 +134,47 @@ def test_mistakes_end_with_two_and_a_way_out(ask: Callable, table: Path, args: l
 
 def test_bytes_that_are_no_text_are_named(ask: Callable):
     assert "standard input, line 2: neither UTF-8 nor GB18030" in ask("-", stdin=b"ok\n\xff\xff\n", code=2)["error"]
+
+
+def test_lines_and_rows_that_cannot_be_read_are_left_out_when_asked(ask: Callable, tmp_path: Path, capsys):
+    found = ask("-", "--skip_bad=True", stdin="皇马赢得比赛\n".encode() + b"\xff\xff\n" + "皇马输掉比赛".encode())
+    assert [item["text"] for item in found["predictions"]] == ["皇马赢得比赛", "皇马输掉比赛"]
+    rows = ["皇马赢得比赛", "半个\ud83d", "皇马输掉比赛"]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in rows), encoding="utf-8")
+    assert [item["text"] for item in ask(path, "--skip_bad=True")["predictions"]] == rows[::2]
+    assert f"{path}, line 2: it has half a character" in ask(path, code=2)["error"]
+    path.write_text("\n".join(json.dumps({"text": "赢", "label": text}) for text in rows), encoding="utf-8")
+    assert f"{path}, line 2: it has half a character" in ask(path, "--label_column=label", code=2)["error"]
+
+
+def test_what_is_left_out_is_counted(miaobi: Callable, classifier: Path, tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "皇马"}\n[]\n{"text": 5}\n', encoding="utf-8")
+    answer = miaobi("classify", "predict", classifier, path, "--skip_bad=True", "--device=cpu")
+    assert "2 rows left out" in answer.err
+    assert len(answer.out.splitlines()) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_is_read_like_standard_input(ask: Callable, tmp_path: Path):
+    pipe = tmp_path / "63"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("皇马赢得比赛\n皇马输掉比赛\n", "utf-8"), daemon=True)
+    writer.start()
+    found = ask(pipe)
+    writer.join(10)
+    assert [item["text"] for item in found["predictions"]] == ["皇马赢得比赛", "皇马输掉比赛"]
+    assert labels(found) == ["1", "0"]
+
+
+def test_rows_without_a_label_are_not_scored(miaobi: Callable, ask: Callable, classifier: Path, tmp_path: Path):
+    path = write(tmp_path / "a.csv", [("1", "皇马赢得比赛"), ("", "皇马输掉比赛"), ("nan", "曼联赢得冠军")])
+    found = ask(path, "--label_column=label")
+    assert (found["accuracy"], found["labels"], found["unseen_labels"]) == (1.0, ["0", "1"], [])
+    assert len(found["predictions"]) == 3
+    answer = miaobi("classify", "predict", classifier, path, "--label_column=label", "--device=cpu")
+    assert "2 rows without a label are not scored" in answer.err
 
 
 def test_a_label_keeps_to_its_column(classifier: Path, capsys):

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from miaobi.classify import head
 from miaobi.classify.config import PredictConfig
+from miaobi.classify.data import NO_LABEL
 from miaobi.classify.evaluation import scores
 from miaobi.classify.head import Judge
 from miaobi.classify.tables import Row, read_rows
@@ -21,6 +22,9 @@ from miaobi.console import log, warn
 from miaobi.corpus.sources import FORMAT_BY_NAME
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
+
+FILES = (".txt", *FORMAT_BY_NAME, ".gz", ".xz", ".zst", ".zip")
+"""What ends like this is the name of a file, and never a text."""
 
 
 def load(model: str, cfg: PredictConfig) -> Judge:
@@ -34,35 +38,56 @@ def load(model: str, cfg: PredictConfig) -> Judge:
 
 
 def read_input(cfg: PredictConfig) -> Iterator[Row]:
-    """The texts that `cfg.input` means: a text, a file, or - (standard input, a text a line); one by one.
+    """The texts that `cfg.input` means, one by one: a text, a file, or a text a line of - (standard input) or a pipe.
 
-    Raises UserError for a file that is missing, has no such column or cannot be read.
+    Rows that `skip_bad` leaves out are counted. Raises UserError for a file that is missing, has no such column or
+    cannot be read, and for a directory.
     """
-    given = cfg.input
+    given, skipped = cfg.input, 0
     if given is None or given == "-":
-        for number, line in enumerate(stdin_lines(), start=1):
-            yield Row(f"line {number}", line)
-        return
-    if os.path.isfile(given):  # pathlib's raises on a long text
-        rows = read_rows(given, cfg.text_column, cfg.label_column, cfg.skip_bad, cfg.label_column is not None)
-        yield from (row for row in rows if row is not None)
-    elif Path(given).suffix.lower() in (".txt", *FORMAT_BY_NAME):
-        raise UserError(f"{given}: no such file; a TEXT that is to be judged does not end like a file's name")
+        rows = lines_of(sys.stdin.buffer, "standard input", cfg.skip_bad)
+    elif os.path.isdir(given):  # pathlib's raises on a long text
+        raise UserError(f"{given} is a directory; give a text, a file, or - for lines of standard input")
+    elif os.path.isfile(given) or Path(given).suffix.lower() in FILES:
+        rows = read_file(given, cfg)
+    elif os.path.exists(given):  # <(...) of a shell
+        rows = lines_of(open(given, "rb"), given, cfg.skip_bad)  # noqa: SIM115 - read to its end, once
     else:
-        yield Row("the text", given)
+        rows = iter([Row("the text", given)])
+    for row in rows:
+        if row is None:
+            skipped += 1
+        else:
+            yield row
+    if skipped:
+        log(f"{skipped:,} rows left out")
 
 
-def stdin_lines() -> Iterator[str]:
-    """Lines of standard input, UTF-8 or, where a line is not, GB18030. Raises UserError for neither."""
-    for number, line in enumerate(sys.stdin.buffer, start=1):
-        line = line.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
+def read_file(name: str, cfg: PredictConfig) -> Iterator[Row | None]:
+    """Rows of a file, None for those that are left out. Raises UserError."""
+    if not os.path.exists(name):
+        raise UserError(f"{name}: no such file; a TEXT that is to be judged does not end like a file's name")
+    return read_rows(name, cfg.text_column, cfg.label_column, cfg.skip_bad, cfg.label_column is not None)
+
+
+def lines_of(stream: BinaryIO, name: str, skip_bad: bool) -> Iterator[Row | None]:
+    """Lines of a stream, UTF-8 or, where a line is not, GB18030. Of neither: None, or UserError without `skip_bad`."""
+    for number, line in enumerate(stream, start=1):
+        text = decoded(line.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf" if number == 1 else b""))
+        if text is None and not skip_bad:
+            raise UserError(f"{name}, line {number}: neither UTF-8 nor GB18030; convert it, "
+                            "or leave such lines out with --skip_bad=True")  # fmt: skip
+        yield None if text is None else Row(f"{name}, line {number}", text)
+
+
+def decoded(line: bytes) -> str | None:
+    """A line as text; None if it is in neither encoding."""
+    for encoding in ("utf-8", "gb18030"):
         try:
-            yield line.decode("utf-8")
+            return line.decode(encoding)
         except UnicodeDecodeError:
-            try:
-                yield line.decode("gb18030")
-            except UnicodeDecodeError as e:
-                raise UserError(f"standard input, line {number}: neither UTF-8 nor GB18030; convert it") from e
+            continue
+    return None
 
 
 def predictions(judge: Judge, rows: Iterator[Row], cfg: PredictConfig) -> Iterator[tuple[Row, dict[str, Any]]]:
@@ -83,10 +108,14 @@ class Score:
 
     def __init__(self, labels: list[str]) -> None:
         self.labels, self.true, self.predicted, self.unseen = list(labels), [], [], set()
+        self.unlabelled = 0
 
     def add(self, row: Row, label: str) -> None:
         """Count one answer; a true label that the classifier has not learned is always a wrong one."""
         if row.label is None:
+            return
+        if row.label.lower() in NO_LABEL:
+            self.unlabelled += 1
             return
         if row.label not in self.labels:
             self.labels.append(row.label)
@@ -118,6 +147,8 @@ def write(judge: Judge, rows: Iterator[Row], cfg: PredictConfig, as_json: bool) 
         else:
             label, text = (" ".join(value.split()) for value in (found["label"], row.text))  # one line, three columns
             print(f"{label}\t{found['probability']:.4f}\t{text}")
+    if score.unlabelled:
+        log(f"{score.unlabelled:,} rows without a label are not scored")
     result = score.result()
     if as_json:
         rest = "".join(f", {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in result.items())

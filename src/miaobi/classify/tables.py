@@ -31,9 +31,12 @@ def read_rows(name: str, text_column: str | None, label_column: str | None, skip
     labels: whether a label column is needed. Quoted cells may hold line breaks.
 
     Raises:
-        UserError: missing files and columns, rows that cannot be read.
+        UserError: missing files and columns, rows that cannot be read, a pipe.
     """
     for source in find_sources([name]):
+        if source.path.is_fifo():  # it has no name that says what it holds, and can be read but once
+            raise UserError(f"{source.name} is a pipe; save what comes out of it as a .csv, .tsv or .jsonl file, "
+                            "and give that")  # fmt: skip
         if source.format == "parquet":
             raise UserError(f"{source.name}: classify reads .csv, .tsv, .jsonl and lines of text; save it as one")
         if source.format == "text":
@@ -96,7 +99,14 @@ def row_of(place: str, record: dict[str, Any], text: str, label: str | None, ski
         if skip_bad:
             return None
         raise UserError(f"{place}: {text} is {type(value).__name__}, not text (--skip_bad=True leaves such rows out)")
+    found = None if label is None else record.get(label)
+    try:
+        f"{value}{found}".encode()
+    except UnicodeEncodeError as e:
+        if skip_bad:
+            return None
+        raise UserError(f"{place}: it has half a character (a lone surrogate): cut inside an emoji, or decoded "
+                        "wrongly. Remove it, or leave such rows out with --skip_bad=True") from e  # fmt: skip
     if label is None:
         return Row(place, value)
-    found = record.get(label)
     return Row(place, value, "" if found is None else str(found).strip())
