@@ -23,7 +23,7 @@ CONVERSIONS = {
 }
 CLASSIFICATIONS = {
     "train": "tune a model on labelled texts",
-    "ablate": "every pooling and trainable part, as a table, a CSV and a plot",
+    "ablate": "mask and no_mask with every trainable part, or the --pooling and --trainable given: table, CSV, plot",
     "predict": "labels of new texts",
 }
 

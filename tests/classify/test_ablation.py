@@ -67,6 +67,27 @@ def test_ablate_trains_the_grid_once_and_draws_it(ask: Callable, tmp_path: Path)
     assert time.perf_counter() - started < 10
 
 
+@pytest.mark.parametrize(
+    ("flags", "cells"),
+    [
+        (["--pooling=mean"], [("mean", t) for t in ("full", "last_block", "lora", "head")]),
+        (["--trainable=head"], [("mask", "head"), ("no_mask", "head")]),
+        (["--use_mask=False", "--frozen=True"], [("no_mask", "last_block")]),
+    ],
+)
+def test_ablate_keeps_to_what_the_command_line_names(ask: Callable, tmp_path: Path, flags: list[str], cells: list):
+    result, _ = ask("ablate", *flags)
+    assert [(row["pooling"], row["trainable"]) for row in result["rows"]] == cells
+    assert (tmp_path / "run" / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ablate_runs_the_whole_grid_of_a_file_made_for_train(ask: Callable, miaobi: Callable, tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("pooling: mask\ntrainable: full\n", encoding="utf-8")
+    result, _ = ask("ablate", str(tmp_path / "a.yaml"), "--baselines=False")
+    assert len(result["rows"]) == 8
+    assert "mask and no_mask" in " ".join(miaobi("classify", "ablate", "--help").out.split())
+
+
 def test_a_cell_that_was_not_finished_is_trained_when_the_command_is_given_again(ask: Callable, tmp_path: Path):
     first, _ = ask("ablate", "--baselines=False")
     lost = tmp_path / "run" / "checkpoints" / "no_mask-lora-1337" / "result.json"

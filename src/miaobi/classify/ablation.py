@@ -54,10 +54,16 @@ def train(cfg: ClassifyConfig, origin: Origin | None = None) -> dict[str, Any]:
 def ablate(cfg: ClassifyConfig, origin: Origin | None = None) -> dict[str, Any]:
     """The grid of POOLINGS and TRAINABLE, once per seed: ablation.csv and ablation.png in out_dir.
 
+    Of a side that the command line names, as with --pooling=mean, there is that value alone. (A file's is that of
+    `train`: one file serves both.)
+
     Returns run, rows, baselines, data, stopped. Raises UserError.
     """
-    cells = [Cell(p, t, cfg.seed + i) for i in range(cfg.seeds) for p in POOLINGS for t in TRAINABLE]
-    run = Run(cfg, origin or {}, keep_models=False)
+    origin = origin or {}
+    poolings = (cfg.pooling,) if origin.get("pooling") == "command line" else POOLINGS
+    trainable = (cfg.trainable,) if origin.get("trainable") == "command line" else TRAINABLE
+    cells = [Cell(p, t, cfg.seed + i) for i in range(cfg.seeds) for p in poolings for t in trainable]
+    run = Run(cfg, origin, keep_models=False)
     result = run.go(cells)
     write_csv(run.out / "ablation.csv", result["rows"], result["baselines"])
     if result["rows"]:
@@ -267,13 +273,15 @@ def plot(path: Path, rows: list[Row], simple: list[Row], cfg: ClassifyConfig) ->
     from matplotlib.figure import Figure
 
     cells = by_cell(rows)
-    shown = list(dict.fromkeys(trainable for _, trainable in cells))
+    poolings, shown = (list(dict.fromkeys(side)) for side in zip(*cells, strict=True))
+    step = 0.8 / len(poolings)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for side, pooling in enumerate(POOLINGS):
+    for side, pooling in enumerate(poolings):
+        aside = step * (side - (len(poolings) - 1) / 2)
         places = [i for i, trainable in enumerate(shown) if (pooling, trainable) in cells]
         spreads = [spread(cells[pooling, shown[i]], "accuracy") for i in places]
-        bars = axes.bar([i + 0.4 * side - 0.2 for i in places], [100 * mean for mean, _ in spreads], 0.38,
+        bars = axes.bar([i + aside for i in places], [100 * mean for mean, _ in spreads], 0.95 * step,
                         yerr=[100 * deviation for _, deviation in spreads], label=pooling)  # fmt: skip
         axes.bar_label(bars, fmt="%.1f")
     for name in dict.fromkeys(row["name"] for row in simple):
