@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -104,6 +104,15 @@ class Hub:
         request.end_headers()
         if request.command == "GET":
             request.wfile.write(body)
+
+    def page(self, request: BaseHTTPRequestHandler) -> None:
+        """What a network that wants a login answers to everything."""
+        request.send_response(200)
+        for header in {"Content-Type": "text/html", "Content-Length": str(len(PAGE))}.items():
+            request.send_header(*header)
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(PAGE)
 
     def file(self, request: BaseHTTPRequestHandler, name: str) -> None:
         if self.gated:
@@ -349,6 +358,58 @@ def test_without_network_the_cache_serves_and_without_that_advice(online, model,
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
+PAGE = b"<html>login</html>"
+UNUSABLE = {  # what is wrong -> what the message says
+    "socks": r"unset ALL_PROXY, or pip install 'httpx\[socks\]'",
+    "page": r"not the hub, perhaps a network's login page: check [A-Z]+_ENDPOINT",
+    "token": "_TOKEN holds characters that no token has",
+}
+
+
+@pytest.fixture
+def spoil(served: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """`spoil("socks")`: from now on no answer can be had, or none that means anything."""
+    from huggingface_hub import close_session
+
+    def command(what: str) -> None:
+        if what == "socks":
+            monkeypatch.setitem(sys.modules, "socksio", None)
+            monkeypatch.setattr("requests.adapters.SOCKSProxyManager", missing_socks)
+            for variable in ("NO_PROXY", "no_proxy"):
+                monkeypatch.delenv(variable, raising=False)
+            monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+        elif what == "page":
+            monkeypatch.setattr(served, "answer", served.page)
+        else:
+            monkeypatch.setenv("HF_TOKEN", "我的令牌")
+            monkeypatch.setenv("MODELSCOPE_API_TOKEN", "我的令牌")
+        close_session()  # it reads the proxy once
+
+    yield command
+    monkeypatch.undo()
+    close_session()
+
+
+def missing_socks(*args: object, **kwargs: object) -> None:
+    """What requests has in place of SOCKS where PySocks is not installed."""
+    from requests.exceptions import InvalidSchema
+
+    raise InvalidSchema("Missing dependencies for SOCKS support.")
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_what_no_other_try_mends_says_what_does_and_the_cache_serves(online, model, spoil, capsys, what):
+    hub.resolve(NAME)
+    hub.from_hugging_face.cache_clear()
+    spoil(what)
+    assert same(hub.resolve(NAME), model)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "using the copy" in said
+    assert re.search(UNUSABLE[what], said)
+    with pytest.raises(UserError, match=rf"someone/else could not be fetched from .*{UNUSABLE[what]}"):
+        hub.resolve("someone/else")
+
+
 def test_half_a_download_is_not_taken_for_a_model_when_the_network_is_gone(online, monkeypatch):
     from huggingface_hub import constants
 
@@ -435,6 +496,20 @@ def test_modelscope_without_the_model_the_network_or_weights(model_scope, model,
                     hub.resolve(f"modelscope:{NAME}")
             else:
                 assert same(hub.resolve(f"modelscope:{NAME}"), model), "the cache serves without network"
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_modelscope_says_what_no_other_try_mends_and_the_cache_serves(model_scope, model, spoil, capsys, what):
+    from modelscope_hub.config import set_default_config
+
+    assert same(hub.resolve(f"modelscope:{NAME}"), model)
+    hub.from_model_scope.cache_clear()
+    spoil(what)
+    set_default_config(None)
+    assert same(hub.resolve(f"modelscope:{NAME}"), model)
+    assert re.search(UNUSABLE[what], " ".join(capsys.readouterr().err.split()))
+    with pytest.raises(UserError, match=rf"modelscope:someone/else could not be fetched .*{UNUSABLE[what]}"):
+        hub.resolve("modelscope:someone/else")
 
 
 def test_modelscope_without_its_package(monkeypatch):

@@ -24,6 +24,8 @@ SETTINGS = (
 )  # fmt: skip
 SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")  # only where the former are not
+UNUSABLE = (ImportError, ValueError)
+"""What the clients raise for a SOCKS proxy without its package, a page that is not JSON, a token that is none."""
 TIMEOUT = 15  # seconds for the hub's first answer; a mirror abroad needs a few
 
 
@@ -74,20 +76,22 @@ def from_hugging_face(name: str) -> Path:
                             "then log in with `hf auth login`, or set HF_TOKEN") from e  # fmt: skip
         raise UserError(f"no model {name}: no such directory here, and no such model on {site}. Check the name; "
                         "a private model needs `hf auth login`, or HF_TOKEN") from e  # fmt: skip
-    except (OSError, *HfHubHTTPError.__bases__) as e:  # requests', httpx's or httpx2's, by huggingface_hub's version
+    except (OSError, *UNUSABLE, *HfHubHTTPError.__bases__) as e:  # requests', httpx's or httpx2's, by its version
         if not_the_network(e):
             raise
+        advice = next_step(e, "HF_TOKEN", "HF_ENDPOINT")
         if (cached := in_cache(functools.partial(snapshot_download, name, local_files_only=True))) is not None:
             if not isinstance(e, OfflineModeIsEnabled):
-                log(f"{site} does not answer ({type(e).__name__}); using the copy of {name} in the cache")
+                tell_cached(site, e, name, advice)
             return cached
         if isinstance(e, OfflineModeIsEnabled):
             raise UserError(f"no model {name}: no such directory here, nor in the cache of Hugging Face, and "
                             "HF_HUB_OFFLINE=1 forbids to look further; unset it") from e  # fmt: skip
         raise UserError(
-            f"{name} could not be fetched from {site} ({reason(e)}). Run the command again: the download goes on where "
-            "it stopped. In mainland China set HF_ENDPOINT=https://hf-mirror.com, or take modelscope:OWNER/NAME"
-        ) from e
+            f"{name} could not be fetched from {site} ({reason(e)}). "
+            + (advice or "Run the command again: the download goes on where it stopped. In mainland China set "
+               "HF_ENDPOINT=https://hf-mirror.com, or take modelscope:OWNER/NAME")
+        ) from e  # fmt: skip
     for sibling in files:
         verify_small(path / sibling.rfilename, sibling, name)
     return path
@@ -108,15 +112,18 @@ def from_model_scope(name: str) -> Path:
     download = functools.partial(HubApi().download_repo, name, "model")
     try:
         found = with_weights(download)
-    except HubError as e:
-        offline = isinstance(e, (NetworkError, RequestTimeoutError, ServerError))
+    except (HubError, OSError, *UNUSABLE) as e:
+        if not_the_network(e):
+            raise
+        advice = next_step(e, "MODELSCOPE_API_TOKEN", "MODELSCOPE_ENDPOINT")
+        offline = not isinstance(e, HubError) or isinstance(e, (NetworkError, RequestTimeoutError, ServerError))
         found = in_cache(functools.partial(download, local_files_only=True)) if offline else None
         if found is None:
             raise UserError(
-                f"{MODELSCOPE}{name} could not be fetched ({reason(e)}). Check the name; run the command again: the "
-                "download goes on where it stopped"
+                f"{MODELSCOPE}{name} could not be fetched ({reason(e)}). "
+                + (advice or "Check the name; run the command again: the download goes on where it stopped")
             ) from e
-        log(f"ModelScope does not answer ({type(e).__name__}); using the copy of {name} in the cache")
+        tell_cached("ModelScope", e, name, advice)
     if found is None:
         raise UserError(f"{MODELSCOPE}{name} has neither model.safetensors nor pytorch_model.bin; take another model")
     return found
@@ -222,8 +229,25 @@ def checksum(file: Path, digest: hashlib._Hash) -> str:
 
 
 def not_the_network(e: Exception) -> bool:
-    """Whether it is the system's own error, such as a full disk."""
-    return isinstance(e, OSError) and e.errno is not None and not isinstance(e, (ConnectionError, TimeoutError))
+    """Whether it is the system's own error, such as a full disk. (Many errors of requests are ValueErrors too.)"""
+    others = (ConnectionError, TimeoutError, ValueError)
+    return isinstance(e, OSError) and e.errno is not None and not isinstance(e, others)
+
+
+def tell_cached(site: str, e: Exception, name: str, advice: str) -> None:
+    """Log that an older download serves, why, and what may help."""
+    log(f"{site} cannot be reached ({type(e).__name__}); using the copy of {name} in the cache. {advice}".rstrip())
+
+
+def next_step(e: Exception, token: str, endpoint: str) -> str:
+    """What to do about an error that no other try mends; "" for the network's. token, endpoint: their variables."""
+    if isinstance(e, UnicodeError):
+        return f"{token} holds characters that no token has: set it anew, or unset it"
+    if isinstance(e, UNUSABLE) and "SOCKS" in str(e):  # not one that cannot be reached
+        return "For a SOCKS proxy a package is missing: unset ALL_PROXY, or pip install 'httpx[socks]' pysocks"
+    if isinstance(e, ValueError):
+        return f"What answered is not the hub, perhaps a network's login page: check {endpoint}, and the proxy"
+    return ""
 
 
 def reason(e: Exception) -> str:
