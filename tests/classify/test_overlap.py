@@ -90,17 +90,17 @@ def test_what_is_read_is_not_written_over(tmp_path: Path, monkeypatch, out: str)
 
 def test_a_source_that_fails_leaves_what_was_there(tmp_path: Path):
     evaluation = write(tmp_path / "reviews.csv", [("1", text) for text in REVIEWS])
-    good, bad, out = tmp_path / "a.jsonl", tmp_path / "b.csv", tmp_path / "out.jsonl"
+    good, bad, out = tmp_path / "a.jsonl", tmp_path / "b.txt", tmp_path / "out.jsonl"
     good.write_text('{"text": "新闻一则"}\n', encoding="utf-8")
-    bad.write_text('text\n"never closed\n', encoding="utf-8")
+    bad.write_bytes(b"\0\1\2\3" * 99)
     args = Args((str(good), str(bad)), str(evaluation), out)
     for before in (None, "of an earlier command"):
         if before:
             out.write_text(before, encoding="utf-8")
-        with pytest.raises(UserError, match="is a quote not closed"):
+        with pytest.raises(UserError, match="is a binary file"):
             clean(args)
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-            ["a.jsonl", "b.csv", "reviews.csv", *(["out.jsonl"] if before else [])]
+            ["a.jsonl", "b.txt", "reviews.csv", *(["out.jsonl"] if before else [])]
         )
         assert not before or out.read_text(encoding="utf-8") == before
 
