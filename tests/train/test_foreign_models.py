@@ -9,6 +9,7 @@ import tokenizers
 import torch
 import transformers
 
+from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.generate.engine import load
 from miaobi.model.checkpoint import end_ids, model_directory
@@ -35,6 +36,23 @@ def byte_level(directory: Path) -> int:
     )
     fast.save_pretrained(directory)
     return len(fast)
+
+
+def sentence_piece(directory: Path) -> int:
+    """A tokenizer.json as Llama 2 has it: a blank in front of every word, the first one too; its vocabulary size."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
+    merges = [("▁", "h"), ("▁h", "e"), ("▁", "w"), ("▁w", "o")]
+    vocab = {piece: id_ for id_, piece in enumerate(pieces + ["".join(pair) for pair in merges])}
+    model = tokenizers.models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend, decoders = tokenizers.Tokenizer(model), tokenizers.decoders
+    normalizers = tokenizers.normalizers
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(directory)
+    return len(vocab)
 
 
 def bert(directory: Path) -> int:
@@ -90,6 +108,14 @@ def llama(directory: Path) -> transformers.PreTrainedModel:
     return model
 
 
+def llama2(directory: Path) -> transformers.PreTrainedModel:
+    """With the tokenizer of Llama 2."""
+    config = transformers.LlamaConfig(**SMALL, vocab_size=sentence_piece(directory), eos_token_id=2, bos_token_id=1)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(directory)
+    return model
+
+
 @pytest.fixture(params=[gpt2, qwen3, llama], ids=lambda write: write.__name__)
 def foreign(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, transformers.PreTrainedModel]:
     """A model directory of the hub, and its model in transformers."""
@@ -108,7 +134,69 @@ def test_sample_writes_what_transformers_writes(foreign, miaobi):
     theirs.generation_config.eos_token_id = tokenizer.eot_id
     ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=0)[0].tolist()
     written = [id_ for id_ in ids[len(prompt) :] if id_ != tokenizer.eot_id]
-    assert json.loads(answer.out)["samples"][0]["text"] == "皇马hello" + tokenizer.decode(written)
+    assert json.loads(answer.out)["samples"][0]["text"] == tokenizer.decode(prompt + written)
+
+
+class Memory:
+    """Slots whose stream gets the ids of a text."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids, self.free, self.streams = ids, 1, []
+
+    def add(self, stream) -> None:
+        self.streams, stream.left = [stream], len(self.ids)
+
+    def end(self, stream) -> None:
+        self.streams = []
+
+    def advance(self) -> list:
+        return [(stream, self.token(stream)) for stream in self.streams]
+
+    def token(self, stream) -> int:
+        stream.left -= 1
+        return self.ids[-stream.left - 1]
+
+
+@pytest.mark.parametrize(
+    ("write", "text", "cut"),
+    [
+        (llama2, "hello world", 5), (llama2, "hello  world", 6), (llama2, "hello world", 0),
+        (llama2, "你好中国 hello", 3), (llama2, "2 中国", 1), (gpt2, "hello world", 5), (gpt2, "hello world", 6),
+        (gpt2, "皇马hello world", 7), (gpt2, "hello world", 0), (qwen3, "hello world", 5), (qwen3, "皇马 hello", 2),
+    ],
+)  # fmt: skip
+def test_the_blank_between_prompt_and_continuation_is_written(tmp_path, write, text, cut, monkeypatch):
+    """SentencePiece and BERT leave it away before the first word, and a continuation's first word is not a text's."""
+    write(tmp_path)
+    lm = load(tmp_path, device="cpu")
+    prompt = text[:cut]
+    ids = lm.tokenizer.encode(text)[len(lm.tokenizer.encode(prompt)) :]
+    monkeypatch.setattr(lm, "slots", lambda size=1: Memory(ids))
+    completion = lm.generate(prompt, num_samples=1, max_new_tokens=99)[0]
+    assert completion.text == prompt + "".join(lm.stream(prompt, max_new_tokens=99)) == text
+    stopped = lm.generate(prompt, num_samples=1, max_new_tokens=99, stop=(text[cut:][:2],))[0]
+    assert (stopped.text, stopped.finish_reason) == (prompt, "stop"), "it is looked for where the text is shown"
+
+
+@pytest.mark.parametrize("context", [32, 1000])
+def test_text_behind_a_long_prompt_is_the_end_of_the_whole_text(tmp_path, context):
+    sentence_piece(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    text = "hello 中国 world " * context
+    ids = tokenizer.encode(text)
+    hub = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.decode(ids) == hub.decode(ids) == text
+    for cut in range(len(ids) - 20, len(ids)):
+        assert text.startswith(tokenizer.decode_stable(ids[:cut]))
+    cut = len(tokenizer.encode(text[:-9]))
+    assert text[:-9] + tokenizer.decode(ids[cut:], ids[:cut]) == text
+
+
+def test_one_byte_that_fits_nothing_spoils_no_character_before_it(tmp_path):
+    sentence_piece(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    broken = [*tokenizer.encode("中"), tokenizer.token_to_id("<0xE5>"), tokenizer.token_to_id("A")]
+    assert tokenizer.decode(broken) == tokenizer.decode_stable(broken) == "中\ufffdA"
 
 
 def test_eval_scores_what_transformers_scores(foreign, miaobi, tmp_path):

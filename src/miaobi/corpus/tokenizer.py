@@ -26,6 +26,10 @@ BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 N_RESERVED = len(SPECIALS) + len(BYTE_PIECES)
 DEFAULT_BPE_VOCAB_SIZE = 8192
 _OWN_CONFIG = {"eos_token": EOT, "pad_token": PAD}
+_SENTENCE_PIECE = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+_DROP_FIRST_BLANK = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+_CONTEXT = 32
+"""Ids in front of a continuation that are decoded with it: more than the last word of any text has."""
 _SLICE = 1 << 15
 """Characters looked up at a time: NumPy widens indices to 64 bits, and this many stay in the second-level cache."""
 
@@ -218,6 +222,11 @@ class Tokenizer:
         """Whether each character has an id of its own or is spelled in bytes, so that `encode_points` works."""
         return self._table is not None
 
+    @property
+    def forgets_blanks(self) -> bool:
+        """Whether blanks have no ids, as in BERT's vocabularies."""
+        return self._word_pieces is not None
+
     def encode_points(
         self, points: np.ndarray, ends: np.ndarray, end_id: int | None, newline_id: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -261,30 +270,41 @@ class Tokenizer:
         ends = np.cumsum([len(array) for array in arrays])
         return np.concatenate(arrays), np.concatenate(([0], ends[:-1])).astype(np.int64)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, before: Sequence[int] = ()) -> str:
         """The text of `ids`, specials written out; bytes that form no character become U+FFFD.
 
         The library's ByteFallback spoils a whole run of bytes for one that does not fit; here only that one is lost.
+
+        before: ids of the text that it goes on from, whole characters. BERT and SentencePiece write the first word of
+            a text without the blank that parts it from the word before.
         """
         ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-        if self._word_pieces is not None:
-            known = (self._word_pieces[id_] for id_ in ids if id_ in self._word_pieces)
-            return join_word_pieces(known, self._specials)
-        if self._token_bytes is None:
-            return self.backend.decode(ids, skip_special_tokens=False)
-        return b"".join([self._token_bytes.get(id_, b"") for id_ in ids]).decode("utf-8", "replace")
+        if self._token_bytes is not None:
+            return self._bytes(ids, before).decode("utf-8", "replace")
+        if not before:
+            return self._written(ids)
+        context = list(before[-_CONTEXT:])
+        return self._written(context + ids)[len(self._written(context)) :]
 
-    def decode_stable(self, ids: Sequence[int]) -> str:
+    def decode_stable(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
         """`decode` without what may still change when more ids follow: a character whose last bytes are missing.
 
         For streaming: the text of more ids always starts with the text of fewer.
         """
-        if self._word_pieces is not None:
-            return self.decode(ids)
-        if self._token_bytes is None:
-            return self.decode(ids).rstrip("\ufffd")
+        if self._token_bytes is not None:
+            return codecs.getincrementaldecoder("utf-8")("replace").decode(self._bytes(ids, before))
+        text = self.decode(ids, before)
+        return text if self.forgets_blanks else text.rstrip("\ufffd")
+
+    def _bytes(self, ids: Sequence[int], before: Sequence[int]) -> bytes:
         data = b"".join([self._token_bytes.get(id_, b"") for id_ in ids])
-        return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+        return data.removeprefix(b" ") if _DROP_FIRST_BLANK in self._decoders and not before else data
+
+    def _written(self, ids: list[int]) -> str:
+        if self._word_pieces is None:
+            return self.backend.decode(ids, skip_special_tokens=False)
+        known = (self._word_pieces[id_] for id_ in ids if id_ in self._word_pieces)
+        return join_word_pieces(known, self._specials)
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token by its name, None when there is no such token."""
@@ -319,15 +339,24 @@ class Tokenizer:
         return table
 
     @functools.cached_property
+    def _decoders(self) -> list[dict]:
+        """The steps of the library's decoder, if it has several."""
+        decoder = json.loads(self.backend.to_str()).get("decoder") or {}
+        return decoder.get("decoders", [])
+
+    @functools.cached_property
     def _token_bytes(self) -> dict[int, bytes] | None:
-        """What each id decodes to, for tokenizers whose decoder is ByteFallback and Fuse, as ours; else None.
+        """What each id decodes to behind others, for decoders of ByteFallback and Fuse: ours, and those of Llama and
+        Gemma, where `▁` stands for a blank and the first one may be dropped; else None.
 
         Spare rows of a model's embedding have no entry and decode to nothing, as in the library.
         """
-        decoder = json.loads(self.backend.to_str()).get("decoder") or {}
-        if [part["type"] for part in decoder.get("decoders", [])] != ["ByteFallback", "Fuse"]:
+        rest = [part["type"] for part in self._decoders if part not in (_SENTENCE_PIECE, _DROP_FIRST_BLANK)]
+        if rest != ["ByteFallback", "Fuse"]:
             return None
-        table = {id_: token.encode() for token, id_ in self.backend.get_vocab(with_added_tokens=True).items()}
+        blank = "▁" if _SENTENCE_PIECE in self._decoders else " "
+        vocab = self.backend.get_vocab(with_added_tokens=True)
+        table = {id_: token.replace(blank, " ").encode() for token, id_ in vocab.items()}
         for byte, piece in enumerate(BYTE_PIECES):
             if (id_ := self.token_to_id(piece)) is not None:
                 table[id_] = bytes((byte,))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -40,8 +40,9 @@ class Completion:
 class Draft:
     """A continuation that is being written."""
 
-    def __init__(self, lm: LanguageModel, prompt: str, stop: tuple[str, ...]) -> None:
-        self.lm, self.prompt, self.stop = lm, prompt, stop
+    def __init__(self, lm: LanguageModel, prompt: str, before: list[int], stop: tuple[str, ...]) -> None:
+        """before: ids of the prompt."""
+        self.lm, self.prompt, self.before, self.stop = lm, prompt, before, stop
         self.ids: list[int] = []
         self.end: int | None = None  # where a stop string cuts it
         self.completion = Completion(prompt, 0, "length")
@@ -61,13 +62,18 @@ class Draft:
             return
         self.ids.append(token)
         if self.stop:
-            self.end = first_stop(self.lm.tokenizer.decode(self.ids), self.stop)
+            self.end = first_stop(self.text, self.stop)
         if self.end is not None:
             self.completion.finish_reason = "stop"
 
+    @property
+    def text(self) -> str:
+        """What was written behind the prompt."""
+        return self.lm.tokenizer.decode(self.ids, self.before)
+
     def finish(self) -> Completion:
         """The whole text."""
-        self.completion.text = self.prompt + self.lm.tokenizer.decode(self.ids)[: self.end]
+        self.completion.text = self.prompt + self.text[: self.end]
         return self.completion
 
 
@@ -138,7 +144,7 @@ class LanguageModel:
         while True:
             for number, prompt in islice(coming, slots.free):
                 stream = self.open(prompt, cfg, number)
-                drafts[stream] = number, Draft(self, prompt, cfg.stop)
+                drafts[stream] = number, Draft(self, prompt, self.ids_before(prompt, stream), cfg.stop)
                 slots.add(stream)
             if not drafts:
                 return
@@ -160,17 +166,24 @@ class LanguageModel:
         Text that could still turn out to begin a stop string, or half a character, is held back.
         """
         cfg = replace(cfg or SampleConfig(), **overrides, num_samples=1)
-        return self.pieces(self.tokens(prompt, cfg), self.end_ids, cfg.stop)
+        stream = self.open(prompt, cfg)
+        before = self.ids_before(prompt, stream)
+        return self.pieces(self.write(self.slots(), stream), self.end_ids, cfg.stop, before)
 
-    def pieces(self, tokens: Iterable[int], ends: Collection[int], stop: tuple[str, ...] = ()) -> Iterator[str]:
-        """Text of `tokens` as they come, until one of `ends` or a stop string."""
+    def pieces(
+        self, tokens: Iterable[int], ends: Collection[int], stop: tuple[str, ...] = (), before: Sequence[int] = ()
+    ) -> Iterator[str]:
+        """Text of `tokens` as they come, until one of `ends` or a stop string.
+
+        before: ids of the text that it goes on from; a reply in a conversation stands alone.
+        """
         ids: list[int] = []
         given = 0
         for token in tokens:
             if token in ends:
                 break
             ids.append(token)
-            text = self.tokenizer.decode_stable(ids)
+            text = self.tokenizer.decode_stable(ids, before)
             if (end := first_stop(text, stop)) is not None:
                 if end > given:
                     yield text[given:end]
@@ -179,7 +192,7 @@ class LanguageModel:
             if ready > given:
                 yield text[given:ready]
                 given = ready
-        rest = self.tokenizer.decode(ids)[given:]
+        rest = self.tokenizer.decode(ids, before)[given:]
         if rest:
             yield rest
 
@@ -196,6 +209,13 @@ class LanguageModel:
         ids = self.tokenizer.encode(prompt) or [self.start_id()]
         seed = None if cfg.seed is None else cfg.seed + number
         return Stream(ids, cfg, self.generator(seed), self.end_ids, self.barred)
+
+    def ids_before(self, prompt: str, stream: Stream) -> list[int]:
+        """Ids that the text of a stream just opened goes on from: the prompt's, but none where the text begins anew, or
+        behind a blank that the ids do not have.
+        """
+        blank = self.tokenizer.forgets_blanks and prompt[-1:].isspace()
+        return list(stream.ids) if prompt and not blank else []
 
     def write(self, slots: Slots, stream: Stream) -> Iterator[int]:
         """Token ids that one stream writes; closed or interrupted in the middle, it leaves the slots as they should be.
