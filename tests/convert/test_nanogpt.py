@@ -216,7 +216,7 @@ def test_a_directory_without_a_tokenizer_is_named(saved, tmp_path):
 
 
 def test_another_meta_than_the_models_is_refused(saved, meta, tmp_path):
-    for rows in (len(CHARACTERS) - 1, len(CHARACTERS) + 64):
+    for rows in (len(CHARACTERS) - 1, len(CHARACTERS) + 1, len(CHARACTERS) + 64):
         path = saved(Original.random(NANOGPT, True, rows).nanogpt(), "ckpt.pt")
         with pytest.raises(UserError, match=f"has {rows} tokens, .*has {len(CHARACTERS)}"):
             convert(path, str(meta), None, tmp_path / "out")

@@ -45,7 +45,8 @@ def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) 
         found = Tokenizer.load(Path(tokenizer_dir).expanduser())
         tokenizer = Tokenizer(found.backend, {"eos_token": EOT})  # nothing else of the other model's configuration
         known, source = tokenizer.vocab_size, tokenizer_dir
-    if not known <= rows < known + VOCAB_MULTIPLE:  # nanoGPT pads GPT-2's 50,257 to 50,304
+    padding = 0 if meta is not None else VOCAB_MULTIPLE - 1  # nanoGPT pads GPT-2's 50,257 to 50,304, and no other
+    if not known <= rows <= known + padding:
         raise UserError(f"{path} has {rows:,} tokens, {source} has {known:,}: it is not the vocabulary that this model "
                         "was trained with; give that one")  # fmt: skip
     model = reading.build(cfg, checkpoint["model"], LAYER, MASK, path)
