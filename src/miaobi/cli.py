@@ -359,7 +359,7 @@ def convert(args: list[str]) -> None:
         return
     as_json = take_flag(args, "--json")
     given = parse(f"convert {kind}", SmallGPT if kind == "small-gpt" else NanoGPT, args[1:])
-    out = given.out or given.checkpoint.with_suffix(".miaobi")
+    out = given.out or given.checkpoint.parent / f"{given.checkpoint.stem}.miaobi"
     from miaobi.convert import nanogpt, small_gpt
 
     if kind == "small-gpt":

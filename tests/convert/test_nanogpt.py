@@ -283,3 +283,12 @@ def test_the_command_converts_and_the_model_writes(miaobi, saved, meta, tmp_path
     assert written.out.startswith("你好")
     assert "--meta" in miaobi("convert", "nanogpt", "--help").out
     assert os.listdir(tmp_path / "ckpt.miaobi")
+
+
+@pytest.mark.parametrize("kind", ["nanogpt", "small-gpt"])
+@pytest.mark.parametrize("path", ["", ".", "/", "nothing.pt"])
+def test_a_checkpoint_that_is_no_file_is_said(miaobi, meta, kind, path):
+    vocabulary = f"--meta={meta}" if kind == "nanogpt" else f"--corpus={meta}"
+    answer = miaobi("convert", kind, path, vocabulary)
+    assert answer.code == 2
+    assert answer.err.endswith(": no such checkpoint file\n")
