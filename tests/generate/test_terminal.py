@@ -8,9 +8,11 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from miaobi.errors import UserError
 from miaobi.generate import terminal
 from miaobi.generate.config import ChatConfig
 
@@ -183,6 +185,12 @@ def test_a_mistaken_command_is_told_and_the_conversation_goes_on(miaobi, typed, 
     assert (answer.code, answer.out) == (0, "你好呀\n")
     assert words in answer.err
     assert answer.err.startswith("miaobi: ")
+
+
+def test_there_is_no_reply_to_retry_after_a_system_message_alone():
+    chat = SimpleNamespace(messages=[{"role": "system", "content": "你是猫"}])
+    with pytest.raises(UserError, match="no reply yet"):
+        terminal.obey(chat, "/retry", silent=False)
 
 
 def test_a_model_of_plain_text_is_refused(miaobi, trained):

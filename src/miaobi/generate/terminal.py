@@ -100,7 +100,7 @@ def obey(chat: Chat, line: str, silent: bool) -> bool:
     elif not command.startswith("/"):
         say(chat.reply(line), silent)
     elif command == "/retry":
-        if not chat.messages:
+        if not chat.messages or chat.messages[-1]["role"] == "system":
             raise UserError("/retry: there is no reply yet to be told differently; say something first")
         say(chat.retry(), silent)
     elif command == "/system":
