@@ -81,6 +81,15 @@ def test_temperature_zero_is_greedy_whatever_the_filters():
     assert torch.equal(token, logits.argmax(-1))
 
 
+def test_a_temperature_next_to_zero_is_zero():
+    """Divided by it logits would overflow, and the softmax of infinities is no number."""
+    for temperature in (1e-6, 1e-40, 5e-324):
+        assert SampleConfig(temperature=temperature) == SampleConfig(temperature=0.0)
+    logits = random_logits(0, rows=16)
+    coldest = next_token(logits, SampleConfig(temperature=2e-5), [torch.Generator()] * len(logits))
+    assert torch.equal(coldest, logits.argmax(-1))
+
+
 @pytest.mark.parametrize(
     "settings", [FREE, FREE | {"temperature": 0.5}, FREE | {"temperature": 2.0}, FREE | {"top_k": 4}, {"top_p": 0.7}]
 )
@@ -118,8 +127,15 @@ def test_half_precision_logits_are_drawn_in_float32():
 @pytest.mark.parametrize(
     "wrong",
     [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": 1.0}, {"min_p": -0.1},
-     {"repetition_penalty": 0.0}, {"num_samples": 0}, {"max_new_tokens": 0}],
+     {"repetition_penalty": 0.0}, {"num_samples": 0}, {"max_new_tokens": 0}, {"temperature": float("nan")},
+     {"temperature": float("inf")}, {"top_p": float("nan")}, {"min_p": float("nan")}, {"seed": 2**63},
+     {"repetition_penalty": float("nan")}, {"repetition_penalty": float("inf")}, {"repetition_penalty": 1e-40}],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused_by_name(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         SampleConfig(**wrong)
+
+
+def test_the_largest_seed_has_samples_behind_it():
+    for seed in (-(2**63), 2**63 - 1):
+        torch.Generator().manual_seed(SampleConfig(seed=seed).seed + 10**6)

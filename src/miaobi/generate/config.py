@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from miaobi.errors import UserError
+
+GREEDY = 1e-5
+"""Temperatures below this are 0: probabilities are one and zeros, and logits divided by still less overflow."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +38,20 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.temperature < 0:
-            raise UserError(f"temperature is {self.temperature}; it cannot be negative (0 = greedy)")
+        if not 0.0 <= self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}; give a finite number of 0 (greedy) or more")
+        if self.temperature < GREEDY:
+            object.__setattr__(self, "temperature", 0.0)
         if self.top_k < 0:
             raise UserError(f"top_k is {self.top_k}; give 0 for no limit or a positive number")
         if not 0.0 < self.top_p <= 1.0:
             raise UserError(f"top_p is {self.top_p}; give a probability in (0, 1]")
         if not 0.0 <= self.min_p < 1.0:
             raise UserError(f"min_p is {self.min_p}; give a share from 0 up to below 1")
-        if self.repetition_penalty <= 0:
-            raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be positive (1 = none)")
+        if not 0.01 <= self.repetition_penalty <= 100.0:  # far beyond, logits overflow
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}; give one from 0.01 to 100 (1 = none)")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}; give a whole number of 64 bits, such as 1337")
 
 
 @dataclass(frozen=True)
