@@ -174,6 +174,14 @@ def test_no_streamed_piece_is_taken_back(text, stop):
         assert stop not in shown
 
 
+@pytest.mark.parametrize("stop", ["赢。", ["赢。"], ["没有", "赢。"], iter(["赢。"])])
+def test_stop_strings_in_python_are_one_text_or_any_row_of_texts(stop):
+    cfg = SampleConfig(stop=stop, num_samples=1, max_new_tokens=9)
+    completion = Scripted(TOKENIZER.encode("皇赢马赢。国")).generate("国", cfg)[0]
+    assert (completion.text, completion.finish_reason) == ("国皇赢马", "stop")
+    assert {cfg: 1}[cfg], "settings are looked up"
+
+
 def test_a_stop_string_at_the_very_beginning_leaves_the_prompt_alone():
     completion = Scripted(TOKENIZER.encode("马赢。")).generate("皇", stop=("马",), num_samples=1)[0]
     assert (completion.text, completion.finish_reason) == ("皇", "stop")

@@ -9,7 +9,7 @@ from typing import Literal
 from miaobi.errors import UserError
 
 GREEDY = 1e-5
-"""Temperatures below this are 0: probabilities are one and zeros, and logits divided by still less overflow."""
+"""A temperature below this is 0: the likeliest token has all of the probability, and logits divided by less overflow."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class SampleConfig(SamplingConfig):
         super().__post_init__()
         if self.num_samples < 1:
             raise UserError(f"num_samples is {self.num_samples}; it must be at least 1")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
 
 
 @dataclass(frozen=True)
