@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from miaobi.arguments import VERBS, spelled_out, split_train_args
+from miaobi.arguments import VERBS, spelled_out, split_train_args, take_values
 from miaobi.errors import UserError
 
 
@@ -174,6 +174,20 @@ def test_a_switch_may_be_bare():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("typed", "values", "rest"),
+    [
+        (["m", "--stop", "a", "b", "--seed=1"], ("a", "b"), ["m", "--seed=1"]),
+        (["--stop=a", "m", "--stop=--", "--stop="], ("a", "--", ""), ["m"]),
+        (["m", "--stop", "a", "-", "--stop", "--top_k", "3"], ("a", "-"), ["m", "--top_k", "3"]),
+        (["m", "--stopped=1"], (), ["m", "--stopped=1"]),
+    ],
+)
+def test_a_flag_of_several_values_may_be_repeated(typed, values, rest):
+    assert take_values(typed, "--stop") == values
+    assert typed == rest
+
+
 def test_a_shipped_configuration_is_found_by_its_seeds_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     path, _ = split_train_args(["config/train_TH.yaml"])
@@ -251,8 +265,9 @@ def test_streamed_text_is_the_text(miaobi, trained):
     assert streamed.out == plain.out
 
 
-def test_stop_strings(miaobi, trained):
-    flags = ["--start=皇马", "--max_new_tokens=60", "--stop", "。", "！", "--device=cpu", "--json"]
+@pytest.mark.parametrize("stop", [["--stop", "。", "！"], ["--stop=。", "--stop=！"], ["--stop", "。", "--stop=！"]])
+def test_stop_strings(miaobi, trained, stop):
+    flags = ["--start=皇马", "--max_new_tokens=60", *stop, "--device=cpu", "--json"]
     samples = only_json(miaobi("sample", trained(), *flags).out)["samples"]
     assert not any(mark in s["text"] for s in samples for mark in "。！")
     assert any(s["finish_reason"] == "stop" for s in samples)

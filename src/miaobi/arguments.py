@@ -51,6 +51,24 @@ def take_flag(args: list[str], flag: str) -> bool:
     return True
 
 
+def take_values(args: list[str], flag: str) -> tuple[str, ...]:
+    """Remove a flag of several values from args, however often it stands there: --stop=a --stop=b, --stop a b; them."""
+    values, rest, is_open = [], [], False
+    for arg in args:
+        if arg == flag:
+            is_open = True
+        elif arg.startswith(f"{flag}="):
+            values.append(arg.partition("=")[2])
+            is_open = False
+        elif is_open and (arg == "-" or not arg.startswith("-")):
+            values.append(arg)
+        else:
+            rest.append(arg)
+            is_open = False
+    args[:] = rest
+    return tuple(values)
+
+
 def parse(verb: str, kind: type, args: list[str]):
     """Arguments of a verb as its dataclass; prints help or an error with a suggestion and exits."""
     import tyro

@@ -20,6 +20,7 @@ from miaobi.arguments import (
     split_train_args,
     take_flag,
     take_kind,
+    take_values,
 )
 from miaobi.errors import UserError
 from miaobi.flags import plain_settings
@@ -183,21 +184,21 @@ def sample(args: list[str]) -> None:
         checkpoint: str = "best"
         """Which checkpoint of a run: best, last or step-N."""
 
-    as_json = take_flag(args, "--json")
+    as_json, stop = take_flag(args, "--json"), take_values(args, "--stop")
     given = parse("sample", Args, [a for a in args if not explained(a)])
-    name = one_model(given.model, given.out_dir)
+    name, config = one_model(given.model, given.out_dir), dataclasses.replace(given.config, stop=stop)
     from miaobi.generate import engine
 
-    lm = engine.load(name, given.config.device, given.config.dtype, given.checkpoint)
-    prompt = engine.read_prompt(given.config.start)
-    if given.config.stream and not as_json:
-        for i in range(given.config.num_samples):
+    lm = engine.load(name, config.device, config.dtype, given.checkpoint)
+    prompt = engine.read_prompt(config.start)
+    if config.stream and not as_json:
+        for i in range(config.num_samples):
             print(prompt, end="")
-            for piece in lm.stream(prompt, given.config, seed=given.config.seed + i):
+            for piece in lm.stream(prompt, config, seed=config.seed + i):
                 print(piece, end="", flush=True)
             print("\n---------------")
         return
-    completions, speed = engine.timed(lm, prompt, given.config)
+    completions, speed = engine.timed(lm, prompt, config)
     if as_json:
         print_json({"samples": [dataclasses.asdict(c) for c in completions], "tokens_per_second": speed})
         return

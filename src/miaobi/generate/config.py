@@ -9,7 +9,7 @@ from typing import Literal
 from miaobi.errors import UserError
 
 GREEDY = 1e-5
-"""A temperature below this is 0: the likeliest token has all of the probability, and logits divided by less overflow."""
+"""A temperature below this is 0: one token has all of the probability, and logits divided by less overflow."""
 
 
 @dataclass(frozen=True)
