@@ -289,6 +289,10 @@ def test_a_prompt_from_a_file(miaobi, trained, tmp_path):
     answer = miaobi("sample", trained(), f"--start=FILE:{tmp_path / 'nowhere.txt'}", "--device=cpu")
     assert answer.code == 2
     assert "nowhere.txt" in answer.err
+    (tmp_path / "mixed.txt").write_bytes("曼联输掉比赛，".encode() * 50 + b"\xff\xff")
+    answer = miaobi("sample", trained(), f"--start=FILE:{tmp_path / 'mixed.txt'}", "--device=cpu")
+    assert (answer.code, "with --skip_bad" in answer.err) == (2, True)
+    assert "prepare, eval and classify" in answer.err, "a flag that sample does not have is not advised to it"
 
 
 def test_checkpoints_of_a_run_can_be_chosen(miaobi, trained):

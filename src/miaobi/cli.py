@@ -264,6 +264,10 @@ def evaluate(args: list[str]) -> None:
         format: Literal["auto", "text", "lines", "files", "jsonl", "csv", "dialogue"] = "auto"
         """Raw text: what a document is, as in `miaobi prepare`; auto takes text for dialogues where the model is a
         chit-chat model. Dialogues with roles are scored on the assistant's turns."""
+        field: str = "text"
+        """Raw text: column (csv, parquet) or key (jsonl) that holds it."""
+        skip_bad: bool = False
+        """Raw text: leave out files and records that cannot be read, replace bytes that cannot, and count them."""
         stride: str = "half"
         """Tokens scored per window: half (a block's half; each has at least that much context), block (as nanoGPT
         scores), or a number."""
@@ -283,7 +287,7 @@ def evaluate(args: list[str]) -> None:
     from miaobi.train.score import score
 
     result = score(given.model, list(given.data), given.checkpoint, given.split, given.format, given.stride,
-                   given.batch_size, given.device, given.dtype)  # fmt: skip
+                   given.batch_size, given.device, given.dtype, given.field, given.skip_bad)  # fmt: skip
     if as_json:
         print_json(result)
         return

@@ -1,5 +1,6 @@
 """Decoding against naive recomputation and transformers; the text it is put together to."""
 
+import gzip
 import json
 from collections import Counter
 from itertools import chain
@@ -240,6 +241,14 @@ def test_a_prompt_can_come_from_a_file_of_any_encoding(tmp_path):
     assert read_prompt("FILES: 不是文件") == "FILES: 不是文件"
     with pytest.raises(UserError, match="no such file"):
         read_prompt("FILE:nowhere.txt")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "a.md", "a.jsonl.gz", "prompt"])
+def test_a_prompt_file_is_taken_as_it_is_whatever_its_name(tmp_path, name):
+    text = 'text,label\n"皇马",1\n\n{"text": "曼联"}\n'
+    data = text.encode("utf-16")
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert read_prompt(f"FILE:{tmp_path / name}") == text
 
 
 # --- ends and control tokens ---------------------------------------------------------------------------------------

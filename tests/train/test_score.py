@@ -1,5 +1,6 @@
 """`eval`: a trained model directory scored here and, naively, through transformers."""
 
+import json
 import math
 
 import pytest
@@ -114,3 +115,26 @@ def test_mistakes_name_what_is_wrong(trained, prepared, tmp_path):
         miaobi_score(run, tmp_path / "empty.txt")
     with pytest.raises(UserError, match="no such directory"):
         miaobi_score(tmp_path / "no-model", prepared())
+
+
+def test_the_field_of_records_can_be_named(miaobi, trained, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "皇马赢得比赛。"}\n{"body": "曼联输掉冠军！"}\n', encoding="utf-8")
+    (tmp_path / "a.csv").write_text("id,body\n1,皇马赢得比赛。\n2,曼联输掉冠军！\n", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("皇马赢得比赛。\n\n曼联输掉冠军！\n", encoding="utf-8")
+    for name in ("a.jsonl", "a.csv"):
+        refused = miaobi("eval", trained(), tmp_path / name, "--device=cpu")
+        assert refused.code == 2
+        assert "Name one with --field" in refused.err
+        answer = miaobi("eval", trained(), tmp_path / name, "--field=body", "--device=cpu", "--json")
+        expected = miaobi_score(trained(), tmp_path / "a.txt")
+        assert json.loads(answer.out) | {"seconds": 0} == expected | {"seconds": 0}
+
+
+def test_bad_records_are_left_out_and_counted_where_that_is_asked_for(miaobi, trained, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "皇马赢得比赛。"}\nnonsense\n', encoding="utf-8")
+    refused = miaobi("eval", trained(), tmp_path / "a.jsonl", "--device=cpu")
+    assert refused.code == 2
+    assert "--skip_bad" in refused.err
+    answer = miaobi("eval", trained(), tmp_path / "a.jsonl", "--skip_bad", "--device=cpu", "--json")
+    assert json.loads(answer.out)["characters"] == 7
+    assert "1 bad files, records or bytes were left out" in answer.err

@@ -148,7 +148,7 @@ def _detect(source: Source, sample: bytes, is_whole: bool) -> tuple[str, int]:
         raise UserError(f"{source.name} is a binary file (it has zero bytes and is not UTF-16), not text; leave it out")
     raise UserError(
         f"{source.name}: neither UTF-8, GB18030, Big5 nor UTF-16 makes sense of it; if it is text, convert it: "
-        "iconv -f ENCODING -t utf-8; otherwise leave it out (--skip_bad skips it)"
+        "iconv -f ENCODING -t utf-8; otherwise leave it out (prepare, eval and classify do so with --skip_bad=True)"
     )
 
 
@@ -195,7 +195,8 @@ def _does_not_fit(source: Source, offset: int, encoding: str, other: str) -> str
     seems = f" and looks like {other}" if other and other != encoding else ""
     return (
         f"{source.name}: read as {encoding}, but byte {offset} does not fit{seems}. The file mixes encodings or is "
-        "damaged: convert its parts (iconv -f FROM -t utf-8), or pass --skip_bad to replace what cannot be read"
+        "damaged: convert its parts (iconv -f FROM -t utf-8); prepare, eval and classify replace what cannot be read "
+        "with --skip_bad=True"
     )
 
 

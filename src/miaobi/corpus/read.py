@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from miaobi.console import warn
 from miaobi.corpus.cutting import Block, decode_block, text_blocks
 from miaobi.corpus.dialogue import without_marks
 from miaobi.corpus.records import csv_blocks, first_line, json_dialogues, json_records, parquet_blocks
@@ -119,12 +120,20 @@ def _universal_newlines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def read_documents(paths: list[str], format: str = "auto", whole: bool = False) -> Iterator[str]:
+def read_documents(
+    paths: list[str], format: str = "auto", whole: bool = False, field: str = "text", skip_bad: bool = False
+) -> Iterator[str]:
     """The documents of some sources, or (`whole`) their text as read, in pieces that join to it.
+
+    field, skip_bad: see `iter_blocks`; how much was left out is said at the end.
 
     Raises:
         UserError: what `iter_blocks` and `read_block` raise.
     """
-    for block in iter_blocks(find_sources(paths, format), whole=whole):
-        content = read_block(block, whole=whole)
+    skipped = 0
+    for block in iter_blocks(find_sources(paths, format), field, skip_bad, whole):
+        content = read_block(block, field, skip_bad, whole)
+        skipped += content.skipped
         yield from [content.raw] if whole else content.documents
+    if skipped:
+        warn(f"{skipped:,} bad files, records or bytes were left out or replaced")

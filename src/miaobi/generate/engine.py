@@ -293,12 +293,12 @@ def read_prompt(start: str) -> str:
     """`--start`: text as it is, or FILE:path. Raises UserError if the file cannot be read."""
     if not start.startswith("FILE:"):
         return start
-    path = Path(start[5:])
+    path = Path(start[5:]).expanduser()
     if not path.is_file():
         raise UserError(f"--start={start}: no such file")
     from miaobi.corpus.read import read_documents  # with its unpackers a tenth of a second, that a chat need not wait
 
-    return "".join(read_documents([str(path)], whole=True))
+    return "".join(read_documents([str(path)], "text", whole=True))  # whatever its name ends in
 
 
 def timed(lm: LanguageModel, prompt: str, cfg: SampleConfig) -> tuple[list[Completion], float]:

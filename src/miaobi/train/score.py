@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,17 @@ from miaobi.errors import UserError
 from miaobi.model.checkpoint import ends_documents, load_model
 from miaobi.train.evaluate import evaluate, score_batches, text_size
 
+Read = Callable[..., Iterator[str]]
+"""`read_documents` of the sources: read(format), read(format, whole=True)."""
+
 
 def score(
     name: str, sources: list[str], checkpoint: str, split: str, format: str, stride: str, batch_size: int, device: str,
-    dtype: str,
+    dtype: str, field: str = "text", skip_bad: bool = False,
 ) -> dict:  # fmt: skip
     """Score a prepared directory's split, or raw text, every character once; dialogues one by one.
+
+    format, field, skip_bad: how raw text is read, as by `prepare`.
 
     Returns what `evaluate` returns. Raises UserError for a model and data that do not belong together.
     """
@@ -32,7 +39,8 @@ def score(
     model, tokenizer = load_model(name, checkpoint)
     prepared = len(sources) == 1 and (Path(sources[0]) / "manifest.json").is_file()
     steps, precision = stride_tokens(stride, model.cfg.block_size), pick_dtype(dtype, where)
-    stream = dialogues(sources, split, format, tokenizer, prepared)
+    read = partial(read_documents, sources, field=field, skip_bad=skip_bad)
+    stream = dialogues(sources, split, format, tokenizer, prepared, read)
     with explain_memory(where, f"try a smaller --batch_size than {batch_size}"):
         if stream is not None:
             blocks = PackedDialogues(stream, model.cfg.block_size)
@@ -41,7 +49,7 @@ def score(
         if prepared:
             tokens, characters, text_bytes = prepared_tokens(sources[0], split, tokenizer)
         else:
-            tokens, characters, text_bytes = raw_tokens(sources, tokenizer, ends_documents(name, checkpoint), format)
+            tokens, characters, text_bytes = raw_tokens(read, tokenizer, ends_documents(name, checkpoint), format)
         if len(tokens) < 2:
             raise UserError(f"nothing to score in {' '.join(sources)}")
         return evaluate(model.to(where), tokens, characters, text_bytes, steps, precision, batch_size)
@@ -76,7 +84,7 @@ class MemoryStream:
 
 
 def dialogues(
-    sources: list[str], split: str, format: str, tokenizer: Tokenizer, prepared: bool
+    sources: list[str], split: str, format: str, tokenizer: Tokenizer, prepared: bool, read: Read
 ) -> TokenStream | MemoryStream | None:
     """The dialogues to score, or None for plain text. With roles, the assistant's turns are scored."""
     if prepared:
@@ -85,7 +93,7 @@ def dialogues(
     template = tokenizer.config.get("chat_template")
     if (format == "auto" and template != SEP_TEMPLATE) or format not in ("auto", "dialogue"):
         return None
-    documents = list(read_documents(sources, "dialogue"))
+    documents = list(read("dialogue"))
     if template == SEP_TEMPLATE:
         return MemoryStream(encode_lines(tokenizer, [as_lines(document) for document in documents]))
     return MemoryStream(encode_roles(tokenizer, documents, replies_only=True))
@@ -131,12 +139,12 @@ def prepared_tokens(source: str, split: str, tokenizer: Tokenizer) -> tuple[np.n
     return np.concatenate((context, stream.read(0, len(stream)))), stream.characters, stream.bytes
 
 
-def raw_tokens(sources: list[str], tokenizer: Tokenizer, documents: bool, format: str) -> tuple[np.ndarray, int, int]:
+def raw_tokens(read: Read, tokenizer: Tokenizer, documents: bool, format: str) -> tuple[np.ndarray, int, int]:
     """Tokens of raw text as its documents, or as one stream for a model that knows no end of text."""
     documents = documents and tokenizer.eot_id is not None
     end = [tokenizer.eot_id] if documents else []
     parts, characters, text_bytes = [np.array([tokenizer.eot_id or 0])], 0, 0
-    for text in read_documents(sources, format, whole=not documents):
+    for text in read(format, whole=not documents):
         parts += [tokenizer.encode_array(text), np.array(end, np.int64)]
         characters += len(text)
         text_bytes += len(text.encode("utf-8"))
