@@ -1,5 +1,6 @@
 """The command: exit codes, what goes to stdout and what to stderr, and the seeds' own lines."""
 
+import io
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+from miaobi import cli
 from miaobi.arguments import VERBS, spelled_out, split_train_args, take_values
 from miaobi.errors import UserError
 
@@ -153,6 +155,28 @@ def test_a_reader_that_went_away_is_no_traceback():
     done = subprocess.run(command, check=False, stdout=write_end, stderr=subprocess.PIPE)
     os.close(write_end)
     assert done.stderr.decode() == ""
+
+
+@pytest.mark.parametrize(("closed", "arguments", "code"), [
+    (">&-", "--version", 0), ("<&- >&- 2>&-", "--help", 0), ("2>&-", "nonsense", 2), (">&- 2>&-", "nonsense", 2),
+])  # fmt: skip
+def test_closed_streams_are_no_traceback(closed, arguments, code):
+    command = f"{sys.executable} -m miaobi {arguments} {closed}"
+    done = subprocess.run(["sh", "-c", command], check=False, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "ascii"])
+def test_a_poor_output_loses_no_result(trained, monkeypatch, encoding):
+    def written(*args: str) -> str:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        cli.main(["sample", str(trained()), "--start=皇马😀", "--num_samples=1", "--max_new_tokens=3", *args])
+        return sys.stdout.buffer.getvalue().decode(encoding)
+
+    start = "皇马?" if encoding == "gbk" else "???"
+    assert written("--device=cpu").startswith(start)
+    assert written("--device=cpu", "--stream").startswith(start)
+    assert json.loads(written("--device=cpu", "--json"))["samples"][0]["text"].startswith("皇马😀")
 
 
 # --- flags -------------------------------------------------------------------------------------------------------

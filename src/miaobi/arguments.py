@@ -1,10 +1,10 @@
 """Command lines: what the verbs are called, and how their flags, kinds, configs and models are read."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
+from miaobi.console import json_text
 from miaobi.errors import UserError
 
 VERBS = {
@@ -150,4 +150,4 @@ def explained(arg: str) -> bool:
 
 def print_json(result: dict) -> None:
     """The one object on stdout."""
-    print(json.dumps(result, ensure_ascii=False))
+    print(json_text(result))

@@ -22,6 +22,7 @@ from miaobi.arguments import (
     take_kind,
     take_values,
 )
+from miaobi.console import mend_streams, warn_of_encoding
 from miaobi.errors import UserError
 from miaobi.flags import plain_settings
 
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 a bug, 2 the user's mistake, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = take_flag(args, "--debug")
+    mend_streams()
     try:
         run(args)
         sys.stdout.flush()
@@ -186,6 +188,8 @@ def sample(args: list[str]) -> None:
 
     as_json, stop = take_flag(args, "--json"), take_values(args, "--stop")
     given = parse("sample", Args, [a for a in args if not explained(a)])
+    if not as_json:
+        warn_of_encoding()
     name, config = one_model(given.model, given.out_dir), dataclasses.replace(given.config, stop=stop)
     from miaobi.generate import engine
 

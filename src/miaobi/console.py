@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
+import json
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +44,39 @@ def log(message: str) -> None:
 def warn(message: str) -> None:
     """One line that stands out on stderr."""
     _console().print(f"warning: {message}", style="yellow", markup=False)
+
+
+def mend_streams() -> None:
+    """A closed standard stream leads nowhere, and a character that stdout's encoding lacks is a ?: neither is a reason
+    to lose a result.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process lives
+    out = sys.stdout
+    if isinstance(out, io.TextIOWrapper) and out.errors in ("strict", "surrogateescape"):  # not the user's own choice
+        out.reconfigure(errors="replace")
+
+
+def can_show(text: str) -> bool:
+    """Whether stdout's encoding has every character of `text`."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def warn_of_encoding() -> None:
+    """One line where stdout cannot show Chinese."""
+    if not can_show("妙笔"):
+        warn(f"the output's encoding is {sys.stdout.encoding}: Chinese shows as ?; set PYTHONIOENCODING=utf-8")
+
+
+def json_text(value: Any) -> str:
+    """`value` as JSON for stdout, whose encoding may lack characters: then all but ASCII is escaped, and none lost."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if can_show(text) else json.dumps(value)
 
 
 def progress(*columns: str | ProgressColumn) -> Progress:

@@ -5,6 +5,9 @@ import itertools
 import json
 import os
 import threading
+
+
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 from review_tables import reviews, write
 
+from miaobi import cli
 from miaobi.classify import predict as room
 from miaobi.classify.config import PredictConfig, load_config
 from miaobi.classify.data import read_labelled
@@ -84,6 +88,17 @@ def test_standard_input_is_a_text_a_line(ask: Callable, encoding: str):
     assert labels(found)[::2] == ["1", "0"]
     assert ask(stdin=text.encode(encoding)) == found
     assert ask("-", stdin=b"") == {"predictions": []}
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "ascii"])
+def test_a_poor_output_loses_no_prediction(classifier: Path, monkeypatch, encoding: str):
+    def written(*args: str) -> str:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        cli.main(["classify", "predict", str(classifier), "房间干净😀", *args])
+        return sys.stdout.buffer.getvalue().decode(encoding)
+
+    assert written().endswith("\t房间干净?\n" if encoding == "gbk" else "\t?????\n")
+    assert json.loads(written("--json"))["predictions"][0]["text"] == "房间干净😀"
 
 
 def test_an_empty_text_gets_a_label(ask: Callable):

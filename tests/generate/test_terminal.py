@@ -137,6 +137,12 @@ def test_through_a_pipe_only_replies_are_printed(talker):
     assert not done.stderr
 
 
+def test_a_closed_standard_input_is_the_end_of_the_input(talker):
+    command = ["sh", "-c", f"{sys.executable} -m miaobi chat {talker} --device=cpu <&-"]
+    done = subprocess.run(command, check=False, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
 def test_an_ascii_terminal_and_bytes_of_another_encoding(talker):
     lines = "你好\n".encode() + "你是谁\n".encode("gb18030") + b"\xff\xff\n" + "再见\n".encode()
     done = piped(lines, talker, *EXACT, LANG="C", PYTHONIOENCODING="ascii", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from miaobi.classify.data import NO_LABEL
 from miaobi.classify.evaluation import scores
 from miaobi.classify.head import Judge
 from miaobi.classify.tables import Row, read_rows
-from miaobi.console import log, warn
+from miaobi.console import json_text, log, warn, warn_of_encoding
 from miaobi.corpus.sources import FORMAT_BY_NAME
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
@@ -138,11 +137,13 @@ def write(judge: Judge, rows: Iterator[Row], cfg: PredictConfig, as_json: bool) 
     Where the true labels are known, accuracy and macro-F1 follow: in the object, else on stderr.
     """
     score, separator = Score(judge.labels), ""
+    if not as_json:
+        warn_of_encoding()
     print('{"predictions": [' if as_json else "", end="")
     for row, found in predictions(judge, rows, cfg):
         score.add(row, found["label"])
         if as_json:
-            print(separator + json.dumps({"text": row.text, **found}, ensure_ascii=False), end="")
+            print(separator + json_text({"text": row.text, **found}), end="")
             separator = ", "
         else:
             label, text = (" ".join(value.split()) for value in (found["label"], row.text))  # one line, three columns
@@ -151,7 +152,7 @@ def write(judge: Judge, rows: Iterator[Row], cfg: PredictConfig, as_json: bool) 
         log(f"{score.unlabelled:,} rows without a label are not scored")
     result = score.result()
     if as_json:
-        rest = "".join(f", {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in result.items())
+        rest = "".join(f", {json_text(k)}: {json_text(v)}" for k, v in result.items())
         print(f"]{rest}}}")
     elif result:
         log(f"accuracy {result['accuracy']:.2%}, macro-F1 {result['macro_f1']:.4f}")

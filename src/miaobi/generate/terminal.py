@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from miaobi.config import RunConfig
-from miaobi.console import warn
+from miaobi.console import warn_of_encoding
 from miaobi.errors import UserError
 from miaobi.generate.config import ChatConfig
 from miaobi.overrides import SMALL_GPT, load_config, read_yaml
@@ -63,7 +63,10 @@ def talk(chat: Chat, silent: bool = False) -> None:
     KeyboardInterrupt as everywhere.
     """
     for_humans = sys.stdin.isatty() and sys.stdout.isatty()
-    forgive_encodings()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # for `readable`
+    if not silent:
+        warn_of_encoding()
     ask = line_reader(for_humans)
     if for_humans:
         print("/help lists the commands, exit leaves")
@@ -172,18 +175,6 @@ def line_history():
     except OSError:
         return InMemoryHistory()
     return History(str(file))
-
-
-def forgive_encodings() -> None:
-    """Let no character of a model or a user end in a traceback; one line where the terminal cannot show Chinese."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        "妙笔".encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        warn(f"the output's encoding is {sys.stdout.encoding}: Chinese shows as ?; set PYTHONIOENCODING=utf-8")
 
 
 def readable(line: str) -> str:
