@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,15 +26,15 @@ EXACT = ["--temperature=0", "--top_p=1", "--repetition_penalty=1", "--device=cpu
 class Screen:
     """`miaobi chat` in a pseudo-terminal, and what a person sees of it."""
 
-    def __init__(self, *args: object, **environment: str) -> None:
+    def __init__(self, *args: object, command: Sequence[str] = (), **environment: str) -> None:
         self.terminal = pyte.Screen(100, 60)
         self.stream = pyte.ByteStream(self.terminal)
-        command = ["-m", "miaobi", "chat", *map(str, args)]
+        command = command or [sys.executable, "-m", "miaobi", "chat", *map(str, args)]
         env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))} | environment
         # a shell lets what it starts in the background ignore Ctrl-C, this pytest perhaps, and children inherit that
         listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         self.child = pexpect.spawn(
-            sys.executable, command, env=env, dimensions=(60, 100), timeout=240, preexec_fn=listen
+            command[0], command[1:], env=env, dimensions=(60, 100), timeout=240, preexec_fn=listen
         )
         self.child.delaybeforesend = 0.02
 
@@ -113,6 +114,22 @@ def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(talker, tmp_path):
     assert screen.leave("\x03") == 0
 
 
+@pytest.mark.parametrize("kind", ["xterm", "dumb"])
+def test_json_of_a_conversation_in_a_terminal_goes_elsewhere_alone(talker, tmp_path, kind):
+    shell = f"exec {sys.executable} -m miaobi chat {talker} --json {' '.join(EXACT)} > {tmp_path / 'out.json'}"
+    environment = os.environ | {"TERM": kind, "LANG": "C.UTF-8", "XDG_STATE_HOME": str(tmp_path)}
+    screen = Screen(command=["sh", "-c", shell], **environment)
+    assert screen.say("你好")[-1] == "你好呀"
+    assert "/retry" in "".join(screen.say("/help"))
+    screen.ready()
+    screen.child.send("\x03")
+    screen.until(lambda lines: "Ctrl-C again leaves" in "".join(lines[-2:]) and lines[-1].endswith(">>>"))
+    screen.child.send("exit\r")
+    screen.child.expect(pexpect.EOF)
+    said = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["messages"]
+    assert [m["content"] for m in said] == ["你好", "你好呀"]
+
+
 def test_a_dumb_terminal_without_colour(talker):
     screen = Screen(talker, *EXACT, TERM="dumb", NO_COLOR="1", LANG="C.UTF-8")
     screen.ready()
@@ -168,9 +185,10 @@ def typed(monkeypatch):
 
 
 def test_json_gives_the_conversation_and_nothing_else(miaobi, typed, talker):
-    typed("你好", "再见", "exit")
+    typed("你好", "/help", "再见", "exit")
     answer = miaobi("chat", talker, *EXACT, "--json")
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.code == 0
+    assert answer.err == "".join(f"  {name:<14}{what}\n" for name, what in terminal.COMMANDS.items())
     contents = [m["content"] for m in json.loads(answer.out)["messages"]]
     assert contents == ["你好", "你好呀", "再见", "下次再聊"]
 
@@ -196,7 +214,7 @@ def test_a_mistaken_command_is_told_and_the_conversation_goes_on(miaobi, typed, 
 def test_there_is_no_reply_to_retry_after_a_system_message_alone():
     chat = SimpleNamespace(messages=[{"role": "system", "content": "你是猫"}])
     with pytest.raises(UserError, match="no reply yet"):
-        terminal.obey(chat, "/retry", silent=False)
+        terminal.obey(chat, "/retry", sys.stdout, silent=False)
 
 
 def test_a_model_of_plain_text_is_refused(miaobi, trained):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from miaobi.config import RunConfig
 from miaobi.console import warn_of_encoding
@@ -57,29 +57,31 @@ def model_of(cfg: RunConfig) -> Path:
 
 
 def talk(chat: Chat, silent: bool = False) -> None:
-    """Read messages and commands until `exit` or the end of the input, and print the replies unless `silent`.
+    """Read messages and commands until `exit` or the end of the input, and print the replies.
 
+    silent: stdout is left to the caller. A person is talked with on stderr; to a pipe no reply is printed.
     In a terminal Ctrl-C stops a reply, clears a line, and the second time in a row leaves; in a pipe it raises
     KeyboardInterrupt as everywhere.
     """
-    for_humans = sys.stdin.isatty() and sys.stdout.isatty()
+    out = sys.stderr if silent else sys.stdout
+    for_humans = sys.stdin.isatty() and out.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # for `readable`
     if not silent:
         warn_of_encoding()
-    ask = line_reader(for_humans)
+    ask = line_reader(for_humans, out)
     if for_humans:
-        print("/help lists the commands, exit leaves")
+        print("/help lists the commands, exit leaves", file=out)
     interrupted = False
     while True:
         try:
             line = ask()
             interrupted = False
-            if not obey(chat, readable(line), silent):
+            if not obey(chat, readable(line), out, silent and not for_humans):
                 return
         except EOFError:
             if for_humans:
-                print()
+                print(file=out)
             return
         except KeyboardInterrupt:
             if not for_humans:
@@ -87,13 +89,13 @@ def talk(chat: Chat, silent: bool = False) -> None:
             if interrupted:
                 return
             interrupted = True
-            print("(Ctrl-C again leaves, so do Ctrl-D and exit)")
+            print("(Ctrl-C again leaves, so do Ctrl-D and exit)", file=out)
         except UserError as e:  # the conversation goes on
             print(f"miaobi: {e}", file=sys.stderr)
 
 
-def obey(chat: Chat, line: str, silent: bool) -> bool:
-    """Do what one line says, a message or a command; False to leave."""
+def obey(chat: Chat, line: str, out: TextIO, silent: bool) -> bool:
+    """Do what one line says, a message or a command, on `out`, without replies where `silent`; False to leave."""
     word, _, rest = line.strip().partition(" ")
     command = f"/{word}" if line.strip() in ("flush", "exit") else word
     if command == "/exit":
@@ -101,11 +103,11 @@ def obey(chat: Chat, line: str, silent: bool) -> bool:
     if command == "/flush":
         chat.flush()
     elif not command.startswith("/"):
-        say(chat.reply(line), silent)
+        say(chat.reply(line), out, silent)
     elif command == "/retry":
         if not chat.messages or chat.messages[-1]["role"] == "system":
             raise UserError("/retry: there is no reply yet to be told differently; say something first")
-        say(chat.retry(), silent)
+        say(chat.retry(), out, silent)
     elif command == "/system":
         chat.system(rest.strip())
     elif command == "/save":
@@ -113,7 +115,7 @@ def obey(chat: Chat, line: str, silent: bool) -> bool:
             raise UserError("/save needs a file name, such as: /save chat.jsonl")
         chat.save(Path(rest.strip()).expanduser())
     elif command == "/help":
-        print("\n".join(f"  {name:<14}{what}" for name, what in COMMANDS.items()))
+        print("\n".join(f"  {name:<14}{what}" for name, what in COMMANDS.items()), file=out)
     else:
         close = difflib.get_close_matches(command, [name.split()[0] for name in COMMANDS], n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
@@ -121,7 +123,7 @@ def obey(chat: Chat, line: str, silent: bool) -> bool:
     return True
 
 
-def say(pieces: Iterator[str], silent: bool) -> None:
+def say(pieces: Iterator[str], out: TextIO, silent: bool) -> None:
     """Print a reply as it is written, on a line of its own; in a terminal Ctrl-C stops it."""
     said = False
     try:
@@ -129,29 +131,30 @@ def say(pieces: Iterator[str], silent: bool) -> None:
             for piece in pieces:
                 said = True
                 if not silent:
-                    print(piece, end="", flush=True)
+                    print(piece, end="", flush=True, file=out)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
     finally:
         if said and not silent:
-            print(flush=True)
+            print(flush=True, file=out)
 
 
-def line_reader(for_humans: bool) -> Callable[[], str]:
+def line_reader(for_humans: bool, out: TextIO) -> Callable[[], str]:
     """A function that reads a line and raises EOFError at the end of the input.
 
     Lines are edited, and remembered from one session to the next, in a terminal that can do that.
     """
     if for_humans and os.environ.get("TERM") != "dumb":
         from prompt_toolkit import PromptSession
+        from prompt_toolkit.output import create_output
 
-        session = PromptSession(history=line_history())
+        session = PromptSession(history=line_history(), output=create_output(out))
         return lambda: session.prompt(PROMPT)
 
     def read() -> str:
         if for_humans:
-            print(PROMPT, end="", flush=True)
+            print(PROMPT, end="", flush=True, file=out)
         if not (line := sys.stdin.readline()):
             raise EOFError
         return line.rstrip("\r\n")
