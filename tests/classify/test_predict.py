@@ -4,10 +4,8 @@ import io
 import itertools
 import json
 import os
-import threading
-
-
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
