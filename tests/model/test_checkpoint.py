@@ -15,7 +15,7 @@ import torch
 from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import load_model, model_directory, point, pointed, save_model, written_whole
+from miaobi.model.checkpoint import load_model, model_directory, point, pointed, put_back, save_model, written_whole
 from miaobi.model.families import to_hf
 from miaobi.model.transformer import Transformer
 
@@ -72,6 +72,28 @@ def test_a_failing_flush_or_rename_leaves_nothing_half_done(tmp_path, monkeypatc
     with pytest.raises(OSError, match="injected"), written_whole(tmp_path / "step-1") as aside:
         (aside / "file").write_text("new")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_kill_between_the_renames_loses_neither_directory(tmp_path, monkeypatch):
+    """A checkpoint is written again where a run was interrupted before an evaluation; it may be the only one."""
+    with written_whole(tmp_path / "step-1") as aside:
+        (aside / "file").write_text("old")
+    rename, killed = Path.rename, []
+
+    def kill(source: Path, target: Path) -> None:
+        if source.name == ".step-1.tmp":
+            killed.append(everything(tmp_path))
+        rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", kill)
+    with written_whole(tmp_path / "step-1") as aside:
+        (aside / "file").write_text("new")
+    assert everything(tmp_path) == {"step-1/file": b"new"}
+    assert killed == [{".step-1.old/file": b"old", ".step-1.tmp/file": b"new"}]
+
+    rename(tmp_path / "step-1", tmp_path / ".step-1.old")
+    put_back(tmp_path / "step-1")
+    assert everything(tmp_path) == {"step-1/file": b"new"}
 
 
 def test_leftovers_of_a_killed_process_do_not_get_in(tmp_path):

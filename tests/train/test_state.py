@@ -142,6 +142,14 @@ def test_init_from_scratch_moves_the_old_run_aside(again, capsys):
     assert again.run.with_name("run.old-2").is_dir()
 
 
+def test_a_run_that_the_command_is_inside_of_cannot_be_moved_aside(again, monkeypatch):
+    monkeypatch.chdir(again.run)
+    before = weights(again.run)
+    with pytest.raises(UserError, match="run from inside it"):
+        again(out_dir=".", init_from="scratch")
+    assert weights(again.run) == before
+
+
 def test_init_from_resume_wants_something_to_resume(again, tmp_path):
     assert again(init_from="resume", max_iters=31)["step"] == 31
     with pytest.raises(UserError, match="no checkpoint"):
@@ -232,6 +240,14 @@ def test_a_pointer_to_nothing_does_not_start_over_in_silence(again):
     shutil.rmtree(pointed(again.run / "checkpoints" / "last"))
     with pytest.raises(UserError, match="last"):
         again()
+
+
+def test_a_kill_while_the_only_checkpoint_is_replaced_does_not_lose_it(again):
+    """`last` names a step that has another name for a moment."""
+    step = pointed(again.run / "checkpoints" / "last")
+    step.rename(step.with_name(f".{step.name}.old"))
+    again(max_iters=40)
+    assert not list((again.run / "checkpoints").glob(".*.old"))
 
 
 def test_progress_survives_its_file(tmp_path):

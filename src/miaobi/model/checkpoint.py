@@ -28,9 +28,11 @@ from miaobi.model.transformer import Transformer
 def written_whole(path: Path) -> Iterator[Path]:
     """A directory that appears at `path` complete: filled aside, flushed to the disk, then renamed.
 
-    If the body raises (a full disk, Ctrl-C) nothing is left behind and an older directory at `path` stays.
+    If the body raises (a full disk, Ctrl-C) nothing is left behind and an older directory at `path` stays. Directories
+    cannot be exchanged in one go everywhere: the older one is renamed too, and `put_back` finds it after a kill.
     """
-    aside = aside_of(path)
+    aside, older = aside_of(path), older_of(path)
+    put_back(path)
     shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
     aside.mkdir(parents=True)
     try:
@@ -38,17 +40,32 @@ def written_whole(path: Path) -> Iterator[Path]:
         for file in [p for p in aside.rglob("*") if p.is_file()] + [aside]:
             flush(file)
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(older)
         aside.rename(path)
         flush(path.parent)
+        shutil.rmtree(older, ignore_errors=True)
     except BaseException:
+        put_back(path)
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def put_back(path: Path) -> None:
+    """Clear away what a killed `written_whole` left of an older `path`; if that is all there is, it is `path` again."""
+    older = older_of(path)
+    if older.exists() and not path.exists():
+        older.rename(path)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def aside_of(path: Path) -> Path:
     """Where a directory is while it is being written."""
     return path.parent / f".{path.name}.tmp"
+
+
+def older_of(path: Path) -> Path:
+    """Where the directory that is replaced is for a moment."""
+    return path.parent / f".{path.name}.old"
 
 
 def flush(path: Path) -> None:

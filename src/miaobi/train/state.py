@@ -10,7 +10,7 @@ from pathlib import Path
 from miaobi.config import RunConfig
 from miaobi.console import log
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import pointed
+from miaobi.model.checkpoint import pointed, put_back
 from miaobi.overrides import Origin, flatten, load_config, read_yaml, save_config
 from miaobi.train.mirror import Mirror
 
@@ -61,16 +61,12 @@ def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, resta
     """
     out = Path(cfg.train.out_dir)
     link = out / "checkpoints" / "last"
-    last = pointed(link)
     asked = cfg.train.init_from == "scratch" and origin.get("init_from") == "command line" and not restarted
-    if os.path.lexists(link) and asked:
-        number = 1
-        while (aside := out.with_name(f"{out.name}.old-{number}")).exists():
-            number += 1
-        out.rename(aside)
-        log(f"--init_from=scratch: the run that was in {out} is now {aside}")
-        last = None
-    elif last is None and os.path.lexists(link):
+    if asked and os.path.lexists(link):
+        move_aside(out)
+    mend(link.parent)
+    last = pointed(link)
+    if last is None and os.path.lexists(link):
         raise UserError(f"{link} names a checkpoint that is gone; continue from another with --resume_from="
                         f"{link.parent}/step-N in a new --out_dir, or start over with --init_from=scratch")  # fmt: skip
     if last is None and mirror is not None and not asked:
@@ -88,6 +84,27 @@ def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, resta
     if out.exists() and not out.is_dir():
         raise UserError(f"out_dir {out} is a file; choose another --out_dir")
     return None
+
+
+def move_aside(out: Path) -> None:
+    """Give the run in `out` the first free name of `out`.old-1, `out`.old-2 ...
+
+    Raises UserError where it cannot be renamed: this process works inside it.
+    """
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise UserError(f"--init_from=scratch renames the run that is in {out}, but the command is run from inside it; "
+                        "go to the directory above, and give its name with --out_dir")  # fmt: skip
+    number = 1
+    while (aside := out.with_name(f"{out.name}.old-{number}")).exists():
+        number += 1
+    out.rename(aside)
+    log(f"--init_from=scratch: the run that was in {out} is now {aside}")
+
+
+def mend(checkpoints: Path) -> None:
+    """Make `checkpoints` what it was before a kill between two renames."""
+    for older in checkpoints.glob(".step-*.old"):
+        put_back(older.with_name(older.name.removeprefix(".").removesuffix(".old")))
 
 
 def find_state(name: str) -> Path:
