@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import pointed
+from miaobi.model.checkpoint import load_model, pointed
 from miaobi.train.state import Progress, find_state, load_progress
 
 
@@ -248,6 +248,46 @@ def test_a_kill_while_the_only_checkpoint_is_replaced_does_not_lose_it(again):
     step.rename(step.with_name(f".{step.name}.old"))
     again(max_iters=40)
     assert not list((again.run / "checkpoints").glob(".*.old"))
+
+
+def copied(run: Path, way: str) -> None:
+    """What a copy makes of the links `best` and `last`."""
+    for name in ("best", "last"):
+        link = run / "checkpoints" / name
+        target = pointed(link)
+        link.unlink()
+        if way == "directories":  # cp -rL, zip
+            shutil.copytree(target, link)
+
+
+@pytest.mark.parametrize("way", ["left out", "directories"])
+def test_a_run_that_was_copied_without_its_links_goes_on(again, tmp_path, way):
+    before = {name: pointed(again.run / "checkpoints" / name).name for name in ("best", "last")}
+    copied(again.run, way)
+    assert again()["stopped"] == "max_iters"
+    assert {name: os.readlink(again.run / "checkpoints" / name) for name in ("best", "last")} == before
+    if way == "directories":  # and the steps that they were copies of are not there
+        copied(again.run, way)
+        for step in set(before.values()):
+            shutil.rmtree(again.run / "checkpoints" / step)
+        load_model(again.run, "best")
+    assert again(max_iters=40)["step"] == 40
+    again(max_iters=40, out_dir=tmp_path / "whole")
+    assert weights(again.run) == weights(tmp_path / "whole")
+
+
+def test_init_from_scratch_moves_a_run_without_links_aside_too(again):
+    before = weights(again.run)
+    copied(again.run, "left out")
+    again(init_from="scratch", max_iters=10)
+    assert (again.run.with_name("run.old-1") / "checkpoints" / "step-30" / "model.safetensors").read_bytes() == before
+
+
+def test_what_users_put_beside_the_checkpoints_stays(again):
+    for name in ("step-10.bak", "step-best"):
+        shutil.copytree(pointed(again.run / "checkpoints" / "last"), again.run / "checkpoints" / name)
+    assert again(max_iters=40)["step"] == 40
+    assert {"step-10.bak", "step-best"} <= set(checkpoints(again.run))
 
 
 def test_progress_survives_its_file(tmp_path):

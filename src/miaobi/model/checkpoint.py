@@ -91,7 +91,9 @@ def point(link: Path, target: str) -> None:
 
 
 def pointed(link: Path) -> Path | None:
-    """The sibling directory that `link` names, or None."""
+    """The sibling directory that `link` names, or None. A copy that knows no links made a directory of it: that one."""
+    if (link / "config.json").is_file() and not link.is_symlink():
+        return link
     if link.is_symlink():
         name = os.readlink(link)
     elif link.is_file():
@@ -143,8 +145,6 @@ def model_directory(name: str | Path, checkpoint: str = "best") -> Path:
         return path
     if (path / "checkpoints").is_dir():
         found = pointed(path / "checkpoints" / checkpoint)
-        if found is None and (path / "checkpoints" / checkpoint / "config.json").is_file():
-            found = path / "checkpoints" / checkpoint
         if found is None and checkpoint == "best":
             found = pointed(path / "checkpoints" / "last")  # interrupted before its first evaluation
         if found is not None:

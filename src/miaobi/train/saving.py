@@ -32,7 +32,7 @@ from miaobi.model.lora import adapters, merged, save_adapter
 from miaobi.model.transformer import Transformer
 from miaobi.train.layout import is_sharded, whole
 from miaobi.train.mirror import Mirror
-from miaobi.train.state import Progress
+from miaobi.train.state import Progress, steps
 from miaobi.train.world import World
 
 LOOK = 10.0  # seconds after which a rank that waits for a checkpoint looks whether the others still live
@@ -140,8 +140,8 @@ class Saver:
             point(self.root / "best", path.name)
         point(self.root / "last", path.name)
         keep = {path, pointed(self.root / "best")}
-        for old in self.root.glob("step-*"):
-            regular = self.save_interval and int(old.name[5:]) % self.save_interval == 0
+        for step, old in steps(self.root).items():
+            regular = self.save_interval and step % self.save_interval == 0
             if old not in keep and not regular:
                 shutil.rmtree(old)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from miaobi.config import RunConfig
 from miaobi.console import log
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import pointed, put_back
+from miaobi.model.checkpoint import point, pointed, put_back
 from miaobi.overrides import Origin, flatten, load_config, read_yaml, save_config
 from miaobi.train.mirror import Mirror
 
@@ -62,7 +64,7 @@ def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, resta
     out = Path(cfg.train.out_dir)
     link = out / "checkpoints" / "last"
     asked = cfg.train.init_from == "scratch" and origin.get("init_from") == "command line" and not restarted
-    if asked and os.path.lexists(link):
+    if asked and (os.path.lexists(link) or steps(link.parent)):
         move_aside(out)
     mend(link.parent)
     last = pointed(link)
@@ -101,10 +103,36 @@ def move_aside(out: Path) -> None:
     log(f"--init_from=scratch: the run that was in {out} is now {aside}")
 
 
+def steps(checkpoints: Path) -> dict[int, Path]:
+    """The checkpoints in a run's directory by their step. What users put beside them, step-10.bak, is theirs."""
+    there = checkpoints.glob("step-*")
+    return {int(path.name[5:]): path for path in there if re.fullmatch("step-[0-9]+", path.name)}
+
+
 def mend(checkpoints: Path) -> None:
-    """Make `checkpoints` what it was before a kill between two renames."""
+    """Make `checkpoints` what it was before a kill between two renames, and before a copy that knows no links.
+
+    `rsync --no-links` leaves them out: the highest step is the last. `cp -rL` and zip make directories of them.
+    """
     for older in checkpoints.glob(".step-*.old"):
         put_back(older.with_name(older.name.removeprefix(".").removesuffix(".old")))
+    last, best = checkpoints / "last", checkpoints / "best"
+    for link in (last, best):
+        if link.is_dir() and not link.is_symlink():
+            step = checkpoints / f"step-{load_progress(link).step}"
+            if step.exists():
+                shutil.rmtree(link)
+            else:
+                link.rename(step)
+            point(link, step.name)
+    resumable = [n for n, path in steps(checkpoints).items() if (path / "train_state" / "progress.json").is_file()]
+    if resumable and not os.path.lexists(last):
+        point(last, f"step-{max(resumable)}")
+        log(f"{last} is missing; the run goes on from the highest step there is, {max(resumable)}")
+    if (path := pointed(last)) is not None and not os.path.lexists(best):
+        found = steps(checkpoints).get(load_progress(path).best_step)
+        if found is not None:
+            point(best, found.name)
 
 
 def find_state(name: str) -> Path:
