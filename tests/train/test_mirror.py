@@ -9,7 +9,9 @@ import pytest
 
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, pointed
+from miaobi.overrides import load_config
 from miaobi.train.mirror import Mirror
+from miaobi.train.state import open_run
 
 
 @pytest.fixture(params=["directory", "memory"])
@@ -17,7 +19,9 @@ def url(request, tmp_path) -> str:
     """Storage that is empty: a directory, and one without renames or links."""
     if request.param == "directory":
         return str(tmp_path / "far away")
-    fsspec.filesystem("memory").store.clear()
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]
     return "memory://bucket/run"
 
 
@@ -48,6 +52,39 @@ def test_the_mirror_holds_whole_checkpoints_and_drops_old_ones(train, prepared, 
     files, root = fsspec.core.url_to_fs(url)
     files.get(f"{root}/step-40/", f"{tmp_path / 'copy'}/", recursive=True)
     load_model(tmp_path / "copy")
+
+
+def far_weights(url: str, step: str) -> bytes:
+    files, root = fsspec.core.url_to_fs(url)
+    return files.cat_file(f"{root}/{step}/model.safetensors")
+
+
+def test_a_run_begun_anew_replaces_the_steps_of_the_run_before(train, prepared, tmp_path, url):
+    """Both have a step-20; a name alone does not tell whose it is."""
+    settings = {"data": prepared(), "mirror": url, "out_dir": tmp_path / "run", "eval_interval": 20}
+    train(**settings)
+    before = far_weights(url, "step-20")
+    train(**settings, init_from="scratch", seed=5)
+    here = (tmp_path / "run" / "checkpoints" / "step-20" / "model.safetensors").read_bytes()
+    assert far_weights(url, "step-20") == here != before
+
+
+def test_a_step_saved_twice_is_copied_twice(train, prepared, tmp_path, url):
+    train(data=prepared(), mirror=url, out_dir=tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    progress = checkpoints / "step-20" / "train_state" / "progress.json"
+    progress.write_text(progress.read_text().replace('"evaluated": 20', '"evaluated": 10'))
+    Mirror(url).push(checkpoints)
+    Mirror(url).pull(tmp_path / "again")
+    assert (tmp_path / "again" / "step-20" / "train_state" / "progress.json").read_bytes() == progress.read_bytes()
+
+
+def test_a_run_begun_anew_that_torchrun_restarts_does_not_go_on_from_the_run_before(train, prepared, tmp_path, url):
+    """Its machine was lost before its first checkpoint, and the command is repeated as it was."""
+    train(data=prepared(), mirror=url, out_dir=tmp_path / "run")
+    given = [("out_dir", str(tmp_path / "new")), ("init_from", "scratch"), ("mirror", url)]
+    for restarted in (False, True):
+        assert open_run(*load_config(None, given), Mirror(url), restarted) is None
 
 
 def test_a_checkpoint_that_was_copied_by_half_is_copied_again(train, prepared, tmp_path, url):

@@ -13,12 +13,14 @@ from miaobi.errors import UserError
 from miaobi.model.checkpoint import point, pointed, written_whole
 
 NAMES = ("best", "last")
+STEP = "step-[0-9]+"
 
 
 class Mirror:
     """Storage that holds what `checkpoints/` holds: step-N directories, and two small files that name one each.
 
     Object stores cannot rename: a checkpoint counts from the moment that `last` names it, and that is written last.
+    A step that is written again, or anew by another run, is not named while it is replaced.
     """
 
     def __init__(self, url: str) -> None:
@@ -36,12 +38,16 @@ class Mirror:
         try:
             self.files.makedirs(self.root, exist_ok=True)
             known = {posixpath.basename(path.rstrip("/")) for path in self.files.ls(self.root, detail=False)}
-            for step in sorted(set(named.values()) - self._whole(known)):
+            there = {name: step for name in NAMES if name in known and (step := self._read(name))}
+            whole = {step for step in set(there.values()) & set(named.values()) if self._is_copy(checkpoints / step)}
+            for step in sorted(set(named.values()) - whole):
+                for name in (name for name, other in there.items() if other == step):
+                    self.files.rm_file(self._at(name))
                 self.files.put(f"{checkpoints / step}/", f"{self._at(step)}/", recursive=True)
             for name, step in named.items():
                 self.files.pipe_file(self._at(name), step.encode())
             for step in known:
-                if step.startswith("step-") and not (checkpoints / step).is_dir():
+                if re.fullmatch(STEP, step) and not (checkpoints / step).is_dir():
                     self.files.rm(self._at(step), recursive=True)
         except Exception as e:  # every protocol has errors of its own
             warn(f"the checkpoint could not be copied to {self.url} ({e}); training goes on, {checkpoints} has it")
@@ -65,6 +71,20 @@ class Mirror:
             if step:
                 point(checkpoints / name, step)
 
+    def forget(self) -> None:
+        """Let no name stand for a checkpoint: the run begins anew, and must not go on from what an older one left.
+
+        Raises UserError for storage that cannot be written.
+        """
+        try:
+            for name in NAMES:
+                if self.files.exists(self._at(name)):
+                    self.files.rm_file(self._at(name))
+        except OSError as e:
+            raise UserError(
+                f"mirror {self.url} cannot be begun anew ({e}); is it reachable, and are the rights there?"
+            ) from e
+
     def _at(self, name: str) -> str:
         return posixpath.join(self.root, name)
 
@@ -73,11 +93,13 @@ class Mirror:
         if not self.files.exists(self._at(name)):
             return None
         step = self.files.cat_file(self._at(name)).decode(errors="replace").strip()
-        if not re.fullmatch(r"step-[0-9]+", step):
+        if not re.fullmatch(STEP, step):
             raise UserError(f"{name} in {self.url} names {step[:40]!r}, which is no checkpoint; write step-N there, "
                             "or remove that file")  # fmt: skip
         return step
 
-    def _whole(self, known: set[str]) -> set[str]:
-        """Steps that were copied to their end: those that a name stands for."""
-        return {step for name in NAMES if name in known and (step := self._read(name))}
+    def _is_copy(self, step: Path) -> bool:
+        """Whether the storage's directory of that name is a copy of `step`; no two savings have the same counters."""
+        counters = "train_state/progress.json"
+        far = self._at(f"{step.name}/{counters}")
+        return self.files.exists(far) and self.files.cat_file(far) == (step / counters).read_bytes()

@@ -66,6 +66,8 @@ def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, resta
     asked = cfg.train.init_from == "scratch" and origin.get("init_from") == "command line" and not restarted
     if asked and (os.path.lexists(link) or steps(link.parent)):
         move_aside(out)
+    if asked and mirror is not None:
+        mirror.forget()
     mend(link.parent)
     last = pointed(link)
     if last is None and os.path.lexists(link):
