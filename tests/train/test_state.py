@@ -210,6 +210,19 @@ def test_init_from_prepares_raw_text_with_the_models_tokenizer(train, trained, t
     assert ours == theirs
 
 
+@pytest.mark.parametrize("how", ["resume", "the model is gone"])
+def test_a_tuned_run_over_raw_text_goes_on_with_the_data_it_has(train, trained, corpus_file, tmp_path, how):
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(pointed(trained("gpt2", "bpe") / "checkpoints" / "last"), base)
+    command = {"data": corpus_file, "out_dir": run, "max_iters": 2, "family": "gpt2", "bias": True}
+    train(**command, init_from=base)
+    before = (run / "data" / "train.bin").read_bytes()
+    if how == "the model is gone":
+        shutil.rmtree(base)
+    assert train(**command | {"max_iters": 4}, init_from="resume" if how == "resume" else base)["step"] == 4
+    assert (run / "data" / "train.bin").read_bytes() == before
+
+
 def test_init_from_a_model_with_another_tokenizer_is_refused(train, trained, prepared, tmp_path):
     with pytest.raises(UserError, match="another tokenizer"):
         train(data=prepared(tokenizer="bpe", vocab_size=400), out_dir=tmp_path / "new", init_from=trained("gpt2"))
@@ -261,10 +274,11 @@ def copied(run: Path, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["left out", "directories"])
-def test_a_run_that_was_copied_without_its_links_goes_on(again, tmp_path, way):
+def test_a_run_that_was_copied_without_its_links_goes_on(again, tmp_path, way, capsys):
     before = {name: pointed(again.run / "checkpoints" / name).name for name in ("best", "last")}
     copied(again.run, way)
     assert again()["stopped"] == "max_iters"
+    assert "finished" in capsys.readouterr().err, "from step 0 it would have come here too"
     assert {name: os.readlink(again.run / "checkpoints" / name) for name in ("best", "last")} == before
     if way == "directories":  # and the steps that they were copies of are not there
         copied(again.run, way)

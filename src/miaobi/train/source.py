@@ -22,7 +22,7 @@ from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.prepare import prepare, settings_of
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import load_model, model_directory
+from miaobi.model.checkpoint import load_model, model_directory, pointed
 from miaobi.model.lora import add_lora, load_adapter
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin
@@ -36,14 +36,17 @@ OPENING_TOKENS = 8
 def open_data(cfg: RunConfig, out: Path) -> PreparedData:
     """Open `cfg.data.data`; raw text is prepared into `out`/data the first time.
 
-    Raises UserError for data that is missing, damaged or empty.
+    A run with a checkpoint is bound to what it has: the model whose tokenizer prepared that may be gone, or unnamed
+    (--init_from=resume). Raises UserError for data that is missing, damaged or empty.
     """
-    source = Path(cfg.data.data)
+    source, own = Path(cfg.data.data), out / "data"
     if (source / "manifest.json").is_file():
         return PreparedData.open(source)
+    if pointed(out / "checkpoints" / "last") is not None and (own / "manifest.json").is_file():
+        return PreparedData.open(own)
     d, base = cfg.data, cfg.train.base_model
     wanted = PrepareConfig(
-        out=out / "data",
+        out=own,
         tokenizer=str(model_directory(base)) if base else d.tokenizer,
         vocab_size=None if base else cfg.model.vocab_size,
         format=d.format,
