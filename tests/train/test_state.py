@@ -9,6 +9,7 @@ import pytest
 
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, pointed
+from miaobi.train.loop import Run
 from miaobi.train.state import Progress, find_state, load_progress
 
 
@@ -108,6 +109,23 @@ def test_a_larger_max_iters_extends_to_what_a_longer_run_would_have_been(again, 
     assert again(max_iters=50)["stopped"] == "max_iters"
     with pytest.raises(UserError, match=r"max_iters=50, now max_iters=30: max_iters can only grow"):
         again()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["", "older checkpoints"])
+def test_an_extended_run_is_measured_on_the_windows_it_began_with(train, prepared, tmp_path, monkeypatch, known):
+    """On others the losses, and so the best model, could not be compared."""
+    counted, measure = [], Run.validation_loss
+    monkeypatch.setattr(
+        Run, "validation_loss", lambda run: counted.append(len(run.eval_windows.inputs)) or measure(run)
+    )
+    settings = {"data": prepared(), "out_dir": tmp_path / "run", "batch_size": 2, "eval_iters": 8, "eval_interval": 50}
+    train(**settings, max_iters=5)
+    if not known:
+        file = tmp_path / "run" / "checkpoints" / "last" / "train_state" / "progress.json"
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "windows"}))
+    train(**settings, max_iters=10)
+    train(**settings, max_iters=12)
+    assert counted == [10, 10, 10]
 
 
 @pytest.mark.parametrize(

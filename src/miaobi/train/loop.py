@@ -102,9 +102,11 @@ class Run:
         if checkpoint is not None:
             load_optimizers(checkpoint, self.model, self.optimizers, self.scaler, world)
         # The same windows at every evaluation, and never more tokens than were trained until the first of them.
-        first = min(cfg.train.eval_interval, self.total_steps) * cfg.train.global_batch
         wished = cfg.train.eval_iters * cfg.train.batch_size
-        self.eval_windows = val_blocks.fixed(wished if cfg.train.eval_only else min(wished, first))
+        if not self.progress.windows:  # checkpoints that do not know it were to take `planned` steps
+            first = min(cfg.train.eval_interval, self.progress.planned or self.total_steps) * cfg.train.global_batch
+            self.progress.windows = min(wished, first)
+        self.eval_windows = val_blocks.fixed(wished if cfg.train.eval_only else self.progress.windows)
         self.eval_share = world.share(self.eval_windows)
         self.saver = Saver(self.out, world, self.tokenizer, self.data.end_ids, cfg.train.save_interval, mirror,
                            (self.progress.best_step, self.progress.best_val_loss))  # fmt: skip

@@ -44,6 +44,8 @@ class Progress:
     """Step of the last evaluation."""
     planned: int = 0
     """Steps the run was to take when this was written."""
+    windows: int = 0
+    """Validation windows that every evaluation counts, also when max_iters grows; 0 before it was decided."""
     data: str = ""
     """Fingerprint of the prepared data."""
     bigrams: bool = False
