@@ -186,6 +186,29 @@ def test_resume_from_continues_another_run_elsewhere(again, tmp_path, name):
     assert again(out_dir=tmp_path / "new", resume_from=again.run / name, max_iters=40)["stopped"] == "max_iters"
 
 
+@pytest.mark.parametrize(
+    ("name", "max_iters", "kept"), [(".", 30, {"step-30"}), ("checkpoints/first", 20, {"step-20"})]
+)
+def test_resume_from_tells_of_a_best_model_that_the_new_run_has(again, tmp_path, monkeypatch, name, max_iters, kept):
+    """The best of the run before is not in the new directory; where all steps are done already, its last one is."""
+    monkeypatch.setattr(Run, "validation_loss", lambda run: 1.0 + run.progress.step)  # the first is the best
+    shutil.rmtree(again.run / "checkpoints")
+    again(max_iters=10)
+    shutil.copytree(pointed(again.run / "checkpoints" / "last"), again.run / "checkpoints" / "first")
+    again(max_iters=30)
+    result = again(out_dir=tmp_path / "new", resume_from=again.run / name, max_iters=max_iters, patience=0)
+    best = pointed(tmp_path / "new" / "checkpoints" / "best")
+    assert best.name == f"step-{result['best_step']}"
+    assert result["best_val_loss"] == 1.0 + result["best_step"]
+    assert f"step-{max_iters}" in checkpoints(tmp_path / "new")
+    assert result["train_loss"] > 1.0, "that of the run before, where nothing was trained since"
+
+
+def test_resume_from_a_checkpoint_beyond_the_end_is_refused(again, tmp_path):
+    with pytest.raises(UserError, match=r"at step 30, beyond the 20 steps.*--max_iters"):
+        again(out_dir=tmp_path / "new", resume_from=again.run, max_iters=20)
+
+
 def test_resume_from_something_else_is_explained(tmp_path):
     with pytest.raises(UserError, match="no train_state"):
         find_state(str(tmp_path))

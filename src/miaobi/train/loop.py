@@ -94,6 +94,10 @@ class Run:
         model_cfg = self.model.cfg
         self.blocks, val_blocks = open_blocks(cfg.data, self.data, model_cfg.block_size)
         self.total_steps = length(cfg, len(self.blocks))
+        done = self.progress.step
+        if done > self.total_steps and not cfg.train.eval_only:
+            raise UserError(f"{checkpoint} is at step {done}, beyond the {self.total_steps} steps of this run: "
+                            "nothing is left to train; give a larger --max_iters")  # fmt: skip
         tuning = cfg.train.trainable if self.progress.base else None
         gently = self.progress.bigrams and bigrams.is_short(cfg, model_cfg, self.data)  # it may have been extended
         self.optim = resolve_optim(cfg.optim, model_cfg.family, self.total_steps, tuning, gently, model_cfg.n_embd)
@@ -266,7 +270,8 @@ class Run:
             self.fail_not_finite(p.step)
         p.val_bits_per_char = self.bits_per_char(p.val_loss)
         p.evaluated = p.step
-        p.train_loss = p.loss_sum / max(1, p.loss_steps)
+        if p.loss_steps:  # else another run's checkpoint, which was evaluated there
+            p.train_loss = p.loss_sum / p.loss_steps
         p.loss_sum, p.loss_steps = 0.0, 0
         p.history.append([p.step, p.train_loss, p.val_loss])
         if p.best_val_loss is None or p.val_loss < p.best_val_loss:

@@ -106,6 +106,9 @@ def prepared_as(wanted: PrepareConfig) -> bool:
 def start_or_continue(cfg: RunConfig, data: PreparedData, checkpoint: Path | None) -> Progress:
     """Where the run stands: at its beginning, or where the checkpoint is.
 
+    Of another run's checkpoint (resume_from) the steps count, not what was best there: that model is not in this run,
+    and may have been measured on other windows. It is evaluated again where an evaluation is due.
+
     Raises UserError for other data than the checkpoint's.
     """
     if checkpoint is None:
@@ -115,7 +118,16 @@ def start_or_continue(cfg: RunConfig, data: PreparedData, checkpoint: Path | Non
     if progress.data != data.fingerprint:
         raise UserError(f"the data in {data.path} is not what {checkpoint} was trained on; "
                         "restore it, or start another --out_dir")  # fmt: skip
+    if not is_own(checkpoint, cfg):
+        fresh = Progress()
+        for key in ("best_step", "best_val_loss", "history", "stopped", "evaluated", "planned", "windows"):
+            setattr(progress, key, getattr(fresh, key))
     return progress
+
+
+def is_own(checkpoint: Path, cfg: RunConfig) -> bool:
+    """Whether the checkpoint is in the directory of the run, which `refuse_changes` has compared already."""
+    return checkpoint.parent.resolve() == (Path(cfg.train.out_dir) / "checkpoints").resolve()
 
 
 def build_model(
