@@ -109,14 +109,32 @@ def test_a_disk_that_really_refuses_leaves_the_checkpoint_before_whole(
         return ""
 
     settings = {"data": prepared(), "out_dir": tmp_path / "run", "sample_tokens": 1, "max_iters": 30, "family": "gpt2"}
-    result = train(preview=preview, **settings)
-    assert result["step"] == 30
+    with pytest.raises(UserError, match=r"step 30, could not be written; the checkpoint before it, step-10, is"):
+        train(preview=preview, **settings)
     assert "step 20 could not be written" in capsys.readouterr().err
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(p.name for p in checkpoints.iterdir()) == ["best", "last", "step-10"]
     assert (checkpoints / "step-10" / "model.safetensors").stat().st_size > 30_000
     assert (checkpoints / "step-10" / "train_state" / "__0_0.distcp").stat().st_size > 200_000
     load_model(tmp_path / "run", "last")
+
+
+@pytest.mark.parametrize("signalled", [False, True], ids=["", "interrupted"])
+def test_a_run_whose_only_checkpoint_is_lost_does_not_end_well(
+    train, prepared, tmp_path, monkeypatch, capsys, signalled
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saving, "save_model", full)
+    if signalled:
+        step = Run.step
+        monkeypatch.setattr(Run, "step", lambda run, n: run.interrupt("interrupted") or step(run, n))
+    with pytest.raises(UserError, match=f"of step {1 if signalled else 10}, could not be written; there is none"):
+        train(data=prepared(), out_dir=tmp_path / "run", max_iters=10)
+    said = capsys.readouterr().err
+    assert "No space left on device); there is none before it: free some space" in said
+    assert "saved step" not in said
 
 
 def test_after_a_lost_checkpoint_best_is_still_the_best_of_those_on_disk(train, prepared, tmp_path, monkeypatch):

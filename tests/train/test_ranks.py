@@ -278,10 +278,11 @@ def test_a_disk_that_is_full_for_one_rank_costs_a_checkpoint_not_the_run(prepare
     settings = flags(data=prepared(), out_dir=tmp_path / "run", parallel="fsdp", max_iters=20, eval_interval=10)
     script = tmp_path / "start.sh"
     script.write_text(f'[ "$RANK" = 1 ] && ulimit -f 50\nexec {sys.executable} -m miaobi train {" ".join(settings)}\n')
-    done = run([*TORCHRUN, "--standalone", "--nproc_per_node=2", "--no-python", "bash", str(script)])
+    done = run([*TORCHRUN, "--standalone", "--nproc_per_node=2", "--no-python", "bash", str(script)], code=1)
     for step in (10, 20):
         assert f"warning: checkpoint of step {step} could not be written (rank 1: " in done.stderr
-    assert done.stderr.count("could not be written") == 2, "said by rank 0 alone"
+    assert done.stderr.count("warning: checkpoint") == 2, "said by rank 0 alone"
+    assert "miaobi: rank 0: the last checkpoint, of step 20, could not be written; there is none" in done.stderr
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == [], "nothing is left by halves"
 
 

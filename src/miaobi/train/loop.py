@@ -30,7 +30,7 @@ from miaobi.train.layout import Objective, compile_blocks, is_sharded, placed, w
 from miaobi.train.mirror import Mirror
 from miaobi.train.optimizer import make_optimizers, rate, set_rate
 from miaobi.train.recipe import length, micro_batch, resolve_optim
-from miaobi.train.saving import Saver, load_optimizers
+from miaobi.train.saving import Saver, kept, load_optimizers
 from miaobi.train.source import build_model, open_blocks, open_data, opening, start_or_continue
 from miaobi.train.state import open_run, start_run
 from miaobi.train.watch import Metrics, on_signals, overfitting, since_best
@@ -153,6 +153,9 @@ class Run:
                     self.saver.finish(p)
                 if metrics is not None:
                     metrics.close()
+        if self.saver.lost:
+            raise UserError(f"the last checkpoint, of step {p.step}, could not be written; {kept(self.saver.root)}. "
+                            "Free some space: the same command again goes on from there")  # fmt: skip
         return self.result(p.stopped or "max_iters")
 
     def steps(self, metrics: Metrics | None, bar: Bar, task, preview: Preview | None) -> None:
@@ -186,7 +189,8 @@ class Run:
             if interrupted:
                 self.saver.finish(p)
                 p.stopped = interrupted
-                log(f"{interrupted}: saved step {p.step} in {self.out}; the same command again goes on from there")
+                if not self.saver.lost:
+                    log(f"{interrupted}: saved step {p.step} in {self.out}; the same command again goes on from there")
 
     def record(self, metrics: Metrics | None, losses: torch.Tensor, norm: float, tokens: int, seconds: float) -> str:
         """Write down the last steps, whose losses are (steps,) float64; returns the figures to show.

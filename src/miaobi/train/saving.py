@@ -47,6 +47,7 @@ class Saver:
 
     Attributes:
         best: (step, validation loss) of the checkpoint that `best` names.
+        lost: whether the latest checkpoint could not be written.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Saver:
         self.best = best
         self.thread: Thread | None = None
         self.outcome: bool | BaseException = False
+        self.lost = False
 
     def save(self, model: Transformer, optimizers: Optimizers, scaler: GradScaler, progress: Progress) -> None:
         """Copy everything and go on; a checkpoint still being written is waited for first."""
@@ -88,6 +90,7 @@ class Saver:
         self.thread = None
         if isinstance(self.outcome, BaseException):
             raise self.outcome
+        self.lost = not self.outcome
         if self.outcome:
             self.best = (progress.best_step, progress.best_val_loss)
         else:
@@ -119,8 +122,7 @@ class Saver:
             if plain is not None:
                 self._show(path, progress)
         except OSError as e:
-            warn(f"checkpoint of step {progress.step} could not be written ({e}); training goes on, "
-                 "the checkpoint before it is still whole: free some space")  # fmt: skip
+            warn(f"checkpoint of step {progress.step} could not be written ({e}); {kept(self.root)}: free some space")
             return False
         if plain is not None and self.mirror is not None:
             self.mirror.push(self.root)
@@ -144,6 +146,12 @@ class Saver:
             regular = self.save_interval and step % self.save_interval == 0
             if old not in keep and not regular:
                 shutil.rmtree(old)
+
+
+def kept(checkpoints: Path) -> str:
+    """What there is where a checkpoint was lost."""
+    before = pointed(checkpoints / "last")
+    return f"the checkpoint before it, {before.name}, is still whole" if before else "there is none before it"
 
 
 @torch.no_grad()
