@@ -269,9 +269,18 @@ def test_init_from_a_model_with_another_tokenizer_is_refused(train, trained, pre
         train(data=prepared(tokenizer="bpe", vocab_size=400), out_dir=tmp_path / "new", init_from=trained("gpt2"))
 
 
-def test_sizes_that_contradict_the_model_started_from_are_refused(train, trained, prepared, tmp_path):
-    with pytest.raises(UserError, match="n_layer"):
-        train(data=prepared(), out_dir=tmp_path / "new", init_from=trained("gpt2"), family="gpt2", bias=True, n_layer=3)
+@pytest.mark.parametrize(
+    "change",
+    [{"n_layer": 3}, {"n_kv_head": 1}, {"rope_theta": 5e5}, {"vocab_size": 4000}, {"tie_word_embeddings": False},
+     {"norm_eps": 1e-5}, {"intermediate_size": 96}, {"head_dim": 8}, {"activation": "gelu_new"}],
+)  # fmt: skip
+def test_shapes_that_contradict_the_model_started_from_are_refused(train, trained, prepared, tmp_path, change):
+    """They were trained into its weights. What says the same is let through."""
+    (key,) = change
+    same = {"family": "qwen3", "n_layer": 2, "n_kv_head": 2, "head_dim": 16, "intermediate_size": 64, "norm_eps": 1e-6}
+    with pytest.raises(UserError, match=rf"has {key}=.*asked for was {key}="):
+        train(data=prepared(), out_dir=tmp_path / "new", init_from=trained("qwen3"), **same | change)
+    train(data=prepared(), out_dir=tmp_path / "new", init_from=trained("qwen3"), max_iters=1, dropout=0.1, **same)
 
 
 # --- damage ------------------------------------------------------------------------------------------------------

@@ -24,13 +24,15 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, model_directory, pointed
 from miaobi.model.lora import add_lora, load_adapter
-from miaobi.model.transformer import Transformer
+from miaobi.model.transformer import Transformer, head_dim, intermediate_size
 from miaobi.overrides import Origin
 from miaobi.train import bigrams
 from miaobi.train.recipe import resolve_model
 from miaobi.train.state import Progress, load_progress
 
 OPENING_TOKENS = 8
+SIZES = ("family", "n_layer", "n_head", "n_embd", "block_size")
+SHAPE = tuple(key.name for key in dataclasses.fields(ModelConfig) if key.name != "dropout")  # what weights are bound to
 
 
 def open_data(cfg: RunConfig, out: Path) -> PreparedData:
@@ -169,11 +171,8 @@ def build_model(
         raise UserError(
             f"{data.path} was prepared with another tokenizer than {source} has; prepare it with --tokenizer={source}"
         )
-    for key in ("family", "n_layer", "n_head", "n_embd", "block_size"):
-        asked, has = getattr(cfg.model, key), getattr(model.cfg, key)
-        shorter = key == "block_size" and asked < has and source != checkpoint
-        if asked != has and not shorter and not origin.get(key, "default").startswith(("default", "auto")):
-            raise UserError(f"{source} has {key}={has}, asked for was {key}={asked}; leave {key} out")
+    own = checkpoint is not None and is_own(checkpoint, cfg)  # from when only the sizes were compared, maybe
+    refuse_shape(cfg.model, origin, model.cfg, source, SIZES if own else SHAPE, may_shorten=source != checkpoint)
     asked = model.cfg.block_size if origin.get("block_size", "default") == "default" else cfg.model.block_size
     changed = dataclasses.replace(model.cfg, dropout=cfg.model.dropout, block_size=min(asked, model.cfg.block_size))
     weights = model.state_dict()
@@ -184,6 +183,24 @@ def build_model(
     if lora:
         adapt(again, cfg, checkpoint, progress)
     return again
+
+
+def refuse_shape(
+    asked: ModelConfig, origin: Origin, has: ModelConfig, source: Path | str, keys: tuple[str, ...], may_shorten: bool
+) -> None:
+    """Raise UserError naming the first of `keys` that was given explicitly and is not what `source` has.
+
+    may_shorten: block_size may be less.
+    """
+    actual = dataclasses.asdict(has) | {
+        "n_kv_head": has.n_kv_head or has.n_head, "head_dim": head_dim(has), "intermediate_size": intermediate_size(has)
+    }  # fmt: skip
+    for key in keys:
+        now = getattr(asked, key)
+        shorter = key == "block_size" and may_shorten and now < has.block_size
+        given = now is not None and not origin.get(key, "default").startswith(("default", "auto"))
+        if given and now != actual[key] and not shorter:
+            raise UserError(f"{source} has {key}={actual[key]}, asked for was {key}={now}; leave {key} out")
 
 
 def base_name(model: str) -> str:
