@@ -141,7 +141,7 @@ class OptimConfig:
     lr_decay_iters: int | None = None
     """Step at which the schedule ends; default max_iters."""
     decay_lr: bool = True
-    """False: the rate stays at its peak."""
+    """False: the rate is at its peak from the first step to the last, without warm-up; schedule=constant warms up."""
     weight_decay: float = 0.1
     """AdamW's decay of matrices and embeddings."""
     beta1: float = 0.9

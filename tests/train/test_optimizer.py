@@ -58,10 +58,16 @@ def test_wsd_warms_up_stays_and_falls_in_a_line(steps, warmup, floor, fraction):
     assert rates[steps] == rates[steps + 1] == pytest.approx(floor)
 
 
-@pytest.mark.parametrize("changes", [{"schedule": "constant"}, {"decay_lr": False}])
-def test_a_constant_rate_only_warms_up(changes):
-    cfg = resolve_optim(OptimConfig(learning_rate=1e-3, warmup_iters=4, **changes), "gpt2", 100)
+def test_a_constant_rate_only_warms_up():
+    cfg = resolve_optim(OptimConfig(learning_rate=1e-3, warmup_iters=4, schedule="constant"), "gpt2", 100)
     assert [rate(s, cfg) for s in range(200)] == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 196)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_without_decay_lr_the_rate_is_constant_from_the_first_step_as_in_nanogpt(family):
+    """`lr = get_lr(iter_num) if decay_lr else learning_rate`; its finetune configurations rely on it."""
+    cfg = resolve_optim(OptimConfig(learning_rate=1e-3, warmup_iters=4, decay_lr=False), family, 100)
+    assert {rate(s, cfg) for s in range(200)} == {1.0}
 
 
 def test_set_rate_scales_every_groups_own_peak():

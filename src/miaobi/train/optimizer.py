@@ -145,9 +145,11 @@ def rate(step: int, cfg: OptimConfig) -> float:
     cosine is nanoGPT's get_lr; wsd (warm-up, stable, decay; arXiv:2404.06395) falls linearly at the end.
     """
     floor = cfg.min_lr / cfg.learning_rate
+    if not cfg.decay_lr:  # nanoGPT's: neither decay nor warm-up
+        return 1.0
     if cfg.warmup_iters and step < cfg.warmup_iters:
         return (step + 1) / (cfg.warmup_iters + 1)
-    if not cfg.decay_lr or cfg.schedule == "constant":
+    if cfg.schedule == "constant":
         return 1.0
     if step >= cfg.lr_decay_iters:
         return floor
