@@ -85,6 +85,40 @@ def test_what_a_killed_run_logged_after_its_checkpoint_is_dropped(tmp_path):
     assert [(row["step"], row["train_loss"]) for row in lines(tmp_path)] == [(10, 10), (20, 20), (30, 30), (40, -1)]
 
 
+def points(run) -> list[tuple[int, float]]:
+    board = EventAccumulator(str(run))
+    board.Reload()
+    return [(e.step, e.value) for e in board.Scalars("train_loss")]
+
+
+@pytest.mark.parametrize("start", [0, 30])
+def test_curves_keep_the_step_that_is_gone_on_from_and_drop_those_run_again(tmp_path, start):
+    metrics = Metrics(tmp_path, 0, None)
+    for step in range(10, 60, 10):
+        metrics.log(step, train_loss=float(step))
+    metrics.close()
+    metrics = Metrics(tmp_path, start, None)
+    for step in range(start + 10, 50, 10):
+        metrics.log(step, train_loss=-1.0)
+    metrics.close()
+    assert points(tmp_path) == [(s, float(s) if s <= start else -1.0) for s in range(10, 50, 10)]
+
+
+def test_an_evaluation_that_was_not_saved_is_not_told_twice(tmp_path):
+    """Interrupted at an evaluation, continued, and killed between it and its checkpoint."""
+    metrics = Metrics(tmp_path, 0, None)
+    metrics.log(20, train_loss=1.0)
+    metrics.log(20, val_loss=2.0)
+    metrics.close()
+    Metrics(tmp_path, 20, None, evaluated=False).close()
+    assert lines(tmp_path) == [{"step": 20, "train_loss": 1.0}]
+    metrics = Metrics(tmp_path, 20, None)
+    metrics.log(20, val_loss=2.0)
+    metrics.close()
+    Metrics(tmp_path, 20, None).close()
+    assert lines(tmp_path) == [{"step": 20, "train_loss": 1.0}, {"step": 20, "val_loss": 2.0}]
+
+
 def test_a_new_run_starts_a_new_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 5, "train_loss": 1}\n')
     Metrics(tmp_path, 0, None).close()

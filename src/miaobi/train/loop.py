@@ -142,7 +142,7 @@ class Run:
         if self.world.size > 1 and not is_sharded(self.model):
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
         wandb = {"project": cfg.wandb_project, "name": cfg.wandb_run_name} if cfg.wandb_log else None
-        metrics = Metrics(self.out, first, wandb) if self.world.is_first else None
+        metrics = Metrics(self.out, first, wandb, p.evaluated == first) if self.world.is_first else None
         with on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
             task = bar.add_task("train", total=self.total_steps, completed=first, figures="",
                                 visible=console.is_terminal)  # fmt: skip

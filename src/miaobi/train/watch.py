@@ -17,17 +17,21 @@ from miaobi.errors import UserError
 class Metrics:
     """metrics.jsonl, TensorBoard events, and wandb where asked for."""
 
-    def __init__(self, out: Path, start: int, wandb_settings: dict[str, Any] | None) -> None:
+    def __init__(self, out: Path, start: int, wandb_settings: dict[str, Any] | None, evaluated: bool = True) -> None:
+        """start: steps that are done. evaluated: whether `start` was before it was saved, where it was to be."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
 
         path = out / "metrics.jsonl"
         kept = []
-        if start and path.exists():  # a killed run may have logged steps that are now run again
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= start]
+        if start and path.exists():  # a killed run may have logged steps that are now run, or evaluated, again
+            for line in path.read_text(encoding="utf-8").splitlines():
+                step, is_evaluation = _read(line)
+                if step < start or (step == start and (evaluated or not is_evaluation)):
+                    kept.append(line)
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self.warned = False
         self.file = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(out), purge_step=start or None)
+        self.board = SummaryWriter(str(out), purge_step=start + 1)
         self.wandb = None
         if wandb_settings is not None:
             try:
@@ -67,11 +71,13 @@ class Metrics:
             self.wandb.finish()
 
 
-def _step(line: str) -> float:
+def _read(line: str) -> tuple[float, bool]:
+    """Step of a line, and whether it tells of an evaluation."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")  # cut by the kill
+        row = json.loads(line)
+        return row["step"], "val_loss" in row
+    except (ValueError, KeyError, TypeError):
+        return float("inf"), False  # cut by the kill
 
 
 def since_best(history: list[list[float]]) -> int:
