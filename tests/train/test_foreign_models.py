@@ -199,6 +199,28 @@ def test_one_byte_that_fits_nothing_spoils_no_character_before_it(tmp_path):
     assert tokenizer.decode(broken) == tokenizer.decode_stable(broken) == "中\ufffdA"
 
 
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_a_tuned_model_begins_and_is_sampled_as_its_makers_said(foreign, train, corpus_file, tmp_path, trainable):
+    """Only what ends a text is added to. The second command goes on from the first one's checkpoint."""
+    directory, theirs = foreign
+    settings = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "do_sample": True}
+    generation = {"bos_token_id": 3, "eos_token_id": [5, 2], "pad_token_id": 4, **settings}
+    for name, kept in (("config", {"bos_token_id": 3}), ("generation_config", generation)):
+        file = directory / f"{name}.json"
+        told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        file.write_text(json.dumps(told | kept), encoding="utf-8")
+    sizes = {"n_layer": theirs.config.num_hidden_layers, "n_head": theirs.config.num_attention_heads}
+    for max_iters in (1, 2):
+        train(data=corpus_file, out_dir=tmp_path / "run", init_from=directory, trainable=trainable, max_iters=max_iters,
+              block_size=16, n_embd=theirs.config.hidden_size, **sizes)  # fmt: skip
+    tuned = model_directory(tmp_path / "run", "last")
+    found = transformers.GenerationConfig.from_pretrained(tuned)
+    assert {key: getattr(found, key) for key in settings} == settings
+    assert {5, 2} < set(found.eos_token_id)
+    assert found.bos_token_id == transformers.AutoConfig.from_pretrained(tuned).bos_token_id == 3
+    assert found.pad_token_id == (4 if load(tuned, device="cpu").tokenizer.pad_id is None else found.pad_token_id)
+
+
 def test_eval_scores_what_transformers_scores(foreign, miaobi, tmp_path):
     directory, theirs = foreign
     (tmp_path / "text.txt").write_text("皇马赢得比赛。", encoding="utf-8")

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +23,8 @@ from miaobi.errors import UserError
 from miaobi.model.families import hf_config, load_hf, model_config, to_hf
 from miaobi.model.hub import resolve
 from miaobi.model.transformer import Transformer
+
+WRITTEN_ANEW = ("eos_token_id", "transformers_version", "_from_model_config")  # of generation_config.json
 
 
 @contextmanager
@@ -108,15 +111,19 @@ def save_model(directory: Path, model: Transformer, tokenizer: Tokenizer, end_id
     """Write config.json, model.safetensors, tokenizer and generation_config.json into an existing directory.
 
     end_ids: tokens that end a text or a turn, the one that ends a document last; empty where the model saw none.
+    How a tuned model is to be sampled stays as its makers said, and what begins a text, which its tokenizer knows too.
     """
     config = hf_config(model.cfg, end_ids)
+    if model.generation is not None:
+        config["bos_token_id"] = model.generation.get("bos_token_id")
     write_json(directory / "config.json", config)
     ends = [*(id_ for id_ in model.end_ids if id_ not in end_ids), *end_ids]  # what ended a text before still does
-    write_json(
-        directory / "generation_config.json",
-        {"bos_token_id": config["bos_token_id"], "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
-         "pad_token_id": tokenizer.pad_id, "do_sample": True},
-    )  # fmt: skip
+    generation = {"bos_token_id": config["bos_token_id"], "pad_token_id": None, "do_sample": True}
+    generation |= model.generation or {}
+    generation["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
+    if tokenizer.pad_id is not None:
+        generation["pad_token_id"] = tokenizer.pad_id
+    write_json(directory / "generation_config.json", generation)
     save_tensors(directory / "model.safetensors", {k: v.cpu() for k, v in to_hf(model).items()})
     tokenizer.save(directory, model_max_length=model.cfg.block_size)
 
@@ -180,6 +187,13 @@ def end_ids(path: Path) -> tuple[int, ...]:
     return ()
 
 
+def generation_settings(path: Path) -> dict[str, Any]:
+    """What generation_config.json says besides what ends a text, and the bos_token_id. Raises UserError if damaged."""
+    told = read_json(path / "generation_config.json")
+    settings = {key: value for key, value in told.items() if key not in WRITTEN_ANEW}
+    return {"bos_token_id": read_json(path / "config.json").get("bos_token_id")} | settings
+
+
 class Unfilled(TorchFunctionMode):
     """Weights about to be read from a file are born without random values.
 
@@ -215,7 +229,7 @@ def load_model(name: str | Path, checkpoint: str = "best") -> tuple[Transformer,
     with Unfilled():
         model = Transformer(cfg)
     load_hf(model, tensors, str(path))
-    model.end_ids = end_ids(path)
+    model.end_ids, model.generation = end_ids(path), generation_settings(path)
     return model, tokenizer
 
 

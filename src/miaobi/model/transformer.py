@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -216,6 +217,8 @@ class Transformer(nn.Module):
 
     end_ids: tuple[int, ...] = ()
     """Tokens that end a text, as said by the model directory that the weights came from."""
+    generation: dict[str, Any] | None = None
+    """What else its generation_config.json says, with its bos_token_id; None where there was no such directory."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()

@@ -172,7 +172,7 @@ def snapshot(model: Transformer, world: World) -> Transformer | None:
     with Unfilled():
         plain = Transformer(model.cfg)
     plain.load_state_dict(values, assign=True)
-    plain.end_ids = model.end_ids
+    plain.end_ids, plain.generation = model.end_ids, model.generation
     return plain
 
 

@@ -179,7 +179,7 @@ def build_model(
     if model.wpe is not None:
         weights["wpe.weight"] = weights["wpe.weight"][: changed.block_size]
     again = place(changed, weights)
-    again.end_ids = model.end_ids
+    again.end_ids, again.generation = model.end_ids, model.generation
     if lora:
         adapt(again, cfg, checkpoint, progress)
     return again
