@@ -8,10 +8,13 @@ import torch
 import transformers
 
 from miaobi.corpus.dataset import PreparedData
+from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import model_directory
+from miaobi.train.evaluate import text_size, told
 from miaobi.train.score import score, stride_tokens
+from miaobi.train.state import load_progress
 
 BLOCK = 32
 TEXT = "皇马赢得比赛，曼联输掉冠军。😀𠮷龘<sep>\n\n国家队期待联赛！球迷谈到训练。<|endoftext|>\n\n"
@@ -96,6 +99,62 @@ def test_a_model_that_learned_scores_better_on_its_text_than_on_shuffled_text(tr
         (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
     scores = [miaobi_score(trained("qwen3"), tmp_path / f"{n}.txt")["bits_per_char"] for n in ("plain", "shuffled")]
     assert scores[0] < scores[1] - 0.3
+
+
+@pytest.fixture(scope="module")
+def chatter(tmp_path_factory):
+    """A run on dialogues whose vocabulary has `好` and hardly more."""
+    from miaobi.corpus.config import PrepareConfig
+    from miaobi.corpus.prepare import prepare
+    from miaobi.overrides import load_config
+    from miaobi.train.loop import train as train_run
+
+    folder = tmp_path_factory.mktemp("chatter")
+    (folder / "chat.txt").write_text("好你\n好我\n\n" + "\n\n".join(f"你好{i}\n好" for i in range(40)), "utf-8")
+    prepare([str(folder / "chat.txt")], PrepareConfig(out=folder / "data", format="dialogue", workers=1))
+    settings = {"data": folder / "data", "out_dir": folder / "run", "n_layer": 1, "n_head": 2, "n_embd": 16,
+                "block_size": 8, "batch_size": 4, "max_iters": 1, "sample_tokens": 0, "device": "cpu",
+                "dtype": "float32", "compile": False}  # fmt: skip
+    train_run(*load_config(None, [(key, str(value)) for key, value in settings.items()]))
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "characters", "text_bytes"),
+    [
+        ("好好", 2, 1, 3),  # the first is given; what ends the dialogue is scored, and no character
+        ("好\n好", 3, 2, 4),
+        ("好𪚥\n好", 7, 3, 8),
+        ("𪚥\n好", 6, 3, 7),  # its first byte is given, the other three are told
+        ("𪚥𪚥𪚥", 12, 3, 11),  # two pieces of 9 and 5 tokens, cut inside a character
+        ("好好好好好好好\n好好", 9, 8, 22),  # two pieces of whole turns: the second one's first is given too
+        ("𪚥\n好\n\n好𪚥\n好", 13, 6, 15),
+    ],
+)
+def test_characters_of_dialogues_are_those_of_which_something_is_scored(
+    chatter, tmp_path, text, tokens, characters, text_bytes
+):
+    (tmp_path / "chat.txt").write_text(text, encoding="utf-8")
+    result = miaobi_score(chatter, tmp_path / "chat.txt")
+    assert (result["tokens"], result["characters"]) == (tokens, characters)
+    assert result["bits_per_char"] == pytest.approx(result["loss"] * tokens / math.log(2) / characters)
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] * tokens / math.log(2) / text_bytes)
+
+
+def test_training_counts_the_characters_of_its_windows_as_eval_does(chatter):
+    data, found = PreparedData.open(chatter.parent / "data"), load_progress(chatter / "checkpoints" / "last")
+    blocks = PackedDialogues(data.val, 8)
+    characters, _ = text_size(*told(blocks.fixed(len(blocks))), Tokenizer.load(data.path))
+    result = miaobi_score(chatter, data.path)
+    assert characters == result["characters"]
+    assert found.val_bits_per_char == pytest.approx(result["bits_per_char"], rel=1e-5)
+
+
+@pytest.mark.parametrize("text", ["\n", "\n\n", "好", "好\n\n你\n"])
+def test_dialogues_of_which_no_character_is_scored_are_an_error(chatter, tmp_path, text):
+    (tmp_path / "chat.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"nothing to score in .*chat\.txt"):
+        miaobi_score(chatter, tmp_path / "chat.txt")
 
 
 @pytest.mark.parametrize("stride", ["0", "33", "-1", "third", "1.5", ""])

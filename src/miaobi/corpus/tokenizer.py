@@ -286,6 +286,11 @@ class Tokenizer:
         context = list(before[-_CONTEXT:])
         return self._written(context + ids)[len(self._written(context)) :]
 
+    def bytes_of(self, ids: np.ndarray) -> list[bytes] | None:
+        """The UTF-8 bytes of each id, maybe of a part of a character; None where a token's text depends on others."""
+        table = self._token_bytes
+        return None if table is None else [table.get(id_, b"") for id_ in ids.tolist()]
+
     def decode_stable(self, ids: Sequence[int], before: Sequence[int] = ()) -> str:
         """`decode` without what may still change when more ids follow: a character whose last bytes are missing.
 

@@ -65,11 +65,34 @@ def validation_nats(model: Transformer, windows: Batch, batch_size: int, dtype: 
     return total
 
 
-def text_size(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Characters and UTF-8 bytes of a dialogue's tokens; `<sep>` is a newline, other control tokens are no text."""
-    text = tokenizer.decode(ids[~np.isin(ids, list(tokenizer.backend.get_added_tokens_decoder()))])
-    turns = int((ids == tokenizer.sep_id).sum()) if tokenizer.sep_id is not None else 0
-    return len(text) + turns, len(text.encode()) + turns
+def told(windows: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of windows in their order, (n,), and which of them are scored, (n,) bool: a piece's first is given."""
+    inputs, targets, positions, documents = windows
+    used = np.ones(inputs.shape, bool) if documents is None else documents >= 0
+    first = used & ((np.arange(inputs.shape[1]) if positions is None else positions) == 0)
+    scored = targets != IGNORE
+    following = np.where(scored, targets, np.roll(inputs, -1, axis=1))
+    kept = np.stack((first, used), -1)
+    return np.stack((inputs, following), -1)[kept], np.stack((np.zeros_like(scored), scored), -1)[kept]
+
+
+def text_size(ids: np.ndarray, scored: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Characters and UTF-8 bytes of the scored ones, (n,) bool, among the tokens of dialogues, (n,).
+
+    `<sep>` is a newline, other control tokens are no text. A character of which only some bytes are scored counts once.
+    """
+    is_control = np.isin(ids, list(tokenizer.backend.get_added_tokens_decoder()))
+    turns = int((scored & (ids == tokenizer.sep_id)).sum()) if tokenizer.sep_id is not None else 0
+    is_text = scored & ~is_control
+    spelled = tokenizer.bytes_of(ids)
+    if spelled is None:
+        text = tokenizer.decode(ids[is_text])
+        return len(text) + turns, len(text.encode()) + turns
+    lengths = np.array([0 if control else len(s) for s, control in zip(spelled, is_control, strict=True)], np.int64)
+    data = np.frombuffer(b"".join(s for s, length in zip(spelled, lengths, strict=True) if length), np.uint8)
+    character = np.cumsum(data & 0xC0 != 0x80)  # which one a byte belongs to: all but the first of one are 10xxxxxx
+    told_bytes = np.repeat(is_text, lengths)
+    return len(np.unique(character[told_bytes])) + turns, int(told_bytes.sum()) + turns
 
 
 def sliding(tokens: np.ndarray, block_size: int, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

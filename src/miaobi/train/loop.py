@@ -25,7 +25,7 @@ from miaobi.model.lora import adapter_parameters
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin
 from miaobi.train import bigrams
-from miaobi.train.evaluate import eager, place, text_size, validation_nats
+from miaobi.train.evaluate import eager, place, text_size, told, validation_nats
 from miaobi.train.layout import Objective, compile_blocks, is_sharded, placed, whole
 from miaobi.train.mirror import Mirror
 from miaobi.train.optimizer import make_optimizers, rate, set_rate
@@ -305,8 +305,8 @@ class Run:
         """
         tokens, characters = len(self.data.val), self.data.val.characters
         if self.data.is_dialogue:
-            learned = self.eval_windows.targets[self.eval_windows.targets != IGNORE]
-            tokens, (characters, _) = len(learned), text_size(learned, self.tokenizer)
+            ids, scored = told(self.eval_windows)
+            tokens, (characters, _) = int(scored.sum()), text_size(ids, scored, self.tokenizer)
         return nats_per_token * tokens / max(1, characters) / math.log(2)
 
     def save(self) -> None:

@@ -45,14 +45,22 @@ def score(
         if stream is not None:
             blocks = PackedDialogues(stream, model.cfg.block_size)
             batches = (blocks.take(range(len(blocks))[i : i + batch_size]) for i in range(0, len(blocks), batch_size))
-            return score_batches(model.to(where), batches, len(stream), *reply_text(stream, tokenizer), precision)
+            characters, text_bytes = reply_text(stream, blocks, tokenizer)
+            if not characters:
+                raise nothing_in(sources)
+            return score_batches(model.to(where), batches, len(stream), characters, text_bytes, precision)
         if prepared:
             tokens, characters, text_bytes = prepared_tokens(sources[0], split, tokenizer)
         else:
             tokens, characters, text_bytes = raw_tokens(read, tokenizer, ends_documents(name, checkpoint), format)
-        if len(tokens) < 2:
-            raise UserError(f"nothing to score in {' '.join(sources)}")
+        if len(tokens) < 2 or not characters:
+            raise nothing_in(sources)
         return evaluate(model.to(where), tokens, characters, text_bytes, steps, precision, batch_size)
+
+
+def nothing_in(sources: list[str]) -> UserError:
+    """The error that there is no text in the sources, or of every dialogue only the character that is given."""
+    return UserError(f"nothing to score in {' '.join(sources)}")
 
 
 @dataclass
@@ -89,22 +97,26 @@ def dialogues(
     """The dialogues to score, or None for plain text. With roles, the assistant's turns are scored."""
     if prepared:
         data = open_prepared(sources[0], tokenizer)
-        return (data.val if split == "val" else data.train) if data.is_dialogue else None
+        return part_of(data, split) if data.is_dialogue else None
     template = tokenizer.config.get("chat_template")
     if (format == "auto" and template != SEP_TEMPLATE) or format not in ("auto", "dialogue"):
         return None
     documents = list(read("dialogue"))
+    if not documents:
+        raise nothing_in(sources)
     if template == SEP_TEMPLATE:
         return MemoryStream(encode_lines(tokenizer, [as_lines(document) for document in documents]))
     return MemoryStream(encode_roles(tokenizer, documents, replies_only=True))
 
 
-def reply_text(stream: TokenStream | MemoryStream, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Characters and UTF-8 bytes of what is scored; a dialogue's first token is given."""
+def reply_text(stream: TokenStream | MemoryStream, blocks: PackedDialogues, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Characters and UTF-8 bytes of what is scored: of every piece the first token is given."""
     n = len(stream)
-    scored = stream.read_scored(0, n).astype(bool)
-    scored[stream.starts] = False
-    return text_size(stream.read(0, n)[scored], tokenizer)
+    edges = np.zeros(n + 1, np.int64)
+    np.add.at(edges, blocks.starts + 1, 1)
+    np.add.at(edges, blocks.starts + blocks.lengths, -1)
+    scored = (np.cumsum(edges)[:n] > 0) & stream.read_scored(0, n).astype(bool)
+    return text_size(stream.read(0, n), scored, tokenizer)
 
 
 def stride_tokens(stride: str, block_size: int) -> int:
@@ -126,12 +138,18 @@ def open_prepared(source: str, tokenizer: Tokenizer) -> PreparedData:
     return data
 
 
+def part_of(data: PreparedData, split: str) -> TokenStream:
+    """A split of prepared data. Raises UserError if it is empty."""
+    stream = data.val if split == "val" else data.train
+    if not len(stream):
+        raise UserError(f"the {split} part of {data.path} is empty")
+    return stream
+
+
 def prepared_tokens(source: str, split: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int, int]:
     """Tokens of a split, with one token of context in front, and its length in characters and bytes."""
     data = open_prepared(source, tokenizer)
-    stream = data.val if split == "val" else data.train
-    if not len(stream):
-        raise UserError(f"the {split} part of {source} is empty")
+    stream = part_of(data, split)
     before = data.eot_id
     if before is None and split == "val" and len(data.train):
         before = int(data.train.read(len(data.train) - 1, len(data.train))[0])  # one stream, cut in two
