@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from miaobi.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from miaobi.corpus.config import PrepareConfig
 from miaobi.errors import UserError
+from miaobi.generate.config import SampleConfig
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,30 @@ def test_impossible_values_are_refused_by_name(section, wrong):
     name = list(wrong)[-1]
     with pytest.raises(UserError, match="head width" if name == "head_dim" else name):
         section(**required, **wrong)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "values"),
+    [
+        (ModelConfig, "intermediate_size", [-5, 0]),
+        (ModelConfig, "head_dim", [-8, 0]),
+        (ModelConfig, "rope_theta", [-1.0, 0.0, NAN, INF]),
+        (ModelConfig, "norm_eps", [-1.0, NAN, INF]),
+        (ModelConfig, "rope_factor", [NAN]),
+        (OptimConfig, "weight_decay", [-0.1, NAN, INF]),
+        (OptimConfig, "min_lr", [NAN]),
+        (OptimConfig, "grad_clip", [NAN]),
+        (TrainConfig, "seed", [2**64, -(2**63) - 1]),
+        (SampleConfig, "seed", [2**63]),
+    ],
+)
+def test_numbers_with_which_nothing_can_be_computed_are_refused_by_name(section, name, values):
+    for value in values:
+        with pytest.raises(UserError, match=f"^{name} (is|\\()"):
+            section(**{name: value})
 
 
 @given(st.integers(1, 40), st.integers(1, 900))

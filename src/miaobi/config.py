@@ -101,8 +101,12 @@ class ModelConfig:
             raise UserError(f"n_head ({self.n_head}) is not a multiple of n_kv_head ({self.n_kv_head})")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"dropout is {self.dropout}; give a share from 0 up to below 1")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise UserError(f"vocab_size is {self.vocab_size}; it must be at least 1")
+        for name in ("vocab_size", "head_dim", "intermediate_size", "rope_original_context"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("rope_theta", "norm_eps"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name)}; it must be positive and finite")
         if self.family == "gpt2" and (self.head_dim is not None or self.n_kv_head is not None):
             raise UserError("the gpt2 family has neither head_dim nor n_kv_head; drop them or use --family=qwen3")
         rotary = self.family in ("qwen3", "llama")
@@ -110,7 +114,7 @@ class ModelConfig:
             raise UserError(f"the {self.family} family has no biases; drop bias or use --family=gpt2")
         if rotary and (self.head_dim or self.n_embd // self.n_head) % 2:
             raise UserError("rotary embeddings need an even head width; change n_embd, n_head or head_dim")
-        if self.rope_factor <= 0 or self.rope_high_freq_factor <= self.rope_low_freq_factor:
+        if not (self.rope_factor > 0 and self.rope_high_freq_factor > self.rope_low_freq_factor):
             raise UserError(
                 f"rope_factor ({self.rope_factor}) must be positive, and rope_high_freq_factor "
                 f"({self.rope_high_freq_factor}) above rope_low_freq_factor ({self.rope_low_freq_factor})"
@@ -159,8 +163,8 @@ class OptimConfig:
             if rate is not None and not 0 < rate < float("inf"):
                 raise UserError(f"{name} is {rate}; it must be positive and finite, such as 1e-3")
         for name in ("min_lr", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it cannot be negative")
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name)}; it must be finite and cannot be negative")
         for name in ("beta1", "beta2", "momentum"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name} is {getattr(self, name)}; give a number from 0 up to below 1")
@@ -254,6 +258,8 @@ class TrainConfig:
         if self.parallel == "fsdp" and self.trainable == "lora":
             raise UserError("LoRA's adapters are small and its model is frozen: nothing is won by sharding them; "
                             "use --parallel=ddp")  # fmt: skip
+        if not -(2**63) <= self.seed < 2**64:
+            raise UserError(f"seed is {self.seed}; give a whole number of at most 64 bits")
         if self.patience < 0 or self.sample_tokens < 0:
             raise UserError("patience and sample_tokens cannot be negative; 0 switches them off")
         if self.trainable == "lora" and self.init_from == "scratch" and self.resume_from is None:
