@@ -35,9 +35,11 @@ def test_an_accelerator_is_taken_by_itself(monkeypatch):
     assert pick_device("auto").type == "mps"
 
 
-def test_a_device_nobody_knows_is_refused():
-    with pytest.raises(UserError, match="gpu9"):
-        pick_device("gpu9")
+@pytest.mark.parametrize("name", ["gpu9", "meta", "xpu", "vulkan", "xla:0"])
+def test_a_device_that_miaobi_does_not_know_is_refused(name):
+    """Torch knows most of these."""
+    with pytest.raises(UserError, match=f"{name}' is not known"):
+        pick_device(name)
 
 
 @pytest.mark.parametrize(

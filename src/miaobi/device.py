@@ -30,7 +30,7 @@ PEAK_FLOPS = {
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` takes CUDA, then Apple MPS, then the CPU; a named device that is missing becomes a warning and the CPU.
 
-    Raises UserError for a name that torch does not know.
+    Raises UserError for any other, also of those that torch knows.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -38,8 +38,10 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as e:
-        raise UserError(f"device {name!r} is not known; give auto, cpu, cuda, cuda:N or mps") from e
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {name!r} is not known; give auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         warn(f"device {name} is not available here; using the CPU (--device=cpu says so without this line)")
         return torch.device("cpu")
