@@ -273,6 +273,23 @@ def test_validation_errors_of_the_sections_come_through(tmp_path):
     assert "not divisible by n_head" in refusal(tmp_path, "n_embd: 100\nn_head: 7")
 
 
+def test_keys_that_come_by_a_merge_count_and_are_named_with_their_mapping(tmp_path):
+    file = yaml_file(tmp_path / "c.yaml", "model:\n  <<: {n_layer: 3, n_embd: 48}\n  n_head: 2\n")
+    cfg, origin = load_config(file, [])
+    assert (cfg.model.n_layer, cfg.model.n_embd, cfg.model.n_head) == (3, 48, 2)
+    assert origin["n_head"].endswith("c.yaml, line 3")
+    cfg, _ = load_config(yaml_file(tmp_path / "c.yaml", "model: {<<: {n_layer: 2}, n_head: 2}"), [])
+    assert (cfg.model.n_layer, cfg.model.n_head) == (2, 2)
+    with pytest.raises(UserError, match=r"c\.yaml, line 1: unknown key 'n_layers'"):
+        load_config(yaml_file(tmp_path / "c.yaml", "model: {<<: {n_layers: 2}}"), [])
+
+
+@pytest.mark.parametrize("text", ["train:\n", "train:\n  # max_iters: 5\nmodel:\n  n_layer: 3\n", "data:\n"])
+def test_a_section_whose_keys_are_all_commented_out_is_empty(tmp_path, text):
+    cfg, _ = load_config(yaml_file(tmp_path / "c.yaml", text), [])
+    assert cfg.train == RunConfig().train
+
+
 # --- config.yaml -------------------------------------------------------------------------------------------------
 
 

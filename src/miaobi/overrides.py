@@ -176,14 +176,22 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     names = {section.name for section in dataclasses.fields(RunConfig)}
     values, lines = {}, {}
     for key, value in tree.items():
+        if key in names and value is None:
+            continue  # all keys of the section are commented out
         opened = value.items() if key in names and isinstance(value, CommentedMap) else [(key, value)]
         node = value if key in names and isinstance(value, CommentedMap) else tree
         for inner, item in opened:
-            line, inner = node.lc.key(inner)[0] + 1, str(inner)  # 5: or true: are keys too
+            line, inner = line_of(node, inner), str(inner)  # 5: or true: are keys too
             if inner in values:
                 raise UserError(f"{path}, line {line}: {inner} is given twice")
             values[inner], lines[inner] = item, line
     return values, lines
+
+
+def line_of(node: CommentedMap, key: Any) -> int:
+    """Line of a key, counted from 1; of one that comes by a merge (`<<: *other`), where its mapping begins."""
+    place = (node.lc.data or {}).get(key)
+    return (node.lc.line if place is None else place[0]) + 1
 
 
 def load_config(path: Path | None, given: list[tuple[str, str]]) -> tuple[RunConfig, Origin]:
