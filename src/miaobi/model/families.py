@@ -107,52 +107,68 @@ def model_config(hf: dict, tensors: dict[str, Tensor]) -> ModelConfig:
             raise UserError(f"activation_function {hf['activation_function']!r} is not gelu or gelu_new")
         return ModelConfig(
             family="gpt2",
-            n_layer=hf["n_layer"],
-            n_head=hf["n_head"],
-            n_embd=hf["n_embd"],
-            intermediate_size=hf.get("n_inner"),
-            block_size=hf["n_positions"],
-            vocab_size=hf["vocab_size"],
+            n_layer=_whole(hf, "n_layer"),
+            n_head=_whole(hf, "n_head"),
+            n_embd=_whole(hf, "n_embd"),
+            intermediate_size=None if hf.get("n_inner") is None else _whole(hf, "n_inner"),
+            block_size=_whole(hf, "n_positions"),
+            vocab_size=_whole(hf, "vocab_size"),
             bias=any(name.endswith(".bias") and t.ndim == 1 and bool(t.any()) for name, t in tensors.items()),
             activation=hf.get("activation_function", "gelu_new"),
-            norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+            norm_eps=_number(hf, "layer_norm_epsilon", 1e-5),
             tie_word_embeddings=hf.get("tie_word_embeddings", True),
         )
     if kind in ("qwen3", "llama"):
         _refuse(hf, attention_bias=False, mlp_bias=False, use_sliding_window=False, hidden_act="silu")
         return ModelConfig(
             family=kind,
-            n_layer=hf["num_hidden_layers"],
-            n_head=hf["num_attention_heads"],
-            n_kv_head=hf.get("num_key_value_heads"),
-            n_embd=hf["hidden_size"],
-            head_dim=hf.get("head_dim"),
-            intermediate_size=hf["intermediate_size"],
-            block_size=hf["max_position_embeddings"],
-            vocab_size=hf["vocab_size"],
+            n_layer=_whole(hf, "num_hidden_layers"),
+            n_head=_whole(hf, "num_attention_heads"),
+            n_kv_head=None if hf.get("num_key_value_heads") is None else _whole(hf, "num_key_value_heads"),
+            n_embd=_whole(hf, "hidden_size"),
+            head_dim=None if hf.get("head_dim") is None else _whole(hf, "head_dim"),
+            intermediate_size=_whole(hf, "intermediate_size"),
+            block_size=_whole(hf, "max_position_embeddings"),
+            vocab_size=_whole(hf, "vocab_size"),
             **_rope(hf),
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
+            norm_eps=_number(hf, "rms_norm_eps", 1e-6),
             tie_word_embeddings=hf.get("tie_word_embeddings", False),
         )
     raise UserError(f"model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}; "
                     f"miaobi runs {', '.join(ARCHITECTURES.values())}")  # fmt: skip
 
 
+def _whole(hf: dict, key: str) -> int:
+    if type(hf[key]) is not int:
+        raise UserError(f"config.json has {key}={hf[key]!r}, a value of the wrong kind; it must be a whole number")
+    return hf[key]
+
+
+def _number(hf: dict, key: str, default: float | None = None) -> float:
+    """A key that may be missing where there is a default."""
+    value = hf[key] if default is None else hf.get(key, default)
+    if type(value) not in (int, float):
+        raise UserError(f"config.json has {key}={value!r}, a value of the wrong kind; it must be a number")
+    return float(value)
+
+
 def _rope(hf: dict) -> dict:
     """The rope keys of ModelConfig, from transformers 5's rope_parameters or 4's rope_theta and rope_scaling."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"config.json has rope_scaling={rope!r}, a value of the wrong kind; it must be an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    found = {"rope_type": kind, "rope_theta": rope.get("rope_theta", hf.get("rope_theta", 10000.0))}
+    found = {"rope_type": kind, "rope_theta": _number(rope if "rope_theta" in rope else hf, "rope_theta", 10000.0)}
     if kind == "default":
         return found
     if kind == "linear":
-        return found | {"rope_factor": rope["factor"]}
+        return found | {"rope_factor": _number(rope, "factor")}
     if kind == "llama3":
         return found | {
-            "rope_factor": rope["factor"],
-            "rope_low_freq_factor": rope["low_freq_factor"],
-            "rope_high_freq_factor": rope["high_freq_factor"],
-            "rope_original_context": rope["original_max_position_embeddings"],
+            "rope_factor": _number(rope, "factor"),
+            "rope_low_freq_factor": _number(rope, "low_freq_factor"),
+            "rope_high_freq_factor": _number(rope, "high_freq_factor"),
+            "rope_original_context": _whole(rope, "original_max_position_embeddings"),
         }
     raise UserError(f"rope type {kind!r} is not supported, only default, linear and llama3")
 
