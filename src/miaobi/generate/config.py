@@ -51,7 +51,7 @@ class SamplingConfig:
         if not 0.01 <= self.repetition_penalty <= 100.0:  # far beyond, logits overflow
             raise UserError(f"repetition_penalty is {self.repetition_penalty}; give one from 0.01 to 100 (1 = none)")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise UserError(f"seed is {self.seed}; give a whole number of 64 bits, such as 1337")
+            raise UserError(f"seed is {self.seed}; give a whole number of at most 64 bits")
 
 
 @dataclass(frozen=True)
