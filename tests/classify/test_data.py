@@ -151,7 +151,7 @@ def test_half_a_character_names_its_line_or_is_left_out(tmp_path: Path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
 def test_a_pipe_is_refused_by_what_it_is(tmp_path: Path):
     os.mkfifo(tmp_path / "63")
-    with pytest.raises(UserError, match=r"63 is a pipe; save what comes out of it as a \.csv"):
+    with pytest.raises(UserError, match=r"63 is a pipe: .* save what comes out of it"):
         read(tmp_path / "63")
 
 

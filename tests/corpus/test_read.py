@@ -156,6 +156,18 @@ def test_frames_of_a_zst_are_read_one_after_the_other(tmp_path):
                 contents(tmp_path / "a.txt.zst")
 
 
+@pytest.mark.parametrize("encoding", ["gbk", "utf-8"])
+def test_names_in_a_zip_of_chinese_windows(tmp_path, encoding):
+    """Without the flag that says UTF-8."""
+    name = "新闻.txt".encode(encoding)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("x" * (len(name) - 4) + ".txt", "皇马赢了")
+    packed = (tmp_path / "a.zip").read_bytes().replace(b"x" * (len(name) - 4) + b".txt", name)
+    (tmp_path / "a.zip").write_bytes(packed)
+    assert [source.name for source in find_sources([str(tmp_path / "a.zip")])] == [f"{tmp_path}/a.zip!新闻.txt"]
+    assert documents(tmp_path / "a.zip") == ["皇马赢了"]
+
+
 def test_a_zip_is_opened_once_and_every_member_read(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for number in range(100):

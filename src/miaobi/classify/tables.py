@@ -31,12 +31,9 @@ def read_rows(name: str, text_column: str | None, label_column: str | None, skip
     labels: whether a label column is needed. Quoted cells may hold line breaks.
 
     Raises:
-        UserError: missing files and columns, rows that cannot be read, a pipe.
+        UserError: missing files and columns, rows that cannot be read.
     """
     for source in find_sources([name]):
-        if source.path.is_fifo():  # it has no name that says what it holds, and can be read but once
-            raise UserError(f"{source.name} is a pipe; save what comes out of it as a .csv, .tsv or .jsonl file, "
-                            "and give that")  # fmt: skip
         if source.format == "parquet":
             raise UserError(f"{source.name}: classify reads .csv, .tsv, .jsonl and lines of text; save it as one")
         if source.format == "text":

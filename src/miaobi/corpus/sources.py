@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import glob
@@ -120,7 +121,7 @@ def find_sources(paths: list[str], format: str = "auto") -> list[Source]:
     """The texts behind files, directories (recursive, sorted, hidden ones left out), globs and zip archives.
 
     Raises:
-        UserError: a path is missing (close names are suggested), a directory or an archive holds no text.
+        UserError: a path is missing (close names are suggested) or a pipe, a directory or an archive holds no text.
     """
     sources: list[Source] = []
     for given in paths:
@@ -131,6 +132,9 @@ def find_sources(paths: list[str], format: str = "auto") -> list[Source]:
                 raise UserError(
                     f"{printable(given)}: no text in this directory; put .txt, .jsonl, .csv or .parquet files there"
                 )
+        elif path.is_fifo():
+            raise UserError(f"{given} is a pipe: it can be read but once, and its name does not say what it holds; "
+                            "save what comes out of it as a file, and give that")  # fmt: skip
         elif path.exists():
             found = [path]
         else:
@@ -217,8 +221,16 @@ def _sources_in(file: Path, format: str) -> list[Source]:
         raise UserError(f"{printable(file)} is not a readable zip archive: {error}") from error
     if not members:
         raise UserError(f"{printable(file)}: no text in this zip archive")
-    members.sort(key=lambda member: member[0].filename)
-    return [Source(file, _format_of(m.filename, format), "zip", m.filename, entry, m.file_size) for m, entry in members]
+    named = sorted((_member_name(member), entry, member.file_size) for member, entry in members)
+    return [Source(file, _format_of(name, format), "zip", name, entry, size) for name, entry, size in named]
+
+
+def _member_name(member: zipfile.ZipInfo) -> str:
+    """Its name. Archives made on Chinese Windows have names in GBK, which zipfile takes for IBM's code page 437."""
+    for encoding in () if member.flag_bits & 0x800 else ("utf-8", "gb18030"):  # the flag says UTF-8
+        with contextlib.suppress(UnicodeError):
+            return member.filename.encode("cp437").decode(encoding)
+    return member.filename
 
 
 def _is_corpus_member(member: zipfile.ZipInfo) -> bool:
