@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 WORK = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from miaobi.corpus.workers import Workers
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a shell have it ignored
 
 def work(_, number, *, large=bytes(50 << 20)):
     Path(sys.argv[1], f"{number}.pid").write_text(str(__import__("os").getpid()))
