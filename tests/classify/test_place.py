@@ -105,6 +105,16 @@ def test_cells_of_other_texts_or_labels_are_refused(config: Callable, tmp_path: 
     assert again["rows"][0] == first["rows"][0]
 
 
+@pytest.mark.parametrize("content", ["", "{", "5", "{}", '{"settings": {}}', '{"settings": 5, "row": {}}'])
+def test_what_is_no_result_is_trained_anew(config: Callable, content: str):
+    first = ablation.train(config(baselines=False))
+    (result,) = Path(first["run"]).glob("checkpoints/mask-full-1337/result.json")
+    result.write_text(content, encoding="utf-8")
+    again = ablation.train(config(baselines=False))
+    assert again["rows"][0]["accuracy"] == first["rows"][0]["accuracy"]
+    assert json.loads(result.read_text(encoding="utf-8"))["row"] == again["rows"][0]
+
+
 def test_cells_of_other_weights_are_refused(config: Callable, pretrained: Path):
     ablation.train(config(base_model=pretrained, baselines=False))
     weights = model_directory(pretrained) / "model.safetensors"

@@ -98,6 +98,8 @@ def changed(was: dict[str, Any], now: dict[str, Any]) -> str | None:
 def read_result(path: Path) -> dict[str, Any] | None:
     """What a cell or a baseline left behind; None where there is nothing whole."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    is_whole = isinstance(found, dict) and isinstance(found.get("settings"), dict) and {"row", "rows"} & found.keys()
+    return found if is_whole else None
