@@ -88,6 +88,11 @@ def test_utf8_that_is_not_chinese(text):
     assert encodings.detect(text.encode()) == ("utf-8", 0)
 
 
+def test_text_of_few_characters_and_control_characters_is_utf8():
+    """UTF-16 explains it better, but badly; what is valid UTF-8 is then no reason to refuse a file."""
+    assert encodings.detect("好<<a\x0b\x0b".encode()) == ("utf-8", 0)
+
+
 def test_big5_with_hong_kong_and_eten_characters(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes((TRADITIONAL + "碁銹裏").encode("cp950") + "啲".encode("big5hkscs"))

@@ -139,6 +139,7 @@ def _log_probability() -> np.ndarray:
     table = np.full(65536, -10.0, np.float32)
     table[0x00:0x20] = -20.0
     table[[0x09, 0x0A, 0x0D]] = -4.5
+    table[[0x08, 0x0B, 0x0C, 0x1B]] = -9.0  # what old editors and terminals leave in text
     table[0x20:0x7F] = -4.5
     table[0x7F:0xA0] = -20.0
     table[0xA0:0x100] = -6.0  # accents, the middle dot of foreign names
@@ -232,7 +233,9 @@ def detect(sample: bytes, is_whole: bool = True) -> tuple[str, int] | None:
     unlikely = _UNLIKELY if b"\0" not in sample else _UNLIKELY_UTF16
     if best_score / max(1, len(best_text)) >= unlikely or (best == "utf-8" and "\ufffd" not in best_text):
         return best, 0
-    return None if b"\0" in sample else _last_resort(sample)
+    if b"\0" in sample:
+        return None
+    return ("utf-8", 0) if "\ufffd" not in _reading(sample, "utf-8") else _last_resort(sample)
 
 
 @functools.cache
