@@ -44,13 +44,13 @@ def read_input(cfg: PredictConfig) -> Iterator[Row]:
     """
     given, skipped = cfg.input, 0
     if given is None or given == "-":
-        rows = lines_of(sys.stdin.buffer, "standard input", cfg.skip_bad)
+        rows = read_lines(sys.stdin.buffer, "standard input", cfg.skip_bad)
     elif os.path.isdir(given):  # pathlib's raises on a long text
         raise UserError(f"{given} is a directory; give a text, a file, or - for lines of standard input")
     elif os.path.isfile(given) or Path(given).suffix.lower() in FILES:
         rows = read_file(given, cfg)
     elif os.path.exists(given):  # <(...) of a shell
-        rows = lines_of(open(given, "rb"), given, cfg.skip_bad)  # noqa: SIM115 - read to its end, once
+        rows = read_pipe(given, cfg.skip_bad)
     else:
         rows = iter([Row("the text", given)])
     for row in rows:
@@ -69,7 +69,13 @@ def read_file(name: str, cfg: PredictConfig) -> Iterator[Row | None]:
     return read_rows(name, cfg.text_column, cfg.label_column, cfg.skip_bad, cfg.label_column is not None)
 
 
-def lines_of(stream: BinaryIO, name: str, skip_bad: bool) -> Iterator[Row | None]:
+def read_pipe(name: str, skip_bad: bool) -> Iterator[Row | None]:
+    """`read_lines` of a pipe with a name."""
+    with open(name, "rb") as stream:
+        yield from read_lines(stream, name, skip_bad)
+
+
+def read_lines(stream: BinaryIO, name: str, skip_bad: bool) -> Iterator[Row | None]:
     """Lines of a stream, UTF-8 or, where a line is not, GB18030. Of neither: None, or UserError without `skip_bad`."""
     for number, line in enumerate(stream, start=1):
         text = decoded(line.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf" if number == 1 else b""))

@@ -133,8 +133,10 @@ def find_sources(paths: list[str], format: str = "auto") -> list[Source]:
                     f"{printable(given)}: no text in this directory; put .txt, .jsonl, .csv or .parquet files there"
                 )
         elif path.is_fifo():
-            raise UserError(f"{given} is a pipe: it can be read but once, and its name does not say what it holds; "
-                            "save what comes out of it as a file, and give that")  # fmt: skip
+            raise UserError(
+                f"{printable(given)} is a pipe: it can be read but once, and its name does not say what it holds; "
+                "save what comes out of it as a file, and give that"
+            )
         elif path.exists():
             found = [path]
         else:
