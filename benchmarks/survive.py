@@ -27,7 +27,7 @@ from benchmarks.common import machine, parse, report
 from miaobi.console import log
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.prepare import prepare
-from miaobi.model.checkpoint import pointed
+from miaobi.files import pointed
 
 KINDS = ("any moment", "while saving", "one of 2 ranks")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3")

@@ -15,7 +15,8 @@ import torch
 from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import load_model, model_directory, point, pointed, put_back, save_model, written_whole
+from miaobi.files import point, pointed, put_back, written_whole
+from miaobi.model.checkpoint import load_model, model_directory, save_model
 from miaobi.model.families import to_hf
 from miaobi.model.transformer import Transformer
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from miaobi.config import ModelConfig, OptimConfig
 from miaobi.corpus.dataset import PreparedData
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import load_model, pointed
+from miaobi.files import pointed
+from miaobi.model.checkpoint import load_model
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import load_config
 from miaobi.train import bigrams

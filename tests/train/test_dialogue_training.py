@@ -21,7 +21,7 @@ from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.prepare import prepare
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import pointed
+from miaobi.files import pointed
 from miaobi.model.transformer import Transformer, document_mask
 from miaobi.overrides import load_config
 from miaobi.train.score import score

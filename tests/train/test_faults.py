@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import load_model, pointed
+from miaobi.files import pointed
+from miaobi.model.checkpoint import load_model
 from miaobi.model.transformer import Block
 from miaobi.train import saving
 from miaobi.train.loop import Run

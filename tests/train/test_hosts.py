@@ -22,7 +22,7 @@ import pytest
 import torch.distributed as dist
 
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import pointed
+from miaobi.files import pointed
 from miaobi.train import saving, world
 from miaobi.train.state import Progress
 

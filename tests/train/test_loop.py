@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from miaobi.corpus.dataset import IGNORE, PreparedData, TokenStream, batch, windows_per_epoch
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import load_model, pointed
+from miaobi.files import pointed
+from miaobi.model.checkpoint import load_model
 from miaobi.overrides import load_config, with_values
 from miaobi.train import loop
 from miaobi.train.loop import Run

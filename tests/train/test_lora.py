@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from miaobi.config import OptimConfig
 from miaobi.errors import UserError
+from miaobi.files import pointed
 from miaobi.generate.engine import load
-from miaobi.model.checkpoint import model_directory, pointed
+from miaobi.model.checkpoint import model_directory
 from miaobi.train import loop
 from miaobi.train.recipe import resolve_optim
 

@@ -8,7 +8,8 @@ import fsspec
 import pytest
 
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import load_model, pointed
+from miaobi.files import pointed
+from miaobi.model.checkpoint import load_model
 from miaobi.overrides import load_config
 from miaobi.train.mirror import Mirror
 from miaobi.train.state import open_run

@@ -21,7 +21,8 @@ from miaobi.corpus.dataset import IGNORE, Batch, PreparedData, TextWindows
 from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.prepare import prepare
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import load_model, pointed
+from miaobi.files import pointed
+from miaobi.model.checkpoint import load_model
 from miaobi.train.world import World, check_batch, join, rank_device
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from miaobi.corpus.dataset import PreparedData, windows_per_epoch
-from miaobi.model.checkpoint import pointed
+from miaobi.files import pointed
 
 STEPS, BATCH, BLOCK = 60, 8, 32
 RUNS = {

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import load_model, pointed
+from miaobi.files import pointed
+from miaobi.model.checkpoint import load_model
 from miaobi.train.loop import Run
 from miaobi.train.state import Progress, find_state, load_progress
 

@@ -23,7 +23,7 @@ from miaobi.classify.place import RESULT, changed, identity, read_result, refuse
 from miaobi.console import log
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import point, write_json, written_whole
+from miaobi.files import point, write_json, written_whole
 from miaobi.overrides import Origin, with_origins, write_yaml
 from miaobi.train.watch import on_signals
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from miaobi.classify.data import Reading
-from miaobi.corpus.foreign import read_json
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import model_directory, read_tensors, save_tensors, write_json
+from miaobi.files import read_json, write_json
+from miaobi.model.checkpoint import model_directory, read_tensors, save_tensors
 from miaobi.model.families import ARCHITECTURES, hf_config, load_hf, model_config, to_hf
 from miaobi.model.lora import merged
 from miaobi.model.transformer import Block, Transformer, rotate

@@ -12,10 +12,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import tyro
@@ -26,6 +24,7 @@ from miaobi.console import log
 from miaobi.corpus.read import read_documents
 from miaobi.corpus.sources import find_sources
 from miaobi.errors import UserError
+from miaobi.files import text_written_whole
 
 PREFIX, WINDOW = 60, 20
 POWERS = np.array([pow(1_000_003, i, 1 << 64) for i in range(WINDOW)], np.uint64)
@@ -98,26 +97,8 @@ def check_out(out: Path, inputs: list[str]) -> None:
             raise UserError(f"--out={out} is among what is read ({source.path}); write to another file")
     if out.exists() and not out.is_file():
         raise UserError(f"--out={out} is no regular file; give the name of a .jsonl that is to be written")
-
-
-@contextmanager
-def written_aside(out: Path) -> Iterator[TextIO]:
-    """A text file that appears at `out`, or where that links to, when it is whole; else what was there stays.
-
-    Raises UserError where it cannot be written.
-    """
-    out = Path(os.path.realpath(out))
-    aside = out.with_name(f".{out.name}.tmp")
-    try:
-        file = aside.open("w", encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"--out={out} cannot be written ({e.strerror}); choose another place") from e
-    try:
-        with file:
-            yield file
-        os.replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out={out} cannot be written; choose another place")
 
 
 def clean(args: Args) -> dict[str, int]:
@@ -130,7 +111,7 @@ def clean(args: Args) -> dict[str, int]:
     rows = read_rows(args.evaluation, args.text_column, None, labels=False)
     evaluation = Evaluation([row.text for row in rows if row is not None])
     counts = {"documents": 0, "elsewhere": 0, "prefix": 0, "window": 0, "kept": 0}
-    with written_aside(args.out) as f:
+    with text_written_whole(args.out) as f:
         for name in args.sources:
             before = dict(counts)
             for record in documents(name, args.labels):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import pickle
@@ -20,7 +19,8 @@ from miaobi import __version__
 from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import BYTE_PIECES, Tokenizer
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import save_model, write_json, written_whole
+from miaobi.files import sha256, write_json, written_whole
+from miaobi.model.checkpoint import save_model
 from miaobi.model.transformer import VOCAB_MULTIPLE, Transformer
 
 RECORD = "converted.json"
@@ -211,12 +211,8 @@ def write(
 
 def fingerprint(path: Path) -> dict[str, Any]:
     """Name, size, time and SHA-256 of a file, by which a later look finds it unchanged."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
     status = path.stat()
-    return {"name": path.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": digest.hexdigest()}
+    return {"name": path.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256(path)}
 
 
 def is_unchanged(path: Path, known: Any) -> bool:

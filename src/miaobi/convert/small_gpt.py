@@ -23,7 +23,7 @@ from miaobi.corpus.survey import with_progress
 from miaobi.corpus.template import SEP_TEMPLATE
 from miaobi.corpus.tokenizer import BYTE_PIECES, PAD, SEP, Tokenizer
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import pointed
+from miaobi.files import pointed
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin, flatten, with_values
 

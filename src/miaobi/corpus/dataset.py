@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from miaobi.errors import UserError
+from miaobi.files import sha256
 
 IGNORE = -100  # target that is not scored
-CHUNK = 1 << 24  # bytes hashed at a time
 
 
 class Batch(NamedTuple):
@@ -172,17 +172,13 @@ def _beside(manifest: dict) -> list[dict]:
     return [entry for split in ("train", "val") for entry in manifest[split].get("beside", [])]
 
 
-def _check_shard(path: Path, expected: int, sha256: str) -> None:
+def _check_shard(path: Path, expected: int, digest: str) -> None:
     if not path.is_file():
         raise UserError(f"{path} is missing; prepare the data again")
     if path.stat().st_size != expected:
         raise UserError(f"{path} is truncated or altered: {path.stat().st_size} bytes, the manifest says {expected}; "
                         "prepare the data again")  # fmt: skip
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while chunk := f.read(CHUNK):
-            digest.update(chunk)
-    if digest.hexdigest() != sha256:
+    if sha256(path) != digest:
         raise UserError(f"{path} was altered: its SHA-256 is not the manifest's; prepare the data again")
 
 

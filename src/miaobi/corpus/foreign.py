@@ -6,7 +6,6 @@ blanks: a model with it never saw them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,13 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from miaobi.errors import UserError
+from miaobi.files import read_json
 
 Json = dict[str, Any]
 BERT_SPECIALS = {
     "unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]",
 }  # fmt: skip
 GPT2_SPECIALS = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-
-
-def read_json(file: Path) -> Json:
-    """A file that holds a JSON object; {} where there is no such file. Raises UserError if it is damaged."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); copy it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file} holds no settings; copy it again")
-    return value
 
 
 def read_config(directory: Path) -> Json:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,94 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from miaobi.corpus.foreign import read_json
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
+from miaobi.files import pointed, read_json, write_json
 from miaobi.model.families import hf_config, load_hf, model_config, to_hf
 from miaobi.model.hub import resolve
 from miaobi.model.transformer import Transformer
 
 WRITTEN_ANEW = ("eos_token_id", "transformers_version", "_from_model_config")  # of generation_config.json
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A directory that appears at `path` complete: filled aside, flushed to the disk, then renamed.
-
-    If the body raises (a full disk, Ctrl-C) nothing is left behind and an older directory at `path` stays. Directories
-    cannot be exchanged in one go everywhere: the older one is renamed too, and `put_back` finds it after a kill.
-    """
-    aside, older = aside_of(path), older_of(path)
-    put_back(path)
-    shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for file in [p for p in aside.rglob("*") if p.is_file()] + [aside]:
-            flush(file)
-        if path.exists():
-            path.rename(older)
-        aside.rename(path)
-        flush(path.parent)
-        shutil.rmtree(older, ignore_errors=True)
-    except BaseException:
-        put_back(path)
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
-def put_back(path: Path) -> None:
-    """Clear away what a killed `written_whole` left of an older `path`; if that is all there is, it is `path` again."""
-    older = older_of(path)
-    if older.exists() and not path.exists():
-        older.rename(path)
-    shutil.rmtree(older, ignore_errors=True)
-
-
-def aside_of(path: Path) -> Path:
-    """Where a directory is while it is being written."""
-    return path.parent / f".{path.name}.tmp"
-
-
-def older_of(path: Path) -> Path:
-    """Where the directory that is replaced is for a moment."""
-    return path.parent / f".{path.name}.old"
-
-
-def flush(path: Path) -> None:
-    """fsync a file, or a directory so that the names in it are on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open directories
-    fd = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def point(link: Path, target: str) -> None:
-    """Make `link` name its sibling `target`: a relative symlink, or a one-line file where those are refused."""
-    aside = link.with_name(f".{link.name}.tmp")
-    aside.unlink(missing_ok=True)
-    try:
-        aside.symlink_to(target)
-    except OSError:
-        aside.write_text(target + "\n", encoding="utf-8")
-    os.replace(aside, link)
-
-
-def pointed(link: Path) -> Path | None:
-    """The sibling directory that `link` names, or None. A copy that knows no links made a directory of it: that one."""
-    if (link / "config.json").is_file() and not link.is_symlink():
-        return link
-    if link.is_symlink():
-        name = os.readlink(link)
-    elif link.is_file():
-        name = link.read_text(encoding="utf-8").strip()
-    else:
-        return None
-    target = link.parent / Path(name).name  # only ever a sibling
-    return target if target.is_dir() else None
 
 
 def save_model(directory: Path, model: Transformer, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> None:
@@ -134,11 +49,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, path, {"format": "pt"})
     except SafetensorError as e:  # how it reports a full disk
         raise OSError(f"{path.name} was not written whole ({e})") from e
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Indented UTF-8 JSON."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def model_directory(name: str | Path, checkpoint: str = "best") -> Path:

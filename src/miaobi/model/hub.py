@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from miaobi import files
 from miaobi.console import log
 from miaobi.errors import UserError
 
@@ -194,7 +195,7 @@ def fetch_large(name: str, commit: str, sibling: RepoSibling) -> None:
                 expected_size=sibling.lfs["size"],
                 displayed_filename=file,
             )
-        if checksum(part, hashlib.sha256()) != sha256:
+        if files.sha256(part) != sha256:
             part.unlink()
             raise UserError(_altered(name, file))
         part.replace(content)
@@ -208,7 +209,7 @@ def verify_small(file: Path, sibling: RepoSibling, name: str) -> None:
     if sibling.lfs is not None or sibling.blob_id is None:
         return
     git = hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False)
-    if checksum(file, git) != sibling.blob_id:
+    if files.checksum(file, git) != sibling.blob_id:
         file.resolve().unlink()  # the cache keeps contents apart from names
         file.unlink(missing_ok=True)
         raise UserError(_altered(name, file.name))
@@ -218,14 +219,6 @@ def _altered(name: str, file: str) -> str:
     return (
         f"{name}: {file} was altered on the way: its checksum is not the hub's. Run the command again to fetch it anew"
     )
-
-
-def checksum(file: Path, digest: hashlib._Hash) -> str:
-    """Hexadecimal digest of what `digest` has seen, followed by a file."""
-    with file.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def not_the_network(e: Exception) -> bool:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from miaobi.config import LoraConfig, ModelConfig
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import save_tensors, write_json
+from miaobi.files import write_json
+from miaobi.model.checkpoint import save_tensors
 from miaobi.model.families import qkv_widths
 from miaobi.model.transformer import Block, Transformer
 

@@ -10,7 +10,7 @@ import fsspec
 
 from miaobi.console import log, warn
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import point, pointed, written_whole
+from miaobi.files import point, pointed, written_whole
 
 NAMES = ("best", "last")
 STEP = "step-[0-9]+"

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from miaobi.console import warn
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import Unfilled, aside_of, point, pointed, save_model, written_whole
+from miaobi.files import aside_of, point, pointed, written_whole
+from miaobi.model.checkpoint import Unfilled, save_model
 from miaobi.model.lora import adapters, merged, save_adapter
 from miaobi.model.transformer import Transformer
 from miaobi.train.layout import is_sharded, whole

@@ -22,7 +22,8 @@ from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.prepare import prepare, settings_of
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import load_model, model_directory, pointed
+from miaobi.files import pointed
+from miaobi.model.checkpoint import load_model, model_directory
 from miaobi.model.lora import add_lora, load_adapter
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
 from miaobi.overrides import Origin

@@ -12,7 +12,7 @@ from pathlib import Path
 from miaobi.config import RunConfig
 from miaobi.console import log
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import point, pointed, put_back
+from miaobi.files import point, pointed, put_back
 from miaobi.overrides import Origin, flatten, load_config, read_yaml, save_config
 from miaobi.train.mirror import Mirror
 
