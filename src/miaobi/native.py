@@ -49,9 +49,7 @@ def build(source: Path) -> Path | None:
     try:
         if failed.exists() and time.time() - failed.stat().st_mtime < TRY_AGAIN:
             said = next(iter(failed.read_text(encoding="utf-8", errors="replace").splitlines()), "it gave no reason")
-            log(
-                f"{program} could not build {source.name} ({said[:200]}): going on without. Remove {failed} to try again"
-            )
+            log(f"{program} could not build {source.name} ({said[:200]}); going on without. Delete {failed} to retry")
             return None
         import shlex  # of use once per machine
         import subprocess
