@@ -206,7 +206,7 @@ class LanguageModel:
 
     def open(self, prompt: str, cfg: SampleConfig, number: int = 0) -> Stream:
         """The stream that goes on from `prompt`; `number` it among those of one seed."""
-        ids = self.tokenizer.encode(prompt) or [self.start_id()]
+        ids = self.tokenizer.encode_prompt(prompt) or [self.start_id()]
         seed = None if cfg.seed is None else cfg.seed + number
         return Stream(ids, cfg, self.generator(seed), self.end_ids, self.barred)
 
