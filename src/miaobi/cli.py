@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from miaobi.console import mend_streams
+from miaobi.console import error, mend_streams
 from miaobi.errors import UserError
 
 
@@ -55,10 +55,12 @@ VERBS = {
                               "convert.small_gpt:convert_checkpoint", "converted"),
     "convert nanogpt": Verb("a ckpt.pt of nanoGPT, with its meta.pkl or GPT-2's tokenizer",
                             "convert.config:NanoGPTConfig", "convert.nanogpt:convert_checkpoint", "converted"),
+    "convert gguf": Verb("a MODEL as one file for llama.cpp, Ollama and LM Studio", "convert.config:GGUFConfig",
+                         "convert.gguf:convert", "gguf", "MODEL"),
 }  # fmt: skip
 GROUPS = {
     "classify": "labels out of a model: sentiment, or any others",
-    "convert": "checkpoints of other projects -> model directories",
+    "convert": "checkpoints of other projects -> model directories, and those -> GGUF",
 }
 """Verbs of several kinds."""
 ASKING = ("--help", "-h", "help")
@@ -74,27 +76,26 @@ def main(argv: list[str] | None = None) -> None:
     try:
         code = run(args)
         sys.stdout.flush()
+        if code:
+            sys.exit(code)
     except UserError as e:
         if debug:
             raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1)  # what all ranks would say, rank 0 says; torchrun ends the others when it leaves
         rank = f"rank {os.environ.get('RANK', '0')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"miaobi: {rank}{e}", file=sys.stderr)
+        error(f"{rank}{e}")
         sys.exit(2)
     except BrokenPipeError:  # `miaobi sample ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
     except OSError as e:  # a file or directory that cannot be read or written, a full disk
         if debug:
             raise
-        print(f"miaobi: {e.strerror or e}{f': {str(e.filename)[:200]}' if e.filename else ''}", file=sys.stderr)
+        error(f"{e.strerror or e}{f': {str(e.filename)[:200]}' if e.filename else ''}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("miaobi: interrupted", file=sys.stderr)
+        error("interrupted")
         sys.exit(130)
-    if code:
-        sys.exit(code)
 
 
 def run(args: list[str]) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from miaobi.config import POSITIONAL, RunConfig
-from miaobi.errors import UserError
+from miaobi.errors import UserError, brief
 from miaobi.seeds import PRETRAINING, TRAIN, Names, shipped_for
 from miaobi.yaml_file import Mapping, Scalar, read_mapping, write_yaml
 
@@ -93,12 +93,11 @@ def suggest(word: str, known: list[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: at most about 80 characters of it, whatever it is."""
+    """A value for a message: at most 80 characters of it, whatever it is."""
     if isinstance(value, (list, tuple, dict, Mapping)):
         return "a list" if isinstance(value, (list, tuple)) else "a mapping"
     text = "null" if value is None else str(value)
-    cut = text if len(text) <= 80 else f"{text[:77]}..."
-    return cut if not isinstance(value, str) or re.fullmatch(r"-?\d+(\.\.\.)?", cut) else repr(cut)
+    return text if value is None or re.fullmatch(r"-?\d{1,40}", text) or not isinstance(value, str) else brief(text)
 
 
 def coerce(key: str, value: Any, kinds: tuple[Any, ...], where: str) -> Any:
@@ -194,7 +193,7 @@ def canonical(kind: type, names: Names, key: str, value: Any, where: str, verb: 
     name = names.aliases.get(key, key)
     if (setting := keys(kind).get(name)) is None:
         close = suggest(key, [*keys(kind), *names.aliases])
-        raise UserError(f"{where}: unknown key {key[:80]!r}.{close} `{verb} --help` lists all keys")
+        raise UserError(f"{where}: unknown key {brief(key)}.{close} `{verb} --help` lists all keys")
     if key in names.translated:
         theirs, ours = names.translated[key]
         return name, ours(coerce(key, value, (theirs,), where))

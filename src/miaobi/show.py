@@ -93,6 +93,12 @@ def converted(result: dict[str, Any], cfg: Any) -> None:
     print(f"next: miaobi {trying(result['out'], Path(result['out']))}")
 
 
+def gguf(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi convert gguf`: a file."""
+    print(f"{result['out']}: {result['bytes'] / 1e6:,.1f} MB, {result['parameters'] / 1e6:.1f}M parameters as "
+          f"{result['quantize']}, tokenizer {result['tokenizer']}")  # fmt: skip
+
+
 def trying(name: str, *directories: Path) -> str:
     """The command that tries a model: a chat where one of its directories has a template for that."""
     talks = any((directory / "chat_template.jinja").is_file() for directory in directories)
