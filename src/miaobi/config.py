@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Literal
 
 from miaobi.errors import UserError
-
-T = TypeVar("T")
-POSITIONAL = "positional"
-Positional = Annotated[T, POSITIONAL]
-"""A setting that is given by its place on the command line, without --key=."""
-Location = Annotated[str, Path]
-"""Text that names a place: a file, a directory, a MODEL, storage. A leading ~ is the home directory."""
+from miaobi.kinds import Location, Positional
 
 
 @dataclass(frozen=True)

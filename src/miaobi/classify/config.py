@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from miaobi.config import Location, LoraConfig, Positional
+from miaobi.config import LoraConfig
 from miaobi.errors import UserError
+from miaobi.kinds import Location, Positional
 from miaobi.seeds import CLASSIFY, SENTIMENT
 from miaobi.settings import Origin, collect
 

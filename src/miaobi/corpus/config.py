@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from miaobi.config import Location, Positional
 from miaobi.errors import UserError
+from miaobi.kinds import Location, Positional
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from miaobi.config import Location, ModelChoice, Positional
+from miaobi.config import ModelChoice
 from miaobi.errors import UserError
+from miaobi.kinds import Location, Positional
 
 GREEDY = 1e-5
 """A temperature below this is 0: one token has all of the probability, and logits divided by less overflow."""

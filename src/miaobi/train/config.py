@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from miaobi.config import Location, ModelChoice, Positional
+from miaobi.config import ModelChoice
 from miaobi.errors import UserError
+from miaobi.kinds import Location, Positional
 
 
 @dataclass(frozen=True)
