@@ -29,7 +29,7 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import keep_allocations, peak_memory, pick_device, pick_dtype, reset_peak_memory
 from miaobi.model.checkpoint import save_model
 from miaobi.model.loss import linear_cross_entropy
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
 from miaobi.train.loop import Run
 from miaobi.train.world import World
 

@@ -14,7 +14,7 @@ from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model
 from miaobi.model.transformer import Transformer
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
 from miaobi.train import bigrams
 from miaobi.train.recipe import resolve_optim
 

@@ -14,7 +14,7 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model
-from miaobi.overrides import load_config, with_values
+from miaobi.settings import load_config, with_values
 from miaobi.train import loop
 from miaobi.train.loop import Run
 from miaobi.train.world import World

@@ -61,7 +61,7 @@ def weights(out: Path) -> bytes:
 @pytest.fixture(scope="module")
 def alone(prepared, tmp_path_factory):
     """`alone(optimizer="muon")`: the run of one process, once per setting."""
-    from miaobi.overrides import load_config
+    from miaobi.settings import load_config
     from miaobi.train.loop import train as train_run
 
     known: dict[tuple, Path] = {}

@@ -49,7 +49,7 @@ def settings(prepared, trained):
 @pytest.fixture(scope="module")
 def undisturbed(settings, tmp_path_factory):
     """`undisturbed("gpt2")`: the same run, left alone; once per family."""
-    from miaobi.overrides import load_config
+    from miaobi.settings import load_config
     from miaobi.train.loop import train as train_run
 
     known: dict[str, Path] = {}

@@ -35,6 +35,13 @@ BPE_SAMPLE_CHARACTERS = 8_000_000
 """BPE is trained on evenly spaced lines of about so many characters; its trainer needs some 65 bytes for each."""
 
 
+def prepare_sources(cfg: PrepareConfig) -> dict[str, Any]:
+    """`miaobi prepare`: see `prepare`."""
+    if not cfg.sources:
+        raise UserError("prepare needs at least one file, directory or glob; miaobi prepare --help")
+    return prepare(list(cfg.sources), cfg)
+
+
 def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
     """Writes the prepared directory cfg.out.
 
@@ -90,7 +97,7 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
 def settings_of(cfg: PrepareConfig) -> dict[str, Any]:
     """How the data was prepared, as the manifest tells it; by whom and where makes no difference to the data."""
     settings = dataclasses.asdict(cfg)
-    for key in ("out", "workers", "backend"):
+    for key in ("out", "sources", "workers", "backend"):
         del settings[key]
     return json.loads(json.dumps(settings, default=str))
 

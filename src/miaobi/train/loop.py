@@ -23,7 +23,7 @@ from miaobi.device import can_compile, explain_memory, keep_allocations, peak_fl
 from miaobi.errors import UserError
 from miaobi.model.lora import adapter_parameters
 from miaobi.model.transformer import Transformer
-from miaobi.overrides import Origin
+from miaobi.settings import Origin
 from miaobi.train import bigrams
 from miaobi.train.evaluate import eager, place, text_size, told, validation_nats
 from miaobi.train.layout import Objective, compile_blocks, is_sharded, placed, whole

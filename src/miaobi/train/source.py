@@ -26,7 +26,7 @@ from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model, model_directory
 from miaobi.model.lora import add_lora, load_adapter
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
-from miaobi.overrides import Origin
+from miaobi.settings import Origin
 from miaobi.train import bigrams
 from miaobi.train.recipe import resolve_model
 from miaobi.train.state import Progress, load_progress
