@@ -22,7 +22,7 @@ import tyro
 
 from benchmarks.common import machine, parse, report
 from miaobi.console import progress
-from miaobi.corpus.dataset import PreparedData
+from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
 from miaobi.generate.chat import Chat
 from miaobi.generate.config import ChatConfig

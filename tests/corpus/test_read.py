@@ -15,8 +15,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miaobi.corpus import cutting, encodings
-from miaobi.corpus.read import iter_blocks, read_block
+from miaobi.corpus import blocks, encodings
+from miaobi.corpus.documents import iter_blocks, read_block
 from miaobi.corpus.sources import find_sources
 from miaobi.errors import UserError
 
@@ -58,7 +58,7 @@ def documents(*paths: object, **options: object) -> list[str]:
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 @pytest.mark.parametrize("block_bytes", [64, 1 << 20])
 def test_encodings(tmp_path, monkeypatch, codec, text, name, line_end, block_bytes):
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
     path = tmp_path / "a.txt"
     path.write_bytes((text * 3).replace("\n", line_end).encode(codec))
     found = contents(path)
@@ -116,7 +116,7 @@ def test_a_replacement_character_in_the_text_is_not_counted_as_bad(tmp_path, cod
 
 
 def test_ascii_for_long_then_gbk(tmp_path, monkeypatch):
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 12)
     monkeypatch.setattr(encodings, "SAMPLE", 1 << 10)
     text = "plain words\n\n" * 2000 + SIMPLIFIED
     (tmp_path / "a.txt").write_bytes(text.encode("gbk"))
@@ -129,8 +129,8 @@ def test_ascii_for_long_then_gbk(tmp_path, monkeypatch):
 @pytest.mark.parametrize("codec", ["utf-8", "gb18030", "utf-16"])
 @pytest.mark.parametrize("whole", [False, True])
 def test_packed_is_cut_like_plain(tmp_path, monkeypatch, packing, codec, whole):
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", 100)
-    monkeypatch.setattr(cutting, "MAX_DOCUMENT_BYTES", 400)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(blocks, "MAX_DOCUMENT_BYTES", 400)
     data = (SIMPLIFIED + "\n\n" + "没有换行的一段" * 100).encode(codec)
     (tmp_path / "a.txt").write_bytes(data)
     packed = tmp_path / f"a.txt.{packing}"
@@ -211,7 +211,7 @@ def test_blocks_change_nothing(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(text.encode())
     expected, whole = documents(tmp_path / "a.txt"), documents(tmp_path / "a.txt", whole=True)
     for size in (1, 7, 100, 3000):
-        monkeypatch.setattr(cutting, "BLOCK_BYTES", size)
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
         assert documents(tmp_path / "a.txt") == expected
         assert "".join(documents(tmp_path / "a.txt", whole=True)) == whole[0]
 
@@ -249,14 +249,14 @@ def test_records(tmp_path, monkeypatch, name, encoding):
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.write(tmp_path / name, name)
     assert documents(tmp_path / "b.zip") == RECORDS
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 16)
     assert documents(tmp_path / name) == RECORDS
     with pytest.raises(UserError, match=r"no field 'body'.*(id, text|id.*text)"):
         contents(tmp_path / name, field="body")
 
 
 def test_json_error_names_file_and_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", 32)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 32)
     path = tmp_path / "a.jsonl"
     good = '{"text": "好"}\n'
     for bad in ('{"text": ', '["好"]', '{"title": "好"}', '{"text": 3}', '{"text": "\\ud800"}'):
@@ -271,7 +271,7 @@ def test_json_error_names_file_and_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize("codec", ["utf-16", "utf-16-be", "utf-32", "gb18030", "utf-8-sig"])
 @pytest.mark.parametrize("block_bytes", [50, 1 << 20])
 def test_lines_are_counted_in_characters(tmp_path, monkeypatch, codec, block_bytes):
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
     data = ('{"text": "上海ഊ，你好，Ċ"}\n' * 9 + '["坏"]\n').encode(codec)  # UTF-16 with bytes 0A
     (tmp_path / "a.jsonl").write_bytes(data)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data))
@@ -286,7 +286,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, codec, name):
     texts = ["上海" + line for line in SIMPLIFIED.split()]
     text = "\n".join(["text", *texts])
     for size in (64, 1 << 20):
-        monkeypatch.setattr(cutting, "BLOCK_BYTES", size)
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
         (tmp_path / name).write_bytes(("\ufeff" + text).encode(codec))
         found = contents(tmp_path / name, whole=name == "a.txt")
         assert "".join(c.raw for c in found) == (text if name == "a.txt" else "".join(texts))
@@ -325,7 +325,7 @@ def test_rows_of_a_csv_that_would_lose_text(tmp_path, monkeypatch, rows, line, k
     path = tmp_path / "a.csv"
     path.write_text("\n".join(["label,text", *rows]), encoding="utf-8")
     for size in (8, 1 << 20):
-        monkeypatch.setattr(cutting, "BLOCK_BYTES", size)
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
         with pytest.raises(UserError, match=rf"a\.csv, line {line}: .*(quote|columns).*--skip_bad"):
             contents(path)
         found = contents(path, skip_bad=True)
@@ -334,7 +334,7 @@ def test_rows_of_a_csv_that_would_lose_text(tmp_path, monkeypatch, rows, line, k
 
 
 def test_quotes_of_a_tsv_that_do_not_pair_up_are_text(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", 32)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 32)
     texts = ['"好"吃', '"难吃', "真的", '说"好"', *SIMPLIFIED.split()] * 9
     (tmp_path / "a.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t1\n" for t in texts), encoding="utf-8")
     assert documents(tmp_path / "a.tsv") == documents(tmp_path / "a.tsv") == texts
@@ -431,7 +431,7 @@ def test_parts_in_another_encoding_are_read_in_it_when_bad_places_may_be_skipped
 
 
 def test_offset_of_the_bad_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)
     data = SIMPLIFIED.encode() + b"\n\n" + SIMPLIFIED.encode()
     bad = len(data) - 30
     data = data[:bad] + b"\xff" + data[bad:]

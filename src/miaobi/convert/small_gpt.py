@@ -15,11 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 from miaobi.config import ModelConfig, RunConfig
 from miaobi.console import log, warn
 from miaobi.convert import reading
+from miaobi.corpus import nanogpt
+from miaobi.corpus.blocks import with_progress
 from miaobi.corpus.characters import N_CODE_POINTS, code_points, count_characters
 from miaobi.corpus.dataset import IGNORE
-from miaobi.corpus.read import iter_blocks, read_block
+from miaobi.corpus.documents import iter_blocks, read_block
 from miaobi.corpus.sources import find_sources
-from miaobi.corpus.survey import with_progress
 from miaobi.corpus.template import SEP_TEMPLATE
 from miaobi.corpus.tokenizer import BYTE_PIECES, PAD, SEP, Tokenizer
 from miaobi.errors import UserError
@@ -182,11 +183,11 @@ def vocabulary(corpus: Path) -> list[str]:
 
 
 def character_tokenizer(pieces: list[str], first_byte: int | None) -> Tokenizer:
-    """The tokenizer of a chit-chat model; see `reading.character_tokenizer`."""
+    """The tokenizer of a chit-chat model; see `nanogpt.character_tokenizer`."""
     config = {"eos_token": PAD, "pad_token": PAD, "sep_token": SEP, "chat_template": SEP_TEMPLATE}
     if first_byte is None:
         config["unk_token"] = UNKNOWN
-    return reading.character_tokenizer(pieces, SPECIALS, first_byte, config)
+    return nanogpt.character_tokenizer(pieces, SPECIALS, first_byte, config)
 
 
 @torch.no_grad()
