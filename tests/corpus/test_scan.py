@@ -165,3 +165,27 @@ def test_it_takes_over_in_the_middle(tmp_path, monkeypatch, small):
     assert len(asked) > 10
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("settings", [{}, {"split": "tail"}, {"format": "lines"}])
+@pytest.mark.parametrize("noise", ["\0", "\ufeff", "\0\ufeff\0"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030"])
+def test_padding_and_marks_inside(tmp_path, monkeypatch, small, settings, noise, encoding):
+    """The compiled reader takes such blocks too, and finds in them what Python's does."""
+    texts = [f"第{i}场，皇马😀赢了曼联。" for i in range(600)]
+    clean = "\n\n".join(texts)
+    dirty = clean.replace("第77场", f"{noise}第77场").replace("曼联。\n\n第99场", f"曼联。{noise}\n\n{noise}第99场")
+    for name, text in (("clean", clean), ("dirty", dirty + "\0" * 5000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_bytes(text.encode(encoding))
+    results = {}
+    for name in ("clean", "dirty"):
+        results[name] = prepare([str(tmp_path / name)], PrepareConfig(out=tmp_path / f"{name}-out", **settings))
+    monkeypatch.setattr(survey, "_scanned", lambda *a: None)
+    prepare([str(tmp_path / "dirty")], PrepareConfig(out=tmp_path / "slow-out", **settings))
+    for file in ("train.bin", "val.bin", "train.idx", "tokenizer.json"):
+        expected = (tmp_path / "clean-out" / file).read_bytes()
+        assert (tmp_path / "dirty-out" / file).read_bytes() == expected == (tmp_path / "slow-out" / file).read_bytes()
+    assert results["clean"]["removed"] == 0
+    assert results["dirty"]["removed"] == len(dirty) + 5000 - len(clean)
+    assert results["dirty"]["distinct_characters"] == len(set(clean))

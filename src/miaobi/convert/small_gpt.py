@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,8 @@ def vocabulary(corpus: Path) -> list[str]:
     """small-gpt's tokens in the order of their ids: `<unk>`, `<sep>`, `<pad>`, then characters by falling frequency,
     those equally frequent as they first occur. A newline is `<sep>`, or the end of a dialogue, and no character.
     """
-    sources = find_sources([str(corpus)], "text")  # whatever its name ends in
+    found = find_sources([str(corpus)], "text")  # whatever its name ends in
+    sources = [replace(source, is_exact=True) for source in found]  # small-gpt counts every character
     total, in_order = np.zeros(N_CODE_POINTS, np.int64), []
     contents = (((block,), read_block(block, whole=True)) for block in iter_blocks(sources, whole=True))
     for (block,), content in with_progress(contents, sources, "reading the corpus"):

@@ -219,6 +219,8 @@ def decoded(block: Block, skip_bad: bool = False) -> Decoded:
             following = encodings.detect(data[error.start : error.start + 4096], is_whole=False)
             other = following[0] if following else ""
             raise UserError(_does_not_fit(block.source, start + error.start, encoding, other)) from error
+    if block.source.is_exact:
+        return Decoded(text, encoding, replaced, 0)
     if block.source.format in ("jsonl", "messages"):
         text = text.replace("}\ufeff{", "}\n{")  # the first file's last line had no end
     clean = without_noise(text, encoding)

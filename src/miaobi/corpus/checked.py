@@ -54,7 +54,7 @@ def _remembered(directory: Path) -> Iterator[dict[str, Any]]:
         import fcntl
 
         home = _cache()
-        file = open(home / hashlib.sha256(os.fsencode(directory.resolve())).hexdigest(), "a+", encoding="utf-8")  # noqa: SIM115
+        file = open(home / hashlib.sha256(os.fsencode(directory.resolve())).hexdigest(), "a+b")  # noqa: SIM115
     except (ImportError, OSError, RuntimeError, KeyError):
         yield {}
         return
@@ -68,7 +68,7 @@ def _remembered(directory: Path) -> Iterator[dict[str, Any]]:
             known = {}
         known = known if isinstance(known, dict) else {}
         yield known
-        if (now := json.dumps(known)) != text:
+        if (now := json.dumps(known).encode()) != text:
             file.truncate(0)
             file.write(now)
 

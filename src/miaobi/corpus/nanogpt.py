@@ -17,8 +17,9 @@ DTYPE = "uint16"  # of all its .bin files
 
 
 def is_data(directory: Path) -> bool:
-    """Whether a directory holds the tokens that one of nanoGPT's prepare.py writes, and no data of ours."""
-    return (directory / "train.bin").is_file() and (directory / "val.bin").is_file()
+    """Whether a directory holds the tokens that one of nanoGPT's prepare.py writes, and none of ours."""
+    names = ("train.bin", "val.bin")
+    return all((directory / name).is_file() for name in names) and not (directory / "train.idx").exists()
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
@@ -48,7 +49,7 @@ def read_characters(path: Path) -> list[str]:
     for piece in pieces:
         if not isinstance(piece, str) or len(piece) != 1 or "\ud800" <= piece < "\ue000":
             raise UserError(
-                f"{path}: {str(piece)[:20]!r} is not one character; only character models have a meta.pkl like that"
+                f"{path}: {repr(piece)[:40]} is not one character; only character models have a meta.pkl like that"
             )
     if len(set(pieces)) != len(pieces):
         raise UserError(f"{path}: some characters have two ids; it was altered, get it again")

@@ -46,7 +46,10 @@ class TokenStream:
         """Where each document begins: (documents,) int64."""
         if self.documents == 1 and self._marks("idx", "<u8") is None:  # nanoGPT's
             return np.zeros(1, np.int64)
-        return self._positions("idx")
+        starts = self._positions("idx")
+        if len(starts) != self.documents or (len(self) and not (len(starts) and starts[0] == 0)):
+            raise UserError(f"{self.directory / self.name}.idx is not that of these documents; prepare the data again")
+        return starts
 
     @cached_property
     def turns(self) -> np.ndarray:

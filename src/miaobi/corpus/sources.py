@@ -47,6 +47,8 @@ class Source:
     """Bytes on disk (a zip member: unpacked)."""
     is_listed: bool = field(default=False, compare=False)
     """Found in a directory, not named by the user: what turns out to be no text at all is left out."""
+    is_exact: bool = field(default=False, compare=False)
+    """Every character is kept: nothing is taken for padding or for a byte order mark inside."""
 
     @property
     def name(self) -> str:
