@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.common import machine, parse, report
 from miaobi.console import progress
-from miaobi.corpus.dataset import PreparedData
+from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
 from miaobi.generate.chat import Chat
 from miaobi.generate.config import ChatConfig

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from miaobi.config import ModelConfig, OptimConfig
-from miaobi.corpus.dataset import PreparedData
+from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from miaobi.config import ModelConfig
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.dataset import IGNORE, PreparedData
+from miaobi.corpus.dataset import IGNORE
 from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.prepare import prepare
+from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.files import pointed

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miaobi.corpus.dataset import IGNORE, PreparedData, TokenStream, batch, windows_per_epoch
+from miaobi.corpus.dataset import IGNORE, batch, windows_per_epoch
+from miaobi.corpus.prepared import PreparedData, TokenStream
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.files import pointed

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from miaobi.config import TrainConfig
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.dataset import IGNORE, Batch, PreparedData, TextWindows
+from miaobi.corpus.dataset import IGNORE, Batch, TextWindows
 from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.prepare import prepare
+from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model

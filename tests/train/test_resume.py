@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from miaobi.corpus.dataset import PreparedData, windows_per_epoch
+from miaobi.corpus.dataset import windows_per_epoch
+from miaobi.corpus.prepared import PreparedData
 from miaobi.files import pointed
 
 STEPS, BATCH, BLOCK = 60, 8, 32

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
-from miaobi.corpus.dataset import PreparedData
 from miaobi.corpus.packing import PackedDialogues
+from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import model_directory

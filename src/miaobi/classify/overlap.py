@@ -21,7 +21,7 @@ from miaobi.classify.data import normalized
 from miaobi.classify.tables import read_rows
 from miaobi.command_line import parse
 from miaobi.console import log
-from miaobi.corpus.read import read_documents
+from miaobi.corpus.documents import read_documents
 from miaobi.corpus.sources import find_sources
 from miaobi.errors import UserError
 from miaobi.files import text_written_whole

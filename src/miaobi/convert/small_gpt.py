@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from miaobi.config import ModelConfig, RunConfig
 from miaobi.console import log, warn
 from miaobi.convert import reading
 from miaobi.convert.config import SmallGPTConfig
+from miaobi.corpus import nanogpt
+from miaobi.corpus.blocks import with_progress
 from miaobi.corpus.characters import N_CODE_POINTS, code_points, count_characters
 from miaobi.corpus.dataset import IGNORE
-from miaobi.corpus.read import iter_blocks, read_block
+from miaobi.corpus.documents import iter_blocks, read_block
 from miaobi.corpus.sources import find_sources
-from miaobi.corpus.survey import with_progress
 from miaobi.corpus.template import SEP_TEMPLATE
 from miaobi.corpus.tokenizer import BYTE_PIECES, PAD, SEP, Tokenizer
 from miaobi.errors import UserError
@@ -183,7 +185,8 @@ def vocabulary(corpus: Path) -> list[str]:
     """small-gpt's tokens in the order of their ids: `<unk>`, `<sep>`, `<pad>`, then characters by falling frequency,
     those equally frequent as they first occur. A newline is `<sep>`, or the end of a dialogue, and no character.
     """
-    sources = find_sources([str(corpus)], "text")  # whatever its name ends in
+    found = find_sources([str(corpus)], "text")  # whatever its name ends in
+    sources = [replace(source, is_exact=True) for source in found]  # small-gpt counts every character
     total, in_order = np.zeros(N_CODE_POINTS, np.int64), []
     contents = (((block,), read_block(block, whole=True)) for block in iter_blocks(sources, whole=True))
     for (block,), content in with_progress(contents, sources, "reading the corpus"):
@@ -199,11 +202,11 @@ def vocabulary(corpus: Path) -> list[str]:
 
 
 def character_tokenizer(pieces: list[str], first_byte: int | None) -> Tokenizer:
-    """The tokenizer of a chit-chat model; see `reading.character_tokenizer`."""
+    """The tokenizer of a chit-chat model; see `nanogpt.character_tokenizer`."""
     config = {"eos_token": PAD, "pad_token": PAD, "sep_token": SEP, "chat_template": SEP_TEMPLATE}
     if first_byte is None:
         config["unk_token"] = UNKNOWN
-    return reading.character_tokenizer(pieces, SPECIALS, first_byte, config)
+    return nanogpt.character_tokenizer(pieces, SPECIALS, first_byte, config)
 
 
 @torch.no_grad()

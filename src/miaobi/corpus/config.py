@@ -51,6 +51,9 @@ class PrepareConfig:
     tail = nanoGPT's cut: the last part of the characters, no document handling at all (dialogues: the last ones)."""
     val_fraction: float = 0.1
     """Share of the documents (hash) or characters (tail) kept for validation."""
+    val: str = ""
+    """A file, directory or glob whose documents are the validation part, in place of a share of the sources; documents
+    of the sources that are in it as well are dropped (not with --split=tail, which knows no documents)."""
     workers: int = 0
     """Processes that read and encode; 0 = one per core (of the whole cluster with --backend=ray)."""
     backend: Literal["processes", "ray"] = "processes"

@@ -85,7 +85,7 @@ class Run:
             self.data = open_data(cfg, self.out)
         check_same(world, cfg, self.data.fingerprint)
         checkpoint = world.gather(checkpoint)[0]
-        self.tokenizer = Tokenizer.load(self.data.path)
+        self.tokenizer = self.data.tokenizer
         self.progress = start_or_continue(cfg, self.data, checkpoint)
         on_ranks = partial(placed, cfg.train, world, device, dtype)
         self.model = build_model(cfg, origin, self.data, self.tokenizer, checkpoint, self.progress, on_ranks).to(device)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
-from miaobi.corpus.dataset import PreparedData, TokenStream
-from miaobi.corpus.dialogue import Encoded, as_lines, encode_lines, encode_roles
+from miaobi.corpus.dialogue import as_lines, encode_lines, encode_roles
+from miaobi.corpus.documents import read_documents
 from miaobi.corpus.packing import PackedDialogues
-from miaobi.corpus.read import read_documents
+from miaobi.corpus.prepared import PreparedData, TokenStream, is_prepared
+from miaobi.corpus.store import Encoded
 from miaobi.corpus.template import SEP_TEMPLATE
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
@@ -33,7 +33,7 @@ def score(cfg: EvalConfig) -> dict:
     keep_allocations()
     where, sources = pick_device(cfg.device), list(cfg.data)
     model, tokenizer = load_model(cfg.model, cfg.checkpoint)
-    prepared = len(sources) == 1 and (Path(sources[0]) / "manifest.json").is_file()
+    prepared = len(sources) == 1 and is_prepared(sources[0])
     size, steps = cfg.batch_size, stride_tokens(cfg.stride, model.cfg.block_size)
     precision = pick_dtype(cfg.dtype, where)
     read = partial(read_documents, sources, field=cfg.field, skip_bad=cfg.skip_bad)
@@ -64,7 +64,7 @@ def nothing_in(sources: list[str]) -> UserError:
 
 @dataclass
 class MemoryStream:
-    """Encoded dialogues with the interface of `dataset.TokenStream`."""
+    """Encoded dialogues with the interface of `prepared.TokenStream`."""
 
     parts: Encoded
 
@@ -131,7 +131,7 @@ def stride_tokens(stride: str, block_size: int) -> int:
 def open_prepared(source: str, tokenizer: Tokenizer) -> PreparedData:
     """Prepared data of the model's own tokenizer. Raises UserError for another."""
     data = PreparedData.open(source)
-    if Tokenizer.load(data.path).backend.to_str() != tokenizer.backend.to_str():
+    if data.tokenizer.backend.to_str() != tokenizer.backend.to_str():
         raise UserError(f"{source} was prepared with another tokenizer than the model's; give the raw text instead, "
                         "or prepare it with --tokenizer=MODEL")  # fmt: skip
     return data
