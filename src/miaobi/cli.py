@@ -145,7 +145,7 @@ def train(args: list[str]) -> None:
     cfg, origin = load_config(path, given)
     if Path(cfg.train.resume_from or "").suffix == ".pth":
         from miaobi.convert.small_gpt import start_from_checkpoint
-        from miaobi.train.world import join
+        from miaobi.train.rendezvous import join
 
         with join(cfg.train).first():  # of several processes one converts
             cfg, origin = start_from_checkpoint(cfg, origin)

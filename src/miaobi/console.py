@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
@@ -21,7 +22,39 @@ if TYPE_CHECKING:
 def _console() -> Console:
     from rich.console import Console  # a command that has nothing to say need not wait for it
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(file=Stderr(), highlight=False, soft_wrap=True)
+
+
+class Stderr:
+    """stderr, as it is at the moment; where nobody reads it any more, or its disk is full, what is said is lost and
+    the work goes on.
+    """
+
+    def write(self, text: str) -> int:
+        """Say it, if that is possible."""
+        try:
+            return sys.stderr.write(text)
+        except (OSError, ValueError):  # ValueError: closed
+            self.give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, if that is possible."""
+        try:
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Lead stderr nowhere: what is left in its buffer would fail again when Python exits."""
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stderr.fileno())
+            os.close(nowhere)
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 def __getattr__(name: str) -> Console:
