@@ -49,6 +49,12 @@ class Reader(pickle.Unpickler):
         return Plain
 
 
+def offset_of(index: Any) -> tuple[int, ...]:
+    """Where a part lies; numbers have no place."""
+    offset = getattr(index, "offset", None)
+    return () if offset is None else tuple(offset.args[0])
+
+
 class OlderState:
     """A directory with `.metadata` and `*.distcp`; the interface of `optimizer_state.Saved`."""
 
@@ -61,7 +67,7 @@ class OlderState:
             with (directory / ".metadata").open("rb") as f:
                 storage = Reader(f).load().storage_data
             for index, info in storage.items():
-                name, offset = str(index.fqn), tuple(index.offset.args[0]) if index.offset is not None else ()
+                name, offset = str(index.fqn), offset_of(index)
                 self.add(name, offset, self.read_part(info))
         except (pickle.UnpicklingError, AttributeError, IndexError, TypeError, MemoryError, RecursionError) as e:
             raise ValueError(f".metadata is damaged: {str(e)[:200] or type(e).__name__}") from e

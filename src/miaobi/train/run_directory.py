@@ -87,7 +87,7 @@ def one_writer(cfg: RunConfig, is_first: bool) -> ExitStack:
     Raises UserError naming the process that holds one, or for a run directory that cannot be made.
     """
     stack, out = ExitStack(), Path(cfg.train.out_dir)
-    if not is_first or (cfg.train.eval_only and has_checkpoint(out)):
+    if not is_first or only_reads(cfg):
         return stack
     mirror = Mirror(cfg.train.mirror) if cfg.train.mirror else None
     try:
@@ -120,7 +120,8 @@ def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, resta
         move_aside(out)
     if asked and mirror is not None:
         mirror.forget()
-    restore_links(link.parent)
+    if not only_reads(cfg):
+        restore_links(link.parent)
     last = pointed(link)
     if last is None and os.path.lexists(link):
         raise UserError(f"{link} names a checkpoint that is gone; continue from another with --resume_from="
@@ -196,9 +197,9 @@ def restore_links(checkpoints: Path) -> None:
             point_at(best, there[best_step].name)
 
 
-def has_checkpoint(out: Path) -> bool:
-    """Whether a run directory has a checkpoint to read."""
-    return pointed(out / "checkpoints" / "last") is not None
+def only_reads(cfg: RunConfig) -> bool:
+    """Whether a run is only looked at: perhaps one that another process is writing, or may not be written."""
+    return cfg.train.eval_only and pointed(Path(cfg.train.out_dir) / "checkpoints" / "last") is not None
 
 
 def find_state(name: str) -> Path:

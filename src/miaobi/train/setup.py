@@ -28,7 +28,7 @@ from miaobi.train.mirror import Mirror
 from miaobi.train.optimizer import make_optimizers
 from miaobi.train.optimizer_state import load as load_optimizers
 from miaobi.train.recipe import micro_batch, resolve_model, resolve_optim, total_steps
-from miaobi.train.run_directory import Progress, grown, load_progress, open_run, start_run
+from miaobi.train.run_directory import Progress, grown, load_progress, only_reads, open_run, start_run
 from miaobi.train.world import World, check_same
 
 SIZES = ("family", "n_layer", "n_head", "n_embd", "block_size")
@@ -133,7 +133,7 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
     optim = resolve_optim(grown(cfg, progress).optim, shape.family, steps, tuning, short, shape.n_embd)
     optimizers = make_optimizers(model, optim, optim.optimizer)
     scaler = GradScaler(device.type, enabled=dtype == torch.float16)
-    if checkpoint is not None:
+    if checkpoint is not None and not cfg.train.eval_only:
         load_optimizers(checkpoint / "train_state", model, optimizers, scaler)
     val_windows, train_windows = evaluation_windows(cfg, progress, steps, blocks, val_blocks)
     adapted = adapter_parameters(model)
@@ -150,7 +150,7 @@ def enter(cfg: RunConfig, origin: Origin, world: World, mirror: Mirror | None) -
     with world.first():
         if world.is_first:
             checkpoint = open_run(cfg, origin, mirror, world.restarted)
-            if not (cfg.train.eval_only and checkpoint is not None):  # which reads, and need not be allowed to write
+            if not only_reads(cfg):
                 start_run(cfg, origin)
         data = open_data(cfg, out, world.is_first)
     check_same(world, cfg, data.fingerprint)
