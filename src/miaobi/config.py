@@ -220,6 +220,8 @@ class TrainConfig:
     """Steps between evaluations, checkpoints and printed samples."""
     eval_iters: int = 20
     """Evaluation size in batches, on fixed validation windows."""
+    eval_first: bool = False
+    """Evaluate once before the first step, to see where the model begins; the result is only told."""
     eval_only: bool = False
     """Evaluate the last checkpoint and leave."""
     save_interval: int | None = None
