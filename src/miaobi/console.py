@@ -46,6 +46,12 @@ def warn(message: str) -> None:
     _console().print(f"warning: {message}", style="yellow", markup=False)
 
 
+@functools.cache
+def warn_once(message: str) -> None:
+    """`warn`, unless this process has already said it."""
+    warn(message)
+
+
 def mend_streams() -> None:
     """A closed standard stream leads nowhere, and a character that stdout's encoding lacks is a ?: neither is a reason
     to lose a result.
