@@ -108,7 +108,7 @@ def answer(lm: LanguageModel, opening: str, cfg: ChatConfig) -> Reply:
     chat = Chat(lm, cfg)
     prompt = chat.prompt([{"role": "user", "content": opening}])
     ids: list[int] = []
-    for token in lm.write(lm.slots(), chat.stream(prompt)):
+    for token in lm.slots().write(chat.stream(prompt)):
         if token in chat.ends:
             return Reply(lm.tokenizer.decode(ids), True)
         ids.append(token)

@@ -1,10 +1,9 @@
 """Command lines: what the verbs are called, and how their flags, kinds, configs and models are read."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
-from miaobi.console import json_text
+from miaobi.console import error, json_text
 from miaobi.errors import UserError
 
 VERBS = {
@@ -144,7 +143,7 @@ def explained(arg: str) -> bool:
     }
     key = arg.split("=")[0]
     if key in reasons:
-        print(f"miaobi: {arg} is not needed: {reasons[key]}", file=sys.stderr)
+        error(f"{arg} is not needed: {reasons[key]}")
     return key in reasons
 
 

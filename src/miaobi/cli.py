@@ -22,7 +22,7 @@ from miaobi.arguments import (
     take_kind,
     take_values,
 )
-from miaobi.console import mend_streams, warn_of_encoding
+from miaobi.console import error, mend_streams, warn_of_encoding
 from miaobi.errors import UserError
 from miaobi.flags import plain_settings
 
@@ -42,17 +42,17 @@ def main(argv: list[str] | None = None) -> None:
         if rank != "0":
             time.sleep(1)  # what all ranks would say, rank 0 says; torchrun ends the others when it leaves
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        print(f"miaobi: {f'rank {rank}: ' if several else ''}{e}", file=sys.stderr)
+        error(f"{f'rank {rank}: ' if several else ''}{e}")
         sys.exit(2)
     except BrokenPipeError:  # `miaobi sample ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:  # a file or directory that cannot be read or written, a full disk
         if debug:
             raise
-        print(f"miaobi: {e.strerror or e}{f': {e.filename}' if e.filename else ''}", file=sys.stderr)
+        error(f"{e.strerror or e}{f': {e.filename}' if e.filename else ''}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("miaobi: interrupted", file=sys.stderr)
+        error("interrupted")
         sys.exit(130)
 
 

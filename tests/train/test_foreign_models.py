@@ -12,6 +12,7 @@ import transformers
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.generate.engine import load
+from miaobi.generate.slots import Slots
 from miaobi.model.checkpoint import end_ids, model_directory
 
 BLOCK = 64
@@ -148,6 +149,8 @@ class Memory:
 
     def end(self, stream) -> None:
         self.streams = []
+
+    write = Slots.write
 
     def advance(self) -> list:
         return [(stream, self.token(stream)) for stream in self.streams]

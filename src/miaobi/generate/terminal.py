@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from miaobi.config import RunConfig
-from miaobi.console import warn_of_encoding
+from miaobi.console import error, warn_of_encoding
 from miaobi.errors import UserError
 from miaobi.generate.config import ChatConfig
 from miaobi.overrides import SMALL_GPT, load_config, read_yaml
@@ -91,7 +91,7 @@ def talk(chat: Chat, silent: bool = False) -> None:
             interrupted = True
             print("(Ctrl-C again leaves, so do Ctrl-D and exit)", file=out)
         except UserError as e:  # the conversation goes on
-            print(f"miaobi: {e}", file=sys.stderr)
+            error(e)
 
 
 def obey(chat: Chat, line: str, out: TextIO, silent: bool) -> bool:

@@ -55,7 +55,8 @@ def score(
             tokens, characters, text_bytes = raw_tokens(read, tokenizer, ends_documents(name, checkpoint), format)
         if len(tokens) < 2 or not characters:
             raise nothing_in(sources)
-        return evaluate(model.to(where), tokens, characters, text_bytes, steps, precision, batch_size)
+        given = [id_ for id_ in tokenizer.begin_ids if id_ != tokenizer.eot_id]
+        return evaluate(model.to(where), tokens, characters, text_bytes, steps, precision, batch_size, given)
 
 
 def nothing_in(sources: list[str]) -> UserError:
@@ -160,10 +161,11 @@ def prepared_tokens(source: str, split: str, tokenizer: Tokenizer) -> tuple[np.n
 def raw_tokens(read: Read, tokenizer: Tokenizer, documents: bool, format: str) -> tuple[np.ndarray, int, int]:
     """Tokens of raw text as its documents, or as one stream for a model that knows no end of text."""
     documents = documents and tokenizer.eot_id is not None
-    end = [tokenizer.eot_id] if documents else []
-    parts, characters, text_bytes = [np.array([tokenizer.eot_id or 0])], 0, 0
+    begin, end = tokenizer.begin_ids, [tokenizer.eot_id] if documents else []
+    parts, characters, text_bytes = [np.array(begin or [tokenizer.eot_id or 0])], 0, 0
     for text in read(format, whole=not documents):
-        parts += [tokenizer.encode_array(text), np.array(end, np.int64)]
+        head = begin if characters else []  # the first one's is there
+        parts += [np.array(head, np.int64), tokenizer.encode_array(text), np.array(end, np.int64)]
         characters += len(text)
         text_bytes += len(text.encode("utf-8"))
     return np.concatenate(parts).astype(np.int64), characters, text_bytes
