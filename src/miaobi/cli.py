@@ -327,7 +327,7 @@ def classify(args: list[str]) -> None:
     if as_json:
         print_json(result)
     elif result["rows"]:
-        ablation.show(result["rows"], result["baselines"], cfg.protocol)
+        ablation.show([*result.get("earlier", []), *result["rows"]], result["baselines"], cfg.protocol)
         if kind == "train":
             ablation.conclude(result)
             print(f"next: miaobi classify predict {result['run']} 房间很干净，下次还来")
