@@ -12,11 +12,11 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from miaobi.config import Location
 from miaobi.console import log
 from miaobi.corpus.config import PrepareConfig
 from miaobi.errors import UserError
 from miaobi.generate.config import ChatConfig, SampleConfig
+from miaobi.kinds import Location
 from miaobi.settings import load_config, shipped_config
 
 FULL_WIDTH = str.maketrans(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from miaobi.console import json_text
-from miaobi.seeds import Names
-from miaobi.settings import Key, keys
+
+if TYPE_CHECKING:
+    from miaobi.seeds import Names
+    from miaobi.settings import Key
 
 
-def as_json(result: dict[str, Any]) -> None:
+def as_json(result: dict[str, Any], cfg: Any) -> None:
     """The one object of --json."""
     print(json_text(result))
 
@@ -128,6 +130,8 @@ def explain(command: str, what: str, kind: type, names: Names) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from miaobi.settings import keys
 
     settings = list(keys(kind).values())
     words = [command, *(usage(key) for key in settings if key.is_positional), "[--key=value ...]"]

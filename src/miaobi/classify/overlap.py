@@ -20,12 +20,12 @@ import numpy as np
 from miaobi.classify.data import normalized
 from miaobi.classify.tables import read_rows
 from miaobi.command_line import parse
-from miaobi.config import Location, Positional
 from miaobi.console import log
 from miaobi.corpus.documents import read_documents
 from miaobi.corpus.sources import find_sources
 from miaobi.errors import UserError
 from miaobi.files import text_written_whole
+from miaobi.kinds import Location, Positional
 
 PREFIX, WINDOW = 60, 20
 POWERS = np.array([pow(1_000_003, i, 1 << 64) for i in range(WINDOW)], np.uint64)
