@@ -9,6 +9,7 @@ import torch
 
 from miaobi.config import ModelConfig
 from miaobi.convert import reading
+from miaobi.convert.config import NanoGPTConfig
 from miaobi.corpus.nanogpt import character_tokenizer, read_characters
 from miaobi.corpus.tokenizer import BYTE_PIECES, EOT, Tokenizer
 from miaobi.errors import UserError
@@ -63,6 +64,11 @@ def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) 
         "spare_rows": rows - known,
         "step": checkpoint.get("iter_num"),
     }
+
+
+def convert_checkpoint(cfg: NanoGPTConfig) -> dict[str, Any]:
+    """`miaobi convert nanogpt`; see `convert`."""
+    return convert(cfg.checkpoint, cfg.meta, cfg.tokenizer, cfg.directory)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from miaobi.config import ModelConfig, RunConfig
 from miaobi.console import log, warn
 from miaobi.convert import reading
+from miaobi.convert.config import SmallGPTConfig
 from miaobi.corpus import nanogpt
 from miaobi.corpus.blocks import with_progress
 from miaobi.corpus.characters import N_CODE_POINTS, code_points, count_characters
@@ -27,7 +28,7 @@ from miaobi.corpus.tokenizer import BYTE_PIECES, PAD, SEP, Tokenizer
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.transformer import Transformer
-from miaobi.overrides import Origin, flatten, with_values
+from miaobi.settings import Origin, flatten, with_values
 
 UNKNOWN = "<unk>"
 SPECIALS = [UNKNOWN, SEP, PAD]
@@ -91,6 +92,11 @@ def convert(path: Path, corpus: str | None, out: Path, exact: bool = False) -> d
     }
 
 
+def convert_checkpoint(cfg: SmallGPTConfig) -> dict[str, Any]:
+    """`miaobi convert small-gpt`; see `convert`."""
+    return convert(cfg.checkpoint, cfg.corpus, cfg.directory, cfg.exact)
+
+
 def converted(path: Path, corpus: str | None) -> Path:
     """The model directory beside `path`, X.miaobi for X.pth, made anew where the checkpoint or the corpus changed.
 
@@ -108,11 +114,22 @@ def converted(path: Path, corpus: str | None) -> Path:
 
 
 def start_from_checkpoint(cfg: RunConfig, origin: Origin) -> tuple[RunConfig, Origin]:
-    """A configuration whose `resume_from` names a `.pth`, with `init_from` the converted model instead.
+    """A configuration whose `resume_from` names a `.pth`, with `init_from` the converted model instead; else as it is.
 
-    Raises UserError where the configuration's sizes are not the checkpoint's, and what `convert` raises.
+    Of several processes one converts. Raises UserError where the configuration's sizes are not the checkpoint's, and
+    what `convert` raises.
     """
-    path = Path(cfg.train.resume_from)
+    path = Path(cfg.train.resume_from or "")
+    if path.suffix != ".pth":
+        return cfg, origin
+    from miaobi.train.rendezvous import join
+
+    with join(cfg.train).first():
+        return _start_from(path, cfg, origin)
+
+
+def _start_from(path: Path, cfg: RunConfig, origin: Origin) -> tuple[RunConfig, Origin]:
+    """`start_from_checkpoint`, in one process."""
     if cfg.train.init_from == "scratch" and origin.get("init_from") == "command line":
         log(f"--init_from=scratch: {path} is left alone")
         return with_values(cfg, {"resume_from": None}), origin

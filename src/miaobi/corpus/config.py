@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from miaobi.config import Location, Positional
 from miaobi.errors import UserError
 
 
@@ -15,7 +16,9 @@ class PrepareConfig:
 
     out: Path
     """Directory for train.bin, val.bin, tokenizer.json and manifest.json."""
-    tokenizer: str = "char"
+    sources: Positional[tuple[Location, ...]] = ()
+    """Files, directories, globs; .txt .jsonl .csv .tsv .parquet, also .gz .xz .zst .zip of them."""
+    tokenizer: Location = "char"
     """char, bpe, or a directory (or tokenizer.json) whose tokenizer is reused."""
     vocab_size: int | None = None
     """Rows of the embedding. char: at most this many tokens, rarest characters become bytes. bpe: default 8192."""

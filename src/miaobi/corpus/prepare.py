@@ -32,6 +32,13 @@ from miaobi.corpus.workers import Workers, workers_for
 from miaobi.errors import UserError
 
 
+def prepare_sources(cfg: PrepareConfig) -> dict[str, Any]:
+    """`miaobi prepare`: see `prepare`."""
+    if not cfg.sources:
+        raise UserError("prepare needs at least one file, directory or glob; miaobi prepare --help")
+    return prepare(list(cfg.sources), cfg)
+
+
 def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
     """Writes the prepared directory cfg.out.
 
@@ -110,7 +117,7 @@ def _say_what_was_left(records: list[dict], left: list[LeftOut], removed: int) -
 def settings_of(cfg: PrepareConfig) -> dict[str, Any]:
     """How the data was prepared, as the manifest tells it; by whom and where makes no difference to the data."""
     settings = dataclasses.asdict(cfg)
-    for key in ("out", "workers", "backend"):
+    for key in ("out", "sources", "workers", "backend"):
         del settings[key]
     return json.loads(json.dumps(settings, default=str))
 
