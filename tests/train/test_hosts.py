@@ -24,7 +24,7 @@ import torch.distributed as dist
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.train import saving, world
-from miaobi.train.state import Progress
+from miaobi.train.run_directory import Progress
 
 IP = shutil.which("ip") or shutil.which("ip", path="/usr/sbin:/sbin")
 WAYS = [("--user", "--map-root-user"), ()]  # as any user; as root, where users may not make namespaces
