@@ -6,7 +6,9 @@ blanks: a model with it never saw them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ from miaobi.errors import UserError
 from miaobi.files import read_json
 
 Json = dict[str, Any]
+MAX_CONTROL_CHARACTERS = 256
+"""Longest control token: real ones have some forty, and templates look for every part of them."""
+MAX_IDS = 1 << 24
+_MAX_GROWTH = 64
+"""How many times longer a text may become by all `Replace` steps of a tokenizer together, in characters."""
 BERT_SPECIALS = {
     "unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]",
 }  # fmt: skip
@@ -50,6 +57,75 @@ def read_foreign(directory: Path) -> tuple[tokenizers.Tokenizer, Json] | None:
         return None
     _add_tokens(backend, config, read_json(directory / "added_tokens.json"), directory)
     return backend, config
+
+
+def backend_of(text: str) -> tokenizers.Tokenizer:
+    """The tokenizer in the content of a tokenizer.json.
+
+    Raises:
+        ValueError: it is none, or one whose text would grow without end.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, dict) or "model" not in content:
+        raise ValueError("it has no model")
+    _check_growth(content)
+    backend = _guarded(lambda: tokenizers.Tokenizer.from_str(text))
+    ids = _guarded(lambda: backend.get_vocab(with_added_tokens=True)).values()
+    if not ids or max(ids) >= MAX_IDS:
+        raise ValueError(f"it has the id {max(ids):,}; the largest is {MAX_IDS - 1:,}" if ids else "it has no tokens")
+    for token in backend.get_added_tokens_decoder().values():
+        check_control(token.content)
+    _guarded(lambda: backend.encode("a1你\n\U0010fffd", add_special_tokens=False))  # no unknown token, and the like
+    return backend
+
+
+def check_control(name: str) -> None:
+    """Raises ValueError for the name of a control token that breaks the rules by which text is kept apart from it."""
+    if len(name) > MAX_CONTROL_CHARACTERS:
+        raise ValueError(f"a control token has {len(name):,} characters, more than {MAX_CONTROL_CHARACTERS}")
+    if found := re.search("[\ufdd0-\ufdef]", name):
+        raise ValueError(f"a control token has U+{ord(found[0]):04X}, which is not a character")
+
+
+def _guarded(make: Callable[[], Any]) -> Any:
+    """What `make` gives. Raises ValueError for all errors of the library, whose panics are no Exceptions."""
+    try:
+        return make()
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(str(error)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library gives up on it ({error})") from error
+
+
+def _check_growth(content: Json) -> None:
+    """Raises ValueError for steps that would blow up every text: a few `Replace` in a row fill any memory."""
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        growth, waiting = 1.0, [content.get(part)]
+        while waiting:
+            step = waiting.pop()
+            if isinstance(step, list):
+                waiting += step
+            elif isinstance(step, dict):
+                waiting += [step.get(key) for key in ("normalizers", "pretokenizers", "decoders")]
+                growth *= _growth(step)
+        if growth > _MAX_GROWTH:
+            raise ValueError(f"its {part} makes text more than {_MAX_GROWTH} times as long")
+
+
+def _growth(step: Json) -> float:
+    """How many times longer one step makes a text, at most."""
+    written = step.get("content", step.get("prepend"))
+    if step.get("type") not in ("Replace", "Prepend") or not isinstance(written, str):
+        return 1.0
+    pattern = step.get("pattern")
+    searched = pattern.get("String") if isinstance(pattern, dict) else None
+    return max(1.0, len(written.encode("utf-8", "replace")) / max(1, len(searched.encode("utf-8", "replace")))
+               if isinstance(searched, str) else float(len(written)))  # fmt: skip
 
 
 def _bert(file: Path, config: Json) -> tuple[tokenizers.Tokenizer, Json]:
@@ -95,6 +171,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Json, added: Json, direct
     specials = [_name(token) for token in (*named, *more) if token]
     known = [name for name in specials if backend.token_to_id(name) is not None]
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in dict.fromkeys(known)])
+    if not all(isinstance(id_, int) for id_ in added.values()):
+        raise UserError(f"{directory}: added_tokens.json does not give numbers; copy the tokenizer's files again")
     for name, id_ in sorted(added.items(), key=lambda item: item[1]):
         token = AddedToken(name, special=name in specials, normalized=False)
         (backend.add_special_tokens if name in specials else backend.add_tokens)([token])

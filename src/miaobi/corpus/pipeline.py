@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from miaobi.corpus import characters, clean, cutting, dialogue, near
+from miaobi.corpus import characters, clean, cutting, dialogue, near, overlap
 from miaobi.corpus.characters import Aside
 from miaobi.corpus.cutting import Block
 from miaobi.corpus.dialogue import Encoded
+from miaobi.corpus.messages import ALL_EXTRAS
 from miaobi.corpus.read import Content, read_block
 from miaobi.corpus.scan import Text, scan
 from miaobi.corpus.tokenizer import Tokenizer
@@ -45,6 +46,12 @@ class Job:
     """Dialogues: lines (one utterance each) or roles (packed messages)."""
     replies_only: bool = False
     """Dialogues with roles: only the assistant's turns are learned."""
+    extras: frozenset[str] = ALL_EXTRAS
+    """What a dialogue may have beside roles and words, see `messages.messages_of`."""
+    without: tuple[str, ...] = ()
+    """Files with whose texts a document may share nothing, see `overlap`."""
+    delimiter: str = ""
+    """Between the cells of a .csv; guessed where it is empty."""
 
 
 @dataclass
@@ -60,6 +67,7 @@ class Survey:
     sketches: np.ndarray | None  # (documents, N_PERMUTATIONS) uint32, for the search for near duplicates
     blocks: list[Stats]
     empty: int
+    shared: int  # documents left out as they share text with the files of --without
     aside: Aside | None
 
 
@@ -78,7 +86,7 @@ def tasks(blocks: Iterable[Block]) -> Iterator[tuple[Block, ...]]:
 
 def survey(_: Tokenizer | None, blocks: tuple[Block, ...], job: Job, aside: Path | None) -> Survey:
     """First pass: digests, lengths and character counts; puts the characters into the file `aside` if there is one."""
-    found, stats, empty = _scanned(blocks, job) or _read(blocks, job)
+    found, stats, empty, shared = _scanned(blocks, job) or _read(blocks, job)
     return Survey(
         digests=found.digests,
         lengths=found.lengths - (job.dialogue == "roles"),  # see _read
@@ -89,26 +97,28 @@ def survey(_: Tokenizer | None, blocks: tuple[Block, ...], job: Job, aside: Path
         sketches=near.sketches(characters.wide(found.points, found.beyond), found.lengths) if job.near else None,
         blocks=stats,
         empty=empty,
+        shared=shared,
         aside=None if aside is None else Aside.put(aside, found.points, found.lengths, found.beyond),
     )
 
 
-def _scanned(blocks: tuple[Block, ...], job: Job) -> tuple[Text, list[Stats], int] | None:
+def _scanned(blocks: tuple[Block, ...], job: Job) -> tuple[Text, list[Stats], int, int] | None:
     """What `_read` gives, by compiled code; None where that does not know how."""
-    if len(blocks) > 1 or job.normalize != "none" or job.simplify or job.dialogue or job.cut:
+    if len(blocks) > 1 or job.normalize != "none" or job.simplify or job.dialogue or job.cut or job.without:
         return None
     scanned = scan(blocks[0], job.whole)
     if scanned is None:
         return None
     found, encoding, size = scanned
-    return found, [(blocks[0].index, encoding, len(found.lengths), size, 0)], 0
+    return found, [(blocks[0].index, encoding, len(found.lengths), size, 0)], 0, 0
 
 
-def _read(blocks: tuple[Block, ...], job: Job) -> tuple[Text, list[Stats], int]:
-    """The text of a task, `Survey.blocks` and `Survey.empty`; by Python, which reads everything."""
-    documents, raw, stats, empty = [], [], [], 0
+def _read(blocks: tuple[Block, ...], job: Job) -> tuple[Text, list[Stats], int, int]:
+    """The text of a task, `Survey.blocks`, `empty` and `shared`; by Python, which reads everything."""
+    documents, raw, stats, empty, shared = [], [], [], 0, 0
     for block in blocks:
-        content, found = _documents(block, job)
+        content, found, dropped = _documents(block, job)
+        shared += dropped
         kept = found if job.whole else [document for document in found if document and not document.isspace()]
         empty += len(found) - len(kept)
         documents += kept
@@ -128,7 +138,7 @@ def _read(blocks: tuple[Block, ...], job: Job) -> tuple[Text, list[Stats], int]:
         turns = np.array([sum(map(document.count, dialogue.ROLE_OF)) for document in documents], np.int64)
         sizes = sizes - 2 * turns - 1
     seen = present if raw == documents else _raw_code_points(raw, counts, job)
-    return Text(points, characters.NONE, lengths, digests, sizes, present, counts[present], seen), stats, empty
+    return Text(points, characters.NONE, lengths, digests, sizes, present, counts[present], seen), stats, empty, shared
 
 
 def count_dropped(
@@ -210,8 +220,9 @@ def encode_stretch(
     return *parts, characters.utf8_length(np.arange(len(counts)), counts)
 
 
-def _documents(block: Block, job: Job) -> tuple[Content, list[str]]:
-    content = read_block(block, job.field, job.skip_bad, job.whole)
+def _documents(block: Block, job: Job) -> tuple[Content, list[str], int]:
+    """What a block holds, its documents, and how many were left out for --without."""
+    content = read_block(block, job.field, job.skip_bad, job.whole, job.extras)
     documents = content.documents
     if job.normalize != "none" or job.simplify:
         documents = [clean.normalize_text(document, job.normalize, job.simplify) for document in documents]
@@ -219,9 +230,13 @@ def _documents(block: Block, job: Job) -> tuple[Content, list[str]]:
         documents = [dialogue.as_lines(document) for document in documents]
     elif job.dialogue:
         documents = [dialogue.packed(dialogue.unpacked(document)) for document in documents]
+    found = len(documents)
+    if job.without:
+        documents = overlap.without(documents, job.without)
+    dropped = found - len(documents)
     if job.cut:
         documents = [piece for document in documents for piece in clean.cut_document(document)]
-    return content, documents
+    return content, documents, dropped
 
 
 def _all(blocks: tuple[Block, ...], job: Job, choice: np.ndarray | None) -> list[str]:

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from miaobi import console
-from miaobi.corpus import dialogue, pipeline, store
+from miaobi.corpus import dialogue, overlap, pipeline, store
 from miaobi.corpus.characters import N_CODE_POINTS
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.dialogue import Encoded
 from miaobi.corpus.pipeline import DROP, VAL, Job
 from miaobi.corpus.sources import Source, find_sources
 from miaobi.corpus.survey import Corpus, read_tasks, take_survey, with_progress
-from miaobi.corpus.template import CHATML_TEMPLATE, ROLES, SEP_TEMPLATE, source_of
+from miaobi.corpus.template import CHATML_TEMPLATE, ROLES, SEP_TEMPLATE, ChatTemplate, source_of, with_thinking
 from miaobi.corpus.tokenizer import DEFAULT_BPE_VOCAB_SIZE, IM_END, IM_START, PAD, SEP, Tokenizer
 from miaobi.corpus.workers import Workers, workers_for
 from miaobi.errors import UserError
@@ -97,20 +97,34 @@ def settings_of(cfg: PrepareConfig) -> dict[str, Any]:
 
 def _job(files: list[Source], cfg: PrepareConfig) -> Job:
     """How documents are made of these files. Raises UserError for settings that do not go together."""
-    way, replies_only = "", False
+    way, replies_only, extras = "", False, frozenset()
     if cfg.format == "dialogue":
-        way = "lines" if _template(files, cfg) == SEP_TEMPLATE else "roles"
+        template = _template(files, cfg)
+        way = "lines" if template == SEP_TEMPLATE else "roles"
+        if way == "lines" and any(file.format == "messages" for file in files):
+            console.log("the sep template knows no roles: system messages are left out, and a line break inside a "
+                        "message becomes a blank (--template=chatml keeps both)")  # fmt: skip
+        elif way == "roles":
+            extras = ChatTemplate(template, _template_tokenizer(cfg)).extras
         replies_only = cfg.loss == "assistant" or (cfg.loss == "auto" and way == "roles")
         if replies_only and way == "lines":
             raise UserError("--loss=assistant needs roles, and in the sep template both speakers are alike; "
                             "use --template=chatml or --loss=all")  # fmt: skip
-    elif cfg.template != "auto" or cfg.loss != "auto":
-        raise UserError("--template and --loss are for dialogues; add --format=dialogue")
+    elif cfg.template != "auto" or cfg.loss != "auto" or cfg.enable_thinking is not None:
+        raise UserError("--template, --loss and --enable_thinking are for dialogues; add --format=dialogue")
     elif cfg.weights and cfg.split == "tail":
         raise UserError("--split=tail takes the text as one stream and knows no weights; use --split=hash")
+    if cfg.without and cfg.split == "tail" and not way:
+        raise UserError(
+            "--split=tail takes the text as one stream and knows no documents; for --without use --split=hash"
+        )
+    if cfg.without:
+        overlap.evaluation_of(cfg.without)  # read before anything else, so that a wrong name is told at once
     return Job(
         cfg.field, cfg.skip_bad, cfg.split == "tail" and not way, cfg.normalize, cfg.simplify,
         near=cfg.dedup == "near" and cfg.split == "hash", dialogue=way, replies_only=replies_only,
+        extras=extras | ({"weight"} if replies_only else set()), delimiter=cfg.delimiter,
+        without=tuple(str(Path(file).expanduser().resolve()) for file in cfg.without),
     )  # fmt: skip
 
 
@@ -123,6 +137,12 @@ def _template(files: list[Source], cfg: PrepareConfig) -> str:
         if own is not None:
             return own
     return CHATML_TEMPLATE if any(file.format == "messages" for file in files) else SEP_TEMPLATE
+
+
+def _template_tokenizer(cfg: PrepareConfig) -> Tokenizer:
+    """The tokenizer whose names a template writes; for one that is yet to be made, any of ours will do."""
+    own = cfg.tokenizer in ("char", "bpe")
+    return Tokenizer.train_char({}) if own else Tokenizer.load(Path(cfg.tokenizer).expanduser())
 
 
 # Vocabulary
@@ -150,7 +170,7 @@ def _tokenizer(corpus: Corpus, cfg: PrepareConfig, workers: Workers) -> Tokenize
             f"--vocab_size={cfg.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens; leave it out"
         )
     if corpus.job.dialogue:
-        return _with_template(tokenizer, _template(corpus.sources, cfg))
+        return _with_template(tokenizer, _template(corpus.sources, cfg), cfg.enable_thinking)
     if cfg.split == "hash" and tokenizer.eot_id is None:
         raise UserError(
             f"the tokenizer {cfg.tokenizer} has no end-of-text token to end documents with; use --tokenizer=char"
@@ -158,14 +178,15 @@ def _tokenizer(corpus: Corpus, cfg: PrepareConfig, workers: Workers) -> Tokenize
     return tokenizer
 
 
-def _with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
-    """The tokenizer that carries `template` into every model. Raises UserError when it lacks a control token."""
-    config = {**tokenizer.config, "chat_template": template, "split_special_tokens": False}
+def _with_template(tokenizer: Tokenizer, template: str, enable_thinking: bool | None) -> Tokenizer:
+    """The tokenizer that carries `template` into every model, with the control tokens that ours need."""
+    config = {**tokenizer.config, "split_special_tokens": False}
+    config["chat_template"] = with_thinking(template, enable_thinking)
     if template == SEP_TEMPLATE:
-        dialogue.require(tokenizer, (SEP, PAD), "the sep template")
+        tokenizer = dialogue.with_controls(tokenizer, (SEP, PAD))
         config |= {"eos_token": PAD, "sep_token": SEP}
     elif template == CHATML_TEMPLATE:
-        dialogue.require(tokenizer, (IM_START, IM_END), "the chatml template")
+        tokenizer = dialogue.with_controls(tokenizer, (IM_START, IM_END))
         config |= {"eos_token": IM_END}
     return Tokenizer(tokenizer.backend, config)
 
@@ -266,6 +287,7 @@ def _write(out: Path, corpus: Corpus, tokenizer: Tokenizer, cfg: PrepareConfig, 
                 "duplicates_removed": {"exact": corpus.exact, "near": corpus.near},
                 "left_out_by_weights": corpus.left_out,
                 "empty_removed": corpus.empty,
+                "left_out_by_without": corpus.shared,
                 "skipped": corpus.skipped,
             },
             "settings": settings_of(cfg),

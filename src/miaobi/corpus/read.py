@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from miaobi.console import warn
 from miaobi.corpus.cutting import Block, decode_block, text_blocks
 from miaobi.corpus.dialogue import without_marks
-from miaobi.corpus.records import csv_blocks, first_line, json_dialogues, json_records, parquet_blocks
+from miaobi.corpus.messages import ALL_EXTRAS
+from miaobi.corpus.records import first_line, is_array, kind_of, line_texts, parsed_line, record_blocks, taker
 from miaobi.corpus.sources import Source, find_sources
 from miaobi.corpus.template import NONCHARACTER
 from miaobi.errors import UserError
@@ -32,24 +33,25 @@ class Content:
 
 
 def iter_blocks(
-    sources: list[Source], field: str = "text", skip_bad: bool = False, whole: bool = False
-) -> Iterator[Block]:
+    sources: list[Source], field: str = "text", skip_bad: bool = False, whole: bool = False,
+    extras: frozenset[str] = ALL_EXTRAS, delimiter: str = "",
+) -> Iterator[Block]:  # fmt: skip
     """The blocks of all sources, in order.
 
     Args:
         field: column or key of a record that holds the text.
         skip_bad: leave out unreadable files and records and count them, instead of raising.
         whole: cut at line ends, not at document ends (--split=tail knows no documents).
+        extras: what a dialogue may have beside roles and words, see `messages.messages_of`.
+        delimiter: between the cells of a .csv; guessed where it is empty.
 
     Raises:
         UserError: an empty, binary or damaged file, an unknown encoding, a table without `field`.
     """
     for index, source in enumerate(sources):
         try:
-            if source.format == "parquet":
-                yield from parquet_blocks(source, index, field, skip_bad)
-            elif source.format == "csv":
-                yield from csv_blocks(source, index, field, skip_bad)
+            if kind_of(source) in ("csv", "parquet") or (kind_of(source) == "jsonl" and is_array(source)):
+                yield from record_blocks(source, index, field, skip_bad, extras, delimiter)
             else:
                 yield from text_blocks(source, index, whole)
         except UserError:
@@ -58,7 +60,9 @@ def iter_blocks(
             yield Block(source, index, encoding="skipped", records=(), skipped=1)
 
 
-def read_block(block: Block, field: str = "text", skip_bad: bool = False, whole: bool = False) -> Content:
+def read_block(
+    block: Block, field: str = "text", skip_bad: bool = False, whole: bool = False, extras: frozenset[str] = ALL_EXTRAS
+) -> Content:
     """The documents of a block; with `whole`, its text as one document, newlines and all.
 
     Line ends become `\\n`, newlines around a document are left out; a dialogue's utterances are stripped.
@@ -73,17 +77,16 @@ def read_block(block: Block, field: str = "text", skip_bad: bool = False, whole:
             records, encoding, skipped = list(block.records), block.encoding or "utf-8", block.skipped
         else:
             text, encoding, skipped = decode_block(block, skip_bad)
-            if source.format == "jsonl":
-                records, bad = json_records(block, text, field, skip_bad)
+            if kind_of(source) == "jsonl":
+                records, bad = line_texts(block, text, taker(source, field, extras), skip_bad)
                 skipped += bad
-            elif source.format == "messages":
-                records, bad = json_dialogues(block, text, skip_bad)
-                records = [_universal_newlines(record) for record in records]
-                return Content(without_marks("".join(records)), records, encoding, skipped + bad)
     except UserError:
         if not skip_bad:
             raise
         return Content("", [], "skipped", 1)
+    if source.format == "messages":
+        records = [_universal_newlines(record) for record in records]
+        return Content(without_marks("".join(records)), records, encoding, skipped)
     if source.format in ("jsonl", "csv", "parquet"):
         documents = [_universal_newlines(record) for record in records]
         if whole:
@@ -92,6 +95,8 @@ def read_block(block: Block, field: str = "text", skip_bad: bool = False, whole:
     if block.records is not None:
         return Content("", [], encoding, skipped)
     text = _universal_newlines(text)
+    if source.format == "dialogue" and block.start == 0 and text.lstrip()[:1] == "{":
+        _refuse_json(source, text)
     documents = [text] if whole else _documents(text, source.format)
     if source.format == "dialogue" and (found := NONCHARACTER.search(text)):
         if not skip_bad:
@@ -103,6 +108,13 @@ def read_block(block: Block, field: str = "text", skip_bad: bool = False, whole:
         clean = [document for document in documents if not NONCHARACTER.search(document)]
         documents, skipped = clean, skipped + len(documents) - len(clean)
     return Content(text, documents, encoding, skipped)
+
+
+def _refuse_json(source: Source, text: str) -> None:
+    """Raises UserError for JSON lines in a file whose name says text: they are no utterances."""
+    first = text.lstrip().split("\n", 1)[0]
+    if not parsed_line(first)[1]:
+        raise UserError(f"{source.name} holds JSON lines, but its name says text: call it .jsonl")
 
 
 def _documents(text: str, format: str) -> list[str]:

@@ -23,7 +23,8 @@ import zstandard
 from miaobi.errors import UserError
 
 _COMPRESSION = {".gz": "gz", ".xz": "xz", ".zst": "zst", ".zip": "zip"}
-FORMAT_BY_NAME = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+FORMAT_BY_NAME = dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".json"), "jsonl")
+FORMAT_BY_NAME |= {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 # Left out of directories: nanoGPT keeps prepare.py and meta.pkl beside its text, and `prepare` writes its own files.
 _NOT_TEXT = {".bin", ".idx", ".pkl", ".pt", ".pth", ".py", ".pyc", ".safetensors", ".npy", ".npz", ".md5", ".sha256"}
 _NOT_TEXT |= {".turns", ".scored", ".jinja"}
@@ -241,7 +242,11 @@ def _is_corpus_member(member: zipfile.ZipInfo) -> bool:
 
 
 def _format_of(name: str, format: str) -> str:
+    """Raises UserError for a format that the file's name contradicts: cells or JSON would be learned as text."""
     by_name = FORMAT_BY_NAME.get(Path(name).suffix.lower(), "text")
-    if format == "dialogue" and by_name == "jsonl":
+    if format == "dialogue" and by_name in ("jsonl", "parquet"):
         return "messages"
-    return by_name if format == "auto" or by_name == "parquet" else format
+    if format not in ("auto", by_name) and by_name != "text":
+        remedy = "save it as .jsonl with instruction and output" if format == "dialogue" else "leave --format out"
+        raise UserError(f"{printable(name)} is {by_name} by its name, which --format={format} contradicts; {remedy}")
+    return by_name if format == "auto" else format

@@ -43,6 +43,8 @@ class Corpus:
     empty: int = 0
     exact: int = 0
     near: int = 0
+    shared: int = 0
+    """Documents that share text with the files of --without."""
     left_out: int = 0
     """Documents of sources with a weight below 1."""
 
@@ -113,6 +115,7 @@ def _first_pass(
             from_each = [(index, documents) for index, _, documents, _, _ in found.blocks]
             corpus.owners.append(np.repeat(*np.array(from_each, np.int64).reshape(-1, 2).T))
             corpus.empty += found.empty
+            corpus.shared += found.shared
             raw_presence[found.raw_code_points] = True
             for index, encoding, documents, characters, skipped in found.blocks:
                 record = records[index]
@@ -126,6 +129,8 @@ def _first_pass(
                 corpus.places.append(tuple(dataclasses.replace(b, data=None, records=None) for b in blocks))
             if found.sketches is not None:
                 sketches.append(found.sketches)
+    if job.without:
+        console.log(f"{corpus.shared:,} documents share text with {', '.join(job.without)} and are left out")
     corpus.distinct = int(raw_presence.sum())
     if sum(record["characters"] for record in records) == 0:
         raise UserError("no text in the sources" + (f"; {corpus.skipped} were skipped" if corpus.skipped else ""))
@@ -207,7 +212,7 @@ def read_tasks(corpus: Corpus) -> Iterable[tuple[Block, ...]]:
     job = corpus.job
     if corpus.places:
         return corpus.places
-    return pipeline.tasks(iter_blocks(corpus.sources, job.field, job.skip_bad, job.whole))
+    return pipeline.tasks(iter_blocks(corpus.sources, job.field, job.skip_bad, job.whole, job.extras, job.delimiter))
 
 
 def with_progress(results: Iterable[tuple], files: list[Source], what: str) -> Iterator[tuple]:
