@@ -47,7 +47,8 @@ class TrainingTemplate(ChatTemplate):
             if not agreeing and part[-1]["role"] == "assistant" and len(part) - 1 in left:
                 raise UserError(
                     "the chat template begins a reply otherwise than its own prompt for one (add_generation_prompt): "
-                    "what is trained would never be asked; take another template"
+                    "what is trained would never be asked. Take another template; or is there a thought, and "
+                    "--enable_thinking=False?"
                 )
             if agreeing or not left:
                 found.append(example)
@@ -119,9 +120,8 @@ class TrainingTemplate(ChatTemplate):
         calls = [self.call(safe, False)]
         calls += [call for i in order for call in (self.call(safe[:i], True), self.call(safe[: i + 1], False))]
         full, *others = self.texts(calls)
-        marks = [
-            "" if m["role"] == "assistant" else OPEN for m in messages
-        ]  # a reply may be split up: its end is marked
+        # Of a reply only the end is marked: it may be split up.
+        marks = ["" if m["role"] == "assistant" else OPEN for m in messages]
         marked, opens, closes = self.marked(messages, marks)
         has_places = marked == full and len(closes) == len(messages) and len(opens) == marks.count(OPEN)
         ids, starts, ends, is_control = self.tokens(full)
@@ -131,11 +131,8 @@ class TrainingTemplate(ChatTemplate):
             if not (full.startswith(prompt) and until.startswith(prompt)):
                 continue
             if not full.startswith(until):
-                if (
-                    not has_places
-                    or full[: (cut := _place(full, closes[i]))] != until[:cut]
-                    or messages[i].get("tool_calls")
-                ):
+                cut = _place(full, closes[i]) if has_places and not messages[i].get("tool_calls") else None
+                if cut is None or full[:cut] != until[:cut]:
                     continue
                 end = min((place for place in opens if place >= closes[i]), default=len(full))
             first, behind = int(np.searchsorted(starts, begin)), int(np.searchsorted(starts, end))

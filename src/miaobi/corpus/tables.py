@@ -238,7 +238,7 @@ def parquet_records(source: Source, columns: list[str] | None = None) -> tuple[l
 
 def _parquet_rows(source: Source, columns: list[str] | None) -> Iterator[Record]:
     table, stream = _guarded(source, lambda: _open_table(source))
-    size, row, most = 0, 0, MAX_GROWTH * max(source.size, 1 << 20)
+    size, row, most = 0, 0, MAX_GROWTH * max(source.size, 128 << 10)
     groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
     if sum(group.total_byte_size for group in groups) > most:
         refuse_growth(source)
