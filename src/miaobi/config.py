@@ -22,6 +22,8 @@ class DataConfig:
     """Raw dialogues only: sep = chit-chat, both speakers alike; chatml = system, user and assistant."""
     loss: Literal["auto", "all", "assistant"] = "auto"
     """Raw dialogues only: which turns are learned."""
+    enable_thinking: bool | None = None
+    """Raw dialogues only, for templates that ask (Qwen3's): whether the model thinks before it answers."""
     packing: Literal["auto", "documents", "stream"] = "auto"
     """documents = several whole dialogues in a block, none attending to another; stream = windows cut anywhere, as for
     text. auto = documents for dialogues."""

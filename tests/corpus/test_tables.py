@@ -228,7 +228,7 @@ def test_bad_rows_take_time_that_grows_with_their_number_alone(tmp_path, line):
 HOSTILE = st.one_of(
     st.binary(max_size=300),
     st.lists(st.sampled_from([b'{"text": "', b'"}', b"[", b"{", b",", b"\n", b'"', b"\xff", b"\0", b"9" * 5000, b"text",
-                              b";", b"label", b"\xef\xbb\xbf", b"\\ud83d", b"null", b"1e999", "好".encode(), b"sep=", b":"]),
+                              b";", b"label", b"\xef\xbb\xbf", b"\\ud83d", b"null", b"1e999", b"sep=", b":"]),
              max_size=25).map(b"".join),
 )  # fmt: skip
 

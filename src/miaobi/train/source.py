@@ -25,6 +25,7 @@ from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model, model_directory
 from miaobi.model.lora import add_lora, load_adapter
+from miaobi.model.rows import add_rows
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
 from miaobi.overrides import Origin
 from miaobi.train import bigrams
@@ -55,6 +56,7 @@ def open_data(cfg: RunConfig, out: Path) -> PreparedData:
         format=d.format,
         template=d.template,
         loss=d.loss,
+        enable_thinking=d.enable_thinking,
         field=d.field,
         dedup=d.dedup,
         split=d.split,
@@ -168,7 +170,13 @@ def build_model(
         progress.bigrams = True
         return place(shape, model.state_dict())
     model, theirs = load_model(source)
-    if theirs.backend.to_str() != tokenizer.backend.to_str():
+    added = added_tokens(tokenizer, theirs) if checkpoint is None else 0
+    if added and lora:
+        raise UserError(f"{added} control tokens of the chat template are new to {source}, and LoRA leaves the rows of "
+                        "tokens as they are: tune it with --trainable=full first")  # fmt: skip
+    if added:
+        add_rows(model, added, first=theirs.vocab_size)
+    elif theirs.backend.to_str() != tokenizer.backend.to_str():
         raise UserError(
             f"{data.path} was prepared with another tokenizer than {source} has; prepare it with --tokenizer={source}"
         )
@@ -184,6 +192,14 @@ def build_model(
     if lora:
         adapt(again, cfg, checkpoint, progress)
     return again
+
+
+def added_tokens(tokenizer: Tokenizer, theirs: Tokenizer) -> int:
+    """How many control tokens `tokenizer` has behind those of another one, which it equals otherwise; else 0."""
+    names = tokenizer.backend.get_added_tokens_decoder()
+    more = [names[id_].content for id_ in sorted(names) if id_ >= theirs.vocab_size]
+    same = bool(more) and theirs.with_added(more).backend.to_str() == tokenizer.backend.to_str()
+    return len(more) if same else 0
 
 
 def refuse_shape(
