@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -12,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from miaobi.classify.config import ClassifyConfig
-from miaobi.console import warn
+from miaobi.classify.labels import NUMBER, label_names, label_text
+from miaobi.console import log, warn
 from miaobi.corpus.dataset import derive
-from miaobi.corpus.overlap import TEXT_COLUMNS, normalized
+from miaobi.corpus.overlap import TEXT_COLUMNS, evaluation_of, normalized
 from miaobi.corpus.records import HALF_A_CHARACTER, is_whole, open_records
 from miaobi.corpus.sources import Source, find_sources
 from miaobi.corpus.tables import Lines, Record, refuse_repeated, repeated, wrong_width
@@ -22,7 +22,6 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 
 LABEL_COLUMNS = ("label", "labels", "sentiment", "class")
-_NUMBER = re.compile(r"[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,2})?")
 LEAST = 3  # examples of a label: one for each part
 
 
@@ -190,30 +189,6 @@ def _problem(record: Record, columns: tuple[str, str | None], names: list[str] |
     return "" if is_whole(f"{value}{found}") else HALF_A_CHARACTER
 
 
-def label_text(value: str | float | Decimal | None) -> str:
-    """A label as text, "" for none: what tables of numbers have there is NaN."""
-    if value is None or value != value:
-        return ""
-    return str(value).strip()
-
-
-def label_names(labels: Iterable[str], known: Sequence[str] = ()) -> dict[str, str]:
-    """Every label that was read -> the name of its class: numbers by value where all are, 1 and 1.0; else as written.
-
-    known: classes that there are already, whose names stay.
-
-    `nan` is a missing label (not among the keys) only where the others are numbers: it is a word too (男).
-    """
-    spelled = {label for label in (*known, *labels) if label}
-    words = {label for label in spelled if label.lower() != "nan"}
-    if not words or not all(map(_NUMBER.fullmatch, words)):
-        return {label: label for label in spelled} if words else {}
-    by_value: dict[Decimal, str] = {}
-    for label in (*known, *sorted(words, key=lambda label: (len(label), label))):
-        by_value.setdefault(Decimal(label), label)
-    return {label: by_value[Decimal(label)] for label in words}
-
-
 def read_labelled(cfg: ClassifyConfig) -> Labelled:
     """All of `cfg.data`. Labels are sorted, as numbers where all are.
 
@@ -226,6 +201,10 @@ def read_labelled(cfg: ClassifyConfig) -> Labelled:
             raise UserError(f"{cfg.data}: lines of text have no labels; give a .csv, .tsv, .jsonl or .parquet")
         rows += [row] if row is not None else []
         skipped += row is None
+    if cfg.without:
+        evaluation, before = evaluation_of((cfg.without,)), len(rows)
+        rows = [row for row in rows if not evaluation.overlaps(row.text)]
+        log(f"{before - len(rows):,} texts share text with {cfg.without} and are left out")
     found = label_names(row.label for row in rows)
     unlabelled = [row.place for row in rows if row.label not in found]
     if unlabelled and not cfg.skip_bad:
@@ -235,7 +214,7 @@ def read_labelled(cfg: ClassifyConfig) -> Labelled:
     texts = [row.text for row in rows if row.label in found]
     labels = [found[row.label] for row in rows if row.label in found]
     names = sorted(set(labels))
-    if all(map(_NUMBER.fullmatch, names)):
+    if all(map(NUMBER.fullmatch, names)):
         names.sort(key=Decimal)
     if len(names) < 2:
         raise UserError(f"{cfg.data}: {'only one label, ' + repr(names[0]) if names else 'no labelled rows'}; "

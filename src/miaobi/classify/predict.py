@@ -13,9 +13,10 @@ import numpy as np
 
 from miaobi.classify import head
 from miaobi.classify.config import PredictConfig
-from miaobi.classify.data import Row, label_names, read_lines, read_rows
+from miaobi.classify.data import Row, read_lines, read_rows
 from miaobi.classify.evaluation import scores
 from miaobi.classify.head import Judge
+from miaobi.classify.labels import label_names
 from miaobi.console import json_text, log, warn, warn_of_encoding
 from miaobi.corpus.records import spooled
 from miaobi.corpus.sources import FORMAT_BY_NAME

@@ -34,9 +34,25 @@ def read_config(directory: Path) -> Json:
     """tokenizer_config.json, with the special tokens that older directories name in special_tokens_map.json, and the
     template of chat_template.jinja.
     """
-    config = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
+    config = _json(directory / "special_tokens_map.json") | _json(directory / "tokenizer_config.json")
     template = directory / "chat_template.jinja"
-    return config | ({"chat_template": template.read_text(encoding="utf-8")} if template.is_file() else {})
+    return config | ({"chat_template": text_of(template)} if template.is_file() else {})
+
+
+def text_of(file: Path) -> str:
+    """The UTF-8 text of one of a tokenizer's files. Raises UserError for other bytes."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 ({error}); copy it again") from error
+
+
+def _json(file: Path) -> Json:
+    """`read_json`. Raises UserError also for what is nested too deeply."""
+    try:
+        return read_json(file)
+    except RecursionError as error:
+        raise UserError(f"{file} is nested too deeply; copy it again") from error
 
 
 def read_foreign(directory: Path) -> tuple[tokenizers.Tokenizer, Json] | None:
@@ -55,7 +71,7 @@ def read_foreign(directory: Path) -> tuple[tokenizers.Tokenizer, Json] | None:
         backend, config = _gpt2(directory, config)
     else:
         return None
-    _add_tokens(backend, config, read_json(directory / "added_tokens.json"), directory)
+    _add_tokens(backend, config, _json(directory / "added_tokens.json"), directory)
     return backend, config
 
 
@@ -131,7 +147,7 @@ def _growth(step: Json) -> float:
 def _bert(file: Path, config: Json) -> tuple[tokenizers.Tokenizer, Json]:
     """As transformers' BertTokenizer: words and single Chinese characters, cut into the longest known pieces."""
     config = {"tokenizer_class": "BertTokenizer"} | BERT_SPECIALS | config
-    lines = file.read_text(encoding="utf-8").split("\n")
+    lines = text_of(file).split("\n")
     vocab = {line.rstrip("\r"): id_ for id_, line in enumerate(lines if lines[-1] else lines[:-1])}
     unknown = _name(config["unk_token"])
     if unknown not in vocab:
@@ -152,12 +168,12 @@ def _bert(file: Path, config: Json) -> tuple[tokenizers.Tokenizer, Json]:
 def _gpt2(directory: Path, config: Json) -> tuple[tokenizers.Tokenizer, Json]:
     """As transformers' GPT2Tokenizer: byte-level BPE."""
     config = {"tokenizer_class": "GPT2Tokenizer"} | GPT2_SPECIALS | config
-    vocab = read_json(directory / "vocab.json")
-    lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+    vocab = _json(directory / "vocab.json")
+    lines = text_of(directory / "merges.txt").split("\n")
     merges = [tuple(line.rstrip("\r").split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
     try:
-        backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    except Exception as error:  # the library raises no narrower one
+        backend = _guarded(lambda: tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges)))
+    except (ValueError, TypeError) as error:
         raise UserError(f"{directory}: vocab.json and merges.txt do not fit together ({error})") from error
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
     backend.decoder = decoders.ByteLevel()
@@ -167,12 +183,13 @@ def _gpt2(directory: Path, config: Json) -> tuple[tokenizers.Tokenizer, Json]:
 def _add_tokens(backend: tokenizers.Tokenizer, config: Json, added: Json, directory: Path) -> None:
     """Mark the special tokens, and append those of added_tokens.json at the ids it gives them."""
     more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    if not all(isinstance(id_, int) for id_ in added.values()) or not isinstance(more, list | dict):
+        raise UserError(f"{directory}: added_tokens.json or tokenizer_config.json does not hold what it should; "
+                        "copy the tokenizer's files again")  # fmt: skip
     named = [config.get(role) for role in (*BERT_SPECIALS, "bos_token", "eos_token")]
     specials = [_name(token) for token in (*named, *more) if token]
     known = [name for name in specials if backend.token_to_id(name) is not None]
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in dict.fromkeys(known)])
-    if not all(isinstance(id_, int) for id_ in added.values()):
-        raise UserError(f"{directory}: added_tokens.json does not give numbers; copy the tokenizer's files again")
     for name, id_ in sorted(added.items(), key=lambda item: item[1]):
         token = AddedToken(name, special=name in specials, normalized=False)
         (backend.add_special_tokens if name in specials else backend.add_tokens)([token])
@@ -182,7 +199,10 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Json, added: Json, direct
 
 
 def _name(token: str | Json) -> str:
-    return token["content"] if isinstance(token, dict) else token
+    name = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(name, str):
+        raise UserError(f"a special token of the tokenizer is {type(name).__name__}, not text; copy its files again")
+    return name
 
 
 def _spaced(character: str) -> bool:
