@@ -11,9 +11,9 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.dataset import PreparedData
 from miaobi.corpus.examples import TrainingTemplate
 from miaobi.corpus.prepare import prepare
+from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.template import CHATML_TEMPLATE, ChatTemplate
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.dataset import PreparedData
 from miaobi.corpus.overlap import PREFIX, WINDOW, Evaluation, normalized, window_hashes
 from miaobi.corpus.prepare import prepare
+from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from miaobi.corpus import cutting, encodings
-from miaobi.corpus.cutting import Block, decode_block, text_blocks
+from miaobi.corpus import blocks, encodings
+from miaobi.corpus.blocks import Block, decode_block, text_blocks
 from miaobi.corpus.dialogue import packed
 from miaobi.corpus.messages import ALL_EXTRAS, messages_of
 from miaobi.corpus.sources import FORMAT_BY_NAME, Source
@@ -66,6 +66,12 @@ def is_array(source: Source) -> bool:
     with source.open() as stream:
         head = source.read(stream, 4096)
     return head.lstrip(b"\xef\xbb\xbf\xff\xfe\x84\x31\x95\x33\0 \t\r\n")[:1] == b"["
+
+
+def is_in_order(source: Source) -> bool:
+    """Whether the file's records are read in order, by the main process: those of tables and JSON arrays."""
+    kind = kind_of(source)
+    return kind in ("csv", "parquet") or (kind == "jsonl" and is_array(source))
 
 
 def column_of(source: Source, names: list[str], column: str) -> None:
@@ -122,7 +128,7 @@ def record_blocks(
         else:
             texts.append(text)
             size += len(text)
-        if size > cutting.BLOCK_BYTES // 3:
+        if size > blocks.BLOCK_BYTES // 3:
             yield Block(source, index, encoding=encoding, records=tuple(texts), skipped=bad)
             texts, size, bad = [], 0, 0
     yield Block(source, index, encoding=encoding, records=tuple(texts), skipped=bad)
@@ -266,7 +272,7 @@ class _Array:
             try:
                 found, end = self._decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
-                if len(self.text) - self.at > cutting.MAX_DOCUMENT_BYTES or not self._more():
+                if len(self.text) - self.at > blocks.MAX_DOCUMENT_BYTES or not self._more():
                     raise self.error(f"not JSON ({error.msg})") from error
             except (ValueError, RecursionError) as error:
                 raise self.error(f"not JSON ({error})") from error

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 from miaobi import console
-from miaobi.corpus import cutting
-from miaobi.corpus.cutting import decode_block, text_blocks
+from miaobi.corpus import blocks
+from miaobi.corpus.blocks import decode_block, text_blocks
 from miaobi.corpus.sources import DAMAGED, Source
 from miaobi.errors import UserError
 
@@ -77,7 +77,7 @@ def csv_records(source: Source, skip_bad: bool, delimiter: str = "") -> tuple[li
     Args:
         delimiter: what stands between cells; guessed from the first lines where it is empty, and said.
     """
-    csv.field_size_limit(cutting.MAX_DOCUMENT_BYTES)
+    csv.field_size_limit(blocks.MAX_DOCUMENT_BYTES)
     lines = Lines(source, skip_bad)
     head = list(itertools.islice(lines, _SAMPLE_LINES))
     first = 1
