@@ -20,6 +20,7 @@ from miaobi.corpus.blocks import Block, with_progress
 from miaobi.corpus.characters import N_CODE_POINTS, NONE, Aside
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.documents import DocumentOptions, Task, documents_of, not_blank
+from miaobi.corpus.records import is_in_order
 from miaobi.corpus.scan import Text
 from miaobi.corpus.selection import VAL
 from miaobi.corpus.sources import Source
@@ -58,6 +59,7 @@ class Survey:
     sketches: np.ndarray | None  # (documents, N_PERMUTATIONS) uint32, for the search for near duplicates
     statistics: list[BlockStatistics]
     empty: int
+    shared: int  # documents left out as they share text with the files of --without
     aside: Aside | None
     choice: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.uint8))
     """(documents,) uint8, see `selection`; empty where the text is one stream."""
@@ -161,8 +163,7 @@ def _mapped_sha256(path: Path) -> str:
 
 
 def _is_one_block(source: Source) -> bool:
-    is_text = source.format not in ("csv", "parquet")
-    return is_text and not source.compression and source.size <= blocks.BLOCK_BYTES
+    return not source.compression and source.size <= blocks.BLOCK_BYTES and not is_in_order(source)
 
 
 def _first_pass(
@@ -193,6 +194,9 @@ def _first_pass(
             corpus.surveys.append(survey)
     for record, source in zip(records, sources, strict=True):
         record["sha256"] = record["sha256"] or hashes.get(source.path, "")
+    if options.without:
+        shared = sum(survey.shared for survey in corpus.surveys)
+        console.log(f"{shared:,} documents share text with {', '.join(options.without)} and are left out")
     corpus.n_distinct = int(is_there.sum())
     if corpus.total("characters") == 0:
         skipped = corpus.total("skipped")
@@ -246,7 +250,7 @@ def _check_sides(corpus: Corpus, weights: np.ndarray) -> None:
 def survey_task(_: Tokenizer | None, task: Task, options: DocumentOptions, aside: Path | None) -> Survey:
     """The survey of a task; puts its characters into the directory `aside` if there is one."""
     task, hashes = zip(*map(_with_data, task), strict=True)
-    text, statistics, empty = _scanned(task, options) or _read(task, options)
+    text, statistics, empty, shared = _scanned(task, options) or _read(task, options)
     return Survey(
         blocks=(),
         digests=text.digests,
@@ -258,6 +262,7 @@ def survey_task(_: Tokenizer | None, task: Task, options: DocumentOptions, aside
         sketches=near.sketches(characters.wide(text.points, text.beyond), text.lengths) if options.near else None,
         statistics=[block._replace(sha256=digest) for block, digest in zip(statistics, hashes, strict=True)],
         empty=empty,
+        shared=shared,
         aside=None if aside is None else Aside.put(aside, text.points, text.lengths, text.beyond),
     )
 
@@ -271,22 +276,23 @@ def _with_data(block: Block) -> tuple[Block, str]:
     return dataclasses.replace(block, data=data), hashlib.sha256(data).hexdigest()
 
 
-def _scanned(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatistics], int] | None:
+def _scanned(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatistics], int, int] | None:
     """What `_read` gives, by compiled code; None where that does not know how."""
-    if len(task) > 1 or options.changes_text or options.cut:
+    if len(task) > 1 or options.changes_text or options.cut or options.without:
         return None
     scanned = scan.scan(task[0], options.whole)
     if scanned is None:
         return None
     text, encoding, size, removed = scanned
-    return text, [BlockStatistics(task[0].index, encoding, len(text.lengths), size, 0, removed, "")], 0
+    return text, [BlockStatistics(task[0].index, encoding, len(text.lengths), size, 0, removed, "")], 0, 0
 
 
-def _read(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatistics], int]:
-    """The text of a task, `Survey.statistics` and `Survey.empty`; by Python, which reads everything."""
-    texts, raw, statistics, empty = [], [], [], 0
+def _read(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatistics], int, int]:
+    """The text of a task, `Survey.statistics`, `empty` and `shared`; by Python, which reads everything."""
+    texts, raw, statistics, empty, shared = [], [], [], 0, 0
     for block in task:
-        content, found = documents_of(block, options)
+        content, found, dropped = documents_of(block, options)
+        shared += dropped
         kept = found if options.whole else not_blank(found)
         empty += len(found) - len(kept)
         texts += kept
@@ -307,7 +313,7 @@ def _read(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatist
         turns = np.array([sum(map(text.count, dialogue.ROLE_OF)) for text in texts], np.int64)
         sizes = sizes - 2 * turns - 1
     distinct = present if raw == texts else _distinct(raw, counts, options)
-    return Text(points, NONE, lengths, digests, sizes, present, counts[present], distinct), statistics, empty
+    return Text(points, NONE, lengths, digests, sizes, present, counts[present], distinct), statistics, empty, shared
 
 
 def _distinct(raw: list[str], counts: np.ndarray, options: DocumentOptions) -> np.ndarray:
