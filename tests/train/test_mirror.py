@@ -14,7 +14,7 @@ from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.lock import Holder, this_process
 from miaobi.model.checkpoint import load_model
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
 from miaobi.train import mirror
 from miaobi.train.mirror import Mirror
 from miaobi.train.run_directory import open_run

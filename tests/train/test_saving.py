@@ -31,7 +31,7 @@ def test_every_file_of_a_checkpoint_has_its_sha256(train, prepared, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(prepared, tmp_path_factory) -> Path:
-    from miaobi.overrides import load_config
+    from miaobi.settings import load_config
     from miaobi.train.loop import train as train_run
 
     out = tmp_path_factory.mktemp("saving") / "run"

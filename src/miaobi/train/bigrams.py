@@ -18,7 +18,7 @@ from torch import Tensor
 
 from miaobi.config import ModelConfig, RunConfig
 from miaobi.console import log
-from miaobi.corpus.dataset import PreparedData, TokenStream
+from miaobi.corpus.prepared import PreparedData, TokenStream
 from miaobi.errors import UserError
 from miaobi.model.transformer import Transformer, intermediate_size
 

@@ -11,10 +11,11 @@ import numpy as np
 from miaobi.config import DataConfig, RunConfig
 from miaobi.console import log, warn
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.dataset import PreparedData, TextWindows
+from miaobi.corpus.dataset import TextWindows
 from miaobi.corpus.dialogue import first_message
 from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.prepare import prepare, settings_of
+from miaobi.corpus.prepared import PreparedData, is_prepared
 from miaobi.corpus.sources import find_sources
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
@@ -48,20 +49,20 @@ def open_data(cfg: RunConfig, out: Path, prepares: bool) -> PreparedData:
     or a tokenizer's model, is not needed again. Raises UserError for data that is missing, damaged, changed or empty.
     """
     source, own = Path(cfg.data.data), out / "data"
-    if (source / "manifest.json").is_file():
+    if is_prepared(source):
         return PreparedData.open(source)
     if not prepares:
         return PreparedData.open(own)
-    is_prepared = (own / "manifest.json").is_file()
-    if is_prepared and pointed(out / "checkpoints" / "last") is not None:
+    begun = is_prepared(own)
+    if begun and pointed(out / "checkpoints" / "last") is not None:
         refuse_changed_text(cfg.data, out)
         return PreparedData.open(own)
     wanted = prepare_settings(cfg, own)
-    was = read_text(out) if is_prepared else None
+    was = read_text(out) if begun else None
     now = describe_text(cfg.data, was, settings_of(wanted))
     if was is not None and (change := changed(was, now)) is None:
         return PreparedData.open(own)
-    if is_prepared:
+    if begun:
         log(f"{own} is prepared anew: {change if was is not None else 'of what it was made is not known'}")
     log(f"preparing {source} into {own}")
     (out / TEXT).unlink(missing_ok=True)  # it must not stand beside data that a kill left between the two

@@ -20,7 +20,7 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import can_compile, explain_memory, keep_allocations, peak_flops, pick_dtype
 from miaobi.errors import UserError
 from miaobi.model.transformer import Transformer
-from miaobi.overrides import Origin, flatten
+from miaobi.settings import Origin, flatten
 from miaobi.train.data import opening
 from miaobi.train.evaluate import bits_per_char, eager, mean_loss, place
 from miaobi.train.layout import Objective, compile_blocks, is_sharded, whole

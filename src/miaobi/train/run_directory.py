@@ -16,7 +16,7 @@ from miaobi.errors import UserError
 from miaobi.files import point as point_at
 from miaobi.files import pointed, put_back, read_record, remove, verify_manifest
 from miaobi.lock import locked
-from miaobi.overrides import Origin, flatten, load_config, read_yaml, save_config
+from miaobi.settings import Origin, flatten, load_config, read_yaml, save_config
 from miaobi.train.mirror import Mirror
 
 # How a run is entered, where it lies and how its memory is used, not what it is.

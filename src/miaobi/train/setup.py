@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from miaobi.config import ModelConfig, OptimConfig, RunConfig
-from miaobi.corpus.dataset import Batch, PreparedData
+from miaobi.corpus.dataset import Batch
+from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, model_directory
 from miaobi.model.lora import adapter_parameters, add_lora, load_adapter
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
-from miaobi.overrides import Origin
+from miaobi.settings import Origin
 from miaobi.train import bigrams
 from miaobi.train.data import Blocks, open_blocks, open_data
 from miaobi.train.layout import placed
@@ -117,7 +118,7 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
     """
     mirror = Mirror(cfg.train.mirror) if cfg.train.mirror else None
     checkpoint, data = enter(cfg, origin, world, mirror)
-    tokenizer = Tokenizer.load(data.path)
+    tokenizer = data.tokenizer
     progress = start_or_continue(cfg, data, checkpoint)
     place = partial(placed, cfg.train, world, device, dtype)
     model = build_model(cfg, origin, Start(data, tokenizer, checkpoint, progress), place).to(device)

@@ -23,7 +23,7 @@ from torch import Tensor
 from miaobi.config import RunConfig, TrainConfig
 from miaobi.corpus.dataset import IGNORE, Batch
 from miaobi.errors import UserError
-from miaobi.overrides import flatten
+from miaobi.settings import flatten
 
 LAST_WORD = 5.0  # seconds in which the rank that failed speaks first; torchrun ends the others within one
 REASONS = (None, "interrupted", "terminated")
