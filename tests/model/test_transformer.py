@@ -1,5 +1,7 @@
 """The decoder: caches, masks, padding and counts change nothing that they should not."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -192,3 +194,17 @@ def test_flex_attention_sees_what_the_plain_mask_sees(model):
     plain = model.hidden(ids(2, 12), positions, document_mask(documents))
     flex = model.hidden(ids(2, 12), positions, document_block_mask(documents))
     torch.testing.assert_close(flex, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_norms_under_autocast_warn_of_nothing_and_are_those_of_fp32(family):
+    """torch warns "Mismatch dtype between input and weight" where they differ, and leaves its fused kernel."""
+    model = random_model(ModelConfig(family=family, **SIZES))
+    x = ids(2, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = model.hidden(x)
+            hidden.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.blocks.parameters())
+    torch.testing.assert_close(hidden.float(), model.hidden(x), atol=0.1, rtol=0.05)

@@ -124,11 +124,22 @@ def intermediate_size(cfg: ModelConfig) -> int:
     return 4 * cfg.n_embd if cfg.family == "gpt2" else max(32, 8 * cfg.n_embd // 3 // 32 * 32)
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, its weight in the precision of the states.
+
+    Under autocast those are bf16 while the weight is fp32; torch's fused kernel refuses the pair, with a warning, and
+    takes five operations instead. Both compute in fp32 inside.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(cfg: ModelConfig, width: int) -> nn.Module:
     """LayerNorm (gpt2) or RMSNorm (others) over the last dimension."""
     if cfg.family == "gpt2":
         return nn.LayerNorm(width, eps=cfg.norm_eps or 1e-5, bias=cfg.bias)
-    return nn.RMSNorm(width, eps=cfg.norm_eps or 1e-6)
+    return RMSNorm(width, eps=cfg.norm_eps or 1e-6)
 
 
 class Attention(nn.Module):
