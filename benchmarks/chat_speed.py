@@ -70,7 +70,7 @@ class Miaobi:
         self.device = pick_device(args.device)
         dtype = pick_dtype(cfg.train.dtype, self.device)
         self.run = Run(cfg, origin, World(), self.device, dtype)
-        self.run.maybe_compile()
+        self.run.choose_computing()
         self.run.model.train()
         self.done = 0
 

@@ -30,6 +30,7 @@ from miaobi.device import keep_allocations, peak_memory, pick_device, pick_dtype
 from miaobi.model.checkpoint import save_model
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.overrides import load_config
+from miaobi.train.layout import is_compiled
 from miaobi.train.loop import Run
 from miaobi.train.world import World
 
@@ -89,7 +90,7 @@ class Miaobi:
         (work / "weights").mkdir()
         save_model(work / "weights", self.run.model, tokenizer, data.end_ids)
         self.first = self.loss_fp32(*batch(data.train, args.block_size, args.batch_size, SEED, 0))
-        self.run.maybe_compile()
+        self.run.choose_computing()
         self.run.model.train()
 
     @torch.no_grad()
@@ -101,7 +102,7 @@ class Miaobi:
 
     def about(self) -> dict[str, Any]:
         """What was chosen, and the loss of the first batch in fp32 before any step."""
-        compiled = any(block._compiled_call_impl is not None for block in self.run.model.blocks)
+        compiled = is_compiled(self.run.objective)
         return {"first_loss": self.first, "dtype": str(self.run.dtype).removeprefix("torch."), "compiled": compiled,
                 "parameters": self.run.parameters}  # fmt: skip
 

@@ -19,14 +19,16 @@ from miaobi.config import RunConfig
 from miaobi.console import console, log, progress, warn
 from miaobi.corpus.dataset import IGNORE, derive
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.device import can_compile, explain_memory, keep_allocations, peak_flops, pick_dtype
+from miaobi.device import explain_memory, keep_allocations, peak_flops, pick_dtype
 from miaobi.errors import UserError
 from miaobi.model.lora import adapter_parameters
 from miaobi.model.transformer import Transformer
 from miaobi.overrides import Origin
 from miaobi.train import bigrams
+from miaobi.train.computing import COMPILE_PAYS_AFTER, Computing
 from miaobi.train.evaluate import eager, place, text_size, told, validation_nats
-from miaobi.train.layout import Objective, compile_blocks, is_sharded, placed, whole
+from miaobi.train.layout import Objective, is_sharded, no_recompilation, placed, whole
+from miaobi.train.measured import Work
 from miaobi.train.mirror import Mirror
 from miaobi.train.optimizer import make_optimizers, rate, set_rate
 from miaobi.train.recipe import length, micro_batch, resolve_optim
@@ -35,8 +37,6 @@ from miaobi.train.source import build_model, open_blocks, open_data, opening, st
 from miaobi.train.state import open_run, start_run
 from miaobi.train.watch import Metrics, on_signals, overfitting, since_best
 from miaobi.train.world import World, check_batch, check_same, explain_lost, join, rank_device
-
-COMPILE_PAYS_AFTER = 200  # steps; a cold compile costs about twenty seconds on two cores
 
 Preview = Callable[[Transformer, Tokenizer, str, int, tuple[int, ...], bool], str]
 """(model, tokenizer, prompt, tokens, end_ids, is_dialogue) -> prompt and what follows; printed at every evaluation."""
@@ -115,7 +115,7 @@ class Run:
         self.saver = Saver(self.out, world, self.tokenizer, self.data.end_ids, cfg.train.save_interval, mirror,
                            (self.progress.best_step, self.progress.best_val_loss))  # fmt: skip
         self.interrupted: str | None = None
-        self.flex = False
+        self.flex, self.computing = False, None
         adapted = adapter_parameters(self.model)
         self.parameters = self.model.num_parameters() - adapted  # those of the checkpoints, where adapters are merged
         self.trained_parameters = adapted or self.parameters
@@ -137,7 +137,7 @@ class Run:
             return self.result(p.stopped or "max_iters")
         if first:
             log(f"continuing from step {first}")
-        self.maybe_compile()
+        self.choose_computing()
         self.peak = peak_flops(self.device, self.dtype)
         if self.world.size > 1 and not is_sharded(self.model):
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
@@ -151,6 +151,7 @@ class Run:
             finally:
                 if self.world.size == 1 or sys.exc_info()[0] is None:  # ranks that are lost cannot finish it
                     self.saver.finish(p)
+                self.computing.close()
                 if metrics is not None:
                     metrics.close()
         if self.saver.lost:
@@ -167,6 +168,7 @@ class Run:
             self.evaluate(metrics, preview)
             self.save()
         while p.step < self.total_steps and p.stopped is None:
+            self.computing.before(p.step)
             started = time.perf_counter()
             loss, norm, scored = self.step(p.step)
             waiting.append(loss)
@@ -230,7 +232,8 @@ class Run:
             if self.model.cfg.dropout or self.cfg.lora.lora_dropout:
                 torch.manual_seed(derive(cfg.seed, "dropout", step, micro, world.rank))
             with self.reducing(micro == len(starts) - 1):
-                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+                with autocast, no_recompilation(self.objective):
                     loss = self.objective(x, y, positions, mask) / scored
                 self.scaler.scale(loss * world.size).backward()  # DDP and FSDP average over the ranks
             total += loss.detach()
@@ -334,24 +337,19 @@ class Run:
             "or --dtype=float32, in another --out_dir"
         )
 
-    def maybe_compile(self) -> None:
-        """Compile, where it is wished for or wins its cost back."""
+    def choose_computing(self) -> None:
+        """Decide, or go on with, precision, attention and compilation."""
         wish = self.cfg.train.compile
-        slow_products = self.device.type == "cpu" and self.dtype == torch.float32  # the rest is 3% of a step then
-        worth = self.total_steps >= COMPILE_PAYS_AFTER and can_compile(self.device) and not slow_products
-        if wish is False or (wish == "auto" and not worth):
-            return
         # FlexAttention knows no dropout, and needs the compiler to be fast.
-        self.flex = self.device.type == "cuda" and self.model.cfg.dropout == 0.0
-        x, _, positions, mask = place(self.blocks.fixed(self.micro), slice(None), self.device, self.flex)
+        compiles = wish is True or (wish == "auto" and self.total_steps >= COMPILE_PAYS_AFTER)
+        self.flex = self.device.type == "cuda" and self.model.cfg.dropout == 0.0 and compiles
+        example = place(self.blocks.fixed(self.micro), slice(None), self.device, self.flex)
         self.model.train()
-
-        def step() -> None:
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-                self.model.hidden(x, positions, mask).sum().backward()
-
-        if not compile_blocks(self.model, step):
-            self.flex = False
+        pieces = math.ceil(self.cfg.train.global_batch / self.world.size / self.micro)
+        work = Work(self.objective, example, self.device, self.total_steps - self.progress.step, pieces)
+        self.computing = Computing(self.cfg.train, work, self.dtype, self.progress, self.world)
+        self.dtype = getattr(torch, self.computing.now.dtype)
+        self.flex = self.flex and bool(self.computing.now.compiled)
 
     def flops_per_token(self) -> float:
         """Forward and backward: 6N + 12 L H D T (PaLM, arXiv:2204.02311, appendix B); 4N where N is frozen."""
