@@ -32,7 +32,7 @@ from miaobi.console import log
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.prepare import prepare
 from miaobi.device import keep_allocations, pick_device, pick_dtype
-from miaobi.overrides import load_config, read_yaml, shipped_config
+from miaobi.settings import load_config, read_yaml, shipped_config
 from miaobi.train.loop import Run
 from miaobi.train.world import World
 

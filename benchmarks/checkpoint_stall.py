@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.common import machine, parse, ratio, report, take_turns
 from benchmarks.train_speed import OPTIM, open_data
 from miaobi.device import keep_allocations, pick_dtype
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
 from miaobi.train.loop import Run
 from miaobi.train.world import join, rank_device
 

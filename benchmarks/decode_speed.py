@@ -34,7 +34,7 @@ from benchmarks.common import Worker, machine, parse, ratio, report, take_turns
 from benchmarks.sample_speed import GREEDY, PROMPT, TEMPERATURE, TOP_K, Transformers, write_model
 from miaobi.console import log
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.generate import engine, step
+from miaobi.generate import cpu_step, engine
 from miaobi.generate.config import SampleConfig, SamplingConfig
 from miaobi.generate.slots import Slots, Stream
 
@@ -105,7 +105,7 @@ class Miaobi(sample_speed.Miaobi):
         cfg = SampleConfig(max_new_tokens=tokens, temperature=0)
         with ExitStack() as stack:
             if not guesses:
-                stack.enter_context(mock.patch.object(Slots, "guess", return_value=[]))
+                stack.enter_context(mock.patch.object(Slots, "propose", return_value=[]))
             started = time.perf_counter()
             written = sum(1 for prompt in prompts for _ in self.lm.tokens(prompt, cfg))
         return written / (time.perf_counter() - started)
@@ -163,7 +163,7 @@ class Llama:
 def wait_for_library() -> None:
     """Until the compiled step is there. Exits where it never will be."""
     for _ in range(600):
-        if step.library() is not None:
+        if cpu_step.library() is not None:
             return
         time.sleep(0.1)
     raise SystemExit("no compiled step after a minute: is there a C++ compiler with OpenMP?")
@@ -174,7 +174,7 @@ def next_logits(lm: engine.LanguageModel, ids: torch.Tensor) -> list[torch.Tenso
     """Logits (B, V) behind each position of ids (B, T), decoded one by one."""
     slots = lm.slots(len(ids))
     slots.reserve(ids.shape[1])
-    return [slots.step(column.tolist(), [t] * len(ids)) for t, column in enumerate(ids.T)]
+    return [slots.logits(column.tolist(), [t] * len(ids)) for t, column in enumerate(ids.T)]
 
 
 def bits_per_character(run: Path, text: str, dtype: str, threads: int) -> float:
@@ -274,7 +274,7 @@ def main() -> None:
             greedy = {name: partial(side.call, "greedy_rate", prompts, args.tokens, name == "with guesses")
                       for name in ("with guesses", "without")}  # fmt: skip
             turns(f"greedy, {len(prompts)} prompts of the text", greedy, [("with guesses", "without")])
-        quality = {dtype: bits_per_character(args.trained, text, dtype, args.threads) for dtype in step.KINDS}
+        quality = {dtype: bits_per_character(args.trained, text, dtype, args.threads) for dtype in cpu_step.KINDS}
         for dtype, bits in quality.items():
             rows.append(["bits/char", dtype, f"{bits:.4f}", f"{bits - quality['float32']:+.4f}"])
     report("decode_speed", ["streams x tokens", "side", "tokens/s", "miaobi / side"], rows, {

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.common import Worker, machine, parse, ratio, report, take_turns
 from benchmarks.train_speed import OPTIM, SAME, open_data
 from miaobi.device import keep_allocations, pick_dtype
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
 from miaobi.train.loop import Run
 from miaobi.train.world import join, rank_device
 

@@ -24,12 +24,13 @@ from benchmarks.common import Worker, clock, git_version, machine, parse, ratio,
 from benchmarks.peers import Trainer, copy_nanogpt
 from miaobi.console import log
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.dataset import IGNORE, PreparedData, batch
+from miaobi.corpus.dataset import IGNORE, batch
+from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import keep_allocations, peak_memory, pick_device, pick_dtype, reset_peak_memory
 from miaobi.model.checkpoint import save_model
 from miaobi.model.loss import linear_cross_entropy
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
 from miaobi.train.layout import is_compiled
 from miaobi.train.loop import Run
 from miaobi.train.world import World

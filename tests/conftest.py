@@ -17,7 +17,7 @@ import torch
 
 from miaobi import cli, native
 from miaobi.corpus.config import PrepareConfig
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("miaobi", deadline=None, max_examples=50)

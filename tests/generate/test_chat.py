@@ -118,9 +118,9 @@ def test_a_hub_models_template_and_greedy_replies_are_those_of_transformers(qwen
     ends = theirs.generation_config.eos_token_id
     assert len(ends) == 2
     chat = Chat(load(qwen, "cpu", "float32"), ChatConfig(**GREEDY | {"max_new_tokens": 24}))
-    fed, write = [], LanguageModel.write
+    fed, write = [], Slots.write
     monkeypatch.setattr(
-        LanguageModel, "write", lambda lm, slots, stream: (fed.append(list(stream.ids)), write(lm, slots, stream))[1]
+        Slots, "write", lambda slots, stream: (fed.append(list(stream.ids)), write(slots, stream))[1]
     )  # fmt: skip
     chat.system("你是一个助手。")
     messages = [{"role": "system", "content": "你是一个助手。"}]
@@ -151,7 +151,7 @@ def test_a_control_token_ends_a_reply_even_when_generation_config_forgot_it(qwen
     lm = load(qwen, "cpu")
     chat = Chat(LanguageModel(lm.model, lm.tokenizer, (lm.tokenizer.token_to_id("<|endoftext|>"),)), ChatConfig())
     said = iter([*lm.tokenizer.encode("你好"), lm.tokenizer.token_to_id("<|im_end|>"), *lm.tokenizer.encode("再见")])
-    chat.lm.write = lambda *args, **kwargs: iter(said)
+    chat._slots.write = lambda stream: iter(said)
     assert say(chat, "在吗") == "你好"
 
 
@@ -221,7 +221,7 @@ def test_a_system_message_that_leaves_no_room_is_refused():
 def test_replies_with_a_remembered_beginning_are_those_read_anew(talker, monkeypatch):
     """Keys and values kept from turn to turn, against a chat that reads everything again at every turn."""
     read, hidden = [], Transformer.hidden
-    monkeypatch.setattr(Slots, "guess", lambda slots: [])  # a right guess would bring the <sep> before the message
+    monkeypatch.setattr(Slots, "propose", lambda slots: [])  # a right guess would bring the <sep> before the message
     monkeypatch.setattr(
         Transformer, "hidden",
         lambda model, ids, *args, **kwargs: (read.append(ids.shape[1]), hidden(model, ids, *args, **kwargs))[1],
@@ -284,7 +284,7 @@ def test_no_reply_is_empty():
     chat = random_chat()
     asked = chat.stream(chat.prompt([{"role": "user", "content": "你好"}]))
     asked.never_empty = False
-    first = next(chat.lm.write(chat.lm.slots(), asked))
+    first = next(chat.lm.slots().write(asked))
     chat.ends = {first}
     assert say(chat, "你好")
     assert first not in chat.lm.tokenizer.encode(turns(chat)[1][1])
@@ -296,12 +296,12 @@ def test_ends_are_not_punished_as_repetitions(monkeypatch):
     end, other = chat.lm.tokenizer.sep_id, chat.lm.tokenizer.encode("谁")[0]
     logits = torch.full((1, chat.lm.model.cfg.vocab_size), -9.0)
     logits[0, [end, other]] = torch.tensor([2.0, 1.0])
-    monkeypatch.setattr(Slots, "step", lambda *_: logits)
+    monkeypatch.setattr(Slots, "logits", lambda *_: logits)
     prompt = chat.prompt(conversation([2, 2, 2]))
     assert end in prompt
     assert other not in prompt
     streams = [Stream(list(prompt), chat.cfg, chat.lm.generator(0), ends) for ends in ([], [end])]
-    assert [next(chat.lm.write(chat.lm.slots(), stream)) for stream in streams] == [other, end]
+    assert [next(chat.lm.slots().write(stream)) for stream in streams] == [other, end]
 
 
 def test_a_seed_gives_the_same_dialogue_and_a_retry_another_reply():
@@ -393,7 +393,7 @@ def test_a_dialogue_models_sep_and_pad_both_end_a_reply(talker):
     assert chat.lm.end_ids == (chat.lm.tokenizer.sep_id, chat.lm.tokenizer.pad_id)
     for end in chat.lm.end_ids:
         said = [*chat.lm.tokenizer.encode("你好"), end, *chat.lm.tokenizer.encode("你好")]
-        chat.lm.write = lambda *args, said=said, **kwargs: iter(said)
+        chat._slots.write = lambda stream, said=said: iter(said)
         assert say(chat, "在吗") == "你好"
 
 

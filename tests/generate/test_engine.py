@@ -18,7 +18,7 @@ from miaobi.errors import UserError
 from miaobi.generate.chat import preview
 from miaobi.generate.config import SampleConfig
 from miaobi.generate.engine import LanguageModel, load, read_prompt
-from miaobi.generate.slots import Stream
+from miaobi.generate.slots import Slots, Stream
 from miaobi.model.checkpoint import end_ids
 from miaobi.model.transformer import Transformer
 
@@ -129,6 +129,8 @@ class Script:
 
     def end(self, stream: Stream) -> None:
         self.running = [pair for pair in self.running if pair[0] is not stream]
+
+    write = Slots.write
 
     def advance(self) -> list[tuple[Stream, int]]:
         drawn = [(stream, next(ids)) for stream, ids in self.running]

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miaobi.config import ModelConfig
+from miaobi.generate import cpu_step
 from miaobi.generate import slots as slots_module
-from miaobi.generate import step
 from miaobi.generate.config import SampleConfig, SamplingConfig
-from miaobi.generate.slots import Slots, Stream, common, continued
+from miaobi.generate.slots import Slots, Stream, common
+from miaobi.generate.speculate import continued
 from miaobi.model.transformer import Transformer
 
 V, BLOCK = 37, 16
@@ -180,9 +181,9 @@ def test_common_is_the_longest_common_beginning(a, b):
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_the_compiled_step_serves_rows_at_different_places(kind, built):
     """Greedy, against each alone."""
-    built(step.SOURCE)
+    built(cpu_step.SOURCE)
     transformer = model("qwen3").float()
-    compiled = step.Step(transformer, kind)
+    compiled = cpu_step.CpuStep(transformer, kind)
     cfg = SamplingConfig(max_new_tokens=24, temperature=0)
     prompts = [[5], [1, 2, 3, 4], [1, 2, 9], [*range(14)], [*range(30)]]
 
@@ -201,16 +202,16 @@ def test_the_compiled_step_serves_rows_at_different_places(kind, built):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-@pytest.mark.parametrize("kind", step.KINDS)
+@pytest.mark.parametrize("kind", cpu_step.KINDS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_greedy_text_is_the_same_with_guesses_and_takes_fewer_steps(family, kind, threads, monkeypatch, built):
     """Past the block, with a penalty and without, and with a prompt that says everything twice."""
-    built(step.SOURCE)
+    built(cpu_step.SOURCE)
     transformer, before = model(family, 64).float(), torch.get_num_threads()
-    compiled, steps = step.Step(transformer, kind), []
+    compiled, steps = cpu_step.CpuStep(transformer, kind), []
     torch.set_num_threads(threads)
-    call = step.Step.__call__
-    monkeypatch.setattr(step.Step, "__call__", lambda *a, **k: (steps.append(len(a[1])), call(*a, **k))[1])
+    call = cpu_step.CpuStep.call
+    monkeypatch.setattr(cpu_step.CpuStep, "call", lambda *a, **k: (steps.append(len(a[1])), call(*a, **k))[1])
 
     def written(penalty: float) -> tuple[list[int], int]:
         steps.clear()
@@ -227,7 +228,7 @@ def test_greedy_text_is_the_same_with_guesses_and_takes_fewer_steps(family, kind
     try:
         guessed = [written(penalty) for penalty in (1.0, 1.3)]
         assert max(steps) > 1
-        monkeypatch.setattr(Slots, "guess", lambda self: [])
+        monkeypatch.setattr(Slots, "propose", lambda self: [])
         plain = [written(penalty) for penalty in (1.0, 1.3)]
     finally:
         torch.set_num_threads(before)
@@ -235,18 +236,18 @@ def test_greedy_text_is_the_same_with_guesses_and_takes_fewer_steps(family, kind
     assert plain[0][1] == 150 > guessed[0][1]
 
 
-@pytest.mark.parametrize("kind", step.KINDS)
+@pytest.mark.parametrize("kind", cpu_step.KINDS)
 @torch.inference_mode()
 def test_tokens_of_one_stream_at_once_get_the_logits_of_one_by_one_bit_for_bit(kind, built):
-    built(step.SOURCE)
+    built(cpu_step.SOURCE)
     transformer = model("qwen3", 64).float()
-    compiled = step.Step(transformer, kind)
+    compiled = cpu_step.CpuStep(transformer, kind)
     together, apart = (transformer.make_caches(2, 64, compiled.cache_dtype) for _ in range(2))
     ids = torch.randint(0, V, (40, 1))
     for caches in (together, apart):
         compiled(ids[:1], caches, [0])
     for at in range(1, 37, 9):
-        some = compiled(ids[at : at + 9], together, [*range(at, at + 9)], one=True)
+        some = compiled.verify(ids[at : at + 9], together, at)
         assert torch.equal(some, torch.cat([compiled(ids[i : i + 1], apart, [i]) for i in range(at, at + 9)]))
 
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from miaobi.config import ModelConfig, OptimConfig
-from miaobi.corpus.dataset import PreparedData
+from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model
 from miaobi.model.transformer import Transformer
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
 from miaobi.train import bigrams
 from miaobi.train.recipe import resolve_optim
 

@@ -12,6 +12,7 @@ import transformers
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.generate.engine import load
+from miaobi.generate.slots import Slots
 from miaobi.model.checkpoint import end_ids, model_directory
 
 BLOCK = 64
@@ -149,6 +150,8 @@ class Memory:
     def end(self, stream) -> None:
         self.streams = []
 
+    write = Slots.write
+
     def advance(self) -> list:
         return [(stream, self.token(stream)) for stream in self.streams]
 
@@ -240,7 +243,7 @@ def test_eval_scores_what_transformers_scores(foreign, miaobi, tmp_path):
 @pytest.fixture
 def continued(foreign, tmp_path: Path) -> tuple[Path, Path]:
     """(what it started from, a model directory after some steps of training on raw text)."""
-    from miaobi.overrides import load_config
+    from miaobi.settings import load_config
     from miaobi.train.loop import train as train_run
 
     (tmp_path / "text.txt").write_text(TEXT * 60, encoding="utf-8")

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miaobi.corpus.dataset import IGNORE, PreparedData, TokenStream, batch, windows_per_epoch
+from miaobi.corpus.dataset import IGNORE, batch, windows_per_epoch
+from miaobi.corpus.prepared import PreparedData, TokenStream
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model
-from miaobi.overrides import load_config, with_values
+from miaobi.settings import load_config, with_values
 from miaobi.train import loop
 from miaobi.train.loop import Run
 from miaobi.train.world import World

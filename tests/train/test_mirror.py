@@ -10,7 +10,7 @@ import pytest
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
 from miaobi.train.mirror import Mirror
 from miaobi.train.state import open_run
 

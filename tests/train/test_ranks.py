@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from miaobi.config import TrainConfig
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.dataset import IGNORE, Batch, PreparedData, TextWindows
+from miaobi.corpus.dataset import IGNORE, Batch, TextWindows
 from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.prepare import prepare
+from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model
@@ -61,7 +62,7 @@ def weights(out: Path) -> bytes:
 @pytest.fixture(scope="module")
 def alone(prepared, tmp_path_factory):
     """`alone(optimizer="muon")`: the run of one process, once per setting."""
-    from miaobi.overrides import load_config
+    from miaobi.settings import load_config
     from miaobi.train.loop import train as train_run
 
     known: dict[tuple, Path] = {}

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from miaobi.corpus.dataset import PreparedData, windows_per_epoch
+from miaobi.corpus.dataset import windows_per_epoch
+from miaobi.corpus.prepared import PreparedData
 from miaobi.files import pointed
 
 STEPS, BATCH, BLOCK = 60, 8, 32
@@ -49,7 +50,7 @@ def settings(prepared, trained):
 @pytest.fixture(scope="module")
 def undisturbed(settings, tmp_path_factory):
     """`undisturbed("gpt2")`: the same run, left alone; once per family."""
-    from miaobi.overrides import load_config
+    from miaobi.settings import load_config
     from miaobi.train.loop import train as train_run
 
     known: dict[str, Path] = {}

@@ -7,11 +7,12 @@ import pytest
 import torch
 import transformers
 
-from miaobi.corpus.dataset import PreparedData
 from miaobi.corpus.packing import PackedDialogues
+from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import model_directory
+from miaobi.train.config import EvalConfig
 from miaobi.train.evaluate import text_size, told
 from miaobi.train.score import score, stride_tokens
 from miaobi.train.state import load_progress
@@ -22,9 +23,8 @@ TEXT += "前锋错过转会，" * 20
 
 
 def miaobi_score(run, *sources, **changes) -> dict:
-    settings = {"checkpoint": "best", "split": "val", "format": "auto", "stride": "half", "batch_size": 4,
-                "device": "cpu", "dtype": "float32"} | changes  # fmt: skip
-    return score(str(run), [str(s) for s in sources], **settings)
+    settings = {"batch_size": 4, "device": "cpu"} | changes
+    return score(EvalConfig(str(run), tuple(str(s) for s in sources), **settings))
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def chatter(tmp_path_factory):
     """A run on dialogues whose vocabulary has `好` and hardly more."""
     from miaobi.corpus.config import PrepareConfig
     from miaobi.corpus.prepare import prepare
-    from miaobi.overrides import load_config
+    from miaobi.settings import load_config
     from miaobi.train.loop import train as train_run
 
     folder = tmp_path_factory.mktemp("chatter")

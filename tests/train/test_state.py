@@ -25,7 +25,7 @@ def weights(run: Path, name: str = "last") -> bytes:
 @pytest.fixture(scope="module")
 def finished(prepared, tmp_path_factory) -> Path:
     """A run of 30 steps, evaluated every 10; copy it before changing it."""
-    from miaobi.overrides import load_config
+    from miaobi.settings import load_config
     from miaobi.train.loop import train as train_run
 
     out = tmp_path_factory.mktemp("state") / "run"
@@ -43,7 +43,7 @@ def settings(data: Path, out: Path) -> dict[str, str]:
 @pytest.fixture
 def again(prepared, finished, tmp_path, monkeypatch):
     """A copy of the finished run, and `again(key=value)`: the same command on it, with changes."""
-    from miaobi.overrides import load_config
+    from miaobi.settings import load_config
     from miaobi.train.loop import train as train_run
 
     run = tmp_path / "run"
@@ -100,7 +100,7 @@ def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(again, c
 
 
 def test_a_larger_max_iters_extends_to_what_a_longer_run_would_have_been(again, prepared, tmp_path):
-    from miaobi.overrides import load_config
+    from miaobi.settings import load_config
     from miaobi.train.loop import train as train_run
 
     assert again(max_iters=50)["step"] == 50

@@ -24,7 +24,7 @@ from miaobi.console import log
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.files import point, write_json, written_whole
-from miaobi.overrides import Origin, with_origins, write_yaml
+from miaobi.settings import Origin, with_origins, write_yaml
 from miaobi.train.watch import on_signals
 
 POOLINGS = ("mask", "no_mask")

@@ -26,6 +26,11 @@ FILES = (".txt", *FORMAT_BY_NAME, ".gz", ".xz", ".zst", ".zip")
 """What ends like this is the name of a file, and never a text."""
 
 
+def predict(cfg: PredictConfig, as_json: bool = False) -> None:
+    """`miaobi classify predict`: labels on stdout as they come; see `write`."""
+    write(load(cfg.model, cfg), read_input(cfg), cfg, as_json)
+
+
 def load(model: str, cfg: PredictConfig) -> Judge:
     """A classifier ready to predict. Raises UserError."""
     keep_allocations()

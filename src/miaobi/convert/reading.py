@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import tokenizers
 import torch
-from tokenizers import decoders, models
 from torch import Tensor, nn
 
 from miaobi import __version__
 from miaobi.config import ModelConfig
-from miaobi.corpus.tokenizer import BYTE_PIECES, Tokenizer
+from miaobi.corpus.nanogpt import unreadable
+from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.files import sha256, write_json, written_whole
 from miaobi.model.checkpoint import save_model
@@ -40,43 +38,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as e:  # damaged bytes can raise anything in an unpickler
-        raise _unreadable(path, e) from e
+        raise unreadable(path, e) from e
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}, not a checkpoint with its settings")
     return found
-
-
-def read_plain_pickle(path: Path) -> Any:
-    """A pickle of dicts, strings and numbers. Raises UserError if it is missing, damaged, or names any class."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        with open(path, "rb") as file:
-            return _PlainUnpickler(file).load()
-    except Exception as e:
-        raise _unreadable(path, e) from e
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """What only opcodes build; a pickle that asks for a class or function gets none."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding="utf-8")
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    """torch's own words advise to load with weights_only=False, which would execute what is in the file."""
-    text = str(error)
-    if isinstance(error, pickle.UnpicklingError) and (named := re.search(r"GLOBAL (\S+)", text)):
-        return UserError(
-            f"{path} was not loaded: besides weights and settings it holds {named[1]}, and to load that could run a "
-            "program. If you trust it, save it again on the machine it comes from with plain values only"
-        )
-    lines = text.splitlines() or [type(error).__name__]
-    return UserError(f"{path} cannot be read ({lines[0][:120]}); it was cut short or altered: copy it again")
 
 
 def read_sizes(values: dict[str, Any], path: Path, project: str) -> dict[str, int]:
@@ -166,26 +131,6 @@ def append_rows(model: Transformer, row: Tensor, count: int) -> None:
         wte.weight[:V] = model.wte.weight[:V]
         wte.weight[V : V + count] = row
     model.wte, model.cfg = wte, replace(model.cfg, vocab_size=V + count)
-
-
-def character_tokenizer(
-    pieces: list[str], specials: list[str], first_byte: int | None, config: dict[str, Any]
-) -> Tokenizer:
-    """One token per character, ids in the order of `pieces`.
-
-    specials: those of `pieces` that are control tokens. first_byte: id of the first of the 256 byte pieces, or None:
-    then what has no token becomes `<unk>`.
-    """
-    vocab = {piece: id_ for id_, piece in enumerate(pieces)}
-    if first_byte is None:
-        model = models.BPE(vocab=vocab, merges=[], unk_token="<unk>")
-    else:
-        vocab |= {piece: first_byte + byte for byte, piece in enumerate(BYTE_PIECES)}
-        model = models.BPE(vocab=vocab, merges=[], byte_fallback=True)
-    backend = tokenizers.Tokenizer(model)
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    backend.add_special_tokens(specials)
-    return Tokenizer(backend, config)
 
 
 # The directory that is written

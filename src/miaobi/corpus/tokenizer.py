@@ -185,6 +185,22 @@ class Tokenizer:
         _reject_surrogates(text)
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    @functools.cached_property
+    def begin_ids(self) -> list[int]:
+        """What a foreign tokenizer puts before every text, `<s>` mostly; the model was trained with it there.
+
+        Not what it puts behind: a prompt goes on. Nor BERT's `[CLS]`, which comes with a `[SEP]` behind the text.
+        """
+        if self._word_pieces is not None or self.config.get("add_bos_token") is False:
+            return []
+        framed, bare = (self.backend.encode("a", add_special_tokens=special).ids for special in (True, False))
+        at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
+        return framed[:at]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """`encode`, behind what the tokenizer puts before every text. Raises UserError on a lone surrogate."""
+        return [*self.begin_ids, *self.encode(text)]
+
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as (n,) uint32. Raises UserError on a lone surrogate."""
         ids, _ = self.encode_documents([text], end_id=None)
@@ -193,7 +209,7 @@ class Tokenizer:
     def encode_documents(
         self, documents: Sequence[str], end_id: int | None, newline_id: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Many documents in one array.
+        """Many documents in one array; those that end also begin, with `begin_ids`.
 
         Args:
             documents: texts.
@@ -265,8 +281,9 @@ class Tokenizer:
                 for line in lines[1:]:
                     row += [newline_id, *line.ids]
                 rows.append(row)
+        head = self.begin_ids if end_id is not None and newline_id is None else []
         tail = [] if end_id is None else [end_id]
-        arrays = [np.array(row + tail, self._dtype) for row in rows]
+        arrays = [np.array(head + row + tail, self._dtype) for row in rows]
         ends = np.cumsum([len(array) for array in arrays])
         return np.concatenate(arrays), np.concatenate(([0], ends[:-1])).astype(np.int64)
 

@@ -138,7 +138,7 @@ class Chat:
 
     def _answer(self, asked: Messages) -> Iterator[str]:
         """Stream a reply to the last of `asked`; then, or where it was broken off, the conversation is that far."""
-        tokens = self.lm.write(self._slots, self.stream(self.prompt(asked)))
+        tokens = self._slots.write(self.stream(self.prompt(asked)))
         said = ""
         try:
             with explain_memory(self.lm.device, "`flush` forgets the conversation; a smaller --max_new_tokens helps"):
@@ -160,5 +160,5 @@ def preview(
     chat = Chat(lm, ChatConfig(max_new_tokens=tokens, seed=cfg.seed))
     asked = chat.template.encode([{"role": "user", "content": prompt}], add_generation_prompt=True)
     # Not chat.reply: it refuses a template that fills a small block, and a sample is no reason to end a run.
-    drawn = lm.write(lm.slots(), chat.stream(asked))
+    drawn = lm.slots().write(chat.stream(asked))
     return f">>>{prompt}\n" + "".join(lm.pieces(drawn, chat.ends))

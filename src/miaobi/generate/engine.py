@@ -16,9 +16,9 @@ from miaobi.corpus.tokenizer import PAD, SEP, Tokenizer
 from miaobi.device import can_compile, cpu_has_bf16, explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.generate.config import SampleConfig
-from miaobi.generate.graph import GraphStep
-from miaobi.generate.slots import Slots, Stream
-from miaobi.generate.step import Step, can_step
+from miaobi.generate.cpu_step import CpuStep, can_step
+from miaobi.generate.cuda_step import CudaStep
+from miaobi.generate.slots import Slots, Step, Stream
 from miaobi.model.checkpoint import load_model
 from miaobi.model.transformer import Transformer
 
@@ -90,7 +90,7 @@ class LanguageModel:
         model: Transformer,
         tokenizer: Tokenizer,
         end_ids: tuple[int, ...] | None = None,
-        step: Step | GraphStep | None = None,
+        step: Step | None = None,
     ) -> None:
         """end_ids: None = the tokenizer's end-of-text. step: the model's fast step, if it has one."""
         self.model = model.eval()
@@ -168,7 +168,7 @@ class LanguageModel:
         cfg = replace(cfg or SampleConfig(), **overrides, num_samples=1)
         stream = self.open(prompt, cfg)
         before = self.ids_before(prompt, stream)
-        return self.pieces(self.write(self.slots(), stream), self.end_ids, cfg.stop, before)
+        return self.pieces(self.slots().write(stream), self.end_ids, cfg.stop, before)
 
     def pieces(
         self, tokens: Iterable[int], ends: Collection[int], stop: tuple[str, ...] = (), before: Sequence[int] = ()
@@ -198,7 +198,7 @@ class LanguageModel:
 
     def tokens(self, prompt: str, cfg: SampleConfig) -> Iterator[int]:
         """Token ids of one continuation, `max_new_tokens` of them."""
-        return self.write(self.slots(), self.open(prompt, cfg))
+        return self.slots().write(self.open(prompt, cfg))
 
     def slots(self, size: int = 1) -> Slots:
         """Room for `size` streams at once."""
@@ -206,7 +206,7 @@ class LanguageModel:
 
     def open(self, prompt: str, cfg: SampleConfig, number: int = 0) -> Stream:
         """The stream that goes on from `prompt`; `number` it among those of one seed."""
-        ids = self.tokenizer.encode(prompt) or [self.start_id()]
+        ids = self.tokenizer.encode_prompt(prompt) or [self.start_id()]
         seed = None if cfg.seed is None else cfg.seed + number
         return Stream(ids, cfg, self.generator(seed), self.end_ids, self.barred)
 
@@ -216,19 +216,6 @@ class LanguageModel:
         """
         blank = self.tokenizer.forgets_blanks and prompt[-1:].isspace()
         return list(stream.ids) if prompt and not blank else []
-
-    def write(self, slots: Slots, stream: Stream) -> Iterator[int]:
-        """Token ids that one stream writes; closed or interrupted in the middle, it leaves the slots as they should be.
-
-        What `slots` remember of earlier streams is not read again.
-        """
-        slots.add(stream)
-        try:
-            while stream.left:
-                for _, token in slots.advance():
-                    yield token
-        finally:
-            slots.end(stream)
 
     def generator(self, seed: int | None) -> torch.Generator:
         """Randomness for drawing; from nowhere where there is no seed."""
@@ -273,10 +260,10 @@ def load(
     keep_allocations()
     where, wish = pick_device(device or "auto"), dtype or "auto"
     model, tokenizer = load_model(name, checkpoint)
-    step: Step | GraphStep | None = None
+    step: Step | None = None
     if where.type == "cpu" and wish != "float16" and can_compile(where) and can_step(model):
         kind = "bfloat16" if wish == "auto" else wish
-        step = Step(model, kind)
+        step = CpuStep(model, kind)
         precision = torch.bfloat16 if kind == "bfloat16" and cpu_has_bf16() else torch.float32
     else:
         if wish == "int8":
@@ -285,7 +272,7 @@ def load(
         precision = pick_dtype(wish, where)
     model = model.to(where, precision)
     if where.type == "cuda":
-        step = GraphStep(model)
+        step = CudaStep(model)
     return LanguageModel(model, tokenizer, model.end_ids, step)
 
 
@@ -296,7 +283,9 @@ def read_prompt(start: str) -> str:
     path = Path(start[5:]).expanduser()
     if not path.is_file():
         raise UserError(f"--start={start}: no such file")
-    from miaobi.corpus.read import read_documents  # with its unpackers a tenth of a second, that a chat need not wait
+    from miaobi.corpus.documents import (
+        read_documents,  # with its unpackers a tenth of a second, that a chat need not wait
+    )
 
     return "".join(read_documents([str(path)], "text", whole=True))  # whatever its name ends in
 

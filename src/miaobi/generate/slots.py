@@ -6,21 +6,48 @@ A stream takes a row of the KV caches when it comes and gives it back when it en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from miaobi.generate.config import SamplingConfig
-from miaobi.generate.graph import GraphStep
+from miaobi.generate.eager_step import EagerStep
 from miaobi.generate.sampling import next_token, penalize_repeats
-from miaobi.generate.step import Step
-from miaobi.model.transformer import KVCache, RowCache, Transformer
+from miaobi.generate.speculate import PromptLookup
+from miaobi.model.transformer import KVCache, Transformer
 
 PREFILL_TOKENS = 8192  # of several prompts in one forward pass, which bounds its memory
-GUESSED = (2, 5, 8)  # tokens at once: with the one before, whole groups of the compiled step
+
+
+class Step(Protocol):
+    """What computes the next logits: eager_step, cpu_step or cuda_step."""
+
+    ready: bool
+    """Whether it can be called; it may become so later, while its library is being built."""
+    can_verify: bool
+    """Whether it has `verify`."""
+    is_exact: bool
+    """Whether each row's logits are, to the last bit, what they would be without the other rows."""
+    cache_dtype: torch.dtype | None
+    """Precision of the KV caches; None = that of the model's products."""
+
+    def rows(self, n: int, size: int) -> int:
+        """How many of `size` rows a step of n rows writes to; those beyond n get something at the last position."""
+
+    def __call__(self, tokens: Tensor, caches: list[KVCache], positions: list[int]) -> Tensor:
+        """One token further in the first n rows of the caches: tokens (n, 1) go to `positions`.
+
+        Returns logits (n, V), which the next call may overwrite.
+        """
+
+    def verify(self, tokens: Tensor, caches: list[KVCache], start: int) -> Tensor:
+        """Several tokens (T, 1) of row 0 at once, from position `start` on. Returns the logits (T, V) that T calls
+        would give, bit for bit.
+        """
 
 
 @dataclass(eq=False)
@@ -39,8 +66,8 @@ class Stream:
     """The first token is none of `ends`."""
     left: int = field(init=False)
     """Tokens still to come."""
-    trust: int = 1
-    """How well the stream can be guessed: which of GUESSED."""
+    lookup: PromptLookup = field(init=False, default_factory=PromptLookup)
+    """What may come next, where several tokens at once can be verified."""
 
     def __post_init__(self) -> None:
         self.left = self.cfg.max_new_tokens
@@ -53,9 +80,11 @@ class Slots:
         known: for each row, the tokens whose keys and values are in it from position 0 on, also after its stream's end.
     """
 
-    def __init__(self, model: Transformer, size: int = 1, compiled: Step | GraphStep | None = None) -> None:
-        """size: streams at once. compiled: the model's fast step, if it has one."""
-        self.model, self.size, self.compiled = model, size, compiled
+    def __init__(self, model: Transformer, size: int = 1, step: Step | None = None) -> None:
+        """size: streams at once. step: the model's fast step, if it has one."""
+        self.model, self.size = model, size
+        self.eager, self.fast = EagerStep(model), step
+        self.step: Step = self.best_step()
         self.running: list[Stream] = []
         self.waiting: list[Stream] = []
         self.known: list[list[int]] = [[] for _ in range(size)]
@@ -88,9 +117,21 @@ class Slots:
             self.running[row], self.seen[row], self.barred[row] = self.running[last], self.seen[last], self.barred[last]
         self.running.pop()
 
+    def write(self, stream: Stream) -> Iterator[int]:
+        """Tokens of one stream alone, as they are written; closed or interrupted in the middle, it leaves the slots as
+        they should be.
+        """
+        self.add(stream)
+        try:
+            while stream.left:
+                for _, token in self.advance():
+                    yield token
+        finally:
+            self.end(stream)
+
     @torch.inference_mode()
     def advance(self) -> list[tuple[Stream, int]]:
-        """One token further: each stream that runs, and its token; several, where what came next could be guessed.
+        """One step: each stream that runs, and its token; several tokens, where what came next could be guessed.
         A stream that has all its tokens ends.
 
         Learned positions cannot slide: when the block is full, the last half of it is read again.
@@ -100,13 +141,13 @@ class Slots:
             return []
         full = [row for row, _ in enumerate(self.running) if len(self.known[row]) == self.model.cfg.block_size]
         half = max(1, self.model.cfg.block_size // 2)
-        # one by one for the compiled step, with which each text is, to the last bit, what it would be alone
-        for rows in [[row] for row in full] if isinstance(self.compiled, Step) else [full]:
+        # one by one for an exact step, with which each text is, to the last bit, what it would be alone
+        for rows in [[row] for row in full] if self.step.is_exact else [full]:
             self.prefill(rows, [self.running[row].ids[-half:-1] for row in rows])
-        if guess := self.guess():
-            return self.check(guess)
+        if proposed := self.propose():
+            return self.verify(proposed)
         given = [stream.ids[-1] for stream in self.running]
-        logits = self.step(given, [len(self.known[row]) for row, _ in enumerate(given)])
+        logits = self.logits(given, [len(self.known[row]) for row, _ in enumerate(given)])
         for row, token in enumerate(given):
             self.known[row].append(token)
         drawn = list(zip(self.running, self.draw(logits), strict=True))
@@ -117,48 +158,41 @@ class Slots:
                 self.end(stream)
         return drawn
 
-    def guess(self) -> list[int]:
-        """What may come next, because it came before (prompt lookup, github.com/apoorvumang/prompt-lookup-decoding).
-
-        For one greedy stream and the compiled step alone. Greedy text of a small model repeats itself, drawn text
-        does not, and many streams are bound by arithmetic (docs/lab-notes.md).
-        """
-        if not isinstance(self.compiled, Step) or not self.compiled.ready:
+    def propose(self) -> list[int]:
+        """What the only stream may write next, where a step can verify that: greedy text alone is worth it."""
+        if not self.step.can_verify or len(self.running) > 1 or self.running[0].cfg.temperature:
             return []
-        if len(self.running) > 1 or self.running[0].cfg.temperature:
-            return []
-        stream, room = self.running[0], self.model.cfg.block_size - len(self.known[0]) - 1
-        most = min(GUESSED[stream.trust], stream.left - 1, room)
-        return continued(stream.ids[-self.model.cfg.block_size :], most)
+        stream, block = self.running[0], self.model.cfg.block_size
+        return stream.lookup.propose(stream.ids[-block:], min(stream.left, block - len(self.known[0])) - 1)
 
-    def check(self, guess: list[int]) -> list[tuple[Stream, int]]:
-        """Tokens of the only stream: those of `guess` that it would have written, and one more."""
-        stream, found = self.running[0], []
-        tokens = [stream.ids[-1], *guess]
-        at = len(self.known[0])
-        ids = torch.tensor(tokens)[:, None]
-        logits = self.compiled(ids, self.caches, [*range(at, at + len(tokens))], one=True)
+    def verify(self, proposed: list[int]) -> list[tuple[Stream, int]]:
+        """Tokens of the only stream: those of `proposed` that it would have written, and one more."""
+        stream, written = self.running[0], []
+        tokens = [stream.ids[-1], *proposed]
+        logits = self.step.verify(torch.tensor(tokens, device=self.device)[:, None], self.caches, len(self.known[0]))
         for i, token in enumerate(tokens):
             self.known[0].append(token)
             (drawn,) = self.draw(logits[i : i + 1])
             stream.ids.append(drawn)
             stream.left -= 1
-            found.append((stream, drawn))
-            if drawn != next(iter(guess[i:]), None):
+            written.append((stream, drawn))
+            if drawn != next(iter(proposed[i:]), None):
                 break
-        right = len(found) - 1
-        if right == len(guess):
-            stream.trust = min(stream.trust + 1, len(GUESSED) - 1)
-        elif 2 * right < len(guess):
-            stream.trust = max(stream.trust - 1, 0)
+        stream.lookup.learn(len(proposed), len(written) - 1)
         if not stream.left:
             self.end(stream)
-        return found
+        return written
+
+    def best_step(self) -> Step:
+        """The fast step where it is ready."""
+        return self.fast if self.fast is not None and self.fast.ready else self.eager
 
     def admit(self) -> None:
         """Give rows to the streams that wait, and fill these with all of their prompts but the last tokens."""
         if not self.waiting:
             return
+        if not self.running:  # never in the middle of a text: another step rounds differently, and a seed would draw
+            self.step = self.best_step()  # another text from there on
         block, first = self.model.cfg.block_size, len(self.running)
         new, self.waiting = self.waiting, []
         self.reserve(max(min(block, len(stream.ids) + stream.left) for stream in new))
@@ -194,7 +228,7 @@ class Slots:
         old, had = self.caches, self.caches[0].k.shape[2] if self.caches else 0
         if had >= length:
             return
-        dtype = None if self.compiled is None else self.compiled.cache_dtype
+        dtype = None if self.fast is None else self.fast.cache_dtype  # so that the fast step may take over later
         self.caches = self.model.make_caches(self.size, length, dtype)
         for new, before in zip(self.caches, old, strict=False):
             new.k[:, :, :had], new.v[:, :, :had] = before.k, before.v
@@ -237,23 +271,12 @@ class Slots:
         for row, prompt in zip(rows, prompts, strict=True):
             self.known[row] = list(prompt)
 
-    def step(self, tokens: list[int], positions: list[int]) -> Tensor:
-        """Logits (n, V) behind `tokens` of the first n rows, which go to `positions`: by the fast step if ready."""
-        n, last = len(tokens), max(positions)
-        ids = torch.tensor(tokens, device=self.device)[:, None]
-        if self.compiled is not None and self.compiled.ready:
-            end = self.caches[0].k.shape[2] - 1
-            for row in range(n, self.compiled.rows(n, self.size)):
-                del self.known[row][end:]
-            logits = self.compiled(ids, self.caches, positions)
-            if logits is not None:
-                return logits
-        if min(positions) == last:
-            return self.model(ids, caches=self.part(lambda k, v: KVCache(k[:n], v[:n], last)), last_only=True)[:, -1]
-        places = torch.tensor(positions, device=self.device)
-        mask = torch.arange(last + 1, device=self.device) <= places[:, None]
-        caches = self.part(lambda k, v: RowCache(k[:n], v[:n], last, places))
-        return self.model(ids, places[:, None], mask[:, None, None], caches, last_only=True)[:, -1]
+    def logits(self, tokens: list[int], positions: list[int]) -> Tensor:
+        """Logits (n, V) behind `tokens` of the first n rows, which go to `positions`."""
+        n, end = len(tokens), self.caches[0].k.shape[2] - 1
+        for row in range(n, self.step.rows(n, self.size)):
+            del self.known[row][end:]
+        return self.step(torch.tensor(tokens, device=self.device)[:, None], self.caches, positions)
 
     def part(self, make: Callable[[Tensor, Tensor], KVCache]) -> list[KVCache]:
         """Views of some rows of every layer's cache."""
@@ -283,17 +306,6 @@ def mark(mask: Tensor, ids: Collection[int]) -> None:
     """Make mask (V,) true at `ids` and false elsewhere; an id beyond V has no logit."""
     known = [id_ for id_ in ids if id_ < len(mask)]
     mask.zero_()[torch.tensor(known, dtype=torch.long, device=mask.device)] = True
-
-
-def continued(ids: list[int], most: int, longest: int = 3) -> list[int]:
-    """What followed the last three or two tokens of `ids` when they occurred before, latest first; `most` tokens."""
-    if most > 0:
-        for n in range(min(longest, len(ids) - 1), 1, -1):
-            end = ids[-n:]
-            for at in range(len(ids) - n - 1, -1, -1):
-                if ids[at : at + n] == end:
-                    return ids[at + n : at + n + most]
-    return []
 
 
 def common(a: list[int], b: list[int]) -> int:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miaobi.config import ModelConfig, RunConfig
-from miaobi.corpus.dataset import PreparedData, TokenStream
+from miaobi.corpus.prepared import PreparedData, TokenStream
 from miaobi.errors import UserError
 from miaobi.model.transformer import Transformer, intermediate_size
 

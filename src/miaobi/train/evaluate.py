@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 
@@ -124,15 +124,20 @@ def evaluate(
     stride: int,
     dtype: torch.dtype,
     batch_size: int = 16,
+    given: Collection[int] = (),
 ) -> dict:
     """Score a token sequence whose first token is given as context.
 
+    given: tokens that are not scored wherever they stand: what begins a text is no part of it.
     tokens: (N,). characters, text_bytes: length of the text that tokens[1:] encode, in code points and UTF-8 bytes.
     Returns what `score_batches` returns.
     """
     windows = sliding(tokens, model.cfg.block_size, stride)
     groups = iter(lambda: list(islice(windows, batch_size)), [])
     batches = (Batch(*(np.stack(side) for side in zip(*group, strict=True))) for group in groups)
+    if given:
+        batches = (batch._replace(targets=np.where(np.isin(batch.targets, [*given]), IGNORE, batch.targets))
+                   for batch in batches)  # fmt: skip
     return score_batches(model, batches, len(tokens) - 1, characters, text_bytes, dtype)
 
 

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from miaobi.cache import keep_compiled_code_private
 from miaobi.config import ModelConfig, TrainConfig
 from miaobi.console import log, warn
 from miaobi.errors import UserError
@@ -136,6 +137,7 @@ def compile_as(objective: nn.Module, part: str, once: Callable[[], object]) -> b
     Shapes are taken as they are: a smaller last micro-batch runs uncompiled (see `no_recompilation`).
     """
     started = time.perf_counter()
+    keep_compiled_code_private()
     for module in objective.model.blocks if part == "blocks" else [objective]:
         module.compile(dynamic=False)
     try:

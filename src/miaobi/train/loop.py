@@ -23,7 +23,7 @@ from miaobi.device import explain_memory, keep_allocations, peak_flops, pick_dty
 from miaobi.errors import UserError
 from miaobi.model.lora import adapter_parameters
 from miaobi.model.transformer import Transformer
-from miaobi.overrides import Origin
+from miaobi.settings import Origin
 from miaobi.train import bigrams
 from miaobi.train.computing import COMPILE_PAYS_AFTER, Computing
 from miaobi.train.evaluate import eager, place, text_size, told, validation_nats
@@ -85,7 +85,7 @@ class Run:
             self.data = open_data(cfg, self.out)
         check_same(world, cfg, self.data.fingerprint)
         checkpoint = world.gather(checkpoint)[0]
-        self.tokenizer = Tokenizer.load(self.data.path)
+        self.tokenizer = self.data.tokenizer
         self.progress = start_or_continue(cfg, self.data, checkpoint)
         on_ranks = partial(placed, cfg.train, world, device, dtype)
         self.model = build_model(cfg, origin, self.data, self.tokenizer, checkpoint, self.progress, on_ranks).to(device)

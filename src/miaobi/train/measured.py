@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from miaobi.cache import private_cache
 from miaobi.console import log, warn
 from miaobi.device import can_compile, cpu_flags, peak_memory
 from miaobi.train.layout import compile_as, uncompile
@@ -215,8 +216,7 @@ def apply(work: Work, way: Computed) -> bool:
 
 def memory_file(key: str) -> Path:
     """Where this machine's choices for a shape are kept."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miaobi"
-    return home / f"computed-{key}.json"
+    return private_cache() / f"computed-{key}.json"
 
 
 def recall(key: str) -> dict[str, Any]:
@@ -242,7 +242,6 @@ def remember(key: str, name: str, way: Computed) -> None:
     """Keep a choice for the next run of this shape; a home that cannot be written forgets."""
     file = memory_file(key)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_name(f".{file.name}.{os.getpid()}")
         aside.write_text(json.dumps(recall(key) | {name: asdict(way)}), encoding="utf-8")
         os.replace(aside, file)

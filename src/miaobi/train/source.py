@@ -16,17 +16,18 @@ from torch import Tensor
 from miaobi.config import DataConfig, ModelConfig, RunConfig
 from miaobi.console import log
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.dataset import PreparedData, TextWindows
+from miaobi.corpus.dataset import TextWindows
 from miaobi.corpus.dialogue import first_message
 from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.prepare import prepare, settings_of
+from miaobi.corpus.prepared import PreparedData, is_prepared
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model, model_directory
 from miaobi.model.lora import add_lora, load_adapter
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
-from miaobi.overrides import Origin
+from miaobi.settings import Origin
 from miaobi.train import bigrams
 from miaobi.train.recipe import resolve_model
 from miaobi.train.state import Progress, load_progress
@@ -43,7 +44,7 @@ def open_data(cfg: RunConfig, out: Path) -> PreparedData:
     (--init_from=resume). Raises UserError for data that is missing, damaged or empty.
     """
     source, own = Path(cfg.data.data), out / "data"
-    if (source / "manifest.json").is_file():
+    if is_prepared(source):
         return PreparedData.open(source)
     if pointed(out / "checkpoints" / "last") is not None and (own / "manifest.json").is_file():
         return PreparedData.open(own)

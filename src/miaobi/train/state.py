@@ -13,7 +13,7 @@ from miaobi.config import RunConfig
 from miaobi.console import log
 from miaobi.errors import UserError
 from miaobi.files import point, pointed, put_back
-from miaobi.overrides import Origin, flatten, load_config, read_yaml, save_config
+from miaobi.settings import Origin, flatten, load_config, read_yaml, save_config
 from miaobi.train.mirror import Mirror
 
 # How a run is entered, where it lies and how its memory is used, not what it is.

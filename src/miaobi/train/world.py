@@ -31,7 +31,7 @@ from miaobi.console import log, quiet
 from miaobi.corpus.dataset import IGNORE, Batch
 from miaobi.device import pick_device
 from miaobi.errors import UserError
-from miaobi.overrides import flatten
+from miaobi.settings import flatten
 
 LONG = timedelta(days=1)  # for rank 0 to prepare the data, for the slowest disk to take a checkpoint
 LAST_WORD = 5.0  # seconds in which the rank that failed speaks first; torchrun ends the others within one

@@ -2,7 +2,7 @@
 
 PyTorch decodes at the speed of its calls, and on a CPU without bf16 units it multiplies bf16 matrices ~100 times
 slower than fp32 ones. Decoding one stream does nothing but read every weight once, so fewer bytes are less time:
-`step.cpp` does a whole step in one call (figures in docs/lab-notes.md).
+`cpu_step.cpp` does a whole step in one call (figures in docs/lab-notes.md).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from miaobi import native
 from miaobi.model.transformer import KVCache, Transformer, head_dim, intermediate_size
 
-SOURCE = Path(__file__).with_name("step.cpp")
-KINDS = ("float32", "bfloat16", "int8")  # in the order of step.cpp
-LANES = 8  # floats in one vector of step.cpp
+SOURCE = Path(__file__).with_name("cpu_step.cpp")
+KINDS = ("float32", "bfloat16", "int8")  # in the order of cpu_step.cpp
+LANES = 8  # floats in one vector of cpu_step.cpp
 
 
 class Matrix(ctypes.Structure):
-    """As in step.cpp."""
+    """As in cpu_step.cpp."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scale", "bias")]
 
 
 class Layer(ctypes.Structure):
-    """As in step.cpp."""
+    """As in cpu_step.cpp."""
 
     _fields_ = [(name, Matrix) for name in ("qkv", "proj", "gate", "up", "down")] + [
         (name, ctypes.c_void_p)
@@ -39,7 +39,7 @@ class Layer(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    """As in step.cpp."""
+    """As in cpu_step.cpp."""
 
     _fields_ = [
         (name, ctypes.c_int32)
@@ -51,7 +51,7 @@ class Model(ctypes.Structure):
 
 
 def can_step(model: Transformer) -> bool:
-    """Whether step.cpp can have this model: it takes whole vectors."""
+    """Whether cpu_step.cpp can have this model: it takes whole vectors."""
     cfg = model.cfg
     return not any(width % LANES for width in (cfg.n_embd, head_dim(cfg), intermediate_size(cfg)))
 
@@ -73,12 +73,15 @@ def large_pages(size: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)[:size]
 
 
-class Step:
-    """A model's weights as step.cpp reads them, and the call.
+class CpuStep:
+    """A `Step` (see slots.py): a model's weights as cpu_step.cpp reads them, and the call.
 
     The model's own matrices are rounded alike, so that its `forward` (prefill, scores, and steps until the library is
     there) computes with the same numbers.
     """
+
+    can_verify = True
+    is_exact = True
 
     @torch.no_grad()
     def __init__(self, model: Transformer, kind: str) -> None:
@@ -107,7 +110,7 @@ class Step:
         return library() is not None
 
     def rows(self, n: int, size: int) -> int:
-        """How many of `size` rows a step of n takes: just those."""
+        """How many of `size` rows a step of n writes to: just those."""
         return n
 
     def keep(self, tensor: Tensor | None) -> int | None:
@@ -152,14 +155,22 @@ class Step:
                      *self.norm(block.attn_norm), *self.norm(block.mlp_norm),
                      self.norm(attn.q_norm)[0], self.norm(attn.k_norm)[0])  # fmt: skip
 
-    def __call__(self, tokens: Tensor, caches: list[KVCache], positions: list[int], one: bool = False) -> Tensor:
+    def __call__(self, tokens: Tensor, caches: list[KVCache], positions: list[int]) -> Tensor:
         """One token further in the first B rows of the caches: tokens (B, 1) go to `positions`, behind what is there.
         Returns logits (B, V) float32.
 
-        one: all tokens are of row 0, one behind the other; logits equal those of B calls, bit for bit.
-
         Needs `library()`, and caches as `make_caches` gives them: all layers one behind the other.
         """
+        return self.call(tokens, caches, positions, is_one=False)
+
+    def verify(self, tokens: Tensor, caches: list[KVCache], start: int) -> Tensor:
+        """Several tokens (T, 1) of row 0 at once, from position `start` on; logits (T, V) equal those of T calls, bit
+        for bit.
+        """
+        return self.call(tokens, caches, [*range(start, start + len(tokens))], is_one=True)
+
+    def call(self, tokens: Tensor, caches: list[KVCache], positions: list[int], is_one: bool) -> Tensor:
+        """`miaobi_step` of cpu_step.cpp; is_one: all tokens are of row 0, one behind the other."""
         model, cache, B = self.model, caches[0], len(tokens)
         rows, _, S, _ = cache.k.shape
         places = torch.tensor(positions)
@@ -169,8 +180,8 @@ class Step:
         scratch = torch.empty(B * self.per_stream + threads * (B * model.cfg.n_embd + self.per_thread))
         is_short = cache.k.dtype == torch.bfloat16
         addresses = (ctypes.c_void_p(t.data_ptr()) for t in (places, cache.k, cache.v, x, logits, scratch))
-        library().miaobi_step(ctypes.byref(self.about), self.layers, KINDS.index(self.kind), is_short, one, B, rows, S,
-                              *addresses, threads)  # fmt: skip
+        library().miaobi_step(ctypes.byref(self.about), self.layers, KINDS.index(self.kind), is_short, is_one, B, rows,
+                              S, *addresses, threads)  # fmt: skip
         return logits
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from miaobi.console import warn
+from miaobi.generate.eager_step import EagerStep
 from miaobi.model.transformer import KVCache, RowCache, Transformer
 
 
@@ -24,28 +25,33 @@ class Recorded:
     replay: Callable[[], None]
 
 
-class GraphStep:
-    """A model's steps, recorded when they are first needed: one for each power of two of rows, so that few serve all.
+class CudaStep:
+    """A `Step` (see slots.py), recorded when it is first needed: one for each power of two of rows, so that few serve
+    all.
 
     Attributes:
         ready: false once a step could not be recorded; nothing is tried again then.
     """
 
+    can_verify = False
+    is_exact = False
     cache_dtype = None
 
     def __init__(self, model: Transformer) -> None:
-        self.model, self.ready = model, True
+        self.model, self.ready, self.eager = model, True, EagerStep(model)
         self.recorded: dict[int, Recorded] = {}
         self.keys: Tensor | None = None  # of the caches into whose memory the recorded steps point, which must stay
 
     def rows(self, n: int, size: int) -> int:
-        """How many of `size` rows a step of n takes. Those beyond n get something at the caches' last position."""
+        """How many of `size` rows a step of n writes to. Those beyond n get something at the caches' last position."""
         return min(size, 1 << (n - 1).bit_length())
 
-    def __call__(self, tokens: Tensor, caches: list[KVCache], positions: list[int]) -> Tensor | None:
+    def __call__(self, tokens: Tensor, caches: list[KVCache], positions: list[int]) -> Tensor:
         """One token further: tokens (n, 1) go to `positions` of the first n rows. Returns logits (n, V), which the next
-        call overwrites, or None where no step can be recorded.
+        call overwrites.
         """
+        if not self.ready:
+            return self.eager(tokens, caches, positions)
         n, (size, _, length, _) = len(tokens), caches[0].k.shape
         if self.keys is not caches[0].k:
             self.recorded.clear()
@@ -57,7 +63,7 @@ class GraphStep:
             except RuntimeError as e:
                 self.ready = False
                 warn(f"no CUDA graph here ({str(e).splitlines()[0]}); decoding without, which is slower")
-                return None
+                return self.eager(tokens, caches, positions)
         step = self.recorded[rows]
         step.ids[:n].copy_(tokens)
         step.places.copy_(torch.tensor([*positions, *[length - 1] * (rows - n)]))

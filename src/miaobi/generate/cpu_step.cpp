@@ -2,7 +2,7 @@
 // parallel region.
 //
 // A step is bound by reading the weights, so they stay as they are stored (float, bfloat16 or int8 with a scale per
-// row) and are widened to float in registers, once for all streams. All arithmetic is in float. Built by step.py with
+// row) and are widened to float in registers, once for all streams. All arithmetic is in float. Built by cpu_step.py with
 // whatever C++ compiler is there; vectors are the extension that GCC and Clang share.
 #include <atomic>
 #include <cmath>
@@ -274,10 +274,10 @@ struct Barrier {
     }
 };
 
-// What step.py calls: x (B, width), embeddings in and states out; logits (B, vocab). k, v: caches of all layers
+// What cpu_step.py calls: x (B, width), embeddings in and states out; logits (B, vocab). k, v: caches of all layers
 // (layers, rows, H_kv, S, D), bfloat16 where is_short, else float. Token b goes to positions[b] of row b, or of row 0
 // where is_one: then they are one stream's, in order, and get the logits that they would get one by one.
-// scratch: floats, as many as step.py says.
+// scratch: floats, as many as cpu_step.py says.
 extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, int is_short, int is_one, int B,
                             int rows, int S, const int64_t* positions, void* k, void* v, float* x, float* logits,
                             float* scratch, int threads) {

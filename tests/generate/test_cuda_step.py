@@ -9,7 +9,7 @@ import torch
 
 from miaobi.config import ModelConfig
 from miaobi.generate.config import SamplingConfig
-from miaobi.generate.graph import GraphStep
+from miaobi.generate.cuda_step import CudaStep
 from miaobi.generate.slots import Slots, Stream
 from miaobi.model.transformer import Transformer
 
@@ -18,7 +18,7 @@ CFG = SamplingConfig(max_new_tokens=30, temperature=0, repetition_penalty=1.2)
 PROMPTS = [[5], [1, 2, 3, 4], [1, 2, 9], [*range(14)], [*range(30)], [1, 2, 3, 4, 6]]
 
 
-class Rerun(GraphStep):
+class Rerun(CudaStep):
     """Records by keeping the function; its result stays in one place, as a graph's does."""
 
     def capture(self, step):
@@ -27,7 +27,7 @@ class Rerun(GraphStep):
         return logits, lambda: logits.copy_(step())
 
 
-class Refused(GraphStep):
+class Refused(CudaStep):
     def capture(self, step):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore of that")
 
@@ -41,7 +41,7 @@ def model(family: str, device: str = "cpu", dtype: torch.dtype = torch.double) -
     return made.to(device, dtype)
 
 
-def written(transformer: Transformer, size: int, graphs: GraphStep | None) -> list[list[int]]:
+def written(transformer: Transformer, size: int, graphs: CudaStep | None) -> list[list[int]]:
     """What streams of different lengths write that come as slots become free."""
     slots, device = Slots(transformer, size, graphs), transformer.wte.weight.device
     streams = [Stream(list(ids), replace(CFG, max_new_tokens=30 - 4 * n), torch.Generator(device))
@@ -75,7 +75,7 @@ def test_one_after_the_other_slots_of_other_sizes_are_recorded_anew():
 def test_memory_that_a_recorded_step_points_into_is_not_given_to_others():
     """A graph holds addresses, not tensors: caches of another shape could come to lie there."""
 
-    class Pointing(GraphStep):
+    class Pointing(CudaStep):
         def capture(self, step):
             return step(), lambda: None
 
@@ -108,7 +108,7 @@ def test_where_nothing_can_be_recorded_decoding_goes_on_and_says_so_once(capsys)
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 def test_cuda_graphs_write_what_plain_steps_write(family):
     transformer = model(family, "cuda", torch.float32)
-    graphs = GraphStep(transformer)
+    graphs = CudaStep(transformer)
     assert written(transformer, 4, graphs) == written(transformer, 4, None)
     assert graphs.ready
     assert graphs.recorded

@@ -11,7 +11,7 @@ import torch
 from miaobi import native
 from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.generate import engine, slots, step
+from miaobi.generate import cpu_step, engine, speculate
 from miaobi.generate.config import SampleConfig
 from miaobi.model.checkpoint import save_model
 from miaobi.model.transformer import Transformer
@@ -27,7 +27,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(built) -> None:
-    built(step.SOURCE)
+    built(cpu_step.SOURCE)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_step_gives_the_logits_of_forward(family: str, kind: str, tolerance: f
     """Logits are about 2.5 wide. float32 differs by the order of sums alone; in the others a key or value that lies
     between two bf16 neighbours in the cache may go to either."""
     model = loud_model(**FAMILIES[family])
-    compiled = step.Step(model, kind)
+    compiled = cpu_step.CpuStep(model, kind)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -87,11 +87,11 @@ def test_a_step_gives_the_logits_of_forward(family: str, kind: str, tolerance: f
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", step.KINDS)
+@pytest.mark.parametrize("kind", cpu_step.KINDS)
 @torch.inference_mode()
 def test_streams_change_nothing_for_each_other(family: str, kind: str):
     """To the last bit: few streams, many, and the tokens of one stream at once."""
-    compiled = step.Step(loud_model(**FAMILIES[family]), kind)
+    compiled = cpu_step.CpuStep(loud_model(**FAMILIES[family]), kind)
     ids = torch.randint(0, 101, (17, 8))
     caches = compiled.model.make_caches(17, 40, compiled.cache_dtype)
     alone = [compiled(ids[:, t : t + 1], caches, [t] * 17) for t in range(8)]
@@ -100,7 +100,7 @@ def test_streams_change_nothing_for_each_other(family: str, kind: str):
         for t in range(8):
             assert torch.equal(compiled(ids[:streams, t : t + 1], caches, [t] * streams), alone[t][:streams])
     caches = compiled.model.make_caches(1, 40, compiled.cache_dtype)
-    at_once = compiled(ids[0, :, None], caches, [*range(8)], one=True)
+    at_once = compiled.verify(ids[0, :, None], caches, 0)
     assert torch.equal(at_once, torch.stack([logits[0] for logits in alone]))
 
 
@@ -120,7 +120,7 @@ def test_a_seed_gives_its_text_in_any_company(tmp_path: Path, family: str):
 def test_the_model_is_rounded_to_what_was_packed(kind: str):
     """Scores and prefill see the weights that the step sees; and no weight moves further than its precision says."""
     model, exact = loud_model(family="qwen3"), loud_model(family="qwen3")
-    step.Step(model, kind)
+    cpu_step.CpuStep(model, kind)
     for name, weight in model.named_parameters():
         known = dict(exact.named_parameters())[name]
         if weight.ndim == 1:
@@ -136,7 +136,7 @@ def test_the_model_is_rounded_to_what_was_packed(kind: str):
 
 def test_a_row_of_zeros_stays_zero_in_int8():
     weight = torch.tensor([[0.0, 0.0], [-2.0, 1.0]])
-    packed, scale = step.quantize_rows(weight)
+    packed, scale = cpu_step.quantize_rows(weight)
     torch.testing.assert_close(packed * scale, torch.tensor([[0.0, 0.0], [-2.0, 1.0]]), rtol=0, atol=2 / 254)
 
 
@@ -161,7 +161,7 @@ def test_a_greedy_sample_has_all_its_tokens_however_they_were_guessed(tmp_path: 
     lm = engine.load(saved(tmp_path, **FAMILIES["gpt2"]), "cpu", "float32")
     cfg = SampleConfig(num_samples=1, max_new_tokens=tokens, temperature=0)
     truth = [*lm.tokenizer.encode("一丁一丁"), *lm.tokens("一丁一丁", replace(cfg, max_new_tokens=36))]
-    monkeypatch.setattr(slots, "continued", lambda ids, most: truth[len(ids) :][: max(0, most)])
+    monkeypatch.setattr(speculate, "continued", lambda ids, most: truth[len(ids) :][: max(0, most)])
     (whole,) = lm.generate("一丁一丁", cfg)
     assert (whole.tokens, whole.finish_reason) == (tokens, "length")
     ids = list(lm.tokens("一丁一丁", cfg))
@@ -204,31 +204,82 @@ def test_widths_that_are_no_whole_vectors_decode_without_the_step(tmp_path: Path
     assert len(greedy(lm)) == 24
 
 
-def test_the_step_takes_over_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The first tokens of a first run are written before the compiler is done; nobody should see where."""
-    lm = engine.load(saved(tmp_path, **FAMILIES["qwen3"]), "cpu", "float32")
-    whole, asked = greedy(lm), []
-    ready = step.library()
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch):
+    """`late(n)`: the library is there from the nth time on that somebody asks, as on a first run; how many rows each
+    call of it then had.
+    """
+    library, call = cpu_step.library(), cpu_step.CpuStep.call
+    asked, calls = [], []
 
-    def later():
-        asked.append(None)
-        return None if len(asked) < 10 else ready
+    def arrive(after: int) -> list[int]:
+        def later():
+            asked.append(None)
+            return None if len(asked) <= after else library
 
-    monkeypatch.setattr(step, "library", later)
-    assert greedy(lm) == whole
-    assert len(asked) > 10
+        monkeypatch.setattr(cpu_step, "library", later)
+        monkeypatch.setattr(cpu_step.CpuStep, "call", lambda *a, **k: (calls.append(len(a[1])), call(*a, **k))[1])
+        return calls
+
+    return arrive
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 10])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_library_that_arrives_in_mid_text_takes_over_with_the_next_text(tmp_path, late, after, kind, temperature):
+    """A seeded text is either PyTorch's or the compiled step's from its first token to its last, past a full block."""
+    lm = engine.load(saved(tmp_path, **FAMILIES["qwen3"]), "cpu", kind)
+    cfg = SampleConfig(max_new_tokens=60, temperature=temperature, seed=3)
+    compiled = list(lm.tokens("一丁", cfg))
+    lm.step, step = None, lm.step
+    theirs = lm.slots()
+    theirs.reserve(40)
+    theirs.caches = lm.model.make_caches(1, 40, step.cache_dtype)
+    eager = list(theirs.write(lm.open("一丁", cfg)))
+    lm.step, calls = step, late(after)
+    slots = lm.slots()
+    for _ in range(after - 1):
+        assert list(slots.write(lm.open("一丁", cfg))) == eager
+        assert not calls
+    for _, token in zip(range(7), slots.write(lm.open("一丁", cfg)), strict=False):  # one that is broken off
+        assert token
+    slots = lm.slots()
+    assert list(slots.write(lm.open("一丁", cfg))) == compiled
+    assert calls
+
+
+def test_rows_that_share_caches_change_over_together(tmp_path: Path, late):
+    """Streams that come while others are written go on with what these have; the next ones find the library."""
+    lm = engine.load(saved(tmp_path, **FAMILIES["gpt2"]), "cpu", "bfloat16")
+    calls = late(2)
+    slots = lm.slots(2)
+    cfg = SampleConfig(max_new_tokens=20, seed=1)
+    first, second, third = (lm.open("一丁", replace(cfg, max_new_tokens=n)) for n in (20, 5, 30))
+    slots.add(first)
+    for _ in range(3):
+        slots.advance()
+    slots.add(second)
+    while second.left:
+        slots.advance()
+    slots.add(third)
+    while third.left:
+        slots.advance()
+    assert not calls, "there was always somebody in the middle of a text"
+    assert len(list(slots.write(lm.open("一丁", cfg)))) == 20
+    assert set(calls) == {1}
 
 
 def test_it_is_built_once(elsewhere: Path, built):
     """By a process that outlives this one; what others see at the path is whole."""
-    made = native.build(step.SOURCE)
-    assert step.library() is None
-    built(step.SOURCE)
+    made = native.build(cpu_step.SOURCE)
+    assert cpu_step.library() is None
+    built(cpu_step.SOURCE)
     assert [path.name for path in elsewhere.iterdir()] == [made.name]
     born = made.stat().st_mtime_ns
     native.build.cache_clear()
-    assert native.build(step.SOURCE) == made
-    assert step.library() is not None
+    assert native.build(cpu_step.SOURCE) == made
+    assert cpu_step.library() is not None
     time.sleep(0.3)
     assert made.stat().st_mtime_ns == born
 
@@ -244,22 +295,16 @@ def test_a_compiler_that_fails_leaves_nothing(elsewhere: Path, tmp_path: Path, m
     lm = engine.load(saved(tmp_path, **FAMILIES["gpt2"]), "cpu", "bfloat16")
     assert len(greedy(lm)) == 24
     for _ in range(100):
-        if not any(elsewhere.iterdir()):
+        if [path.suffix for path in elsewhere.iterdir()] == [".failed"]:
             break
         time.sleep(0.05)
-    assert not any(elsewhere.iterdir())
-    assert step.library() is None
+    assert [path.suffix for path in elsewhere.iterdir()] == [".failed"]
+    assert cpu_step.library() is None
 
 
 def test_a_library_of_another_system_is_left_alone(elsewhere: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *given, **how: None)
-    made = native.build(step.SOURCE)
+    made = native.build(cpu_step.SOURCE)
     made.write_bytes(b"\x7fELF not for here")
-    assert step.library() is None
+    assert cpu_step.library() is None
     assert len(greedy(engine.load(saved(tmp_path, **FAMILIES["gpt2"]), "cpu", "bfloat16"))) == 24
-
-
-def test_a_cache_that_cannot_be_written_means_no_step(elsewhere: Path, tmp_path: Path):
-    (tmp_path / "cache").write_text("a file where the directory should be")
-    assert native.build(step.SOURCE) is None
-    assert step.library() is None
