@@ -48,6 +48,8 @@ class Args:
     """Text, or a directory made by miaobi prepare."""
     nanogpt: Path | None = None
     """A checkout of nanoGPT to compare with."""
+    nanogpt_tuned: bool = False
+    """Add that nanoGPT with bf16 where there is, whole-model compilation, explicit attention and kept allocations."""
     transformers: bool = True
     """Compare with transformers, too."""
     transformers_fast: bool = False
@@ -141,6 +143,8 @@ def open_sides(args: Args, work: Path, stack: ExitStack) -> dict[str, Worker]:
     if args.nanogpt:
         copy_nanogpt(args.nanogpt, work / "nanoGPT")
         kinds["nanoGPT"] = "nanogpt"
+        if args.nanogpt_tuned:
+            kinds["nanoGPT, tuned"] = "nanogpt-tuned"
     for name, kind in kinds.items():
         worker = Worker(Trainer, kind, work, args.device, args.batch_size, SEED, OPTIM)
         sides[name] = stack.enter_context(closing(worker))
