@@ -33,6 +33,7 @@ from miaobi.model.loss import linear_cross_entropy
 from miaobi.settings import load_config
 from miaobi.train.layout import is_compiled
 from miaobi.train.loop import Run
+from miaobi.train.setup import set_up
 from miaobi.train.world import World
 
 SEED = 1337
@@ -88,7 +89,7 @@ class Miaobi:
         data = PreparedData.open(work / "data")
         tokenizer = Tokenizer.load(data.path)
         dtype = pick_dtype(cfg.train.dtype, self.device)
-        self.run = Run(cfg, origin, World(), self.device, dtype)
+        self.run = Run(set_up(cfg, origin, World(), self.device, dtype))
         self.done = 0
         (work / "weights").mkdir()
         save_model(work / "weights", self.run.model, tokenizer, data.end_ids)
@@ -106,8 +107,9 @@ class Miaobi:
     def about(self) -> dict[str, Any]:
         """What was chosen, and the loss of the first batch in fp32 before any step."""
         compiled = is_compiled(self.run.objective)
-        return {"first_loss": self.first, "dtype": str(self.run.dtype).removeprefix("torch."), "compiled": compiled,
-                "parameters": self.run.parameters}  # fmt: skip
+        dtype = str(self.run.plan.dtype).removeprefix("torch.")
+        return {"first_loss": self.first, "dtype": dtype, "compiled": compiled,
+                "parameters": self.run.plan.parameters}  # fmt: skip
 
     def steps(self, count: int) -> tuple[float, float]:
         """(seconds, last loss) of `count` optimizer steps."""

@@ -72,7 +72,7 @@ def ablation(result: dict[str, Any], cfg: Any) -> None:
     from miaobi.classify.ablation import show
 
     if result["rows"]:
-        show(result["rows"], result["baselines"], cfg.protocol)
+        show([*result.get("earlier", []), *result["rows"]], result["baselines"], cfg.protocol)
 
 
 def classifier(result: dict[str, Any], cfg: Any) -> None:

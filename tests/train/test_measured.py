@@ -1,15 +1,18 @@
 """How steps are computed is measured once, remembered, and kept by a run that goes on."""
 
+import json
+
 import pytest
 import torch
 
 from miaobi.config import ModelConfig, TrainConfig
+from miaobi.errors import UserError
 from miaobi.model.transformer import Transformer
 from miaobi.train import computing, measured
 from miaobi.train.computing import Computing
 from miaobi.train.layout import Objective, compile_as, is_compiled, no_recompilation
 from miaobi.train.measured import Computed, Work, choose_eager, compare, fastest, recall, remember
-from miaobi.train.state import Progress
+from miaobi.train.run_directory import Progress
 from miaobi.train.world import World
 
 CPU = torch.device("cpu")
@@ -17,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MIAOBI_CACHE_DIR", str(tmp_path / "cache"))
 
 
 def work(steps: int = 1000, rows: int = 3, family: str = "qwen3") -> Work:
@@ -113,6 +116,16 @@ def test_the_first_rank_decides_for_all(monkeypatch):
     assert job.objective.model.blocks[0].attn.explicit
 
 
+def test_a_precision_that_this_machine_lacks_is_replaced_and_said(capsys):
+    progress = Progress(step=7, computed={"dtype": "bfloat16", "explicit": True})
+    decided = Computing(TrainConfig(), work(), torch.float32, progress, World())
+    assert decided.now == Computed("float32", explicit=True)
+    assert capsys.readouterr().err.count("warning:") == 1
+    damaged = Progress(step=7, computed={"dtype": "int8"})
+    with pytest.raises(UserError, match="damaged"):
+        Computing(TrainConfig(), work(), torch.float32, damaged, World())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["blocks", "whole"])
 def test_compiled_ways_have_the_gradients_of_eager_ones_also_of_a_smaller_last_batch(part):
@@ -140,14 +153,12 @@ def test_a_run_that_switches_to_compiled_steps_resumes_in_the_same_weights(train
     monkeypatch.setattr(measured, "COMPILE_PAYS", 0.0)
     monkeypatch.setattr(measured, "BACKGROUND", 1e-6)  # the switch is at the first step it can be
     monkeypatch.setattr(measured, "GAIN", 0.0)  # the last way wins: compiled
-    values = {"data": prepared(), "compile": "auto", "max_iters": 9, "eval_interval": 3}
-    whole = train(out_dir=tmp_path / "whole", **values)
-    assert whole["step"] == 9
-    first = tmp_path / "parts" / "checkpoints"
+    values = {"data": prepared(), "compile": "auto", "max_iters": 9, "eval_interval": 3,
+              "lr_decay_iters": 9, "warmup_iters": 0}  # fmt: skip
+    train(out_dir=tmp_path / "whole", **values)
     monkeypatch.setattr(measured, "compare", refuse)  # what was measured is remembered
     train(out_dir=tmp_path / "parts", **values | {"max_iters": 6})
     train(out_dir=tmp_path / "parts", **values)
-    weights = [d / "checkpoints" / "step-6" / "model.safetensors" for d in (tmp_path / "whole", first.parent)]
-    del weights
-    progress = (first / "last" / "train_state" / "progress.json").read_text()
-    assert '"compiled": "whole"' in progress
+    last = [tmp_path / name / "checkpoints" / "last" for name in ("whole", "parts")]
+    assert json.loads((last[1] / "train_state" / "progress.json").read_text())["computed"]["compiled"] == "whole"
+    assert (last[0] / "model.safetensors").read_bytes() == (last[1] / "model.safetensors").read_bytes()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from subprocess import Popen
+from typing import Any
 
 import torch
 
 from miaobi.config import TrainConfig
-from miaobi.console import log
+from miaobi.console import log, warn
 from miaobi.device import can_compile, candidate_dtypes
+from miaobi.errors import UserError
 from miaobi.train.layout import is_sharded
 from miaobi.train.measured import Computed, Work, apply, checked, choose_compiled, choose_eager, compile_beside
-from miaobi.train.state import Progress
+from miaobi.train.run_directory import Progress
 from miaobi.train.world import World
 
 COMPILE_PAYS_AFTER = 200
@@ -34,13 +36,13 @@ class Computing:
         # Sharded models answer only together, and adapters are not in the model that another process would build.
         can_measure = work.device.type == "cpu" and not is_sharded(work.objective.model) and cfg.trainable == "full"
         gpu_pays = work.device.type != "cpu" and work.steps >= COMPILE_PAYS_AFTER and can_compile(work.device)
+        dtypes = candidate_dtypes(cfg.dtype, work.device, dtype)
         if progress.computed:
-            self.now = checked(progress.computed)
+            self.now = continued(progress.computed, dtypes)
         elif cfg.compile is True or (cfg.compile == "auto" and gpu_pays):
             self.settle(Computed(usual.dtype, compiled="blocks", why="--compile" if cfg.compile is True else "a GPU"))
         elif can_measure and progress.step == 0:
             alike = not work.objective.model.cfg.dropout  # compiled dropout draws other numbers
-            dtypes = candidate_dtypes(cfg.dtype, work.device, dtype)
             self.settle(choose_eager(work, dtypes, compile_too=cfg.compile == "auto" and alike))
         else:
             self.settle(usual)
@@ -71,3 +73,19 @@ class Computing:
         if self.beside is not None and self.beside.poll() is None:
             self.beside.terminate()
             self.beside.wait()
+
+
+def continued(fields: dict[str, Any], dtypes: list[str]) -> Computed:
+    """What a run was begun with, on a machine where `dtypes` make sense: another one may lack a precision.
+
+    Raises UserError for fields that no run has written.
+    """
+    try:
+        way = checked(fields)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"progress.json of the last checkpoint is damaged ({e}); "
+                        "continue from another checkpoint with --resume_from") from e  # fmt: skip
+    if way.dtype in dtypes:
+        return way
+    warn(f"this run was computed in {way.dtype}; on this machine it goes on in {dtypes[0]}, with other roundings")
+    return replace(way, dtype=dtypes[0])
