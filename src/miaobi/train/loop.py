@@ -33,6 +33,7 @@ from miaobi.train.rendezvous import join, rank_device
 from miaobi.train.run_directory import one_writer
 from miaobi.train.saving import Saver, checkpoint_before
 from miaobi.train.setup import Plan, set_up
+from miaobi.train.threads import Threads
 from miaobi.train.watch import Metrics, on_signals, overfitting, since_best, time_left
 from miaobi.train.world import check_batch, explain_lost
 
@@ -101,7 +102,7 @@ class Run:
         if first:
             log(f"continuing from step {first}")
         self.choose_computing()
-        plan = self.plan
+        plan, self.threads = self.plan, Threads(alone=self.world.size == 1)
         self.peak = peak_flops(plan.device, plan.dtype)
         if self.world.size > 1 and not is_sharded(self.model):
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
@@ -117,6 +118,7 @@ class Run:
                 if self.world.size == 1 or sys.exc_info()[0] is None:  # ranks that are lost cannot finish it
                     self.saver.finish()
                 self.computing.close()
+                self.threads.close()
                 if self.metrics is not None:
                     self.metrics.close()
         if self.saver.lost:
@@ -152,6 +154,7 @@ class Run:
             if losses is not None:
                 figures = self.record(losses, norms, tokens, seconds)
                 waiting, tokens, seconds = [], 0, 0.0
+            self.threads.look(compiling=self.computing.beside is not None)
             bits = f"  val {p.val_bits_per_char:.3f} bits/char" if p.val_bits_per_char else ""
             bar.update(task, completed=p.step, figures=figures + bits)
             if due and not interrupted:
