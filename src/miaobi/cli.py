@@ -192,14 +192,15 @@ def sample(args: list[str]) -> None:
         warn_of_encoding()
     name, config = one_model(given.model, given.out_dir), dataclasses.replace(given.config, stop=stop)
     from miaobi.generate import engine
+    from miaobi.generate.terminal import shown
 
     lm = engine.load(name, config.device, config.dtype, given.checkpoint)
     prompt = engine.read_prompt(config.start)
     if config.stream and not as_json:
         for i in range(config.num_samples):
-            print(prompt, end="")
+            print(shown(prompt, sys.stdout), end="")
             for piece in lm.stream(prompt, config, seed=config.seed + i):
-                print(piece, end="", flush=True)
+                print(shown(piece, sys.stdout), end="", flush=True)
             print("\n---------------")
         return
     completions, speed = engine.timed(lm, prompt, config)
@@ -207,7 +208,7 @@ def sample(args: list[str]) -> None:
         print_json({"samples": [dataclasses.asdict(c) for c in completions], "tokens_per_second": speed})
         return
     for completion in completions:
-        print(f"{completion.text}\n---------------")
+        print(f"{shown(completion.text, sys.stdout)}\n---------------")
     print(f"{speed:.0f} tokens/s", file=sys.stderr)
 
 
@@ -238,11 +239,13 @@ def chat(args: list[str]) -> None:
     given = parse("chat", Args, args)
     name = one_model(given.model, given.out_dir, "miaobi chat out")
     from miaobi.generate import engine
-    from miaobi.generate.chat import Chat
+    from miaobi.generate.chat import MODEL_SETTINGS, Chat, model_settings
 
+    named = {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
+    named |= {name for name in MODEL_SETTINGS if getattr(defaults, name) != getattr(ChatConfig, name)}
     model = terminal.model_of(run_config) if name == config else name
     lm = engine.load(model, given.config.device, given.config.dtype, given.checkpoint)
-    conversation = Chat(lm, given.config)
+    conversation = Chat(lm, model_settings(given.config, lm.model.generation, named))
     terminal.talk(conversation, silent=as_json)
     if as_json:
         print_json({"messages": conversation.messages})

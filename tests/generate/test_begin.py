@@ -104,7 +104,7 @@ def test_prepared_documents_begin_with_it(tmp_path):
     data = tmp_path / "data"
     prepare([str(tmp_path / "text.txt")], PrepareConfig(out=data, tokenizer=str(tmp_path / "model"), workers=1))
     ids = np.concatenate([np.fromfile(data / name, np.uint16) for name in ("train.bin", "val.bin")]).tolist()
-    documents = {tuple([*hub(text).input_ids, hub.eos_token_id]) for text in texts}
+    documents = {(*hub(text).input_ids, hub.eos_token_id) for text in texts}
     ends = [i + 1 for i, id_ in enumerate(ids) if id_ == hub.eos_token_id]
     assert {tuple(ids[a:b]) for a, b in zip([0, *ends], ends, strict=False)} == documents
     result = score(str(tmp_path / "model"), [str(data)], "best", "train", "auto", "half", 4, "cpu", "float32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -19,6 +20,7 @@ from miaobi.overrides import SMALL_GPT, load_config, read_yaml
 
 if TYPE_CHECKING:  # torch is imported after the command line has been understood
     from miaobi.generate.chat import Chat
+    from miaobi.generate.engine import LanguageModel
 
 COMMANDS = {
     "/help": "this list",
@@ -27,8 +29,13 @@ COMMANDS = {
     "/system TEXT": "tell a model with roles how to behave; without TEXT no more",
     "/save FILE": "write the conversation: .jsonl as OpenAI messages, else as text",
     "/exit": "leave (also: exit, Ctrl-D)",
+    "//TEXT": "a message that begins with /; other words behind a / are no commands and are sent as they are",
 }
+TAKE_TEXT = ("/system", "/save")  # the others are commands only when they stand alone
 PROMPT = ">>>"
+CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+CONTROLS |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
+"""Characters that a terminal obeys, and what stands for them."""
 
 
 def configured(path: Path) -> tuple[RunConfig, ChatConfig]:
@@ -56,6 +63,18 @@ def model_of(cfg: RunConfig) -> Path:
     return converted(path, corpus=cfg.data.data)
 
 
+def shown(text: str, out: TextIO) -> str:
+    """`text` as `out` gets it: a terminal gets no control sequences, only pictures of them; files and pipes all."""
+    return text.translate(CONTROLS) if out.isatty() else text
+
+
+def about(lm: LanguageModel) -> str:
+    """A line on the model that one talks with: parameters, and the step of a run's checkpoint."""
+    what = f"{lm.model.cfg.family}, {lm.model.num_parameters() / 1e6:.1f}M parameters"
+    step = re.fullmatch(r"step-(\d+)", lm.path.resolve().name) if lm.path is not None else None
+    return f"{what}, step {int(step[1]):,}" if step else what
+
+
 def talk(chat: Chat, silent: bool = False) -> None:
     """Read messages and commands until `exit` or the end of the input, and print the replies.
 
@@ -71,7 +90,7 @@ def talk(chat: Chat, silent: bool = False) -> None:
         warn_of_encoding()
     ask = line_reader(for_humans, out)
     if for_humans:
-        print("/help lists the commands, exit leaves", file=out)
+        print(f"{about(chat.lm)}; /help lists the commands, exit leaves", file=out)
     interrupted = False
     while True:
         try:
@@ -91,19 +110,27 @@ def talk(chat: Chat, silent: bool = False) -> None:
             interrupted = True
             print("(Ctrl-C again leaves, so do Ctrl-D and exit)", file=out)
         except UserError as e:  # the conversation goes on
-            print(f"miaobi: {e}", file=sys.stderr)
+            print(f"miaobi: {shown(str(e), sys.stderr)}", file=sys.stderr)
 
 
 def obey(chat: Chat, line: str, out: TextIO, silent: bool) -> bool:
-    """Do what one line says, a message or a command, on `out`, without replies where `silent`; False to leave."""
-    word, _, rest = line.strip().partition(" ")
-    command = f"/{word}" if line.strip() in ("flush", "exit") else word
-    if command == "/exit":
+    """Do what one line says, a message or a command, on `out`, without replies where `silent`; False to leave.
+
+    Only a known command is one: a path, a fraction or a slip of the pen behind a / is a message as any other.
+    """
+    command, _, rest = line.strip().partition(" ")
+    if command in ("flush", "exit") and not rest:
+        command = f"/{command}"
+    known = {name.split()[0] for name in COMMANDS} - {"//TEXT"}
+    if command not in known or (rest.strip() and command not in TAKE_TEXT):
+        say(chat.reply(line.replace("//", "/", 1) if line.lstrip().startswith("//") else line), out, silent)
+        if out.isatty() and (close := difflib.get_close_matches(command, known, n=1, cutoff=0.75)):
+            print(f"miaobi: {shown(command, out)} is no command and was sent as a message. Did you mean {close[0]}?",
+                  file=sys.stderr)  # fmt: skip
+    elif command == "/exit":
         return False
-    if command == "/flush":
+    elif command == "/flush":
         chat.flush()
-    elif not command.startswith("/"):
-        say(chat.reply(line), out, silent)
     elif command == "/retry":
         if not chat.messages or chat.messages[-1]["role"] == "system":
             raise UserError("/retry: there is no reply yet to be told differently; say something first")
@@ -116,10 +143,6 @@ def obey(chat: Chat, line: str, out: TextIO, silent: bool) -> bool:
         chat.save(Path(rest.strip()).expanduser())
     elif command == "/help":
         print("\n".join(f"  {name:<14}{what}" for name, what in COMMANDS.items()), file=out)
-    else:
-        close = difflib.get_close_matches(command, [name.split()[0] for name in COMMANDS], n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise UserError(f"unknown command {command!r}.{hint} /help lists them")
     return True
 
 
@@ -131,7 +154,7 @@ def say(pieces: Iterator[str], out: TextIO, silent: bool) -> None:
             for piece in pieces:
                 said = True
                 if not silent:
-                    print(piece, end="", flush=True, file=out)
+                    print(shown(piece, out), end="", flush=True, file=out)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
