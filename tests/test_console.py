@@ -3,9 +3,12 @@
 import io
 import json
 import re
+import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from miaobi import console
@@ -110,3 +113,80 @@ def test_closed_streams_lead_nowhere(monkeypatch):
     assert sys.stdin.read() == sys.stdin.buffer.read().decode() == ""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.close()
+
+
+HOSTILE = "a\x1b]0;owned\x07b\x1b[2Jc\x9b31md\u202ee\x7f\rf\x08"
+SPELLED = r"a\x1b]0;owned\x07b\x1b[2Jc\u009b31md\u202ee\u007f\rf\x08"
+SAYS = """
+import sys, warnings
+from miaobi import console
+console.mend_streams()
+text = {text!r}
+print(text)
+for piece in text: print(piece, end="", flush=True)
+print()
+sys.stdout.writelines([text, "\\n"])
+console.log("log [bold] :smile: " + text)
+console.warn("warn " + text)
+console.error("error " + text)
+print("print " + text, file=sys.stderr)
+warnings.warn(text)
+with console.progress() as bar: bar.add_task("work")
+raise ValueError(text)
+"""
+
+
+def in_terminal(*command: str) -> str:
+    """What a terminal gets to see of a command, its own colours aside."""
+    pexpect = pytest.importorskip("pexpect")
+    child = pexpect.spawn(command[0], list(command[1:]), timeout=60, encoding="utf-8", dimensions=(50, 300))
+    child.expect(pexpect.EOF)
+    return re.sub(r"\x1b\[[0-9;?]*[mlhKGA]", "", child.before).replace("\r\n", "\n").replace("\r", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
+def test_no_text_steers_a_terminal():
+    seen = in_terminal(sys.executable, "-c", SAYS.format(text=HOSTILE))
+    for line in (SPELLED, f"log [bold] :smile: {SPELLED}", f"warning: warn {SPELLED}", f"miaobi: error {SPELLED}",
+                 f"print {SPELLED}"):  # fmt: skip
+        assert line in seen.splitlines()
+    assert seen.splitlines().count(SPELLED) == 3, "printed, in pieces, and by writelines"
+    assert f"UserWarning: {SPELLED}" in seen
+    assert f"ValueError: {SPELLED}" in seen
+    assert "work" in seen, "a bar of our own is drawn"
+    for steering in "\x1b\x07\x9b\u202e\x7f\x08":
+        assert steering not in seen
+
+
+def test_pipes_get_texts_as_they_are_and_logs_do_not_steer():
+    done = subprocess.run([sys.executable, "-c", SAYS.format(text=HOSTILE)], capture_output=True)
+    assert done.stdout.decode() == f"{HOSTILE}\n" * 3
+    said = done.stderr.decode().splitlines()
+    for line in (f"log [bold] :smile: {SPELLED}", f"warning: warn {SPELLED}", f"miaobi: error {SPELLED}"):
+        assert line in said
+
+
+@given(st.text(), st.integers(0))
+def test_pieces_give_the_pieces_and_plain_text_stays(text, at):
+    cut = at % (len(text) + 1)
+    if text[cut - 1 : cut + 1] != "\r\n":
+        assert console.shown(text) == console.shown(text[:cut]) + console.shown(text[cut:])
+    for c in console.shown(text):
+        assert c in "\t\n\r" or not (ord(c) < 32 or 127 <= ord(c) < 160)
+    assert console.shown(console.shown(text)) == console.shown(text)
+
+
+def test_writing_of_all_kinds_is_left_alone():
+    for text in ("皇马 3:0\n\t巴萨", "👩‍👩‍👧 e\u0301 שלום", "Windows\r\nlines", r"\x1b as typed"):
+        assert console.shown(text) == text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
+@pytest.mark.parametrize("reader", ["2>&1 >/dev/null | true", "2>/dev/full", "2>&-"])
+def test_a_log_that_nobody_reads_costs_nothing(reader: str, tmp_path):
+    program = tmp_path / "says.py"
+    program.write_text("import time\nfrom miaobi import console\nconsole.mend_streams()\ntime.sleep(0.3)\n"
+                       "for i in range(5):\n    console.log('x' * 9000); console.warn('y'); console.error('z')\n"
+                       f"open({str(tmp_path / 'done')!r}, 'w').write('whole')\n")  # fmt: skip
+    subprocess.run(["sh", "-c", f"{sys.executable} {program} {reader}"], check=False)
+    assert (tmp_path / "done").read_text() == "whole"

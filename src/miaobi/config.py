@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
 
 from miaobi.errors import UserError
+
+T = TypeVar("T")
+POSITIONAL = "positional"
+Positional = Annotated[T, POSITIONAL]
+"""A setting that is given by its place on the command line, without --key=."""
+Location = Annotated[str, Path]
+"""Text that names a place: a file, a directory, a MODEL, storage. A leading ~ is the home directory."""
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model a verb works with."""
+
+    model: Positional[Location] = ""
+    """Run directory, model directory, or a hub name: OWNER/NAME, modelscope:OWNER/NAME. --out_dir=RUN says the same."""
+    checkpoint: str = field(default="best", kw_only=True)
+    """Which checkpoint of a run: best, last or step-N."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise UserError("which model? give a run or model directory, or a hub name: miaobi sample my_run")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which text to learn from."""
 
-    data: str = "data"
+    data: Location = "data"
     """A directory made by `miaobi prepare`, or raw text (file, directory, glob), prepared once into the run."""
-    tokenizer: str = "char"
+    tokenizer: Location = "char"
     """Raw text only: char, bpe, or a directory whose tokenizer is reused."""
     format: Literal["auto", "text", "lines", "files", "jsonl", "csv", "dialogue"] = "auto"
     """Raw text only: what a document is; see `miaobi prepare --help`."""
@@ -46,9 +68,10 @@ class DataConfig:
 class ModelConfig:
     """The decoder. `None` means: decided by the family and the other sizes."""
 
-    family: Literal["auto", "gpt2", "qwen3", "llama"] = "auto"
-    """gpt2 = the seeds' model; qwen3 = RoPE, RMSNorm, QK-norm, SwiGLU; llama = qwen3 without QK-norm, for hub models.
-    auto = qwen3, or gpt2 where the configuration speaks of biases or of a seed's own keys."""
+    family: Literal["auto", "gpt2", "qwen3", "llama", "qwen2"] = "auto"
+    """gpt2 = the seeds' model; qwen3 = RoPE, RMSNorm, QK-norm, SwiGLU; for hub models: llama = qwen3 without QK-norm,
+    qwen2 = llama with biases on q, k and v. auto = qwen3, or gpt2 where the configuration speaks of biases or of a
+    seed's own keys."""
     n_layer: int = 6
     """Blocks."""
     n_head: int = 6
@@ -73,16 +96,25 @@ class ModelConfig:
     """gpt2: exact GELU (nanoGPT, small-gpt) or its tanh approximation (hub GPT-2s)."""
     rope_theta: float = 10000.0
     """qwen3, llama: base of the rotary angles."""
-    rope_type: Literal["default", "linear", "llama3"] = "default"
-    """How a hub model's rotary angles were stretched to a longer context; the four keys below say how far."""
+    rope_type: Literal["default", "linear", "llama3", "yarn", "dynamic"] = "default"
+    """How a hub model's rotary angles were stretched to a longer context; the keys below say how far. (dynamic: only
+    beyond block_size, so not here.)"""
     rope_factor: float = 1.0
-    """linear, llama3: angles of slow frequencies are divided by this."""
+    """linear, llama3, yarn: angles of slow frequencies are divided by this."""
     rope_low_freq_factor: float = 1.0
     """llama3: frequencies that turn at most this often within the original context are slow."""
     rope_high_freq_factor: float = 4.0
     """llama3: frequencies that turn at least this often keep their angles; between the two they blend."""
     rope_original_context: int = 8192
-    """llama3: tokens of context before the stretch."""
+    """llama3, yarn: tokens of context before the stretch."""
+    rope_beta_fast: float = 32.0
+    """yarn: frequencies that turn at least this often within the original context keep their angles."""
+    rope_beta_slow: float = 1.0
+    """yarn: frequencies that turn at most this often are slow; between the two they blend."""
+    rope_truncate: bool = True
+    """yarn: the blend begins and ends at whole indices."""
+    rope_attention_factor: float = 1.0
+    """yarn: queries and keys are longer by this."""
     norm_eps: float | None = None
     """Epsilon of the norms; default 1e-5 (gpt2), 1e-6 (others)."""
     tie_word_embeddings: bool = True
@@ -104,12 +136,19 @@ class ModelConfig:
         for name in ("vocab_size", "head_dim", "intermediate_size", "rope_original_context"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("rope_theta", "norm_eps"):
+        for name in (
+            "rope_theta",
+            "norm_eps",
+            "rope_factor",
+            "rope_beta_fast",
+            "rope_beta_slow",
+            "rope_attention_factor",
+        ):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be positive and finite")
         if self.family == "gpt2" and (self.head_dim is not None or self.n_kv_head is not None):
             raise UserError("the gpt2 family has neither head_dim nor n_kv_head; drop them or use --family=qwen3")
-        rotary = self.family in ("qwen3", "llama")
+        rotary = self.family in ("qwen3", "llama", "qwen2")
         if rotary and self.bias:
             raise UserError(f"the {self.family} family has no biases; drop bias or use --family=gpt2")
         if rotary and (self.head_dim or self.n_embd // self.n_head) % 2:
@@ -119,6 +158,8 @@ class ModelConfig:
                 f"rope_factor ({self.rope_factor}) must be positive, and rope_high_freq_factor "
                 f"({self.rope_high_freq_factor}) above rope_low_freq_factor ({self.rope_low_freq_factor})"
             )
+        if self.rope_type == "yarn" and self.rope_theta <= 1:
+            raise UserError(f"rope_theta is {self.rope_theta}; yarn needs it above 1")
 
 
 @dataclass(frozen=True)
@@ -176,15 +217,15 @@ class OptimConfig:
 class TrainConfig:
     """The run."""
 
-    out_dir: str = "out"
+    out_dir: Location = "out"
     """Run directory: config.yaml, metrics.jsonl, TensorBoard events, checkpoints."""
-    init_from: str = "scratch"
+    init_from: Location = "scratch"
     """scratch, resume (fail if there is nothing to resume), or a MODEL (run, model directory, hub name) whose weights
     and tokenizer to start from."""
     trainable: Literal["full", "lora"] = "full"
     """full = every weight moves; lora = small matrices beside those of the MODEL in init_from, which stay as they are.
     Checkpoints are whole models either way; those of lora hold adapter/ in PEFT's format as well."""
-    resume_from: str | None = None
+    resume_from: Location | None = None
     """Run or checkpoint directory to continue from, when it is not out_dir; or a small-gpt .pth: its weights, not
     its steps, converted once with the vocabulary of the text that `data` names."""
     bigram_init: Literal["auto"] | bool = "auto"
@@ -205,6 +246,8 @@ class TrainConfig:
     """Steps between evaluations, checkpoints and printed samples."""
     eval_iters: int = 20
     """Evaluation size in batches, on fixed validation windows."""
+    eval_first: bool = False
+    """Evaluate once before the first step, to see where the model begins; the result is only told."""
     eval_only: bool = False
     """Evaluate the last checkpoint and leave."""
     save_interval: int | None = None
@@ -234,7 +277,7 @@ class TrainConfig:
     """Keep only each block's input and compute the rest again in the backward pass: less memory, a third more work."""
     comm_timeout: int = 600
     """Seconds that a rank waits for the others before it gives up."""
-    mirror: str | None = None
+    mirror: Location | None = None
     """Storage to which every checkpoint is copied, and from which a run without one goes on: a directory or an fsspec
     URL, such as s3://bucket/run (pip install s3fs) or oss://bucket/run (ossfs)."""
     seed: int = 1337

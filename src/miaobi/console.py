@@ -1,14 +1,19 @@
-"""One console for logs, progress bars and warnings: stderr, so that stdout carries only results."""
+"""One console for logs, progress bars and warnings: stderr, so that stdout carries only results.
+
+Texts of others (replies, labels, names of files and tensors) never steer a terminal: see `shown`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +21,70 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn
 
+_STEERING = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]|\r(?!\n)")
+"""Control characters (C0 but tab and newline, DEL, C1) and what turns the direction of writing."""
+
+
+def shown(text: str) -> str:
+    """`text` with the characters that steer a terminal, or hide what is written, spelled out: ESC becomes \\x1b.
+
+    Each by itself, so that pieces of a text give the pieces of this.
+    """
+    if text.isprintable():
+        return text
+    return _STEERING.sub(_spelled, text)
+
+
+def _spelled(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode() if found[0] < " " else f"\\u{ord(found[0]):04x}"
+
+
+class TerminalStream:
+    """A terminal's text stream to which everything is written as `shown`. rich, whose own sequences are wanted, and
+    prompt_toolkit (through `buffer`) write past it.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self.rich_proxied_file = stream  # where rich looks
+
+    def write(self, text: str) -> int:
+        self.rich_proxied_file.write(shown(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rich_proxied_file)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
 
 @functools.cache
 def _console() -> Console:
     from rich.console import Console  # a command that has nothing to say need not wait for it
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    class Ours(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the process
+            nobody_listens()
+
+        def _check_buffer(self) -> None:  # through which all that is printed goes
+            try:
+                super()._check_buffer()
+            except OSError:  # the disk that stderr leads to is full: what is said is lost, the work is not
+                nobody_listens()
+
+    return Ours(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+def nobody_listens() -> None:
+    """What read stderr is gone (`2>&1 | head`): from here on it leads nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)
 
 
 def __getattr__(name: str) -> Console:
@@ -38,17 +101,38 @@ def quiet() -> None:
 
 def log(message: str) -> None:
     """One plain line on stderr; markup in user text (brackets) stays as typed."""
-    _console().print(message, markup=False)
+    _say(shown(message), None)
 
 
 def warn(message: str) -> None:
     """One line that stands out on stderr."""
-    _console().print(f"warning: {message}", style="yellow", markup=False)
+    _say(f"warning: {shown(message)}", "yellow")
+
+
+def _say(line: str, style: str | None) -> None:
+    with contextlib.suppress(OSError):  # a full disk, a terminal that is gone: a log never costs a run
+        _console().print(line, style=style, markup=False)
+
+
+def error(message: object) -> None:
+    """The line that a command ends with, on stderr, also where `quiet` was asked for."""
+    try:
+        print(f"miaobi: {shown(str(message))}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        nobody_listens()
+    except OSError:
+        pass
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """`warn`, unless this process has already said it."""
+    warn(message)
 
 
 def mend_streams() -> None:
     """A closed standard stream leads nowhere, and a character that stdout's encoding lacks is a ?: neither is a reason
-    to lose a result.
+    to lose a result. What goes to a terminal is `shown`; files and pipes get texts as they are.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -56,6 +140,10 @@ def mend_streams() -> None:
     out = sys.stdout
     if isinstance(out, io.TextIOWrapper) and out.errors in ("strict", "surrogateescape"):  # not the user's own choice
         out.reconfigure(errors="replace")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream.isatty():
+            setattr(sys, name, TerminalStream(stream))
 
 
 def can_show(text: str) -> bool:

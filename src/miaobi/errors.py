@@ -1,4 +1,12 @@
-"""The one exception that means "the user can fix this"."""
+"""The one exception that means "the user can fix this", and how its message shows a value."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+BRIEF = 80
+"""Characters that a value takes in a message at most."""
 
 
 class UserError(Exception):
@@ -6,3 +14,44 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class _Brief(reprlib.Repr):
+    """Looks at a few members of a few levels: an alias bomb or a list that holds itself takes no longer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, BRIEF - 2, BRIEF
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = 4
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, str):
+            return self.repr_str(str.__str__(x), level)  # kinds of str too, as a YAML parser makes them
+        if isinstance(x, bool) or x is None or type(x) is float:
+            return repr(x)
+        if isinstance(x, int):
+            digits = int(x.bit_length() * 0.30103) + 1
+            return int.__repr__(x) if digits <= BRIEF // 2 else f"<a number of some {digits:,} digits>"
+        if isinstance(x, bytes):
+            return repr(bytes(x[:BRIEF])) + ("..." if len(x) > BRIEF else "")
+        for kind, way in ((dict, self._dict), (list, self.repr_list), (tuple, self.repr_tuple)):
+            if isinstance(x, kind):
+                return way(x, level)
+        return f"<{type(x).__name__}>"
+
+    def _dict(self, x: dict, level: int) -> str:
+        if level <= 0:
+            return "{...}" if x else "{}"
+        pairs = []
+        for key, value in x.items():
+            if len(pairs) == self.maxdict:
+                pairs.append("...")
+                break
+            pairs.append(f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}")
+        return f"{{{', '.join(pairs)}}}"
+
+
+def brief(value: Any) -> str:
+    """How a message shows a value from a file: its repr, of at most `BRIEF` characters and bounded work."""
+    text = _Brief().repr(value)
+    return text if len(text) <= BRIEF else f"{text[: BRIEF - 3]}..."

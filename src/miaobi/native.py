@@ -10,10 +10,16 @@ import hashlib
 import os
 import shutil
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
+from miaobi.cache import is_ours, private_cache
+from miaobi.console import log, warn
+
 FLAGS = "-std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fPIC -shared"
+TRY_AGAIN = 24 * 3600
+"""Seconds after which a compiler that failed is asked again: a disk may have been full."""
 
 
 def compiler() -> str | None:
@@ -25,28 +31,38 @@ def compiler() -> str | None:
 def build(source: Path) -> Path | None:
     """Where the library of `source` is, or will be once the compiler that this starts is done; None without a compiler.
 
-    Some seconds, once per machine; it goes on when this process ends.
+    Some seconds, once per machine; it goes on when this process ends. A compiler that failed is not asked again for a
+    day, which is said in one line.
     """
     program = compiler()
     if program is None:
         return None
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line for line in info if line.startswith(("flags", "Features"))), os.uname().machine)
-    key = hashlib.sha256("\n".join((source.read_text(encoding="utf-8"), program, FLAGS, cpu)).encode()).hexdigest()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miaobi"
-    made = home / f"{source.stem}-{key[:16]}.so"
-    if not made.exists():
+    version = Path(program).stat()  # a mended compiler is another one
+    about = (source.read_text(encoding="utf-8"), program, f"{version.st_size} {version.st_mtime_ns}", FLAGS, cpu)
+    key = hashlib.sha256("\n".join(about).encode()).hexdigest()
+    made = private_cache() / f"{source.stem}-{key[:16]}.so"
+    failed = made.with_suffix(".failed")
+    if made.exists():
+        return made
+    try:
+        if failed.exists() and time.time() - failed.stat().st_mtime < TRY_AGAIN:
+            said = next(iter(failed.read_text(encoding="utf-8", errors="replace").splitlines()), "it gave no reason")
+            log(f"{program} could not build {source.name} ({said[:200]}); going on without. Delete {failed} to retry")
+            return None
         import shlex  # of use once per machine
         import subprocess
 
         command = shlex.join([program, *FLAGS.split(), str(source)])
-        whole_or_not = f'{command} -o "$0.$$" && mv "$0.$$" "$0" || rm -f "$0.$$"'
-        try:
-            home.mkdir(parents=True, exist_ok=True)
-            nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-            subprocess.Popen(["sh", "-c", whole_or_not, str(made)], start_new_session=True, **nowhere)
-        except OSError:  # a home that cannot be written
-            return None
+        whole_or_not = (
+            f'umask 077; if {command} -o "$0.$$" 2> "$0.$$.log"; then rm -f "$0.$$.log" "$1"; mv "$0.$$" "$0"; '
+            'else rm -f "$0.$$"; mv "$0.$$.log" "$1"; fi'
+        )
+        nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        subprocess.Popen(["sh", "-c", whole_or_not, str(made), str(failed)], start_new_session=True, **nowhere)
+    except OSError:  # no shell, no room for another process
+        return None
     return made
 
 
@@ -58,8 +74,11 @@ def library(source: Path) -> ctypes.CDLL | None:
 
 @cache
 def opened(made: Path) -> ctypes.CDLL | None:
-    """The library at `made`; None if it does not fit this system."""
+    """The library at `made`; None if it does not fit this system, or anybody else could have written it."""
     try:
+        if not is_ours(made):
+            warn(f"{made} is not loaded: it is a link, another user's, or others can write to it. Remove it")
+            return None
         return ctypes.CDLL(str(made))
     except OSError:
         return None

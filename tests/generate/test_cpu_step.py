@@ -295,10 +295,10 @@ def test_a_compiler_that_fails_leaves_nothing(elsewhere: Path, tmp_path: Path, m
     lm = engine.load(saved(tmp_path, **FAMILIES["gpt2"]), "cpu", "bfloat16")
     assert len(greedy(lm)) == 24
     for _ in range(100):
-        if not any(elsewhere.iterdir()):
+        if [path.suffix for path in elsewhere.iterdir()] == [".failed"]:
             break
         time.sleep(0.05)
-    assert not any(elsewhere.iterdir())
+    assert [path.suffix for path in elsewhere.iterdir()] == [".failed"]
     assert cpu_step.library() is None
 
 
@@ -308,9 +308,3 @@ def test_a_library_of_another_system_is_left_alone(elsewhere: Path, tmp_path: Pa
     made.write_bytes(b"\x7fELF not for here")
     assert cpu_step.library() is None
     assert len(greedy(engine.load(saved(tmp_path, **FAMILIES["gpt2"]), "cpu", "bfloat16"))) == 24
-
-
-def test_a_cache_that_cannot_be_written_means_no_step(elsewhere: Path, tmp_path: Path):
-    (tmp_path / "cache").write_text("a file where the directory should be")
-    assert native.build(cpu_step.SOURCE) is None
-    assert cpu_step.library() is None

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from miaobi.console import TerminalStream, shown
 from miaobi.errors import UserError
 from miaobi.generate import terminal
 from miaobi.generate.config import ChatConfig
@@ -236,37 +237,22 @@ def test_there_is_no_reply_to_retry_after_a_system_message_alone():
         terminal.obey(chat, "/retry", sys.stdout, silent=False)
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_gets_pictures_of_control_sequences_and_a_file_the_bytes():
-    """However the pieces are cut; newline, tab and all that can be read stay."""
-    evil = "好\x1b]0;title\x07\x9b31m\x1b[2J\rend\x00\x7f\n\t妙笔😀"
-    for size in (1, 2, 3, 50):
-        pieces = [evil[i : i + size] for i in range(0, len(evil), size)]
-        there, elsewhere = Terminal(), io.StringIO()
-        terminal.say(iter_closing(pieces), there, silent=False)
-        terminal.say(iter_closing(pieces), elsewhere, silent=False)
-        assert there.getvalue() == "好␛]0;title␇\\x9b31m␛[2J␍end␀␡\n\t妙笔😀\n"
-        assert elsewhere.getvalue() == evil + "\n"
-
-
 def iter_closing(pieces):
     yield from pieces
 
 
-def test_samples_on_a_terminal_carry_no_control_sequences(miaobi, trained, monkeypatch):
-    run, start = trained("gpt2", "char"), "皇\x1b[2J马"
-    flags = ("--num_samples=1", "--max_new_tokens=3", "--device=cpu")
-    for more in ((), ("--stream=True",)):
-        assert "\x1b" in miaobi("sample", run, f"--start={start}", *flags, *more).out
-        with monkeypatch.context() as here:
-            here.setattr(type(sys.stdout), "isatty", lambda self: True)
-            out = miaobi("sample", run, f"--start={start}", *flags, *more).out
-        assert "\x1b" not in out
-        assert "皇␛[2J马" in out
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+def test_a_terminal_does_not_obey_a_reply_however_its_pieces_are_cut(size):
+    """Newline, tab and all that can be read stay; a pipe gets the bytes as they are."""
+    evil = "好\x1b]0;title\x07\x9b31m\x1b[2Jend\x00\x7f\n\t妙笔😀"
+    pieces = [evil[i : i + size] for i in range(0, len(evil), size)]
+    there, elsewhere = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
+    terminal.say(iter_closing(pieces), TerminalStream(there), silent=False)
+    terminal.say(iter_closing(pieces), elsewhere, silent=False)
+    written = there.buffer.getvalue().decode()
+    assert written == shown(evil) + "\n"
+    assert not any((c < " " and c not in "\n\t") or "\x7f" <= c < "\xa0" for c in written)
+    assert elsewhere.buffer.getvalue().decode() == evil + "\n"
 
 
 def test_a_chat_begins_with_the_size_and_the_step_of_its_model(talker, trained, tmp_path):

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import tokenizers
 import torch
-from tokenizers import decoders, models
 from torch import Tensor, nn
 
 from miaobi import __version__
 from miaobi.config import ModelConfig
-from miaobi.corpus.tokenizer import BYTE_PIECES, Tokenizer
-from miaobi.errors import UserError
+from miaobi.corpus.tokenizer import Tokenizer
+from miaobi.errors import UserError, brief
 from miaobi.files import sha256, write_json, written_whole
 from miaobi.model.checkpoint import save_model
+from miaobi.model.tensors import is_plain, load_plain
 from miaobi.model.transformer import VOCAB_MULTIPLE, Transformer
 
 RECORD = "converted.json"
@@ -35,48 +33,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
-    with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"  # older files are bare pickles, which cannot be mapped
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as e:  # damaged bytes can raise anything in an unpickler
-        raise _unreadable(path, e) from e
+    found = load_plain(path, mmap=True)
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}, not a checkpoint with its settings")
     return found
-
-
-def read_plain_pickle(path: Path) -> Any:
-    """A pickle of dicts, strings and numbers. Raises UserError if it is missing, damaged, or names any class."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        with open(path, "rb") as file:
-            return _PlainUnpickler(file).load()
-    except Exception as e:
-        raise _unreadable(path, e) from e
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """What only opcodes build; a pickle that asks for a class or function gets none."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding="utf-8")
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    """torch's own words advise to load with weights_only=False, which would execute what is in the file."""
-    text = str(error)
-    if isinstance(error, pickle.UnpicklingError) and (named := re.search(r"GLOBAL (\S+)", text)):
-        return UserError(
-            f"{path} was not loaded: besides weights and settings it holds {named[1]}, and to load that could run a "
-            "program. If you trust it, save it again on the machine it comes from with plain values only"
-        )
-    lines = text.splitlines() or [type(error).__name__]
-    return UserError(f"{path} cannot be read ({lines[0][:120]}); it was cut short or altered: copy it again")
 
 
 def read_sizes(values: dict[str, Any], path: Path, project: str) -> dict[str, int]:
@@ -84,7 +44,9 @@ def read_sizes(values: dict[str, Any], path: Path, project: str) -> dict[str, in
     for key in SIZES:
         value = values.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 24:
-            raise UserError(f"{path}: {key} is {value!r}, which is no size; {project} did not write this checkpoint")
+            raise UserError(
+                f"{path}: {key} is {brief(value)}, which is no size; {project} did not write this checkpoint"
+            )
     return {key: values[key] for key in SIZES}
 
 
@@ -131,7 +93,7 @@ def build(cfg: ModelConfig, state: Any, layer: dict[str, tuple[str, ...]], mask:
 
 def _their_tensors(state: Any, mask: str, n_layer: int, path: Path) -> dict[str, Tensor]:
     """A state dict without the prefixes of torch.compile and DDP, and without masks."""
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(map(is_plain, state.values())):
         raise UserError(f"{path}: its weights are not a table of tensors; it was altered, get it again")
     found = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
     blocks = {int(number) for number in re.findall(r"^transformer\.h\.(\d{1,9})\.", "\n".join(found), re.MULTILINE)}
@@ -166,26 +128,6 @@ def append_rows(model: Transformer, row: Tensor, count: int) -> None:
         wte.weight[:V] = model.wte.weight[:V]
         wte.weight[V : V + count] = row
     model.wte, model.cfg = wte, replace(model.cfg, vocab_size=V + count)
-
-
-def character_tokenizer(
-    pieces: list[str], specials: list[str], first_byte: int | None, config: dict[str, Any]
-) -> Tokenizer:
-    """One token per character, ids in the order of `pieces`.
-
-    specials: those of `pieces` that are control tokens. first_byte: id of the first of the 256 byte pieces, or None:
-    then what has no token becomes `<unk>`.
-    """
-    vocab = {piece: id_ for id_, piece in enumerate(pieces)}
-    if first_byte is None:
-        model = models.BPE(vocab=vocab, merges=[], unk_token="<unk>")
-    else:
-        vocab |= {piece: first_byte + byte for byte, piece in enumerate(BYTE_PIECES)}
-        model = models.BPE(vocab=vocab, merges=[], byte_fallback=True)
-    backend = tokenizers.Tokenizer(model)
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    backend.add_special_tokens(specials)
-    return Tokenizer(backend, config)
 
 
 # The directory that is written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import io
 import os
@@ -10,13 +11,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from miaobi.config import RunConfig
-from miaobi.console import warn_of_encoding
+from miaobi.console import error, warn_of_encoding
 from miaobi.errors import UserError
-from miaobi.generate.config import ChatConfig
-from miaobi.overrides import SMALL_GPT, load_config, read_yaml
+from miaobi.generate.config import ChatConfig, ChatRequest
+from miaobi.seeds import PRETRAINING
+from miaobi.settings import Origin, find_config, load_config, read_yaml
 
 if TYPE_CHECKING:  # torch is imported after the command line has been understood
     from miaobi.generate.chat import Chat
@@ -33,9 +35,6 @@ COMMANDS = {
 }
 TAKE_TEXT = ("/system", "/save")  # the others are commands only when they stand alone
 PROMPT = ">>>"
-CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-CONTROLS |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
-"""Characters that a terminal obeys, and what stands for them."""
 
 
 def configured(path: Path) -> tuple[RunConfig, ChatConfig]:
@@ -45,7 +44,7 @@ def configured(path: Path) -> tuple[RunConfig, ChatConfig]:
     Raises UserError for a file that is not a configuration.
     """
     cfg, _ = load_config(path, [])
-    if not SMALL_GPT & read_yaml(path)[0].keys():
+    if not PRETRAINING & read_yaml(path)[0].keys():
         return cfg, ChatConfig(device=cfg.train.device)
     return cfg, ChatConfig(max_new_tokens=100, temperature=0.5, top_p=1.0, repetition_penalty=1.0,
                            seed=cfg.train.seed, device=cfg.train.device)  # fmt: skip
@@ -63,9 +62,24 @@ def model_of(cfg: RunConfig) -> Path:
     return converted(path, corpus=cfg.data.data)
 
 
-def shown(text: str, out: TextIO) -> str:
-    """`text` as `out` gets it: a terminal gets no control sequences, only pictures of them; files and pipes all."""
-    return text.translate(CONTROLS) if out.isatty() else text
+def chat(cfg: ChatRequest, origin: Origin, as_json: bool = False) -> dict[str, Any]:
+    """`miaobi chat MODEL|CONFIG.yaml`; returns the messages.
+
+    Settings that the command line does not give (`origin`) come with a CONFIG. Raises UserError.
+    """
+    run, settings = None, ChatConfig()
+    if cfg.model.endswith((".yaml", ".yml")):
+        run, settings = configured(find_config(cfg.model))
+    given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(ChatConfig) if f.name in origin}
+    settings = dataclasses.replace(settings, **given)
+    from miaobi.generate import engine
+    from miaobi.generate.chat import MODEL_SETTINGS, Chat, model_settings
+
+    said = {name for name in MODEL_SETTINGS if getattr(settings, name) != getattr(ChatConfig, name)} | origin.keys()
+    lm = engine.load(cfg.model if run is None else model_of(run), settings.device, settings.dtype, cfg.checkpoint)
+    conversation = Chat(lm, model_settings(settings, lm.model.generation, said))
+    talk(conversation, silent=as_json)
+    return {"messages": conversation.messages}
 
 
 def about(lm: LanguageModel) -> str:
@@ -110,7 +124,7 @@ def talk(chat: Chat, silent: bool = False) -> None:
             interrupted = True
             print("(Ctrl-C again leaves, so do Ctrl-D and exit)", file=out)
         except UserError as e:  # the conversation goes on
-            print(f"miaobi: {shown(str(e), sys.stderr)}", file=sys.stderr)
+            error(e)
 
 
 def obey(chat: Chat, line: str, out: TextIO, silent: bool) -> bool:
@@ -125,7 +139,7 @@ def obey(chat: Chat, line: str, out: TextIO, silent: bool) -> bool:
     if command not in known or (rest.strip() and command not in TAKE_TEXT):
         say(chat.reply(line.replace("//", "/", 1) if line.lstrip().startswith("//") else line), out, silent)
         if out.isatty() and (close := difflib.get_close_matches(command, known, n=1, cutoff=0.75)):
-            print(f"miaobi: {shown(command, out)} is no command and was sent as a message. Did you mean {close[0]}?",
+            print(f"miaobi: {command} is no command and was sent as a message. Did you mean {close[0]}?",
                   file=sys.stderr)  # fmt: skip
     elif command == "/exit":
         return False
@@ -154,7 +168,7 @@ def say(pieces: Iterator[str], out: TextIO, silent: bool) -> None:
             for piece in pieces:
                 said = True
                 if not silent:
-                    print(shown(piece, out), end="", flush=True, file=out)
+                    print(piece, end="", flush=True, file=out)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise

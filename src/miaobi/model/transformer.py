@@ -3,7 +3,7 @@
 gpt2: learned positions, LayerNorm, GELU MLP, optional biases, dropout (Radford et al. 2019).
 qwen3: RoPE (arXiv:2104.09864), RMSNorm (arXiv:1910.07467), QK-norm, SwiGLU (arXiv:2002.05202),
 grouped key/value heads (arXiv:2305.13245).
-llama: qwen3 without QK-norm, its angles possibly stretched (rope types linear and llama3).
+llama: qwen3 without QK-norm. qwen2: llama with biases on q, k and v. Their angles may be stretched (`rope`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from miaobi.config import ModelConfig
+from miaobi.model.rope import rope_table
 
 VOCAB_MULTIPLE = 64  # matrix units like round widths; padding rows never leave this file
 
@@ -56,30 +57,6 @@ class RowCache(KVCache):
         self.k[rows, :, self.places] = k[:, :, 0].to(self.k.dtype)
         self.v[rows, :, self.places] = v[:, :, 0].to(self.v.dtype)
         return self.k[:, :, :end].to(k.dtype), self.v[:, :, :end].to(v.dtype)
-
-
-def rope_table(cfg: ModelConfig) -> Tensor:
-    """cos and sin of every position: (2, block_size, head_dim), halves repeated as Hugging Face rotates."""
-    angle = torch.outer(torch.arange(cfg.block_size, dtype=torch.float32), rope_frequencies(cfg)).repeat(1, 2)
-    return torch.stack((angle.cos(), angle.sin()))
-
-
-def rope_frequencies(cfg: ModelConfig) -> Tensor:
-    """Radians per position: (head_dim / 2,).
-
-    linear divides all by rope_factor (arXiv:2306.15595); llama3 only those that turn less than
-    rope_low_freq_factor times within the original context, blending up to rope_high_freq_factor (arXiv:2407.21783).
-    """
-    half = head_dim(cfg) // 2
-    frequency = cfg.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
-    if cfg.rope_type == "default":
-        return frequency
-    if cfg.rope_type == "linear":
-        return frequency / cfg.rope_factor
-    turns = cfg.rope_original_context * frequency / (2 * math.pi)
-    low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequency * (kept + (1 - kept) / cfg.rope_factor)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -140,7 +117,8 @@ class Attention(nn.Module):
         self.n_kv_head = cfg.n_kv_head or cfg.n_head
         self.head_dim = head_dim(cfg)
         self.dropout = cfg.dropout
-        self.qkv = nn.Linear(cfg.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=cfg.bias)
+        width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
+        self.qkv = nn.Linear(cfg.n_embd, width, bias=cfg.bias or cfg.family == "qwen2")
         self.proj = nn.Linear(self.n_head * self.head_dim, cfg.n_embd, bias=cfg.bias)
         if cfg.family == "qwen3":
             self.q_norm = make_norm(cfg, self.head_dim)
@@ -229,7 +207,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = make_norm(cfg, cfg.n_embd)
         self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.n_embd, rows, bias=False)
-        self.rope = rope_table(cfg) if cfg.family != "gpt2" else None
+        self.rope = rope_table(cfg, head_dim(cfg)) if cfg.family != "gpt2" else None
         self.recompute = False  # activations in the backward pass, instead of keeping them (arXiv:1604.06174)
         self.init_weights()
 
@@ -237,7 +215,7 @@ class Transformer(nn.Module):
         """Keep the rotary table in float32 on the weights' device, whatever `.to` makes of the weights."""
         super()._apply(fn, recurse)
         if self.rope is not None:
-            self.rope = rope_table(self.cfg).to(self.wte.weight.device)
+            self.rope = rope_table(self.cfg, head_dim(self.cfg)).to(self.wte.weight.device)
         return self
 
     def init_weights(self) -> None:

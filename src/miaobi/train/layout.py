@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from miaobi.cache import keep_compiled_code_private
 from miaobi.config import ModelConfig, TrainConfig
 from miaobi.console import log, warn
 from miaobi.errors import UserError
@@ -131,6 +132,7 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
 def compile_blocks(model: Transformer, step: Callable[[], None]) -> bool:
     """Compile one block, shared by all layers, and try it in `step`; where that fails, eager with a line of warning."""
     started = time.perf_counter()
+    keep_compiled_code_private()
     for block in model.blocks:
         block.compile()
     try:
