@@ -78,9 +78,10 @@ class DataConfig(Corpus):
 class ModelConfig:
     """The decoder. `None` means: decided by the family and the other sizes."""
 
-    family: Literal["auto", "gpt2", "qwen3", "llama"] = "auto"
-    """gpt2 = the seeds' model; qwen3 = RoPE, RMSNorm, QK-norm, SwiGLU; llama = qwen3 without QK-norm, for hub models.
-    auto = qwen3, or gpt2 where the configuration speaks of biases or of a seed's own keys."""
+    family: Literal["auto", "gpt2", "qwen3", "llama", "qwen2"] = "auto"
+    """gpt2 = the seeds' model; qwen3 = RoPE, RMSNorm, QK-norm, SwiGLU; for hub models: llama = qwen3 without QK-norm,
+    qwen2 = llama with biases on q, k and v. auto = qwen3, or gpt2 where the configuration speaks of biases or of a
+    seed's own keys."""
     n_layer: int = 6
     """Blocks."""
     n_head: int = 6
@@ -105,16 +106,25 @@ class ModelConfig:
     """gpt2: exact GELU (nanoGPT, small-gpt) or its tanh approximation (hub GPT-2s)."""
     rope_theta: float = 10000.0
     """qwen3, llama: base of the rotary angles."""
-    rope_type: Literal["default", "linear", "llama3"] = "default"
-    """How a hub model's rotary angles were stretched to a longer context; the four keys below say how far."""
+    rope_type: Literal["default", "linear", "llama3", "yarn", "dynamic"] = "default"
+    """How a hub model's rotary angles were stretched to a longer context; the keys below say how far. (dynamic: only
+    beyond block_size, so not here.)"""
     rope_factor: float = 1.0
-    """linear, llama3: angles of slow frequencies are divided by this."""
+    """linear, llama3, yarn: angles of slow frequencies are divided by this."""
     rope_low_freq_factor: float = 1.0
     """llama3: frequencies that turn at most this often within the original context are slow."""
     rope_high_freq_factor: float = 4.0
     """llama3: frequencies that turn at least this often keep their angles; between the two they blend."""
     rope_original_context: int = 8192
-    """llama3: tokens of context before the stretch."""
+    """llama3, yarn: tokens of context before the stretch."""
+    rope_beta_fast: float = 32.0
+    """yarn: frequencies that turn at least this often within the original context keep their angles."""
+    rope_beta_slow: float = 1.0
+    """yarn: frequencies that turn at most this often are slow; between the two they blend."""
+    rope_truncate: bool = True
+    """yarn: the blend begins and ends at whole indices."""
+    rope_attention_factor: float = 1.0
+    """yarn: queries and keys are longer by this."""
     norm_eps: float | None = None
     """Epsilon of the norms; default 1e-5 (gpt2), 1e-6 (others)."""
     tie_word_embeddings: bool = True
@@ -136,12 +146,19 @@ class ModelConfig:
         for name in ("vocab_size", "head_dim", "intermediate_size", "rope_original_context"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("rope_theta", "norm_eps"):
+        for name in (
+            "rope_theta",
+            "norm_eps",
+            "rope_factor",
+            "rope_beta_fast",
+            "rope_beta_slow",
+            "rope_attention_factor",
+        ):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be positive and finite")
         if self.family == "gpt2" and (self.head_dim is not None or self.n_kv_head is not None):
             raise UserError("the gpt2 family has neither head_dim nor n_kv_head; drop them or use --family=qwen3")
-        rotary = self.family in ("qwen3", "llama")
+        rotary = self.family in ("qwen3", "llama", "qwen2")
         if rotary and self.bias:
             raise UserError(f"the {self.family} family has no biases; drop bias or use --family=gpt2")
         if rotary and (self.head_dim or self.n_embd // self.n_head) % 2:
@@ -151,6 +168,8 @@ class ModelConfig:
                 f"rope_factor ({self.rope_factor}) must be positive, and rope_high_freq_factor "
                 f"({self.rope_high_freq_factor}) above rope_low_freq_factor ({self.rope_low_freq_factor})"
             )
+        if self.rope_type == "yarn" and self.rope_theta <= 1:
+            raise UserError(f"rope_theta is {self.rope_theta}; yarn needs it above 1")
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,12 @@ def error(message: object) -> None:
         pass
 
 
+@functools.cache
+def warn_once(message: str) -> None:
+    """`warn`, unless this process has already said it."""
+    warn(message)
+
+
 def mend_streams() -> None:
     """A closed standard stream leads nowhere, and a character that stdout's encoding lacks is a ?: neither is a reason
     to lose a result. What goes to a terminal is `shown`; files and pipes get texts as they are.

@@ -9,11 +9,12 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle  # for the name of its error: nothing here reads one
 import re
 import shutil
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any, TextIO, TypeVar
 from uuid import uuid4
 
 from miaobi.errors import UserError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 CHECKSUMS = "checksums.json"
 TARGET = ".target"
@@ -243,6 +246,8 @@ def read_record(file: Path, kind: type[Record]) -> Record:
 def is_a(value: Any, kind: Any) -> bool:
     """Whether a value from JSON is of a declared type: str, bool, int (of 64 bits), float, None, lists and dicts."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
     if origin in (types.UnionType, typing.Union):
         return any(is_a(value, choice) for choice in inner)
     if origin is list:
@@ -309,3 +314,34 @@ def verify_manifest(directory: Path, wanted: Callable[[str], bool] = bool) -> No
         if sha256(file) != sums[name]:
             raise UserError(f"{file} is not what was written (its SHA-256 differs): it was cut short or altered; "
                             "copy it again, or use another checkpoint")  # fmt: skip
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """torch's own words advise to load with weights_only=False, which would execute what is in the file."""
+    text = str(error)
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path}: no such file; copy it again")
+    if isinstance(error, pickle.UnpicklingError) and (named := re.search(r"GLOBAL (\S+)", text)):
+        return UserError(
+            f"{path} was not loaded: besides weights and settings it holds {named[1][:80]}, and to load that could run "
+            "a program. If you trust it, save it again on the machine it comes from with plain values only"
+        )
+    return UserError(f"{path} cannot be read ({reason(error)}); it was cut short or altered: copy it again")
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, without torch's advice to run what is in a file."""
+    line = next(iter(str(error).splitlines()), "").strip()
+    if not line or "weights_only" in line or "weights only" in line.lower():
+        return f"{type(error).__name__}: not what torch.save writes of weights"
+    return line[:120]
+
+
+def refuse_pointers(files: Iterable[Path]) -> None:
+    """Raises UserError for a file of which git clone without git-lfs brought only the pointer."""
+    for file in files:
+        if file.is_file() and file.stat().st_size < 1024:
+            with file.open("rb") as opened:
+                if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise UserError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs install` and "
+                                    f"`git lfs pull` in {file.parent}, or download the model anew")  # fmt: skip

@@ -29,7 +29,10 @@ class ClassifyConfig(Where, Optim, LoraConfig):
     corpus: Location | None = None
     """For a .pth: the text that it was trained on, from which its vocabulary is rebuilt."""
     data: Location = ""
-    """Labelled texts: .csv, .tsv or .jsonl, also .gz .xz .zst .zip of them."""
+    """Labelled texts: .csv, .tsv, .jsonl, .json or .parquet, also .gz .xz .zst .zip of them."""
+    without: Location | None = None
+    """File whose texts are judged later: texts of data that share text with them are left out (`miaobi prepare
+    --without`)."""
     text_column: str | None = None
     """Column or field with the text; default: the one called text, review, content or sentence."""
     label_column: str | None = None

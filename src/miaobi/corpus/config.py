@@ -20,15 +20,22 @@ class Corpus:
     format: Literal["auto", "text", "lines", "files", "jsonl", "csv", "dialogue"] = "auto"
     """What a document is: text = split at blank lines, lines = one per line, files = one per file,
     jsonl / csv = one per record (see --field), dialogue = one utterance a line, blank line between dialogues; or, in
-    .jsonl files, records with messages (OpenAI), conversations (ShareGPT) or instruction/input/output (Alpaca).
-    auto decides by the file's name."""
+    .jsonl, .json and .parquet files, records with messages (OpenAI), conversations (ShareGPT) or
+    instruction/input/output (Alpaca). auto decides by the file's name."""
     template: Literal["auto", "sep", "chatml"] = "auto"
     """Dialogues: sep = chit-chat, both speakers alike; chatml = system, user and assistant. auto = the tokenizer's own
     template, else chatml for .jsonl and sep for text."""
     loss: Literal["auto", "all", "assistant"] = "auto"
     """Dialogues: which turns are learned; auto = all of them with sep, the assistant's elsewhere."""
+    enable_thinking: bool | None = None
+    """Dialogues: for templates that ask (Qwen3's), whether the model thinks before it answers; kept in the template.
+    Default: as the template has it."""
     field: str = "text"
-    """Field of a .jsonl, .csv, .tsv or .parquet record that holds the text."""
+    """Field of a .jsonl, .json, .csv, .tsv or .parquet record that holds the text."""
+    delimiter: str = ""
+    """Character between the cells of a .csv; default: guessed from its first lines, and said."""
+    without: tuple[Location, ...] = ()
+    """Files whose texts must not be learned (an evaluation set): documents that share text with them are dropped."""
     dedup: Literal["none", "exact", "near"] = "exact"
     """Drop repeated documents: exact = same text, near = MinHash over character 5-grams as well."""
     split: Literal["hash", "tail"] = "hash"
