@@ -34,6 +34,7 @@ from miaobi.corpus.prepare import prepare
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.settings import load_config, read_yaml, shipped_config
 from miaobi.train.loop import Run
+from miaobi.train.setup import set_up
 from miaobi.train.world import World
 
 
@@ -69,8 +70,8 @@ class Miaobi:
         cfg, origin = load_config(shipped_config("chat-90m.yaml"), [(k, str(v)) for k, v in given.items()])
         self.device = pick_device(args.device)
         dtype = pick_dtype(cfg.train.dtype, self.device)
-        self.run = Run(cfg, origin, World(), self.device, dtype)
-        self.run.maybe_compile()
+        self.run = Run(set_up(cfg, origin, World(), self.device, dtype))
+        self.run.choose_computing()
         self.run.model.train()
         self.done = 0
 

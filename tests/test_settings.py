@@ -113,12 +113,12 @@ def test_of_several_ranks_the_first_one_says_what_is_not_needed(tmp_path, capsys
 
 def test_small_gpts_epochs_are_not_cut_short_by_a_default(tmp_path):
     """Its files give max_epoch and nothing else: our default max_iters must not end the run before them."""
-    from miaobi.train.recipe import length
+    from miaobi.train.recipe import total_steps
 
     cfg, _ = load_config(yaml_file(tmp_path / "c.yaml", SMALL_GPT_90M.format(extra="")), [("max_epoch", "30")])
-    assert length(cfg, windows=80_000) == 30 * 1000
+    assert total_steps(cfg, windows=80_000) == 30 * 1000
     both, _ = load_config(tmp_path / "c.yaml", [("max_epoch", "30"), ("max_iters", "700")])
-    assert length(both, windows=80_000) == 700
+    assert total_steps(both, windows=80_000) == 700
 
 
 def test_small_gpts_other_keys_are_explained(tmp_path, capsys):

@@ -12,7 +12,7 @@ from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, save_model
-from miaobi.model.families import hf_config
+from miaobi.model.hf_config import hf_config
 from miaobi.model.transformer import Transformer
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 290}

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model
 from miaobi.settings import load_config, with_values
-from miaobi.train import loop
+from miaobi.train import evaluate
 from miaobi.train.loop import Run
+from miaobi.train.setup import set_up
 from miaobi.train.world import World
 
 
@@ -41,8 +43,8 @@ def new_run(prepared, tmp_path):
                  "grad_clip": 0, "compile": False} | values  # fmt: skip
         cfg, _ = load_config(None, [(key, str(value)) for key, value in given.items()])
         cfg = with_values(cfg, {"data": str(prepared()), "out_dir": str(tmp_path / "run")})
-        run = Run(cfg, {}, World(), torch.device("cpu"), torch.float32)
-        run.optimizers = []
+        run = Run(set_up(cfg, {}, World(), torch.device("cpu"), torch.float32))
+        run.plan.optimizers.clear()
         return run
 
     return make
@@ -56,7 +58,7 @@ def gradients(run: Run, step: int) -> tuple[float, dict[str, torch.Tensor]]:
 
 def a_step_with_short_windows(run: Run) -> int:
     for step in range(200):
-        _, targets = batch(run.data.train, 16, 8, run.cfg.train.seed, step)
+        _, targets = batch(run.plan.data.train, 16, 8, run.cfg.seed, step)
         if (targets == IGNORE).any():
             return step
     raise AssertionError
@@ -66,7 +68,7 @@ def a_step_with_short_windows(run: Run) -> int:
 def test_micro_batches_of_any_size_give_the_gradient_of_the_whole_batch(new_run, family):
     whole = new_run(family=family)
     step = a_step_with_short_windows(whole)
-    x, y = (torch.from_numpy(a) for a in batch(whole.data.train, 16, 8, whole.cfg.train.seed, step))
+    x, y = (torch.from_numpy(a) for a in batch(whole.plan.data.train, 16, 8, whole.cfg.seed, step))
     loss, grads = gradients(whole, step)
     whole.model.zero_grad(set_to_none=True)
     expected = F.cross_entropy(whole.model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
@@ -164,18 +166,38 @@ def test_no_evaluation_before_the_first_interval_and_none_dearer_than_the_traini
     train, prepared, tmp_path, monkeypatch
 ):
     calls, steps = [], []
-    validation_nats, step = loop.validation_nats, Run.step
+    validation_nats, step = evaluate.validation_nats, Run.step
     monkeypatch.setattr(Run, "step", lambda self, n: (steps.append(n), step(self, n))[1])
 
     def spy(model, windows, *args):
         calls.append((len(steps), len(windows.inputs)))
         return validation_nats(model, windows, *args)
 
-    monkeypatch.setattr(loop, "validation_nats", spy)
+    monkeypatch.setattr(evaluate, "validation_nats", spy)
     train(data=prepared(), out_dir=tmp_path / "run", max_iters=7, eval_interval=5, eval_iters=1000)
     assert [at for at, _ in calls] == [5, 7]
     for at, windows in calls:
         assert 0 < windows * 32 <= at * 8 * 32
+
+
+def test_an_evaluation_before_the_first_step_changes_nothing(train, prepared, tmp_path, capsys):
+    for name, first in (("a", False), ("b", True)):
+        train(data=prepared(), out_dir=tmp_path / name, eval_first=first, dropout=0.1)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert [r["step"] for r in rows(tmp_path / "b") if "val_loss" in r] == [0, 10, 20]
+    assert "step 0: val loss" in capsys.readouterr().err
+    vocabulary = PreparedData.open(prepared()).vocab_size
+    assert rows(tmp_path / "b")[0]["val_loss"] == pytest.approx(math.log(vocabulary), abs=0.5)
+
+
+def test_what_a_seeds_user_sees_while_it_trains(train, prepared, tmp_path, capsys):
+    train(data=prepared(), out_dir=tmp_path / "run", dropout=0.3, eval_iters=8)
+    said = capsys.readouterr().err
+    assert re.search(r"step 5/20  loss \d\.\d+  [\d,]+ tok/s  [\d,]+ ms/step  mfu [\d.]+%  \d+ s left", said)
+    assert re.search(r"step 20: train loss \d\.\d+ \(now \d\.\d+\), val loss", said)
+    assert f"tensorboard --logdir={tmp_path / 'run'}" in said
+    now = [r["train_eval_loss"] for r in rows(tmp_path / "run") if "train_eval_loss" in r]
+    assert len(now) == 2, "of training text without dropout, beside the mean of the steps before"
 
 
 def test_validation_without_text_is_refused(train, prepared, tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
 """Checkpoints copied to other storage through fsspec, and runs that go on from there."""
 
+import dataclasses
 import importlib.util
+import json
 import shutil
+import threading
 from pathlib import Path
 
 import fsspec
@@ -9,10 +12,12 @@ import pytest
 
 from miaobi.errors import UserError
 from miaobi.files import pointed
+from miaobi.lock import Holder, this_process
 from miaobi.model.checkpoint import load_model
 from miaobi.settings import load_config
+from miaobi.train import mirror
 from miaobi.train.mirror import Mirror
-from miaobi.train.state import open_run
+from miaobi.train.run_directory import open_run
 
 
 @pytest.fixture(params=["directory", "memory"])
@@ -49,7 +54,7 @@ def test_a_run_whose_machine_is_lost_goes_on_from_the_mirror(train, prepared, tm
 def test_the_mirror_holds_whole_checkpoints_and_drops_old_ones(train, prepared, tmp_path, url):
     train(data=prepared(), mirror=url, out_dir=tmp_path / "run", max_iters=40, eval_interval=10)
     here = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert names(url) == here
+    assert names(url) == here | {"run", "config.yaml"}
     files, root = fsspec.core.url_to_fs(url)
     files.get(f"{root}/step-40/", f"{tmp_path / 'copy'}/", recursive=True)
     load_model(tmp_path / "copy")
@@ -75,9 +80,11 @@ def test_a_step_saved_twice_is_copied_twice(train, prepared, tmp_path, url):
     checkpoints = tmp_path / "run" / "checkpoints"
     progress = checkpoints / "step-20" / "train_state" / "progress.json"
     progress.write_text(progress.read_text().replace('"evaluated": 20', '"evaluated": 10'))
-    Mirror(url).push(checkpoints)
-    Mirror(url).pull(tmp_path / "again")
-    assert (tmp_path / "again" / "step-20" / "train_state" / "progress.json").read_bytes() == progress.read_bytes()
+    Mirror(url).push(checkpoints.parent, "a")
+    Mirror(url).pull(tmp_path / "again", lambda _: None)
+    assert (
+        tmp_path / "again" / "checkpoints" / "step-20" / "train_state" / "progress.json"
+    ).read_bytes() == progress.read_bytes()
 
 
 def test_a_run_begun_anew_that_torchrun_restarts_does_not_go_on_from_the_run_before(train, prepared, tmp_path, url):
@@ -94,7 +101,7 @@ def test_a_checkpoint_that_was_copied_by_half_is_copied_again(train, prepared, t
     files.makedirs(f"{root}/step-20")
     files.pipe_file(f"{root}/step-20/model.safetensors", b"half")
     train(data=prepared(), mirror=url, out_dir=tmp_path / "run", max_iters=20)
-    Mirror(url).pull(tmp_path / "again" / "checkpoints")
+    Mirror(url).pull(tmp_path / "again", lambda _: None)
     load_model(tmp_path / "again", "last")
 
 
@@ -128,6 +135,63 @@ def test_a_name_in_the_mirror_is_no_path_out_of_it(tmp_path, name):
     checkpoints.mkdir(parents=True)
     (tmp_path / "run" / "precious").write_text("kept")
     with pytest.raises(UserError, match="which is no checkpoint"):
-        Mirror(str(far)).pull(checkpoints)
+        Mirror(str(far)).pull(tmp_path / "run", lambda _: None)
     assert (tmp_path / "run" / "precious").read_text() == "kept"
     assert list(checkpoints.iterdir()) == []
+
+
+# --- whose it is -------------------------------------------------------------------------------------------------
+
+
+def test_a_mirror_of_another_configuration_is_refused_by_the_key(train, prepared, tmp_path, url):
+    train(data=prepared(), mirror=url, out_dir=tmp_path / "a")
+    before = far_weights(url, "step-20")
+    with pytest.raises(UserError, match=r"the mirror .* holds a run with n_embd=32, now n_embd=16"):
+        train(data=prepared(), mirror=url, out_dir=tmp_path / "b", n_embd=16)
+    assert not (tmp_path / "b" / "checkpoints" / "last").exists()
+    assert far_weights(url, "step-20") == before
+
+
+def test_a_mirror_of_the_same_configuration_over_other_data_is_refused(train, prepared, tmp_path, url):
+    """The path is the same, what lies there is not."""
+    shutil.copytree(prepared(), tmp_path / "data")
+    train(data=tmp_path / "data", mirror=url, out_dir=tmp_path / "a")
+    shutil.rmtree(tmp_path / "data")
+    shutil.copytree(prepared(val_fraction=0.2), tmp_path / "data")
+    with pytest.raises(UserError, match=r"is not what .* was trained on"):
+        train(data=tmp_path / "data", mirror=url, out_dir=tmp_path / "b")
+
+
+def test_a_run_with_checkpoints_of_its_own_does_not_write_over_anothers(train, prepared, tmp_path, url):
+    settings = {"data": prepared(), "seed": 5}
+    train(**settings, mirror=url, out_dir=tmp_path / "a")
+    train(**settings, out_dir=tmp_path / "b")
+    before = far_weights(url, "step-20")
+    with pytest.raises(UserError, match="checkpoints of another run"):
+        train(**settings, mirror=url, out_dir=tmp_path / "b", max_iters=30)
+    assert far_weights(url, "step-20") == before
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_mirror_has_one_writer(train, prepared, tmp_path, monkeypatch, url, lives):
+    """The other machine's disk cannot be seen from here: only its signs of life in the storage."""
+    monkeypatch.setattr(mirror, "SILENCE", 1.0)
+    files, root = fsspec.core.url_to_fs(url)
+    files.makedirs(root, exist_ok=True)
+    there = dataclasses.replace(this_process(), machine="elsewhere", host="node-7", pid=1)
+
+    def say(holder: Holder) -> None:
+        files.pipe_file(f"{root}/writer.json", json.dumps(dataclasses.asdict(holder)).encode())
+
+    def sign() -> None:
+        say(dataclasses.replace(there, token="another"))
+
+    say(there)
+    if lives:
+        threading.Timer(0.5, sign).start()
+        with pytest.raises(UserError, match="is being written by process 1 on node-7"):
+            train(data=prepared(), mirror=url, out_dir=tmp_path / "run")
+        assert not (tmp_path / "run" / "checkpoints").exists()
+    else:
+        assert train(data=prepared(), mirror=url, out_dir=tmp_path / "run")["step"] == 20
+        assert "writer.json" not in names(url)

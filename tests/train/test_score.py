@@ -13,9 +13,9 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import model_directory
 from miaobi.train.config import EvalConfig
-from miaobi.train.evaluate import text_size, told
+from miaobi.train.evaluate import given_and_scored, text_size
+from miaobi.train.run_directory import load_progress
 from miaobi.train.score import score, stride_tokens
-from miaobi.train.state import load_progress
 
 BLOCK = 32
 TEXT = "皇马赢得比赛，曼联输掉冠军。😀𠮷龘<sep>\n\n国家队期待联赛！球迷谈到训练。<|endoftext|>\n\n"
@@ -144,7 +144,7 @@ def test_characters_of_dialogues_are_those_of_which_something_is_scored(
 def test_training_counts_the_characters_of_its_windows_as_eval_does(chatter):
     data, found = PreparedData.open(chatter.parent / "data"), load_progress(chatter / "checkpoints" / "last")
     blocks = PackedDialogues(data.val, 8)
-    characters, _ = text_size(*told(blocks.fixed(len(blocks))), Tokenizer.load(data.path))
+    characters, _ = text_size(*given_and_scored(blocks.fixed(len(blocks))), Tokenizer.load(data.path))
     result = miaobi_score(chatter, data.path)
     assert characters == result["characters"]
     assert found.val_bits_per_char == pytest.approx(result["bits_per_char"], rel=1e-5)

@@ -20,9 +20,11 @@ from miaobi.classify.data import Reading
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.files import read_json, write_json
-from miaobi.model.checkpoint import model_directory, read_tensors, save_tensors
-from miaobi.model.families import ARCHITECTURES, hf_config, load_hf, model_config, to_hf
+from miaobi.model.checkpoint import model_directory, save_tensors
+from miaobi.model.families import check_hf, load_hf, to_hf
+from miaobi.model.hf_config import ARCHITECTURES, hf_config, model_config
 from miaobi.model.lora import merged
+from miaobi.model.tensors import read_tensors
 from miaobi.model.transformer import Block, Transformer, rotate
 
 OWN = "miaobi-classifier"
@@ -264,8 +266,10 @@ def load(name: str | Path, device: torch.device, dtype: torch.dtype) -> Judge:
         reading = Reading(**kinds | {"before": tuple(kinds["before"]), "after": tuple(kinds["after"])})
         tensors = read_tensors(path)
         score = tensors.pop("score.weight")
-        model = Transformer(model_config(config.get("decoder", config), tensors))
-        load_hf(model, tensors, str(path))
+        decoder = model_config(config.get("decoder", config), tensors)
+        tensors = check_hf(decoder, tensors, "its weights")
+        model = Transformer(decoder)
+        load_hf(model, tensors)
         classifier = Classifier(model, len(settings["labels"]), settings["pooling"])
         classifier.score.weight.data.copy_(score)
         judge = Judge(classifier.to(device), Tokenizer.load(path), reading, settings["labels"],

@@ -15,7 +15,8 @@ from miaobi.classify.data import Labelled
 from miaobi.classify.finetune import Cell
 from miaobi.console import log
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import model_directory, read_tensors
+from miaobi.model.checkpoint import model_directory
+from miaobi.model.tensors import read_tensors
 from miaobi.settings import Origin, read_yaml
 
 RESULT = "result.json"

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from miaobi import __version__
 from miaobi.config import ModelConfig
-from miaobi.corpus.nanogpt import unreadable
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.errors import UserError
+from miaobi.errors import UserError, brief
 from miaobi.files import sha256, write_json, written_whole
 from miaobi.model.checkpoint import save_model
+from miaobi.model.tensors import is_plain, load_plain
 from miaobi.model.transformer import VOCAB_MULTIPLE, Transformer
 
 RECORD = "converted.json"
@@ -33,12 +33,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
-    with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"  # older files are bare pickles, which cannot be mapped
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as e:  # damaged bytes can raise anything in an unpickler
-        raise unreadable(path, e) from e
+    found = load_plain(path, mmap=True)
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}, not a checkpoint with its settings")
     return found
@@ -49,7 +44,9 @@ def read_sizes(values: dict[str, Any], path: Path, project: str) -> dict[str, in
     for key in SIZES:
         value = values.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 24:
-            raise UserError(f"{path}: {key} is {value!r}, which is no size; {project} did not write this checkpoint")
+            raise UserError(
+                f"{path}: {key} is {brief(value)}, which is no size; {project} did not write this checkpoint"
+            )
     return {key: values[key] for key in SIZES}
 
 
@@ -96,7 +93,7 @@ def build(cfg: ModelConfig, state: Any, layer: dict[str, tuple[str, ...]], mask:
 
 def _their_tensors(state: Any, mask: str, n_layer: int, path: Path) -> dict[str, Tensor]:
     """A state dict without the prefixes of torch.compile and DDP, and without masks."""
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(map(is_plain, state.values())):
         raise UserError(f"{path}: its weights are not a table of tensors; it was altered, get it again")
     found = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
     blocks = {int(number) for number in re.findall(r"^transformer\.h\.(\d{1,9})\.", "\n".join(found), re.MULTILINE)}

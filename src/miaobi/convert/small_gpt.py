@@ -122,7 +122,7 @@ def start_from_checkpoint(cfg: RunConfig, origin: Origin) -> tuple[RunConfig, Or
     path = Path(cfg.train.resume_from or "")
     if path.suffix != ".pth":
         return cfg, origin
-    from miaobi.train.world import join
+    from miaobi.train.rendezvous import join
 
     with join(cfg.train).first():
         return _start_from(path, cfg, origin)

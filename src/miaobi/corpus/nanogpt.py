@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
-import re
+import pickletools
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +13,7 @@ from tokenizers import decoders, models
 
 from miaobi.corpus.tokenizer import BYTE_PIECES, Tokenizer
 from miaobi.errors import UserError
+from miaobi.files import refuse_pointers, unreadable
 
 DTYPE = "uint16"  # of all its .bin files
 
@@ -60,9 +62,13 @@ def read_plain_pickle(path: Path) -> Any:
     """A pickle of dicts, strings and numbers. Raises UserError if it is missing, damaged, or names any class."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    refuse_pointers([path])
     try:
-        with open(path, "rb") as file:
-            return _PlainUnpickler(file).load()
+        data = path.read_bytes()
+        for code, argument, _ in pickletools.genops(data):
+            if "PUT" in code.name and isinstance(argument, int) and argument > len(data):
+                raise pickle.UnpicklingError("a memo far beyond its end")  # for which memory would be taken
+        return _PlainUnpickler(io.BytesIO(data)).load()
     except Exception as e:  # damaged bytes can raise anything in an unpickler
         raise unreadable(path, e) from e
 
@@ -75,18 +81,6 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
-
-
-def unreadable(path: Path, error: Exception) -> UserError:
-    """torch's own words advise to load with weights_only=False, which would execute what is in the file."""
-    text = str(error)
-    if isinstance(error, pickle.UnpicklingError) and (named := re.search(r"GLOBAL (\S+)", text)):
-        return UserError(
-            f"{path} was not loaded: besides weights and settings it holds {named[1]}, and to load that could run a "
-            "program. If you trust it, save it again on the machine it comes from with plain values only"
-        )
-    lines = text.splitlines() or [type(error).__name__]
-    return UserError(f"{path} cannot be read ({lines[0][:120]}); it was cut short or altered: copy it again")
 
 
 def character_tokenizer(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import mmap
+import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,6 @@ from miaobi.corpus.sources import Source
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.corpus.workers import Workers
 from miaobi.errors import UserError
-from miaobi.files import sha256
 
 MIN_VAL_DOCUMENTS, MIN_VAL_TOKENS = 20, 10 * 256
 """A hash split with less for validation first cuts long documents into pieces."""
@@ -122,36 +122,44 @@ def take_survey(
 
     Raises UserError for unreadable sources and for text too small to split.
     """
-    with _hashing(sources) as hashes:
-        corpus = _first_pass(sources, options, workers, is_val, aside)
-        if not options.whole:
-            _choose(corpus, cfg, weights)
-            if not options.dialogue and not is_val.any() and _val_is_small(corpus):
-                console.log(
-                    f"few documents: long ones are cut at paragraph ends into pieces of about "
-                    f"{clean.PIECE_CHARACTERS:,} characters, so that validation gets some (--split=tail does not cut)"
-                )
-                for abandoned in aside.iterdir() if aside is not None else ():
-                    abandoned.unlink()
-                corpus = _first_pass(sources, dataclasses.replace(options, cut=True), workers, is_val, aside)
-                _choose(corpus, cfg, weights)
-            _check_sides(corpus, weights)
-        for record, source in zip(corpus.records, sources, strict=True):
-            if source.path in hashes:
-                record["sha256"] = hashes[source.path].result()
+    corpus = _first_pass(sources, options, workers, is_val, aside, {})
+    if options.whole:
+        return corpus
+    _choose(corpus, cfg, weights)
+    if not options.dialogue and not is_val.any() and _val_is_small(corpus):
+        console.log(
+            f"few documents: long ones are cut at paragraph ends into pieces of about {clean.PIECE_CHARACTERS:,} "
+            "characters, so that validation gets some (--split=tail does not cut)"
+        )
+        for abandoned in aside.iterdir() if aside is not None else ():
+            abandoned.unlink()
+        hashes = {source.path: record["sha256"] for source, record in zip(sources, corpus.records, strict=True)}
+        corpus = _first_pass(sources, dataclasses.replace(options, cut=True), workers, is_val, aside, hashes)
+        _choose(corpus, cfg, weights)
+    _check_sides(corpus, weights)
     return corpus
 
 
-@contextmanager
-def _hashing(sources: list[Source]) -> Iterator[dict[Path, Future[str]]]:
-    """SHA-256 of the files that no worker reads in one piece, beside the reading."""
-    with ThreadPoolExecutor(1) as thread:  # hashlib lets other threads run
-        paths = {source.path: None for source in sources if not _is_one_block(source)}
-        hashes = {path: thread.submit(sha256, path) for path in paths}
-        try:
-            yield hashes
-        finally:
-            thread.shutdown(cancel_futures=True)
+@contextlib.contextmanager
+def _hashing(sources: list[Source], hashes: dict[Path, str]) -> Iterator[None]:
+    """Puts the SHA-256 of the files that no worker reads in one piece into `hashes`, beside the reading."""
+    wanted = {source.path: None for source in sources if source.path not in hashes and not _is_one_block(source)}
+
+    def work() -> None:
+        with contextlib.suppress(OSError):  # the reading says what is wrong
+            for path in wanted:
+                hashes[path] = _mapped_sha256(path)
+
+    thread = threading.Thread(target=work, daemon=True)  # hashlib lets other threads run
+    thread.start()
+    yield
+    thread.join()
+
+
+def _mapped_sha256(path: Path) -> str:
+    """In one call: to read the file piece by piece would wait for the interpreter's lock at each."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return hashlib.sha256(data).hexdigest()
 
 
 def _is_one_block(source: Source) -> bool:
@@ -159,7 +167,12 @@ def _is_one_block(source: Source) -> bool:
 
 
 def _first_pass(
-    sources: list[Source], options: DocumentOptions, workers: Workers, is_val: np.ndarray, aside: Path | None
+    sources: list[Source],
+    options: DocumentOptions,
+    workers: Workers,
+    is_val: np.ndarray,
+    aside: Path | None,
+    hashes: dict[Path, str],
 ) -> Corpus:
     nothing = {"encoding": "skipped", "sha256": "", "documents": 0, "characters": 0, "skipped": 0, "removed": 0}
     records = [{"path": s.name, "format": s.format, "bytes": s.size, **nothing} for s in sources]
@@ -169,7 +182,7 @@ def _first_pass(
     is_there = np.zeros(N_CODE_POINTS, bool)
     jobs = ((task, options, aside) for task in corpus.tasks())
     scan.get_ready(sources)
-    with workers.started() as run:
+    with workers.started() as run, _hashing(sources, hashes):  # the thread begins after processes were forked
         for task, survey in with_progress(run(survey_task, jobs), sources, "reading"):
             survey: Survey
             if survey.aside is not None:
@@ -179,6 +192,8 @@ def _first_pass(
             for block in survey.statistics:
                 _count_block(records[block.source], block, options.whole)
             corpus.surveys.append(survey)
+    for record, source in zip(records, sources, strict=True):
+        record["sha256"] = record["sha256"] or hashes.get(source.path, "")
     if options.without:
         shared = sum(survey.shared for survey in corpus.surveys)
         console.log(f"{shared:,} documents share text with {', '.join(options.without)} and are left out")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.errors import UserError
+from miaobi.console import warn
+from miaobi.corpus.tokenizer import SPECIALS, Tokenizer
+from miaobi.errors import UserError, brief
 from miaobi.files import pointed, read_json, write_json
-from miaobi.model.families import hf_config, load_hf, model_config, to_hf
-from miaobi.model.hub import resolve
+from miaobi.model.families import check_hf, load_hf, to_hf
+from miaobi.model.hf_config import hf_config, model_config
+from miaobi.model.hub import SETTINGS, resolve
+from miaobi.model.tensors import read_tensors, refuse_pointers
 from miaobi.model.transformer import Transformer
 
 WRITTEN_ANEW = ("eos_token_id", "transformers_version", "_from_model_config")  # of generation_config.json
@@ -69,8 +71,10 @@ def model_directory(name: str | Path, checkpoint: str = "best") -> Path:
         there = sorted(p.name for p in (path / "checkpoints").iterdir() if not p.name.startswith("."))
         raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has: {', '.join(there) or 'none yet'}")
     if not path.exists():
-        raise UserError(f"no model at {path}: no such directory. Give a run directory (out_dir of `miaobi train`) "
+        raise UserError(f"no model at {path}: no such directory. Give a run directory (out_dir of `miaobi train`), "
                         "a Hugging Face model directory, or a model of the hub as OWNER/NAME")  # fmt: skip
+    if path.is_file():
+        raise UserError(f"{path} is a file, not a model directory{_converter(path)}")
     if (path / "adapter_config.json").is_file():
         raise UserError(f"{path} is a PEFT adapter, not a whole model: merge it into its base with PEFT's "
                         "merge_and_unload(), and give the directory that save_pretrained() then writes")  # fmt: skip
@@ -82,26 +86,75 @@ def ends_documents(name: str | Path, checkpoint: str = "best") -> bool:
     return read_json(model_directory(name, checkpoint) / "config.json").get("eos_token_id") is not None
 
 
-def end_ids(path: Path) -> tuple[int, ...]:
+def end_ids(path: Path, vocab_size: int = 1 << 31) -> tuple[int, ...]:
     """Tokens that end a text or a turn, as a model directory says; often more than one in a chat model.
 
-    generation_config.json is asked first, then config.json. Raises UserError for a damaged file.
+    generation_config.json is asked first, then config.json. What is no id of the model is left out, and said in a line.
+    Raises UserError for a damaged file.
     """
     for file in ("generation_config.json", "config.json"):
         named = read_json(path / file).get("eos_token_id")
-        if named is not None:
-            ids = named if isinstance(named, list) else [named]
-            if not all(type(id_) is int for id_ in ids):
-                raise UserError(f"{path / file}: eos_token_id is {named!r}; it must be a token id, or a list of them")
-            return tuple(ids)
+        listed = named if isinstance(named, list) else [] if named is None else [named]
+        ids = tuple(id_ for id_ in listed if is_id(id_, vocab_size))
+        if len(ids) < len(listed):
+            warn(
+                f"{path / file}: eos_token_id is {brief(named)}, not of the model's ids 0 to {vocab_size - 1}: not used"
+            )
+        if ids:
+            return ids
     return ()
 
 
-def generation_settings(path: Path) -> dict[str, Any]:
-    """What generation_config.json says besides what ends a text, and the bos_token_id. Raises UserError if damaged."""
+def own_end(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
+    """What ends a text for a model whose configuration is silent: its tokenizer's end. A model of ours that is silent
+    saw none.
+    """
+    ours = [tokenizer.token_to_id(token) for token in SPECIALS] == list(range(len(SPECIALS)))
+    return () if ours or tokenizer.eot_id is None or tokenizer.eot_id >= vocab_size else (tokenizer.eot_id,)
+
+
+def is_id(value: Any, vocab_size: int) -> bool:
+    """Whether it is the id of a token that the model has."""
+    return type(value) is int and 0 <= value < vocab_size
+
+
+IDS = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id",
+       "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")  # fmt: skip
+"""Settings of generation_config.json that hold token ids, or lists of them."""
+
+
+def generation_settings(path: Path, vocab_size: int) -> dict[str, Any]:
+    """What generation_config.json says besides what ends a text, and the bos_token_id; without ids that the model does
+    not have, which is said in a line. Raises UserError if damaged.
+    """
     told = read_json(path / "generation_config.json")
-    settings = {key: value for key, value in told.items() if key not in WRITTEN_ANEW}
-    return {"bos_token_id": read_json(path / "config.json").get("bos_token_id")} | settings
+    settings = {"bos_token_id": read_json(path / "config.json").get("bos_token_id")}
+    settings |= {key: value for key, value in told.items() if key not in WRITTEN_ANEW}
+    for key in IDS:
+        if settings.get(key) is not None and not _all_ids(settings[key], vocab_size):
+            warn(f"{path}: {key} is {brief(settings[key])}, not of the model's ids 0 to {vocab_size - 1}: not used")
+            settings[key] = None
+    return settings
+
+
+def _all_ids(value: Any, vocab_size: int) -> bool:
+    if not isinstance(value, list):
+        return is_id(value, vocab_size)
+    flat = [part for item in value for part in (item if isinstance(item, list) else [item])]
+    return all(is_id(part, vocab_size) for part in flat)
+
+
+def sampling_settings(generation: Mapping[str, Any] | None) -> dict[str, float | int]:
+    """How a model's makers want it to be sampled: those of temperature, top_k, top_p, min_p and repetition_penalty that
+    its generation_config.json states and that make sense; do_sample=false is a temperature of 0.
+    """
+    told = generation or {}
+    numbers = {key: told.get(key) for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+    found = {key: value for key, value in numbers.items()
+             if type(value) in (int, float) and 0 <= value < 1 << 31 and (key[-2:] != "_p" or value <= 1)}  # fmt: skip
+    if type(found.get("top_k")) is float or found.get("repetition_penalty") == 0:
+        found = {key: value for key, value in found.items() if key not in ("top_k", "repetition_penalty")}
+    return found | ({"temperature": 0.0} if told.get("do_sample") is False else {})
 
 
 class Unfilled(TorchFunctionMode):
@@ -122,64 +175,51 @@ def load_model(name: str | Path, checkpoint: str = "best") -> tuple[Transformer,
     Raises UserError for files that are missing, cut short, or do not fit together.
     """
     path = model_directory(name, checkpoint)
+    refuse_pointers(path / file for file in SETTINGS)
     hf = read_json(path / "config.json")
     try:
         tensors = read_tensors(path)
         cfg = model_config(hf, tensors)
-    except KeyError as e:
-        raise UserError(f"{path / 'config.json'} has no key {e}") from e
-    except TypeError as e:
-        raise UserError(f"{path / 'config.json'} has a value of the wrong kind ({e})") from e
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
+    tensors = check_hf(cfg, tensors, str(path))
     tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size > cfg.vocab_size:
-        raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, config.json says vocab_size is "
-                        f"{cfg.vocab_size}; they are not of one model")  # fmt: skip
+    check_tokenizer(tokenizer, cfg.vocab_size, path)
     with Unfilled():
         model = Transformer(cfg)
-    load_hf(model, tensors, str(path))
-    model.end_ids, model.generation = end_ids(path), generation_settings(path)
+    load_hf(model, tensors)
+    model.end_ids = end_ids(path, cfg.vocab_size) or own_end(tokenizer, cfg.vocab_size)
+    model.generation = generation_settings(path, cfg.vocab_size)
     return model, tokenizer
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of model.safetensors or pytorch_model.bin (weights only: no code in it can run), whole or in shards.
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
+    """Control tokens without a row in the embedding, such as a `[PAD]` that was added for training, are never used.
 
-    Raises UserError for files that are missing, cut short or altered.
+    Raises UserError where text or the chat template could turn into an id that the model does not have.
     """
-    for whole, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
-        index = path / f"{whole}.index.json"
-        if (path / whole).is_file():
-            return read(path / whole)
-        if index.is_file():
-            names = read_json(index).get("weight_map")
-            if not isinstance(names, dict):
-                raise UserError(f"{index.name} is damaged (it has no weight_map); copy it again")
-            tensors: dict[str, Tensor] = {}
-            for name in sorted(set(names.values())):
-                tensors |= read(path / Path(name).name)
-            return tensors
-    raise UserError("there is no model.safetensors or pytorch_model.bin")
+    if tokenizer.vocab_size <= vocab_size:
+        return
+    added = tokenizer.backend.get_added_tokens_decoder()
+    ids = tokenizer.backend.get_vocab(with_added_tokens=True)
+    beyond = {token: id_ for token, id_ in ids.items() if id_ >= vocab_size}
+    template = tokenizer.config.get("chat_template")
+    for token, id_ in beyond.items():
+        if id_ not in added or not added[id_].special:
+            raise UserError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, config.json says vocab_size is "
+                            f"{vocab_size}; they are not of one model")  # fmt: skip
+        if template is not None and token in str(template):
+            raise UserError(f"{path}: the chat template writes {brief(token)}, for which the model has no row: its "
+                            "tokenizer is of another model, or grew after the embedding")  # fmt: skip
+    for role in ("eot_id", "pad_id", "sep_id"):
+        if (getattr(tokenizer, role) or 0) >= vocab_size:
+            setattr(tokenizer, role, None)
 
 
-def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Tensors of one .safetensors file. Raises UserError if it is not whole."""
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as e:
-        raise UserError(
-            f"{file.name} cannot be read ({e}); it was cut short or altered: copy it again, "
-            "or use another checkpoint (--checkpoint=last)"
-        ) from e
-
-
-def read_pickle(file: Path) -> dict[str, Tensor]:
-    """Tensors of one .bin file. Raises UserError if it is not whole, or holds anything but tensors."""
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(f"{file.name} cannot be read as plain weights ({e}); copy it again") from e
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UserError(f"{file.name} holds more than named tensors; it is not a Hugging Face model's")
-    return tensors
+def _converter(path: Path) -> str:
+    """What to do with a checkpoint file of another project."""
+    if path.suffix == ".pth":
+        return f": small-gpt's are converted by `miaobi convert small-gpt {path} --corpus=TEXT`"
+    if path.suffix == ".pt":
+        return f": nanoGPT's are converted by `miaobi convert nanogpt {path} --meta=data/NAME/meta.pkl`"
+    return "; give the directory that it lies in" if path.suffix in (".safetensors", ".bin") else ""

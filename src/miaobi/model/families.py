@@ -1,15 +1,17 @@
-"""Our weights under Hugging Face's names and back: GPT2LMHeadModel, Qwen3ForCausalLM, LlamaForCausalLM."""
+"""Our weights under Hugging Face's names and back."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from miaobi.config import ModelConfig
-from miaobi.errors import UserError
+from miaobi.errors import UserError, brief
+from miaobi.model.tensors import FLOATS
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
-
-ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 GPT2_LAYER = {  # ours -> (theirs, stored transposed as Conv1D)
     "attn_norm": ("ln_1", False),
@@ -25,158 +27,15 @@ LLAMA_LAYER = {
     "mlp_norm": "post_attention_layernorm",
     "mlp.down": "mlp.down_proj",
 }
+FUSED = {
+    "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.up": ("mlp.gate_proj", "mlp.up_proj"),
+}
+CONSTANT = re.compile(
+    r"transformer\.h\.\d+\.attn\.(bias|masked_bias)|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+)
+"""What old files carry: causal masks, angles."""
 QWEN3_LAYER = LLAMA_LAYER | {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
-
-
-def hf_config(cfg: ModelConfig, end_ids: tuple[int, ...]) -> dict:
-    """config.json of the family.
-
-    `rope_theta` and `rope_scaling` are written beside `rope_parameters`: transformers 4 reads those, 5 this.
-    """
-    common = {
-        "architectures": [ARCHITECTURES[cfg.family]],
-        "model_type": cfg.family,
-        "vocab_size": cfg.vocab_size,
-        "tie_word_embeddings": cfg.tie_word_embeddings,
-        "bos_token_id": end_ids[-1] if end_ids else None,
-        "eos_token_id": end_ids[-1] if end_ids else None,
-        "initializer_range": 0.02,
-        "dtype": "float32",
-        "torch_dtype": "float32",
-    }
-    if cfg.family == "gpt2":
-        return common | {
-            "n_positions": cfg.block_size,
-            "n_embd": cfg.n_embd,
-            "n_layer": cfg.n_layer,
-            "n_head": cfg.n_head,
-            "n_inner": cfg.intermediate_size,
-            "activation_function": cfg.activation,
-            "layer_norm_epsilon": cfg.norm_eps or 1e-5,
-            "resid_pdrop": cfg.dropout,
-            "embd_pdrop": cfg.dropout,
-            "attn_pdrop": cfg.dropout,
-        }
-    common |= {"use_sliding_window": False, "sliding_window": None} if cfg.family == "qwen3" else {"mlp_bias": False}
-    scaling = rope_scaling(cfg)
-    return common | {
-        "hidden_size": cfg.n_embd,
-        "intermediate_size": intermediate_size(cfg),
-        "num_hidden_layers": cfg.n_layer,
-        "num_attention_heads": cfg.n_head,
-        "num_key_value_heads": cfg.n_kv_head or cfg.n_head,
-        "head_dim": head_dim(cfg),
-        "hidden_act": "silu",
-        "max_position_embeddings": cfg.block_size,
-        "rms_norm_eps": cfg.norm_eps or 1e-6,
-        "rope_theta": cfg.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": cfg.rope_theta},
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-    }
-
-
-def rope_scaling(cfg: ModelConfig) -> dict | None:
-    """How the rotary angles are stretched, in Hugging Face's words; None if they are not."""
-    if cfg.rope_type == "default":
-        return None
-    scaling = {"rope_type": cfg.rope_type, "factor": cfg.rope_factor}
-    if cfg.rope_type == "llama3":
-        scaling |= {
-            "low_freq_factor": cfg.rope_low_freq_factor,
-            "high_freq_factor": cfg.rope_high_freq_factor,
-            "original_max_position_embeddings": cfg.rope_original_context,
-        }
-    return scaling
-
-
-def model_config(hf: dict, tensors: dict[str, Tensor]) -> ModelConfig:
-    """ModelConfig of a Hugging Face config.json.
-
-    gpt2's `bias` is read off the weights: a model trained without has zeros there (Hugging Face always has biases).
-
-    Raises UserError for an architecture or a setting that the decoder does not have.
-    """
-    if hf.get("quantization_config"):
-        raise UserError("config.json has a quantization_config; take the model whose weights are not quantized")
-    kind = hf.get("model_type")
-    if kind == "gpt2":
-        _refuse(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
-        if hf.get("activation_function", "gelu_new") not in ("gelu", "gelu_new"):
-            raise UserError(f"activation_function {hf['activation_function']!r} is not gelu or gelu_new")
-        return ModelConfig(
-            family="gpt2",
-            n_layer=_whole(hf, "n_layer"),
-            n_head=_whole(hf, "n_head"),
-            n_embd=_whole(hf, "n_embd"),
-            intermediate_size=None if hf.get("n_inner") is None else _whole(hf, "n_inner"),
-            block_size=_whole(hf, "n_positions"),
-            vocab_size=_whole(hf, "vocab_size"),
-            bias=any(name.endswith(".bias") and t.ndim == 1 and bool(t.any()) for name, t in tensors.items()),
-            activation=hf.get("activation_function", "gelu_new"),
-            norm_eps=_number(hf, "layer_norm_epsilon", 1e-5),
-            tie_word_embeddings=hf.get("tie_word_embeddings", True),
-        )
-    if kind in ("qwen3", "llama"):
-        _refuse(hf, attention_bias=False, mlp_bias=False, use_sliding_window=False, hidden_act="silu")
-        return ModelConfig(
-            family=kind,
-            n_layer=_whole(hf, "num_hidden_layers"),
-            n_head=_whole(hf, "num_attention_heads"),
-            n_kv_head=None if hf.get("num_key_value_heads") is None else _whole(hf, "num_key_value_heads"),
-            n_embd=_whole(hf, "hidden_size"),
-            head_dim=None if hf.get("head_dim") is None else _whole(hf, "head_dim"),
-            intermediate_size=_whole(hf, "intermediate_size"),
-            block_size=_whole(hf, "max_position_embeddings"),
-            vocab_size=_whole(hf, "vocab_size"),
-            **_rope(hf),
-            norm_eps=_number(hf, "rms_norm_eps", 1e-6),
-            tie_word_embeddings=hf.get("tie_word_embeddings", False),
-        )
-    raise UserError(f"model_type {kind!r} is not one of {', '.join(ARCHITECTURES)}; "
-                    f"miaobi runs {', '.join(ARCHITECTURES.values())}")  # fmt: skip
-
-
-def _whole(hf: dict, key: str) -> int:
-    if type(hf[key]) is not int:
-        raise UserError(f"config.json has {key}={hf[key]!r}, a value of the wrong kind; it must be a whole number")
-    return hf[key]
-
-
-def _number(hf: dict, key: str, default: float | None = None) -> float:
-    """A key that may be missing where there is a default."""
-    value = hf[key] if default is None else hf.get(key, default)
-    if type(value) not in (int, float):
-        raise UserError(f"config.json has {key}={value!r}, a value of the wrong kind; it must be a number")
-    return float(value)
-
-
-def _rope(hf: dict) -> dict:
-    """The rope keys of ModelConfig, from transformers 5's rope_parameters or 4's rope_theta and rope_scaling."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"config.json has rope_scaling={rope!r}, a value of the wrong kind; it must be an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    found = {"rope_type": kind, "rope_theta": _number(rope if "rope_theta" in rope else hf, "rope_theta", 10000.0)}
-    if kind == "default":
-        return found
-    if kind == "linear":
-        return found | {"rope_factor": _number(rope, "factor")}
-    if kind == "llama3":
-        return found | {
-            "rope_factor": _number(rope, "factor"),
-            "rope_low_freq_factor": _number(rope, "low_freq_factor"),
-            "rope_high_freq_factor": _number(rope, "high_freq_factor"),
-            "rope_original_context": _whole(rope, "original_max_position_embeddings"),
-        }
-    raise UserError(f"rope type {kind!r} is not supported, only default, linear and llama3")
-
-
-def _refuse(hf: dict, **supported) -> None:
-    for key, value in supported.items():
-        if hf.get(key, value) != value:
-            raise UserError(f"config.json has {key}={hf[key]!r}; the decoder only does {key}={value!r}")
 
 
 def to_hf(model: Transformer) -> dict[str, Tensor]:
@@ -202,7 +61,11 @@ def to_hf(model: Transformer) -> dict[str, Tensor]:
             prefix = f"model.layers.{i}."
             for mine, theirs in rotary_layer(cfg).items():
                 out[f"{prefix}{theirs}.weight"] = ours[f"blocks.{i}.{mine}.weight"]
-            q, k, v = ours[f"blocks.{i}.attn.qkv.weight"].split(qkv_widths(block.attn))
+            widths = qkv_widths(block.attn)
+            q, k, v = ours[f"blocks.{i}.attn.qkv.weight"].split(widths)
+            if block.attn.qkv.bias is not None:
+                for name, bias in zip("qkv", ours[f"blocks.{i}.attn.qkv.bias"].split(widths), strict=True):
+                    out[f"{prefix}self_attn.{name}_proj.bias"] = bias
             gate, up = ours[f"blocks.{i}.mlp.up.weight"].chunk(2)
             for name, weight in {
                 "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
@@ -224,73 +87,120 @@ def qkv_widths(attn) -> list[int]:
     return [n * attn.head_dim for n in (attn.n_head, attn.n_kv_head, attn.n_kv_head)]
 
 
-def load_hf(model: Transformer, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy Hugging Face weights into `model`, whose config came from `model_config`.
-
-    Raises UserError naming the first tensor that is missing, left over or of another shape.
-    """
-    cfg, rest = model.cfg, dict(tensors)
+def hf_shapes(cfg: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of Hugging Face's weights, one by one: sizes may be a stranger's, and are no memory yet."""
+    C, V, inner = cfg.n_embd, cfg.vocab_size, intermediate_size(cfg)
     if cfg.family == "gpt2":
-        rest = {(n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}"): t for n, t in rest.items()}
-
-    def take(name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        if name not in rest:
-            raise UserError(f"{where}: tensor {name} is missing; the checkpoint does not match its config.json")
-        tensor = rest.pop(name)
-        if shape is not None and tensor.shape != shape:
-            raise UserError(f"{where}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}")
-        return tensor
-
-    new = {"wte.weight": take("transformer.wte.weight" if cfg.family == "gpt2" else "model.embed_tokens.weight")}
-    if cfg.family == "gpt2":
-        new["wpe.weight"] = take("transformer.wpe.weight")
+        yield "transformer.wte.weight", (V, C)
+        yield "transformer.wpe.weight", (cfg.block_size, C)
         for i in range(cfg.n_layer):
-            for mine, (theirs, transposed) in GPT2_LAYER.items():
-                weight = take(f"transformer.h.{i}.{theirs}.weight")
-                new[f"blocks.{i}.{mine}.weight"] = weight.T if transposed else weight
-                bias = rest.pop(f"transformer.h.{i}.{theirs}.bias", None)
-                if cfg.bias:
-                    new[f"blocks.{i}.{mine}.bias"] = bias
-            rest.pop(f"transformer.h.{i}.attn.bias", None)  # the causal mask that old files carry
-            rest.pop(f"transformer.h.{i}.attn.masked_bias", None)
-        new["norm.weight"] = take("transformer.ln_f.weight")
-        bias = rest.pop("transformer.ln_f.bias", None)
-        if cfg.bias:
-            new["norm.bias"] = bias
+            prefix = f"transformer.h.{i}."
+            sizes = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, inner), "mlp.c_proj": (inner, C)}
+            for name, shape in {"ln_1": (C,), "ln_2": (C,), **sizes}.items():
+                yield f"{prefix}{name}.weight", shape
+        yield "transformer.ln_f.weight", (C,)
     else:
-        new["norm.weight"] = take("model.norm.weight")
+        D, H, kv = head_dim(cfg), cfg.n_head, cfg.n_kv_head or cfg.n_head
+        yield "model.embed_tokens.weight", (V, C)
         for i in range(cfg.n_layer):
             prefix = f"model.layers.{i}."
-            for mine, theirs in rotary_layer(cfg).items():
-                new[f"blocks.{i}.{mine}.weight"] = take(f"{prefix}{theirs}.weight")
-            fused = {"attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                     "mlp.up": ("mlp.gate_proj", "mlp.up_proj")}  # fmt: skip
-            widths = {"attn.qkv": qkv_widths(model.blocks[i].attn), "mlp.up": [intermediate_size(cfg)] * 2}
-            for mine, parts in fused.items():
-                sizes = zip(parts, widths[mine], strict=True)
-                weights = [take(f"{prefix}{part}.weight", (width, cfg.n_embd)) for part, width in sizes]
-                new[f"blocks.{i}.{mine}.weight"] = torch.cat(weights)
-            rest.pop(f"{prefix}self_attn.rotary_emb.inv_freq", None)  # a constant that old files carry
-    head = rest.pop("lm_head.weight", None)
-    if model.lm_head is not None:
-        if head is None:
-            raise UserError(f"{where}: lm_head.weight is missing although tie_word_embeddings is false")
-        new["lm_head.weight"] = head
+            for name, rows in ("q", H * D), ("k", kv * D), ("v", kv * D):
+                yield f"{prefix}self_attn.{name}_proj.weight", (rows, C)
+                if cfg.family == "qwen2":
+                    yield f"{prefix}self_attn.{name}_proj.bias", (rows,)
+                if cfg.family == "qwen3" and name != "v":
+                    yield f"{prefix}self_attn.{name}_norm.weight", (D,)
+            sizes = {"self_attn.o_proj": (C, H * D), "mlp.gate_proj": (inner, C), "mlp.up_proj": (inner, C),
+                     "mlp.down_proj": (C, inner)}  # fmt: skip
+            for name, shape in {"input_layernorm": (C,), "post_attention_layernorm": (C,), **sizes}.items():
+                yield f"{prefix}{name}.weight", shape
+        yield "model.norm.weight", (C,)
+    if not cfg.tie_word_embeddings:
+        yield "lm_head.weight", (V, C)
+
+
+def check_hf(cfg: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors by Hugging Face's full names, without the constants that old files carry.
+
+    Raises UserError naming the first one that is missing, left over, of another shape, or not of finite numbers.
+    """
+    rest = dict(tensors)
+    if cfg.family == "gpt2":
+        rest = {(n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}"): t for n, t in rest.items()}
+    found = {}
+    for name, shape in hf_shapes(cfg):
+        if name not in rest:
+            if name == "lm_head.weight":
+                raise UserError(f"{where}: lm_head.weight is missing although tie_word_embeddings is false")
+            raise UserError(f"{where}: tensor {name} is missing; the checkpoint does not match its config.json")
+        found[name] = rest.pop(name)
+        if found[name].shape != shape:
+            has = tuple(found[name].shape)
+            raise UserError(f"{where}: {name} has shape {has}, config.json says {shape}")
+    for name in list(rest):
+        weight = found.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
+        if cfg.family == "gpt2" and weight is not None:  # zeros, where `bias` is false
+            bias = rest.pop(name)
+            if bias.shape != weight.shape[-1:]:
+                has = tuple(bias.shape)
+                raise UserError(f"{where}: {name} has shape {has}, config.json says {tuple(weight.shape[-1:])}")
+            found[name] = bias
+        elif CONSTANT.fullmatch(name) or name == "lm_head.weight":  # which is the embedding where those are tied
+            del rest[name]
     if rest:
-        raise UserError(f"{where}: {len(rest)} tensors that the model does not have, such as {next(iter(rest))}")
-    _copy(model, new, where)
+        first = brief(next(iter(rest))).strip("'")
+        raise UserError(f"{where}: {len(rest)} tensors that the model does not have, such as {first}")
+    if cfg.bias:
+        for name in [
+            name for name in found if name.endswith(".weight") and ".wte." not in name and ".wpe." not in name
+        ]:
+            if (bias := f"{name.removesuffix('weight')}bias") not in found and name != "lm_head.weight":
+                raise UserError(f"{where}: tensor {bias} is missing, though others have biases; copy the model again")
+    for name, tensor in found.items():
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{where}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not the numbers of a "
+                            "model; take the one whose weights are not quantized")  # fmt: skip
+        if not is_finite(tensor):
+            raise UserError(f"{where}: {name} has numbers that are not finite (nan or inf): it was damaged, or the "
+                            "run that wrote it diverged; copy it again, or use an older checkpoint")  # fmt: skip
+    return found
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is no nan or infinity in it. The sum of all, in one pass: it is neither where none of them is;
+    where it overflowed, each is looked at.
+    """
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.float().isfinite().all())
 
 
 @torch.no_grad()
-def _copy(model: Transformer, new: dict[str, Tensor], where: str) -> None:
-    for name, param in model.named_parameters():
-        source = new.get(name)
-        if source is None:
-            raise UserError(f"{where}: nothing to fill {name} with")
-        target = param
-        if name in ("wte.weight", "lm_head.weight"):
-            param.zero_()  # padding rows
-            target = param[: model.cfg.vocab_size]
-        if source.shape != target.shape:
-            raise UserError(f"{where}: {name} has shape {tuple(source.shape)}, config.json says {tuple(target.shape)}")
-        target.copy_(source)
+def load_hf(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
+    """Copy Hugging Face weights, of which `check_hf` found nothing wrong, into `model`, whose config is theirs."""
+    cfg, ours = model.cfg, dict(model.named_parameters())
+
+    def fill(name: str, *parts: Tensor) -> None:
+        target, at = ours.pop(name), 0
+        for part in parts:
+            target[at : at + len(part)] = part
+            at += len(part)
+        target[at:] = 0  # padding rows
+
+    if cfg.family == "gpt2":
+        fill("wte.weight", tensors["transformer.wte.weight"])
+        fill("wpe.weight", tensors["transformer.wpe.weight"])
+        layers = {mine: ((theirs,), transposed) for mine, (theirs, transposed) in GPT2_LAYER.items()}
+        prefix, norm = "transformer.h", "transformer.ln_f"
+    else:
+        fill("wte.weight", tensors["model.embed_tokens.weight"])
+        layers = {mine: ((theirs,), False) for mine, theirs in rotary_layer(cfg).items()}
+        layers |= {mine: (parts, False) for mine, parts in FUSED.items()}
+        prefix, norm = "model.layers", "model.norm"
+    names = [(f"blocks.{i}.{mine}", [f"{prefix}.{i}.{part}" for part in parts], transposed)
+             for i in range(cfg.n_layer) for mine, (parts, transposed) in layers.items()]  # fmt: skip
+    for mine, parts, transposed in [*names, ("norm", [norm], False)]:
+        weights = [tensors[f"{part}.weight"] for part in parts]
+        fill(f"{mine}.weight", *(weight.T if transposed else weight for weight in weights))
+        if f"{mine}.bias" in ours:
+            fill(f"{mine}.bias", *(tensors[f"{part}.bias"] for part in parts))
+    if model.lm_head is not None:
+        fill("lm_head.weight", tensors["lm_head.weight"])

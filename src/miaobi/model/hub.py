@@ -158,7 +158,7 @@ def in_cache(look: Callable[..., str | Path]) -> Path | None:
 
 def check_architecture(name: str, kind: str | None) -> None:
     """Raise UserError, before gigabytes are fetched, for a model_type that the decoder does not have."""
-    from miaobi.model.families import ARCHITECTURES
+    from miaobi.model.hf_config import ARCHITECTURES
 
     if kind is not None and kind not in ARCHITECTURES:
         raise UserError(f"{name} is a {kind} model; miaobi runs {', '.join(ARCHITECTURES.values())}")

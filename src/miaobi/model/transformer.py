@@ -3,7 +3,7 @@
 gpt2: learned positions, LayerNorm, GELU MLP, optional biases, dropout (Radford et al. 2019).
 qwen3: RoPE (arXiv:2104.09864), RMSNorm (arXiv:1910.07467), QK-norm, SwiGLU (arXiv:2002.05202),
 grouped key/value heads (arXiv:2305.13245).
-llama: qwen3 without QK-norm, its angles possibly stretched (rope types linear and llama3).
+llama: qwen3 without QK-norm. qwen2: llama with biases on q, k and v. Their angles may be stretched (`rope`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from miaobi.config import ModelConfig
+from miaobi.model.rope import rope_table
 
 VOCAB_MULTIPLE = 64  # matrix units like round widths; padding rows never leave this file
 
@@ -58,30 +59,6 @@ class RowCache(KVCache):
         return self.k[:, :, :end].to(k.dtype), self.v[:, :, :end].to(v.dtype)
 
 
-def rope_table(cfg: ModelConfig) -> Tensor:
-    """cos and sin of every position: (2, block_size, head_dim), halves repeated as Hugging Face rotates."""
-    angle = torch.outer(torch.arange(cfg.block_size, dtype=torch.float32), rope_frequencies(cfg)).repeat(1, 2)
-    return torch.stack((angle.cos(), angle.sin()))
-
-
-def rope_frequencies(cfg: ModelConfig) -> Tensor:
-    """Radians per position: (head_dim / 2,).
-
-    linear divides all by rope_factor (arXiv:2306.15595); llama3 only those that turn less than
-    rope_low_freq_factor times within the original context, blending up to rope_high_freq_factor (arXiv:2407.21783).
-    """
-    half = head_dim(cfg) // 2
-    frequency = cfg.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
-    if cfg.rope_type == "default":
-        return frequency
-    if cfg.rope_type == "linear":
-        return frequency / cfg.rope_factor
-    turns = cfg.rope_original_context * frequency / (2 * math.pi)
-    low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequency * (kept + (1 - kept) / cfg.rope_factor)
-
-
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotary position embedding of x (B, H, T, D) by rope (2, [B, 1,] T, D)."""
     a, b = x.chunk(2, dim=-1)
@@ -112,6 +89,22 @@ def document_block_mask(documents: Tensor):
     return create_block_mask(same_document, B, None, T, T, device=documents.device)
 
 
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """What scaled_dot_product_attention computes, as two matrix products with a softmax between them.
+
+    q: (B, H, T, D). k, v: (B, H_kv, T, D). mask: boolean, broadcastable to (B, H, T, T); default causal.
+    It keeps the (B, H, T, T) probabilities for the backward pass, and on CPUs is often faster for it: the backward of
+    torch's fused kernel there computes them again, block by block, outside the matrix library.
+    """
+    B, H, T, D = q.shape
+    groups = (B, k.shape[1], -1, D)  # heads that share a key are rows of one product
+    scores = ((q * D**-0.5).reshape(groups) @ k.mT).view(B, H, T, -1)
+    if mask is None:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    shares = F.dropout(F.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1), dropout)
+    return (shares.view(B, k.shape[1], -1, T) @ v).view(B, H, T, D)
+
+
 def head_dim(cfg: ModelConfig) -> int:
     """Width of one attention head."""
     return cfg.head_dim or cfg.n_embd // cfg.n_head
@@ -124,11 +117,22 @@ def intermediate_size(cfg: ModelConfig) -> int:
     return 4 * cfg.n_embd if cfg.family == "gpt2" else max(32, 8 * cfg.n_embd // 3 // 32 * 32)
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, its weight in the precision of the states.
+
+    Under autocast those are bf16 while the weight is fp32; torch's fused kernel refuses the pair, with a warning, and
+    takes five operations instead. Both compute in fp32 inside.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(cfg: ModelConfig, width: int) -> nn.Module:
     """LayerNorm (gpt2) or RMSNorm (others) over the last dimension."""
     if cfg.family == "gpt2":
         return nn.LayerNorm(width, eps=cfg.norm_eps or 1e-5, bias=cfg.bias)
-    return nn.RMSNorm(width, eps=cfg.norm_eps or 1e-6)
+    return RMSNorm(width, eps=cfg.norm_eps or 1e-6)
 
 
 class Attention(nn.Module):
@@ -140,7 +144,9 @@ class Attention(nn.Module):
         self.n_kv_head = cfg.n_kv_head or cfg.n_head
         self.head_dim = head_dim(cfg)
         self.dropout = cfg.dropout
-        self.qkv = nn.Linear(cfg.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, bias=cfg.bias)
+        self.explicit = False  # see `Transformer.use_explicit_attention`
+        width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
+        self.qkv = nn.Linear(cfg.n_embd, width, bias=cfg.bias or cfg.family == "qwen2")
         self.proj = nn.Linear(self.n_head * self.head_dim, cfg.n_embd, bias=cfg.bias)
         if cfg.family == "qwen3":
             self.q_norm = make_norm(cfg, self.head_dim)
@@ -160,8 +166,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         grouped = self.n_kv_head != self.n_head
-        if mask is None or isinstance(mask, Tensor):
-            dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
+        if self.explicit and self.training and cache is None and (mask is None or isinstance(mask, Tensor)):
+            y = explicit_attention(q, k, v, mask, dropout)
+        elif mask is None or isinstance(mask, Tensor):
             y = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout_p=dropout, is_causal=mask is None and T > 1, enable_gqa=grouped
             )
@@ -229,7 +237,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = make_norm(cfg, cfg.n_embd)
         self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.n_embd, rows, bias=False)
-        self.rope = rope_table(cfg) if cfg.family != "gpt2" else None
+        self.rope = rope_table(cfg, head_dim(cfg)) if cfg.family != "gpt2" else None
         self.recompute = False  # activations in the backward pass, instead of keeping them (arXiv:1604.06174)
         self.init_weights()
 
@@ -237,7 +245,7 @@ class Transformer(nn.Module):
         """Keep the rotary table in float32 on the weights' device, whatever `.to` makes of the weights."""
         super()._apply(fn, recurse)
         if self.rope is not None:
-            self.rope = rope_table(self.cfg).to(self.wte.weight.device)
+            self.rope = rope_table(self.cfg, head_dim(self.cfg)).to(self.wte.weight.device)
         return self
 
     def init_weights(self) -> None:
@@ -258,6 +266,13 @@ class Transformer(nn.Module):
         else:
             std = 0.02
         nn.init.normal_(p, std=std)
+
+    def use_explicit_attention(self, explicit: bool) -> None:
+        """In training, compute attention by `explicit_attention` instead of torch's fused kernel: measured, not known,
+        to be faster (`train/measured.py`). Evaluation and generation keep no gradients and stay with the kernel.
+        """
+        for block in self.blocks:
+            block.attn.explicit = explicit
 
     @property
     def head_weight(self) -> Tensor:

@@ -11,7 +11,7 @@ from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model
 from miaobi.train.loop import Run
-from miaobi.train.state import Progress, find_state, load_progress
+from miaobi.train.run_directory import Progress, find_state, load_progress
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -68,7 +68,7 @@ def test_best_and_last_are_kept_and_nothing_else(finished):
     assert "step-30" in steps
     assert os.readlink(finished / "checkpoints" / "last") == "step-30", "relative"
     assert {"config.yaml", "metrics.jsonl", "checkpoints"} <= set(os.listdir(finished))
-    assert {".metadata", "__0_0.distcp", "progress.json"} == set(
+    assert {"optimizer.json", "optimizer-0-of-1.safetensors", "progress.json"} == set(
         os.listdir(finished / "checkpoints" / "last" / "train_state")
     )
 
@@ -112,18 +112,43 @@ def test_a_larger_max_iters_extends_to_what_a_longer_run_would_have_been(again, 
         again()
 
 
+@pytest.mark.parametrize("ways", [[{"lr_decay_iters": 50}], [{"lr_decay_iters": 30}], [{}], [{}, {}]],
+                         ids=["named", "as in its file", "left open", "twice"])  # fmt: skip
+def test_a_schedule_that_ended_with_the_run_grows_with_it(train, prepared, tmp_path, ways):
+    """nanoGPT's users write both, --max_iters=30 --lr_decay_iters=30, and then extend."""
+    given = {"data": prepared(), "schedule": "cosine", "warmup_iters": 0, "min_lr": 1e-5, "log_interval": 1}
+    first = {} if ways == [{}] else {"lr_decay_iters": 30}
+    train(**given, **first, out_dir=tmp_path / "run", max_iters=30)
+    for i, way in enumerate(ways):
+        again = first if way == {} else way
+        train(**given, **again, out_dir=tmp_path / "run", max_iters=50 + 10 * i)
+        train(**given, **again, out_dir=tmp_path / "run", max_iters=50 + 10 * i)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = {row["step"]: row["learning_rate"] for row in rows if "learning_rate" in row}
+    assert rates[31] > 2e-5, "it rises from min_lr"
+    assert rates[max(rates)] < 3e-5
+
+
+def test_a_schedule_of_its_own_length_stays_as_it_is(train, prepared, tmp_path):
+    given = {"data": prepared(), "schedule": "cosine", "lr_decay_iters": 20, "out_dir": tmp_path / "run"}
+    train(**given, max_iters=10)
+    with pytest.raises(UserError, match="lr_decay_iters=20, now lr_decay_iters=40"):
+        train(**given | {"lr_decay_iters": 40}, max_iters=40)
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["", "older checkpoints"])
 def test_an_extended_run_is_measured_on_the_windows_it_began_with(train, prepared, tmp_path, monkeypatch, known):
     """On others the losses, and so the best model, could not be compared."""
     counted, measure = [], Run.validation_loss
     monkeypatch.setattr(
-        Run, "validation_loss", lambda run: counted.append(len(run.eval_windows.inputs)) or measure(run)
+        Run, "validation_loss", lambda run: counted.append(len(run.plan.val_windows.inputs)) or measure(run)
     )
     settings = {"data": prepared(), "out_dir": tmp_path / "run", "batch_size": 2, "eval_iters": 8, "eval_interval": 50}
     train(**settings, max_iters=5)
     if not known:
         file = tmp_path / "run" / "checkpoints" / "last" / "train_state" / "progress.json"
         file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "windows"}))
+        (file.parents[1] / "checksums.json").unlink()  # which older checkpoints have not either
     train(**settings, max_iters=10)
     train(**settings, max_iters=12)
     assert counted == [10, 10, 10]
@@ -161,12 +186,26 @@ def test_init_from_scratch_moves_the_old_run_aside(again, capsys):
     assert again.run.with_name("run.old-2").is_dir()
 
 
-def test_a_run_that_the_command_is_inside_of_cannot_be_moved_aside(again, monkeypatch):
+def test_a_run_that_the_command_is_inside_of_is_moved_aside_too(again, monkeypatch):
     monkeypatch.chdir(again.run)
     before = weights(again.run)
-    with pytest.raises(UserError, match="run from inside it"):
-        again(out_dir=".", init_from="scratch")
-    assert weights(again.run) == before
+    assert again(out_dir=".", init_from="scratch", seed=5)["step"] == 30
+    assert weights(again.run.with_name("run.old-1")) == before != weights(again.run)
+
+
+def test_what_the_run_did_not_write_is_not_moved_aside(again):
+    """small-gpt's checkpoint_root, ./checkpoints, holds the models that its README has one download."""
+    others = ["pretrained/cpt4000.pth", "notes.txt", "data/mine.txt", "checkpoints/pretrained/cpt.pth", "events.csv",
+              "checkpoints/step-5.bak/model.safetensors", "config.yaml.orig"]  # fmt: skip
+    for name in others:
+        (again.run / name).parent.mkdir(parents=True, exist_ok=True)
+        (again.run / name).write_text(name)
+    again(init_from="scratch", max_iters=10)
+    for name in others:
+        assert (again.run / name).read_text() == name
+    aside = again.run.with_name("run.old-1")
+    assert {"config.yaml", "metrics.jsonl", "checkpoints"} <= set(os.listdir(aside))
+    assert not {"pretrained", "notes.txt", "data"} & set(os.listdir(aside))
 
 
 def test_init_from_resume_wants_something_to_resume(again, tmp_path):
@@ -289,7 +328,13 @@ def test_shapes_that_contradict_the_model_started_from_are_refused(train, traine
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "train_state/__0_0.distcp", "train_state/.metadata", "train_state/progress.json"]
+    "name",
+    [
+        "model.safetensors",
+        "train_state/optimizer-0-of-1.safetensors",
+        "train_state/optimizer.json",
+        "train_state/progress.json",
+    ],
 )
 def test_a_checkpoint_cut_short_is_an_error_that_names_the_file(again, name, kept):
     file = pointed(again.run / "checkpoints" / "last") / name
@@ -362,6 +407,45 @@ def test_progress_survives_its_file(tmp_path):
 
     (tmp_path / "train_state" / "progress.json").write_text(json.dumps(asdict(progress)))
     assert load_progress(tmp_path) == progress
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"step": "../../outside"}, {"step": -1}, {"step": 1.5}, {"step": True}, {"step": 10**400}, {"history": [[1]]},
+     {"history": 5}, {"best_step": "x"}, {"data": 7}, {"no_such": 1}, {"stopped": ["x"]}, {"evaluated": None}],
+)  # fmt: skip
+def test_progress_of_other_types_is_refused_by_the_field(again, values):
+    """A step that is text was once used as a path."""
+    step = pointed(again.run / "checkpoints" / "last")
+    file = step / "train_state" / "progress.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    (step / "checksums.json").unlink()
+    copied(again.run, "directories")
+    (again.run.parent / "outside").mkdir()
+    with pytest.raises(UserError, match=r"progress\.json"):
+        again(max_iters=40)
+    assert (again.run.parent / "outside").is_dir()
+    assert list((again.run.parent / "outside").iterdir()) == []
+
+
+@pytest.mark.parametrize("target", [".", "..", "../outside", "/", ""])
+def test_a_link_to_somewhere_else_is_no_checkpoint(again, target):
+    link = again.run / "checkpoints" / "last"
+    for kind in ("file", *(["link"] if target else [])):
+        link.unlink()
+        link.symlink_to(target) if kind == "link" else link.write_text(target)
+        with pytest.raises(UserError, match="names a checkpoint that is gone"):
+            again(max_iters=40)
+
+
+def test_metrics_that_are_a_link_do_not_overwrite_what_it_names(again):
+    precious = again.run.parent / "precious.txt"
+    precious.write_text("kept")
+    (again.run / "metrics.jsonl").unlink()
+    (again.run / "metrics.jsonl").symlink_to(precious)
+    again(max_iters=40)
+    assert precious.read_text() == "kept"
+    assert not (again.run / "metrics.jsonl").is_symlink()
 
 
 def test_a_run_directory_that_is_a_file_is_refused(again, tmp_path):
