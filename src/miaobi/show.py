@@ -46,8 +46,10 @@ def next_config(cfg: Any) -> str:
 
 def trained(result: dict[str, Any], cfg: Any) -> None:
     """`miaobi train`."""
-    best = f", best validation loss {result['best_val_loss']:.4f} at step {result['best_step']}"
-    print(f"{result['stopped']} at step {result['step']}{best if result['best_step'] else ''}")
+    best = ""
+    if result["best_step"]:  # not where it was interrupted before its first evaluation
+        best = f", best validation loss {result['best_val_loss']:.4f} at step {result['best_step']}"
+    print(f"{result['stopped']} at step {result['step']}{best}")
     checkpoints = Path(result["run"]) / "checkpoints"
     print(f"next: miaobi {trying(result['run'], checkpoints / 'best', checkpoints / 'last')}")
 
