@@ -27,6 +27,8 @@ SHAPES = {
     "1.2M": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "batch_size": 16},
     "12M": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 8},
 }
+SETTLING = 11.0
+"""Seconds before each turn in which the run may notice what the other program does (`miaobi.train.threads`)."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Args:
     """Text, or a directory made by miaobi prepare."""
     models: tuple[str, ...] = tuple(SHAPES)
     """1.2M, 12M."""
-    seconds: float = 5.0
+    seconds: float = 4.0
     """Of each turn, at least; whole steps."""
-    pairs: int = 3
+    pairs: int = 2
     json: bool = False
     """Print one line of JSON as well."""
 
@@ -80,8 +82,10 @@ def main() -> None:
                 side.call("steps", 2)
                 quiet, busy = [], []
                 for _ in range(args.pairs):
+                    rate(side, tokens, SETTLING)
                     quiet.append(rate(side, tokens, args.seconds))
                     with busy_core():
+                        rate(side, tokens, SETTLING)
                         busy.append(rate(side, tokens, args.seconds))
         figures[name] = {"quiet": quiet, "busy": busy, "ratio": ratio(busy, quiet)}
         rows.append([name, statistics.median(quiet), statistics.median(busy), str(figures[name]["ratio"])])

@@ -24,6 +24,8 @@ from miaobi.device import cpu_flags
 
 UNITS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
 LARGE = ("--n_layer", "40", "--n_head", "8", "--n_embd", "512", "--batch_size", "8", "--steps", "1", "--warmup", "1")
+DECODING = {"llama.cpp bf16": "≥ 1.0", "llama.cpp q8_0": "≥ 1.2", "transformers bf16": "≥ 3"}
+"""Bars, on a CPU with bf16."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,16 @@ def busy_rows(told: dict[str, Any]) -> list[Row]:
 
 
 def decode_rows(told: dict[str, Any]) -> list[Row]:
-    """One stream and sixteen, as far as `decode_speed` measured them."""
-    bars = {"llama.cpp bf16": "≥ 1.0", "llama.cpp q8_0": "≥ 1.2"}
-    return [
-        Row(f"decoding: {key}", "", 0.0, None, str(Ratio(**given)), bars.get(key, ""))
-        for key, given in told.get("ratios", {}).items()
-        if isinstance(given, dict) and set(given) == {"pairs", "median", "low", "high"}
-    ]
+    """Each case of `decode_speed` against each of its peers."""
+    rows = []
+    for case, sides in told["ratios"].items():
+        for name, given in sides.items():
+            ratio = Ratio(**given)
+            theirs = told["tokens_per_second"][case].get(name)
+            middle = sorted(theirs)[len(theirs) // 2] if theirs else None
+            ours = middle * ratio.median if middle else ratio.median
+            rows.append(Row(f"decoding {case}, tokens/s", name, ours, middle, str(ratio), DECODING.get(name, "")))
+    return rows
 
 
 def demo_row(until: float) -> Row | str:
@@ -123,7 +128,7 @@ def main() -> None:
     has_bf16 = machine()["bf16"]
     common = ["--data", str(args.data), "--device", "cpu", "--pairs", str(args.pairs)]
     peer = ["--nanogpt", str(args.nanogpt)] if args.nanogpt else []
-    small = [*common, *peer, "--transformers_fast", "--no_transformers", "--steps", "2"]
+    small = [*common, *peer, "--transformers_fast", "--transformers=False", "--steps", "2"]
     bars = {
         "nanoGPT": "≥ 4.0" if has_bf16 else "≥ 1.2",
         "nanoGPT, tuned": "≥ 1.05" if has_bf16 else "",
@@ -150,7 +155,7 @@ def main() -> None:
         else:
             rows.append(found)
     if args.nanogpt:
-        large = run("train_speed", [*common, *peer, "--no_transformers", *LARGE], until)
+        large = run("train_speed", [*common, *peer, "--transformers=False", *LARGE], until)
         floor = {"nanoGPT": "≥ 3.5" if has_bf16 else ""}
         add("128.84M, batch 8", large, lambda t: training_rows("128.84M, batch 8", t, floor))
     else:

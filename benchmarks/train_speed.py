@@ -34,6 +34,7 @@ from miaobi.settings import load_config
 from miaobi.train.layout import is_compiled
 from miaobi.train.loop import Run
 from miaobi.train.setup import set_up
+from miaobi.train.threads import Threads
 from miaobi.train.world import World
 
 SEED = 1337
@@ -96,6 +97,7 @@ class Miaobi:
         self.first = self.loss_fp32(*batch(data.train, args.block_size, args.batch_size, SEED, 0))
         self.run.choose_computing()
         self.run.model.train()
+        self.threads = Threads()
 
     @torch.no_grad()
     def loss_fp32(self, inputs: Any, targets: Any) -> float:
@@ -116,6 +118,7 @@ class Miaobi:
         start = clock(self.device)
         for _ in range(count):
             loss, _, _ = self.run.step(self.done)
+            self.threads.look()
             self.done += 1
         return clock(self.device) - start, loss.item()
 
