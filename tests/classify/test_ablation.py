@@ -179,8 +179,8 @@ def test_what_ablate_left_has_no_classifier_so_train_trains(ask: Callable, tmp_p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--base_model="], "which model is to be tuned"),
-        (["--data="], "which texts?"),
+        (["--base_model="], "base_model is empty"),
+        (["--data="], "data is empty"),
         (["--data=nowhere.csv"], "no such file"),
         (["--text_column=words"], "no column 'words'"),
         (["--base_model=nowhere/at/all"], "no model at"),
