@@ -71,7 +71,7 @@ class Miaobi:
         self.device = pick_device(args.device)
         dtype = pick_dtype(cfg.train.dtype, self.device)
         self.run = Run(set_up(cfg, origin, World(), self.device, dtype))
-        self.run.maybe_compile()
+        self.run.choose_computing()
         self.run.model.train()
         self.done = 0
 

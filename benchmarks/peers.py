@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.common import clock
 from miaobi.corpus.dataset import IGNORE, batch
 from miaobi.corpus.prepared import PreparedData
-from miaobi.device import peak_memory, pick_device, pick_dtype, reset_peak_memory
+from miaobi.device import keep_allocations, peak_memory, pick_device, pick_dtype, reset_peak_memory
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face keeps them as Conv1D
 
@@ -60,6 +60,14 @@ def nanogpt_model(weights: str | Path) -> nn.Module:
     return model
 
 
+def explicit_attention(model: nn.Module) -> None:
+    """Let a nanoGPT take the path that it has for torch before 2.0: q k^T, mask, softmax, v."""
+    size = model.config.block_size
+    for block in model.transformer.h:
+        block.attn.flash = False
+        block.attn.register_buffer("bias", torch.ones(size, size).tril().view(1, 1, size, size))
+
+
 def transformers_model(weights: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """GPT2LMHeadModel of a model directory; its biases stay zero, so that it is the same model as the others."""
     from transformers import GPT2LMHeadModel
@@ -74,19 +82,24 @@ class Trainer:
     """A peer's model in a plain PyTorch loop, on the batches that miaobi draws, made before the clock starts.
 
     kind: `nanogpt`, set up as its train.py does (fp32, not compiled on a CPU; bf16 or fp16, compiled and fused on a
-    GPU), `transformers` (fp32), or `transformers-fast` (compiled, with the best precision of the device).
+    GPU), `nanogpt-tuned` (as a user sets it up who knows CPUs: bf16 where there is, the whole model compiled, explicit
+    attention, allocations kept), `transformers` (fp32), or `transformers-fast` (compiled, with the best precision of
+    the device).
     """
 
     def __init__(self, kind: str, work: Path, device: str, rows: int, seed: int, optim: dict[str, float]) -> None:
-        self.kind, self.rows, self.seed, self.clip = kind, rows, seed, optim["grad_clip"]
+        self.rows, self.seed, self.clip = rows, seed, optim["grad_clip"]
+        self.is_nanogpt = kind.startswith("nanogpt")
         self.device = pick_device(device)
         self.data = PreparedData.open(work / "data").train
         self.done = 0
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs
-        load = nanogpt_model if kind == "nanogpt" else transformers_model
+        if kind == "nanogpt-tuned":
+            keep_allocations()
+        load = nanogpt_model if self.is_nanogpt else transformers_model
         self.model = load(work / "weights").to(self.device).train()
         decay, rate, betas = optim["weight_decay"], optim["learning_rate"], (optim["beta1"], optim["beta2"])
-        if kind == "nanogpt":
+        if self.is_nanogpt:
             self.optimizer = self.model.configure_optimizers(decay, rate, betas, self.device.type)
             self.block_size = self.model.config.block_size
         else:
@@ -98,7 +111,9 @@ class Trainer:
         self.dtype = torch.float32
         with torch.no_grad():
             self.first = self.loss(*self.batch(0)).item()
-        if kind == "transformers-fast" or (kind == "nanogpt" and self.device.type == "cuda"):
+        if kind == "nanogpt-tuned":
+            explicit_attention(self.model)
+        if kind in ("transformers-fast", "nanogpt-tuned") or (kind == "nanogpt" and self.device.type == "cuda"):
             self.dtype = pick_dtype("auto", self.device)
             self.model = torch.compile(self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -106,13 +121,13 @@ class Trainer:
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a step on the device."""
         x, y = batch(self.data, self.block_size, self.rows, self.seed, step)
-        if self.kind == "nanogpt":
+        if self.is_nanogpt:
             y = np.where(y == IGNORE, -1, y)  # the target that it does not score
         return torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean nats per token."""
-        if self.kind == "nanogpt":
+        if self.is_nanogpt:
             return self.model(x, y)[1]
         logits = self.model(input_ids=x, use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), ignore_index=IGNORE)

@@ -31,6 +31,7 @@ from miaobi.device import keep_allocations, peak_memory, pick_device, pick_dtype
 from miaobi.model.checkpoint import save_model
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.settings import load_config
+from miaobi.train.layout import is_compiled
 from miaobi.train.loop import Run
 from miaobi.train.setup import set_up
 from miaobi.train.world import World
@@ -48,6 +49,8 @@ class Args:
     """Text, or a directory made by miaobi prepare."""
     nanogpt: Path | None = None
     """A checkout of nanoGPT to compare with."""
+    nanogpt_tuned: bool = False
+    """Add that nanoGPT with bf16 where there is, whole-model compilation, explicit attention and kept allocations."""
     transformers: bool = True
     """Compare with transformers, too."""
     transformers_fast: bool = False
@@ -91,7 +94,7 @@ class Miaobi:
         (work / "weights").mkdir()
         save_model(work / "weights", self.run.model, tokenizer, data.end_ids)
         self.first = self.loss_fp32(*batch(data.train, args.block_size, args.batch_size, SEED, 0))
-        self.run.maybe_compile()
+        self.run.choose_computing()
         self.run.model.train()
 
     @torch.no_grad()
@@ -103,7 +106,7 @@ class Miaobi:
 
     def about(self) -> dict[str, Any]:
         """What was chosen, and the loss of the first batch in fp32 before any step."""
-        compiled = any(block._compiled_call_impl is not None for block in self.run.model.blocks)
+        compiled = is_compiled(self.run.objective)
         dtype = str(self.run.plan.dtype).removeprefix("torch.")
         return {"first_loss": self.first, "dtype": dtype, "compiled": compiled,
                 "parameters": self.run.plan.parameters}  # fmt: skip
@@ -142,6 +145,8 @@ def open_sides(args: Args, work: Path, stack: ExitStack) -> dict[str, Worker]:
     if args.nanogpt:
         copy_nanogpt(args.nanogpt, work / "nanoGPT")
         kinds["nanoGPT"] = "nanogpt"
+        if args.nanogpt_tuned:
+            kinds["nanoGPT, tuned"] = "nanogpt-tuned"
     for name, kind in kinds.items():
         worker = Worker(Trainer, kind, work, args.device, args.batch_size, SEED, OPTIM)
         sides[name] = stack.enter_context(closing(worker))

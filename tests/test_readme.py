@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from miaobi.config import DataConfig, ModelConfig
-from miaobi.corpus.dialogue import messages_of
+from miaobi.corpus.messages import messages_of
 from miaobi.corpus.template import CHATML_TEMPLATE
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.demo import chatterbot, peoples_daily

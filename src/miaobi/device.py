@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import re
@@ -72,6 +73,14 @@ def cpu_has_bf16() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
 
+@functools.cache
+def cpu_flags() -> str:
+    """The instructions that the CPU has, in the system's words; its make where the system does not list them."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Precision of the matrix products: bf16 where the hardware has it, fp16 on older GPUs, else fp32."""
     if name != "auto":
@@ -88,6 +97,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and cpu_has_bf16():
         return torch.bfloat16
     return torch.float32
+
+
+def candidate_dtypes(name: str, device: torch.device, picked: torch.dtype) -> list[str]:
+    """Precisions worth timing, by torch's names, `picked` first: on a CPU with bf16 also fp32, unless told.
+
+    Small models on a CPU may lose more by conversions than their products win.
+    """
+    names = [str(picked).removeprefix("torch.")]
+    return names + ["float32"] * (name == "auto" and device.type == "cpu" and picked != torch.float32)
 
 
 def can_compile(device: torch.device) -> bool:

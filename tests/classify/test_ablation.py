@@ -287,10 +287,3 @@ def test_small_gpts_three_files_end_in_one_table_that_grows(miaobi, table: Path,
             assert re.search(r" [\d.]+ (s|min) ", cells[pooling, trainable])
     other = miaobi("classify", "train", "sentimental.yaml", *flags[1:], "--trainable=head", "--block_size=16", "--json")
     assert json.loads(other.out)["earlier"] == [], "other pieces are another test part"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"), [(0.04, "0.0 s"), (59.9, "59.9 s"), (60, "1.0 min"), (1598, "26.6 min"), (3600, "1.0 h")]
-)
-def test_times_are_in_units_that_suit_them(seconds: float, shown: str):
-    assert ablation.duration(seconds) == shown

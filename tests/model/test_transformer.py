@@ -1,5 +1,7 @@
 """The decoder: caches, masks, padding and counts change nothing that they should not."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from miaobi.config import ModelConfig
 from miaobi.model.loss import linear_cross_entropy
-from miaobi.model.transformer import Transformer, document_block_mask, document_mask, rotate
+from miaobi.model.transformer import Transformer, document_block_mask, document_mask, explicit_attention, rotate
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 70}
 CONFIGS = {
@@ -192,3 +194,45 @@ def test_flex_attention_sees_what_the_plain_mask_sees(model):
     plain = model.hidden(ids(2, 12), positions, document_mask(documents))
     flex = model.hidden(ids(2, 12), positions, document_block_mask(documents))
     torch.testing.assert_close(flex, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_norms_under_autocast_warn_of_nothing_and_are_those_of_fp32(family):
+    """torch warns "Mismatch dtype between input and weight" where they differ, and leaves its fused kernel."""
+    model = random_model(ModelConfig(family=family, **SIZES))
+    x = ids(2, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = model.hidden(x)
+            hidden.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.blocks.parameters())
+    torch.testing.assert_close(hidden.float(), model.hidden(x), atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "qwen3-grouped"])
+def test_explicit_attention_has_the_logits_and_gradients_of_the_fused_kernel(name, masked):
+    model = random_model(CONFIGS[name]).train()
+    x = ids(3, 13)
+    mask = document_mask(torch.tensor([[0] * 5 + [1] * 8, [0] * 13, [0, 1, 2] * 4 + [3]])) if masked else None
+    results = []
+    for explicit in (False, True):
+        model.use_explicit_attention(explicit)
+        model.zero_grad(set_to_none=True)
+        logits = model(x, mask=mask)
+        logits.square().mean().backward()
+        results.append((logits.detach(), [p.grad for p in model.parameters()]))
+    (fused, theirs), (explicit, ours) = results
+    assert not torch.equal(fused, explicit) or name == "gpt2"  # it was another computation
+    torch.testing.assert_close(explicit, fused, atol=1e-4, rtol=1e-4)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_explicit_attention_drops_the_share_that_it_is_told():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 4, 64, 8), torch.zeros(2, 4, 64, 8)  # all keys alike: every share of row t is 1 / (t + 1)
+    y = explicit_attention(q, k, torch.ones(2, 4, 64, 8), None, 0.25)
+    assert y[:, :, 32:].mean().item() == pytest.approx(1.0, abs=0.02)
+    assert set((y[:, :, 0] / (1 / 0.75)).unique().tolist()) <= {0.0, 1.0}

@@ -89,6 +89,22 @@ def document_block_mask(documents: Tensor):
     return create_block_mask(same_document, B, None, T, T, device=documents.device)
 
 
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """What scaled_dot_product_attention computes, as two matrix products with a softmax between them.
+
+    q: (B, H, T, D). k, v: (B, H_kv, T, D). mask: boolean, broadcastable to (B, H, T, T); default causal.
+    It keeps the (B, H, T, T) probabilities for the backward pass, and on CPUs is often faster for it: the backward of
+    torch's fused kernel there computes them again, block by block, outside the matrix library.
+    """
+    B, H, T, D = q.shape
+    groups = (B, k.shape[1], -1, D)  # heads that share a key are rows of one product
+    scores = ((q * D**-0.5).reshape(groups) @ k.mT).view(B, H, T, -1)
+    if mask is None:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    shares = F.dropout(F.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1), dropout)
+    return (shares.view(B, k.shape[1], -1, T) @ v).view(B, H, T, D)
+
+
 def head_dim(cfg: ModelConfig) -> int:
     """Width of one attention head."""
     return cfg.head_dim or cfg.n_embd // cfg.n_head
@@ -101,11 +117,22 @@ def intermediate_size(cfg: ModelConfig) -> int:
     return 4 * cfg.n_embd if cfg.family == "gpt2" else max(32, 8 * cfg.n_embd // 3 // 32 * 32)
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, its weight in the precision of the states.
+
+    Under autocast those are bf16 while the weight is fp32; torch's fused kernel refuses the pair, with a warning, and
+    takes five operations instead. Both compute in fp32 inside.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(cfg: ModelConfig, width: int) -> nn.Module:
     """LayerNorm (gpt2) or RMSNorm (others) over the last dimension."""
     if cfg.family == "gpt2":
         return nn.LayerNorm(width, eps=cfg.norm_eps or 1e-5, bias=cfg.bias)
-    return nn.RMSNorm(width, eps=cfg.norm_eps or 1e-6)
+    return RMSNorm(width, eps=cfg.norm_eps or 1e-6)
 
 
 class Attention(nn.Module):
@@ -117,6 +144,7 @@ class Attention(nn.Module):
         self.n_kv_head = cfg.n_kv_head or cfg.n_head
         self.head_dim = head_dim(cfg)
         self.dropout = cfg.dropout
+        self.explicit = False  # see `Transformer.use_explicit_attention`
         width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
         self.qkv = nn.Linear(cfg.n_embd, width, bias=cfg.bias or cfg.family == "qwen2")
         self.proj = nn.Linear(self.n_head * self.head_dim, cfg.n_embd, bias=cfg.bias)
@@ -138,8 +166,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         grouped = self.n_kv_head != self.n_head
-        if mask is None or isinstance(mask, Tensor):
-            dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0
+        if self.explicit and self.training and cache is None and (mask is None or isinstance(mask, Tensor)):
+            y = explicit_attention(q, k, v, mask, dropout)
+        elif mask is None or isinstance(mask, Tensor):
             y = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout_p=dropout, is_causal=mask is None and T > 1, enable_gqa=grouped
             )
@@ -236,6 +266,13 @@ class Transformer(nn.Module):
         else:
             std = 0.02
         nn.init.normal_(p, std=std)
+
+    def use_explicit_attention(self, explicit: bool) -> None:
+        """In training, compute attention by `explicit_attention` instead of torch's fused kernel: measured, not known,
+        to be faster (`train/measured.py`). Evaluation and generation keep no gradients and stay with the kernel.
+        """
+        for block in self.blocks:
+            block.attn.explicit = explicit
 
     @property
     def head_weight(self) -> Tensor:

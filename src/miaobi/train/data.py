@@ -73,18 +73,11 @@ def open_data(cfg: RunConfig, out: Path, prepares: bool) -> PreparedData:
 
 def prepare_settings(cfg: RunConfig, own: Path) -> PrepareConfig:
     """How the text of a run is prepared."""
-    d, base = cfg.data, cfg.train.base_model
+    base = cfg.train.base_model
     return PrepareConfig(
         out=own,
-        tokenizer=str(model_directory(base)) if base else d.tokenizer,
         vocab_size=None if base else cfg.model.vocab_size,
-        format=d.format,
-        template=d.template,
-        loss=d.loss,
-        field=d.field,
-        dedup=d.dedup,
-        split=d.split,
-        val_fraction=d.val_fraction,
+        **cfg.data.corpus() | ({"tokenizer": str(model_directory(base))} if base else {}),
     )
 
 

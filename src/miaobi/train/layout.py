@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -129,22 +130,42 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def compile_blocks(model: Transformer, step: Callable[[], None]) -> bool:
-    """Compile one block, shared by all layers, and try it in `step`; where that fails, eager with a line of warning."""
+def compile_as(objective: nn.Module, part: str, once: Callable[[], object]) -> bool:
+    """Compile the `blocks` (one graph that all layers share) or the `whole` objective with its loss, and try it by
+    `once`. Where that fails: eager, with a line of warning, and False.
+
+    Shapes are taken as they are: a smaller last micro-batch runs uncompiled (see `no_recompilation`).
+    """
     started = time.perf_counter()
     keep_compiled_code_private()
-    for block in model.blocks:
-        block.compile()
+    for module in objective.model.blocks if part == "blocks" else [objective]:
+        module.compile(dynamic=False)
     try:
-        step()
+        once()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as e:  # BackendCompilerFailed, InductorError and the like derive from it
         warn(f"torch.compile does not work here ({type(e).__name__}); going on without (--compile=False says so)")
-        for block in model.blocks:
-            block._compiled_call_impl = None
+        uncompile(objective)
         return False
     finally:
-        model.zero_grad(set_to_none=True)
+        objective.model.zero_grad(set_to_none=True)
     log(f"compiled in {time.perf_counter() - started:.0f} s")
     return True
+
+
+def uncompile(objective: nn.Module) -> None:
+    """Compute eagerly again."""
+    for module in (objective, *objective.model.blocks):
+        module._compiled_call_impl = None
+
+
+def is_compiled(objective: nn.Module) -> bool:
+    """Whether the objective or its blocks are compiled."""
+    objective = getattr(objective, "module", objective)  # within DDP
+    return any(m._compiled_call_impl is not None for m in (objective, *objective.model.blocks))
+
+
+def no_recompilation(objective: nn.Module) -> AbstractContextManager:
+    """What is compiled for other shapes runs eagerly: compiling again would take longer than that ever does."""
+    return torch.compiler.set_stance("eager_on_recompile") if is_compiled(objective) else nullcontext()

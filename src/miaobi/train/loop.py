@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from rich.progress import Progress as Bar
@@ -17,23 +18,24 @@ from miaobi.config import RunConfig
 from miaobi.console import console, log, progress, warn
 from miaobi.corpus.dataset import IGNORE, derive
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.device import can_compile, explain_memory, keep_allocations, peak_flops, pick_dtype
+from miaobi.device import explain_memory, keep_allocations, peak_flops, pick_dtype
 from miaobi.errors import UserError
 from miaobi.model.transformer import Transformer
 from miaobi.settings import Origin, flatten
+from miaobi.train.computing import COMPILE_PAYS_AFTER, Computing
 from miaobi.train.data import opening
 from miaobi.train.evaluate import bits_per_char, eager, mean_loss, place
-from miaobi.train.layout import Objective, compile_blocks, is_sharded, whole
+from miaobi.train.layout import Objective, is_sharded, no_recompilation, whole
+from miaobi.train.measured import Work
 from miaobi.train.optimizer import rate, set_rate
 from miaobi.train.recipe import micro_batch
 from miaobi.train.rendezvous import join, rank_device
 from miaobi.train.run_directory import one_writer
 from miaobi.train.saving import Saver, checkpoint_before
 from miaobi.train.setup import Plan, set_up
+from miaobi.train.threads import Threads
 from miaobi.train.watch import Metrics, on_signals, overfitting, since_best, time_left
 from miaobi.train.world import check_batch, explain_lost
-
-COMPILE_PAYS_AFTER = 200  # steps; a cold compile costs about twenty seconds on two cores
 
 Preview = Callable[[Transformer, Tokenizer, str, int, tuple[int, ...], bool], str]
 """(model, tokenizer, prompt, tokens, end_ids, is_dialogue) -> prompt and what follows; printed at every evaluation."""
@@ -99,7 +101,8 @@ class Run:
             return plan.result(p.stopped or "max_iters")
         if first:
             log(f"continuing from step {first}")
-        self.maybe_compile()
+        self.choose_computing()
+        plan, self.threads = self.plan, Threads(alone=self.world.size == 1)
         self.peak = peak_flops(plan.device, plan.dtype)
         if self.world.size > 1 and not is_sharded(self.model):
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
@@ -114,6 +117,8 @@ class Run:
             finally:
                 if self.world.size == 1 or sys.exc_info()[0] is None:  # ranks that are lost cannot finish it
                     self.saver.finish()
+                self.computing.close()
+                self.threads.close()
                 if self.metrics is not None:
                     self.metrics.close()
         if self.saver.lost:
@@ -134,6 +139,7 @@ class Run:
         if cfg.eval_first and not p.step:
             self.evaluate_first()
         while p.step < self.plan.total_steps and p.stopped is None:
+            self.computing.before(p.step)
             started = time.perf_counter()
             loss, norm, scored = self.step(p.step)
             waiting.append(torch.stack((loss, norm)))
@@ -148,6 +154,7 @@ class Run:
             if losses is not None:
                 figures = self.record(losses, norms, tokens, seconds)
                 waiting, tokens, seconds = [], 0, 0.0
+            self.threads.look(compiling=self.computing.beside is not None)
             bits = f"  val {p.val_bits_per_char:.3f} bits/char" if p.val_bits_per_char else ""
             bar.update(task, completed=p.step, figures=figures + bits)
             if due and not interrupted:
@@ -206,7 +213,8 @@ class Run:
             if self.model.cfg.dropout or plan.cfg.lora.lora_dropout:
                 torch.manual_seed(derive(cfg.seed, "dropout", step, micro, world.rank))
             with self.reducing(micro == len(starts) - 1):
-                with torch.autocast(plan.device.type, dtype=plan.dtype, enabled=plan.dtype != torch.float32):
+                autocast = torch.autocast(plan.device.type, dtype=plan.dtype, enabled=plan.dtype != torch.float32)
+                with autocast, no_recompilation(self.objective):
                     loss = self.objective(x, y, positions, mask) / scored
                 plan.scaler.scale(loss * world.size).backward()  # DDP and FSDP average over the ranks
             total += loss.detach()
@@ -305,21 +313,16 @@ class Run:
             "or --dtype=float32, in another --out_dir"
         )
 
-    def maybe_compile(self) -> None:
-        """Compile, where it is wished for or wins its cost back."""
-        plan, wish = self.plan, self.cfg.compile
-        slow_products = plan.device.type == "cpu" and plan.dtype == torch.float32  # the rest is 3% of a step then
-        worth = plan.total_steps >= COMPILE_PAYS_AFTER and can_compile(plan.device) and not slow_products
-        if wish is False or (wish == "auto" and not worth):
-            return
+    def choose_computing(self) -> None:
+        """Decide, or go on with, precision, attention and compilation."""
+        plan, cfg, steps = self.plan, self.cfg, self.plan.total_steps
         # FlexAttention knows no dropout, and needs the compiler to be fast.
-        self.flex = plan.device.type == "cuda" and self.model.cfg.dropout == 0.0
-        x, _, positions, mask = place(plan.blocks.fixed(plan.micro), slice(None), plan.device, self.flex)
+        compiles = cfg.compile is True or (cfg.compile == "auto" and steps >= COMPILE_PAYS_AFTER)
+        self.flex = plan.device.type == "cuda" and self.model.cfg.dropout == 0.0 and compiles
+        example = place(plan.blocks.fixed(plan.micro), slice(None), plan.device, self.flex)
         self.model.train()
-
-        def step() -> None:
-            with torch.autocast(plan.device.type, dtype=plan.dtype, enabled=plan.dtype != torch.float32):
-                self.model.hidden(x, positions, mask).sum().backward()
-
-        if not compile_blocks(self.model, step):
-            self.flex = False
+        pieces = math.ceil(cfg.global_batch / self.world.size / plan.micro)
+        work = Work(self.objective, example, plan.device, steps - self.progress.step, pieces)
+        self.computing = Computing(cfg, work, plan.dtype, self.progress, self.world)
+        self.plan = replace(plan, dtype=getattr(torch, self.computing.now.dtype))
+        self.flex = self.flex and bool(self.computing.now.compiled)

@@ -1,0 +1,91 @@
+"""How the steps of one run are computed, from its first to its last; see `measured` for how that is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from subprocess import Popen
+from typing import Any
+
+import torch
+
+from miaobi.config import TrainConfig
+from miaobi.console import log, warn
+from miaobi.device import can_compile, candidate_dtypes
+from miaobi.errors import UserError
+from miaobi.train.layout import is_sharded
+from miaobi.train.measured import Computed, Work, apply, checked, choose_compiled, choose_eager, compile_beside
+from miaobi.train.run_directory import Progress
+from miaobi.train.world import World
+
+COMPILE_PAYS_AFTER = 200
+"""Steps from which on a GPU compiles before the first of them, which takes about twenty seconds."""
+
+
+class Computing:
+    """How steps are computed: decided before the first one, and once more when compilers that work beside the run have
+    had their time, always before the same step. `Progress.computed` holds both, so that a resumed run computes as it
+    began. Rank 0 decides for all.
+
+    Attributes: now, what is in use.
+    """
+
+    def __init__(self, cfg: TrainConfig, work: Work, dtype: torch.dtype, progress: Progress, world: World) -> None:
+        self.work, self.progress, self.world = work, progress, world
+        self.beside: Popen | None = None
+        usual = Computed(str(dtype).removeprefix("torch."))
+        # Sharded models answer only together, and adapters are not in the model that another process would build.
+        can_measure = work.device.type == "cpu" and not is_sharded(work.objective.model) and cfg.trainable == "full"
+        gpu_pays = work.device.type != "cpu" and work.steps >= COMPILE_PAYS_AFTER and can_compile(work.device)
+        dtypes = candidate_dtypes(cfg.dtype, work.device, dtype)
+        if progress.computed:
+            self.now = continued(progress.computed, dtypes)
+        elif cfg.compile is True or (cfg.compile == "auto" and gpu_pays):
+            self.settle(Computed(usual.dtype, compiled="blocks", why="--compile" if cfg.compile is True else "a GPU"))
+        elif can_measure and progress.step == 0:
+            alike = not work.objective.model.cfg.dropout  # compiled dropout draws other numbers
+            self.settle(choose_eager(work, dtypes, compile_too=cfg.compile == "auto" and alike))
+        else:
+            self.settle(usual)
+        if self.now != usual:
+            log(f"computing in {self.now}")
+        if not apply(work, self.now):
+            self.now = usual
+        if self.now.switch is not None and progress.step < self.now.switch:
+            self.beside = compile_beside(work, self.now)
+
+    def settle(self, way: Computed) -> None:
+        """Take rank 0's way, and note it down."""
+        self.progress.computed = self.world.gather(asdict(way))[0]
+        self.now = Computed(**self.progress.computed)
+
+    def before(self, step: int) -> None:
+        """Decide about compilation, if it is to be before this step."""
+        if self.now.switch is None or step < self.now.switch:
+            return
+        way = choose_compiled(self.work, self.now, self.beside)
+        self.beside = None
+        self.settle(way)
+        if self.now != way:
+            apply(self.work, self.now)
+
+    def close(self) -> None:
+        """End what still compiles beside the run."""
+        if self.beside is not None and self.beside.poll() is None:
+            self.beside.terminate()
+            self.beside.wait()
+
+
+def continued(fields: dict[str, Any], dtypes: list[str]) -> Computed:
+    """What a run was begun with, on a machine where `dtypes` make sense: another one may lack a precision.
+
+    Raises UserError for fields that no run has written.
+    """
+    try:
+        way = checked(fields)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"progress.json of the last checkpoint is damaged ({e}); "
+                        "continue from another checkpoint with --resume_from") from e  # fmt: skip
+    if way.dtype in dtypes:
+        return way
+    warn(f"this run was computed in {way.dtype}; on this machine it goes on in {dtypes[0]}, with other roundings")
+    return replace(way, dtype=dtypes[0])

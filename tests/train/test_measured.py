@@ -1,0 +1,164 @@
+"""How steps are computed is measured once, remembered, and kept by a run that goes on."""
+
+import json
+
+import pytest
+import torch
+
+from miaobi.config import ModelConfig, TrainConfig
+from miaobi.errors import UserError
+from miaobi.model.transformer import Transformer
+from miaobi.train import computing, measured
+from miaobi.train.computing import Computing
+from miaobi.train.layout import Objective, compile_as, is_compiled, no_recompilation
+from miaobi.train.measured import Computed, Work, choose_eager, compare, fastest, recall, remember
+from miaobi.train.run_directory import Progress
+from miaobi.train.world import World
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIAOBI_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def work(steps: int = 1000, rows: int = 3, family: str = "qwen3") -> Work:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(family=family, n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=70))
+    ids = torch.randint(0, 70, (rows, 16))
+    return Work(Objective(model.train()), (ids, ids, None, None), CPU, steps, 1)
+
+
+def refuse(*_):
+    raise AssertionError("measured again")
+
+
+def test_the_first_way_stays_unless_another_is_clearly_faster():
+    a, b, c = (Computed("float32", compiled=part) for part in ("", "blocks", "whole"))
+    assert fastest({a: 1.00, b: 0.99, c: 1.2}) == a
+    assert fastest({a: 1.00, b: 0.90, c: 0.89}) == b
+    assert fastest({a: 1.00, b: 0.90, c: 0.70}) == c
+
+
+def test_ways_take_turns_and_the_first_turn_does_not_count():
+    order, ways = [], {Computed("float32"): 100.0, Computed("bfloat16"): 100.0}
+
+    def turn(way):
+        order.append(way)
+        return 100.0 if order.count(way) == 1 else float(order.count(way))
+
+    seconds = compare({way: lambda way=way: turn(way) for way in ways})
+    assert order[:4] == [*ways, *ways]
+    assert set(seconds.values()) == {3.0}  # of 2, 3 and 4
+
+
+def test_a_short_run_is_not_measured(monkeypatch):
+    monkeypatch.setattr(measured, "compare", refuse)
+    assert choose_eager(work(steps=measured.PIECES - 1), ["float32"], True) == Computed("float32")
+
+
+def test_a_shape_is_measured_once_per_machine(monkeypatch):
+    job = work()
+    weights = [p.clone() for p in job.objective.parameters()]
+    state = torch.get_rng_state()
+    first = choose_eager(job, ["float32"], False)
+    assert first.why.startswith("measured")
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(weights, job.objective.parameters(), strict=True))
+    monkeypatch.setattr(measured, "compare", refuse)
+    assert choose_eager(work(), ["float32"], False) == first
+    for other in (work(rows=2), work(family="gpt2")):
+        with pytest.raises(AssertionError, match="measured again"):
+            choose_eager(other, ["float32"], False)
+    monkeypatch.setattr(measured, "cpu_flags", lambda: "flags: avx512f amx_tile")
+    with pytest.raises(AssertionError, match="measured again"):
+        choose_eager(work(), ["float32"], False)
+
+
+def test_probabilities_that_would_take_too_much_memory_are_not_tried(monkeypatch):
+    monkeypatch.setattr(measured, "KEPT_SHARE", 0.0)
+    monkeypatch.setattr(measured, "compare", lambda ways: {way: 0.1 if way.explicit else 1.0 for way in ways})
+    assert not choose_eager(work(), ["float32"], False).explicit
+    monkeypatch.setattr(measured, "KEPT_SHARE", 0.15)
+    assert choose_eager(work(rows=2), ["float32"], False).explicit
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{", '{"eager": 3}', '{"eager": {"dtype": "int8"}}',
+                                    '{"eager": {"dtype": "float32", "explicit": "yes"}}',
+                                    '{"eager": {"dtype": "float32", "run": "rm"}}'])  # fmt: skip
+def test_a_damaged_memory_is_no_memory(damage):
+    remember("key", "eager", Computed("float32", explicit=True))
+    assert recall("key")["eager"]["explicit"] is True
+    measured.memory_file("key").write_text(damage)
+    assert recall("key") == {}
+
+
+def test_a_run_that_goes_on_computes_as_it_began(monkeypatch):
+    monkeypatch.setattr(measured, "compare", refuse)
+    progress = Progress(step=7, computed={"dtype": "float32", "explicit": True, "why": "another machine"})
+    job = work()
+    decided = Computing(TrainConfig(), job, torch.float32, progress, World())
+    assert decided.now == Computed("float32", explicit=True, why="another machine")
+    assert all(block.attn.explicit for block in job.objective.model.blocks)
+    old = Progress(step=7)  # of a version that did not measure
+    assert Computing(TrainConfig(), work(), torch.float32, old, World()).now == Computed("float32")
+
+
+def test_the_first_rank_decides_for_all(monkeypatch):
+    class Two(World):
+        def gather(self, value, group=None):
+            return [{"dtype": "float32", "explicit": True}, value]
+
+    monkeypatch.setattr(computing, "choose_eager", lambda *_, **__: Computed("float32", why="slower here"))
+    job = work()
+    assert Computing(TrainConfig(), job, torch.float32, Progress(), Two()).now.explicit
+    assert job.objective.model.blocks[0].attn.explicit
+
+
+def test_a_precision_that_this_machine_lacks_is_replaced_and_said(capsys):
+    progress = Progress(step=7, computed={"dtype": "bfloat16", "explicit": True})
+    decided = Computing(TrainConfig(), work(), torch.float32, progress, World())
+    assert decided.now == Computed("float32", explicit=True)
+    assert capsys.readouterr().err.count("warning:") == 1
+    damaged = Progress(step=7, computed={"dtype": "int8"})
+    with pytest.raises(UserError, match="damaged"):
+        Computing(TrainConfig(), work(), torch.float32, damaged, World())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["blocks", "whole"])
+def test_compiled_ways_have_the_gradients_of_eager_ones_also_of_a_smaller_last_batch(part):
+    if not measured.can_compile(CPU):
+        pytest.skip("no C++ compiler")
+    job, plain = work(), work()
+    assert compile_as(job.objective, part, lambda: job.once(Computed("float32")))
+    assert is_compiled(job.objective)
+    assert not is_compiled(plain.objective)
+    for rows in (3, 2):
+        for each in (job, plain):
+            each.objective.zero_grad(set_to_none=True)
+            with no_recompilation(each.objective):
+                ids = each.example[0][:rows]
+                each.objective(ids, ids, None, None).backward()
+        for ours, theirs in zip(job.objective.parameters(), plain.objective.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_that_switches_to_compiled_steps_resumes_in_the_same_weights(train, prepared, tmp_path, monkeypatch):
+    if not measured.can_compile(CPU):
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(measured, "PIECES", 1)
+    monkeypatch.setattr(measured, "COMPILE_PAYS", 0.0)
+    monkeypatch.setattr(measured, "BACKGROUND", 1e-6)  # the switch is at the first step it can be
+    monkeypatch.setattr(measured, "GAIN", 0.0)  # the last way wins: compiled
+    values = {"data": prepared(), "compile": "auto", "max_iters": 9, "eval_interval": 3,
+              "lr_decay_iters": 9, "warmup_iters": 0}  # fmt: skip
+    train(out_dir=tmp_path / "whole", **values)
+    monkeypatch.setattr(measured, "compare", refuse)  # what was measured is remembered
+    train(out_dir=tmp_path / "parts", **values | {"max_iters": 6})
+    train(out_dir=tmp_path / "parts", **values)
+    last = [tmp_path / name / "checkpoints" / "last" for name in ("whole", "parts")]
+    assert json.loads((last[1] / "train_state" / "progress.json").read_text())["computed"]["compiled"] == "whole"
+    assert (last[0] / "model.safetensors").read_bytes() == (last[1] / "model.safetensors").read_bytes()
