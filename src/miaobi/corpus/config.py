@@ -41,6 +41,9 @@ class Corpus:
     split: Literal["hash", "tail"] = "hash"
     """hash = whole documents, chosen by their content, so that adding files moves none;
     tail = nanoGPT's cut: the last part of the characters, no document handling at all (dialogues: the last ones)."""
+    val: Location = ""
+    """A file, directory or glob whose documents are the validation part, in place of a share of the sources; documents
+    of the sources that are in it as well are dropped (not with --split=tail, which knows no documents)."""
     val_fraction: float = 0.1
     """Share of the documents (hash) or characters (tail) kept for validation."""
 
@@ -69,9 +72,6 @@ class PrepareConfig(Corpus):
     """Unicode normalisation of the text before anything else."""
     simplify: bool = False
     """Convert Traditional to Simplified Chinese."""
-    val: str = ""
-    """A file, directory or glob whose documents are the validation part, in place of a share of the sources; documents
-    of the sources that are in it as well are dropped (not with --split=tail, which knows no documents)."""
     workers: int = 0
     """Processes that read and encode; 0 = one per core (of the whole cluster with --backend=ray)."""
     backend: Literal["processes", "ray"] = "processes"

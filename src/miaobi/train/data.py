@@ -92,7 +92,8 @@ def read_text(out: Path) -> Text | None:
 def describe_text(data: DataConfig, before: Text | None, settings: dict[str, Any]) -> Text:
     """What the run's text is now. Raises UserError where there is none."""
     text = Text(settings, {}, {}, {})
-    for file in sorted({source.path.resolve() for source in find_sources([data.data], data.format)}):
+    given = [data.data, *([data.val] if data.val else [])]
+    for file in sorted({source.path.resolve() for source in find_sources(given, data.format)}):
         name, stat = str(file), file.stat()
         text.sizes[name], text.times[name] = stat.st_size, stat.st_mtime_ns
         same = before is not None and (before.sizes.get(name), before.times.get(name)) == (
