@@ -120,8 +120,8 @@ def read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); copy it again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON ({str(error)[:200]}); copy it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{file} holds no settings; copy it again")
     return value

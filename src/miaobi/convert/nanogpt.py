@@ -10,7 +10,7 @@ import torch
 from miaobi.config import ModelConfig
 from miaobi.convert import reading
 from miaobi.corpus.tokenizer import BYTE_PIECES, EOT, Tokenizer
-from miaobi.errors import UserError
+from miaobi.errors import UserError, brief
 from miaobi.model.transformer import VOCAB_MULTIPLE, Transformer
 
 LAYER = {
@@ -77,7 +77,7 @@ def model_config(checkpoint: dict[str, Any], path: Path) -> ModelConfig:
     """The decoder that a checkpoint describes. Raises UserError for sizes that make no sense."""
     sizes = reading.read_sizes(checkpoint["model_args"], path, "nanoGPT")
     try:
-        return ModelConfig(family="gpt2", bias=bool(checkpoint["model_args"].get("bias", True)), **sizes)
+        return ModelConfig(family="gpt2", bias=reading.read_bias(checkpoint["model_args"], True, path), **sizes)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
 
@@ -93,7 +93,9 @@ def characters(path: Path) -> list[str]:
     pieces = [itos[id_] for id_ in range(len(itos))]
     for piece in pieces:
         if not isinstance(piece, str) or len(piece) != 1 or "\ud800" <= piece < "\ue000":
-            raise UserError(f"{path}: {piece!r} is not one character; only character models have a meta.pkl like that")
+            raise UserError(
+                f"{path}: {brief(piece)} is not one character; only character models have a meta.pkl like that"
+            )
     if len(set(pieces)) != len(pieces):
         raise UserError(f"{path}: some characters have two ids; it was altered, get it again")
     return pieces
