@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from benchmarks.common import machine, parse, report
+from miaobi.config import Location, Positional
 from miaobi.console import progress
-from miaobi.corpus.dataset import PreparedData
+from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
 from miaobi.generate.chat import Chat
 from miaobi.generate.config import ChatConfig
@@ -35,7 +34,7 @@ LOOP = re.compile(r"(.{2,}?)\1{2,}", re.DOTALL)  # two characters or more, three
 class Args:
     """Command line."""
 
-    model: tyro.conf.Positional[str]
+    model: Positional[Location]
     """Run or model directory."""
     data: Path
     """Prepared dialogues; their validation part gives the openings."""

@@ -32,8 +32,9 @@ from miaobi.console import log
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.prepare import prepare
 from miaobi.device import keep_allocations, pick_device, pick_dtype
-from miaobi.overrides import load_config, read_yaml, shipped_config
+from miaobi.settings import load_config, read_yaml, shipped_config
 from miaobi.train.loop import Run
+from miaobi.train.setup import set_up
 from miaobi.train.world import World
 
 
@@ -69,7 +70,7 @@ class Miaobi:
         cfg, origin = load_config(shipped_config("chat-90m.yaml"), [(k, str(v)) for k, v in given.items()])
         self.device = pick_device(args.device)
         dtype = pick_dtype(cfg.train.dtype, self.device)
-        self.run = Run(cfg, origin, World(), self.device, dtype)
+        self.run = Run(set_up(cfg, origin, World(), self.device, dtype))
         self.run.maybe_compile()
         self.run.model.train()
         self.done = 0

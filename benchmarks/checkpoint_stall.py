@@ -18,9 +18,10 @@ from pathlib import Path
 from benchmarks.common import machine, parse, ratio, report, take_turns
 from benchmarks.train_speed import OPTIM, open_data
 from miaobi.device import keep_allocations, pick_dtype
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
 from miaobi.train.loop import Run
-from miaobi.train.world import join, rank_device
+from miaobi.train.rendezvous import join, rank_device
+from miaobi.train.setup import set_up
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Saving:
         cfg, origin = load_config(None, [(key, str(value)) for key, value in given.items()])
         world = join(cfg.train)
         device = rank_device(cfg.train.device, world)
-        self.run = Run(cfg, origin, world, device, pick_dtype(cfg.train.dtype, device))
+        self.run = Run(set_up(cfg, origin, world, device, pick_dtype(cfg.train.dtype, device)))
         self.args = args
 
     def milliseconds(self, wait: bool) -> float:
@@ -66,9 +67,9 @@ class Saving:
         started = time.perf_counter()
         self.run.save()
         if wait:
-            self.run.saver.finish(self.run.progress)
+            self.run.saver.finish()
         stood_still = time.perf_counter() - started
-        self.run.saver.finish(self.run.progress)
+        self.run.saver.finish()
         if not (self.run.saver.root / f"step-{self.run.progress.step}" / "train_state").is_dir():
             raise SystemExit("the checkpoint was not written")
         return 1000 * stood_still
@@ -83,7 +84,7 @@ def main() -> None:
         saving.milliseconds(wait=True)  # the first one imports, and finds no page of memory ready
         stalls = take_turns({"asynchronous": lambda: saving.milliseconds(wait=False),
                              "synchronous": lambda: saving.milliseconds(wait=True)}, args.pairs)  # fmt: skip
-        parameters = saving.run.parameters
+        parameters = saving.run.plan.parameters
     share = ratio(stalls["asynchronous"], stalls["synchronous"])
     columns = ["checkpoint", "ms the training stands still", "asynchronous / synchronous"]
     rows = [[name, statistics.median(times), share if name == "asynchronous" else ""] for name, times in stalls.items()]

@@ -44,7 +44,7 @@ from miaobi.convert.small_gpt import convert
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.model.transformer import Transformer
-from miaobi.overrides import read_yaml
+from miaobi.settings import read_yaml
 
 
 @dataclass(frozen=True)

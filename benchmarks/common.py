@@ -150,11 +150,11 @@ def git_version(directory: str | Path) -> str:
 
 def parse(name: str, kind: type[Args], description: str | None) -> Args:
     """The command line as a dataclass whose attribute docstrings are the help."""
-    import tyro
+    from miaobi.command_line import parse as parse_command_line
 
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
         warn(f"load is {os.getloadavg()[0]:.1f} before starting: something else runs here, figures will scatter")
-    return tyro.cli(kind, prog=f"python -m benchmarks.{name}", description=description, use_underscores=True)
+    return parse_command_line(kind, f"python -m benchmarks.{name}", description)
 
 
 def plain(value: Any) -> Any:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.common import clock
-from miaobi.corpus.dataset import IGNORE, PreparedData, batch
+from miaobi.corpus.dataset import IGNORE, batch
+from miaobi.corpus.prepared import PreparedData
 from miaobi.device import peak_memory, pick_device, pick_dtype, reset_peak_memory
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Hugging Face keeps them as Conv1D

@@ -31,7 +31,7 @@ from typing import Any
 from benchmarks.common import git_version, machine, parse, ratio, report, take_turns, version
 from benchmarks.peers import copy_nanogpt
 from miaobi.console import log
-from miaobi.corpus.read import read_documents
+from miaobi.corpus.documents import read_documents
 
 MODES = {"tail": ["--split=tail"], "default": [], "near": ["--dedup=near"]}
 PEER = Path(__file__).with_name("tokenizers_prepare.py")

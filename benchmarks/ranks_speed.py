@@ -25,9 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.common import Worker, machine, parse, ratio, report, take_turns
 from benchmarks.train_speed import OPTIM, SAME, open_data
 from miaobi.device import keep_allocations, pick_dtype
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
 from miaobi.train.loop import Run
-from miaobi.train.world import join, rank_device
+from miaobi.train.rendezvous import join, rank_device
+from miaobi.train.setup import set_up
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Rank:
         cfg, origin = load_config(None, [(key, str(value)) for key, value in given.items()])
         world = join(cfg.train)
         device = rank_device(cfg.train.device, world)
-        self.run = Run(cfg, origin, world, device, pick_dtype(cfg.train.dtype, device))
+        self.run = Run(set_up(cfg, origin, world, device, pick_dtype(cfg.train.dtype, device)))
         if self.size > 1:
             self.run.objective = DistributedDataParallel(self.run.objective, gradient_as_bucket_view=True)
         self.run.model.train()

@@ -24,13 +24,15 @@ from benchmarks.common import Worker, clock, git_version, machine, parse, ratio,
 from benchmarks.peers import Trainer, copy_nanogpt
 from miaobi.console import log
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.dataset import IGNORE, PreparedData, batch
+from miaobi.corpus.dataset import IGNORE, batch
+from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import keep_allocations, peak_memory, pick_device, pick_dtype, reset_peak_memory
 from miaobi.model.checkpoint import save_model
 from miaobi.model.loss import linear_cross_entropy
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
 from miaobi.train.loop import Run
+from miaobi.train.setup import set_up
 from miaobi.train.world import World
 
 SEED = 1337
@@ -84,7 +86,7 @@ class Miaobi:
         data = PreparedData.open(work / "data")
         tokenizer = Tokenizer.load(data.path)
         dtype = pick_dtype(cfg.train.dtype, self.device)
-        self.run = Run(cfg, origin, World(), self.device, dtype)
+        self.run = Run(set_up(cfg, origin, World(), self.device, dtype))
         self.done = 0
         (work / "weights").mkdir()
         save_model(work / "weights", self.run.model, tokenizer, data.end_ids)
@@ -102,8 +104,9 @@ class Miaobi:
     def about(self) -> dict[str, Any]:
         """What was chosen, and the loss of the first batch in fp32 before any step."""
         compiled = any(block._compiled_call_impl is not None for block in self.run.model.blocks)
-        return {"first_loss": self.first, "dtype": str(self.run.dtype).removeprefix("torch."), "compiled": compiled,
-                "parameters": self.run.parameters}  # fmt: skip
+        dtype = str(self.run.plan.dtype).removeprefix("torch.")
+        return {"first_loss": self.first, "dtype": dtype, "compiled": compiled,
+                "parameters": self.run.plan.parameters}  # fmt: skip
 
     def steps(self, count: int) -> tuple[float, float]:
         """(seconds, last loss) of `count` optimizer steps."""

@@ -15,13 +15,46 @@ import hypothesis
 import pytest
 import torch
 
-from miaobi import cli, native
+from miaobi import cli, console, native
 from miaobi.corpus.config import PrepareConfig
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("miaobi", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("miaobi")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bf16", choices=("auto", "yes", "no"), default="auto",
+                     help="behave as on a CPU with bf16 units (yes) or without (no), whatever this one has; "
+                          "auto: as this one, and tests marked bf16 run both ways")  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["MIAOBI_CPU_BF16"] = config.getoption("bf16")  # subprocesses inherit it
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test marked bf16 runs twice: as on a CPU with bf16 units, and as on one without."""
+    if metafunc.definition.get_closest_marker("bf16"):
+        asked = metafunc.config.getoption("bf16")
+        metafunc.fixturenames.append("cpu_bf16")
+        metafunc.parametrize("cpu_bf16", ["no", "yes"] if asked == "auto" else [asked], indirect=True,
+                             ids=lambda has: "bf16" if has == "yes" else "no-bf16")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def nothing_said() -> None:
+    """What is said once in a process is said once in a test."""
+    console.warn_once.cache_clear()
+
+
+@pytest.fixture
+def cpu_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the CPU is taken to have bf16 units; set by the marker bf16."""
+    monkeypatch.setenv("MIAOBI_CPU_BF16", request.param)
+    return request.param == "yes"
+
 
 WHO = "皇马 曼联 国家队 主教练 球迷 裁判 门将 前锋"
 DID = "赢得 输掉 期待 谈到 错过 准备"

@@ -203,11 +203,11 @@ def test_a_judge_that_is_interrupted_is_left_out(monkeypatch: pytest.MonkeyPatch
     for name, found in (("prepare_texts", None), ("write_on", {"stopped": "max_iters"}), ("talk", chat)):
         monkeypatch.setattr(demo, name, lambda *_, found=found: found)
     monkeypatch.setattr("miaobi.classify.ablation.train", lambda *_: {"stopped": "interrupted"})
-    assert demo.demo(tmp_path) == {"stopped": "interrupted", "chat": chat[0], "sentiment": {}}
+    assert demo.demo(demo.DemoConfig(str(tmp_path))) == {"stopped": "interrupted", "chat": chat[0], "sentiment": {}}
 
 
 def test_a_chat_that_is_interrupted_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for name, found in (("prepare_texts", None), ("write_on", {"stopped": "max_iters", "step": 800})):
         monkeypatch.setattr(demo, name, lambda *_, found=found: found)
     monkeypatch.setattr("miaobi.train.loop.train", lambda *_: {"stopped": "interrupted"})
-    assert demo.demo(tmp_path) == {"stopped": "interrupted", "step": 800, "chat": []}
+    assert demo.demo(demo.DemoConfig(str(tmp_path))) == {"stopped": "interrupted", "step": 800, "chat": []}

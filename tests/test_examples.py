@@ -15,10 +15,11 @@ import pytest
 from ruamel.yaml import YAML
 from torch.distributed.run import get_args_parser
 
-from miaobi.arguments import split_train_args
+from miaobi.command_line import split, take_config
 from miaobi.config import RunConfig
 from miaobi.errors import UserError
-from miaobi.overrides import load_config
+from miaobi.seeds import TRAIN
+from miaobi.settings import load_config
 
 ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "examples" / "slurm.sh"
@@ -41,7 +42,8 @@ def check_torchrun(words: list[str]) -> tuple[object, RunConfig]:
     assert (given.module, given.training_script) == (True, "miaobi")
     verb, *rest = given.training_script_args
     assert verb == "train"
-    return given, load_config(*split_train_args(rest))[0]
+    line = split(RunConfig, TRAIN, rest)
+    return given, load_config(take_config(line.words), line.given)[0]
 
 
 @pytest.fixture(autouse=True)

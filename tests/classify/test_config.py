@@ -6,8 +6,8 @@ import pytest
 
 from miaobi.classify.config import ClassifyConfig, load_config, settings_of
 from miaobi.errors import UserError
-from miaobi.overrides import load_config as load_run_config
-from miaobi.overrides import shipped_config
+from miaobi.settings import load_config as load_run_config
+from miaobi.settings import shipped_config
 
 SMALL_GPT = """\
 data_path: data/train.txt

@@ -12,7 +12,7 @@ from miaobi.classify import finetune as room
 from miaobi.classify.base import prepare_base
 from miaobi.classify.config import ClassifyConfig
 from miaobi.classify.data import Labelled, read_labelled
-from miaobi.classify.finetune import Cell, Finetuning, build, finetune, keep_head, row_weights
+from miaobi.classify.finetune import Cell, Experiment, Finetuning, build, finetune, keep_head, row_weights
 from miaobi.classify.head import Judge, save
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model
@@ -30,9 +30,13 @@ def started(cfg: ClassifyConfig, seed: int = 1) -> Finetuning:
     return Finetuning(cfg, cell, Judge(classifier, tokenizer, reading, data.names), split)
 
 
+def experiment(cfg: ClassifyConfig, data: Labelled | None = None) -> Experiment:
+    return Experiment(cfg, cfg.base_model, data or read_labelled(cfg), CPU, torch.float32)
+
+
 def run(cfg: ClassifyConfig, seed: int = 1, **given) -> dict:
     cell = Cell(cfg.pooling, cfg.trainable, seed)
-    return finetune(cfg, cell, cfg.base_model, read_labelled(cfg), CPU, torch.float32, **given)[2]
+    return finetune(experiment(cfg), cell, **given)[2]
 
 
 def weights(run: Finetuning) -> dict[str, torch.Tensor]:
@@ -258,7 +262,7 @@ def test_three_classes_and_a_shorter_block(config: Callable):
     cfg = config(block_size=8, max_epoch=1)
     data = read_labelled(cfg)
     three = Labelled(data.texts, np.arange(len(data.texts)) % 3, ["a", "b", "c"])
-    judge, split, result = finetune(cfg, Cell("mask", "full", 1), cfg.base_model, three, CPU, torch.float32)
+    judge, split, result = finetune(experiment(cfg, three), Cell("mask", "full", 1))
     assert max(map(len, split.train.rows)) == 8
     assert np.array(result["confusion"]).shape == (3, 3)
     assert np.array(result["confusion"]).sum() == len(split.test.labels)
@@ -271,7 +275,7 @@ TEXTS = ["皇马赢得比赛", "曼联输掉联赛，球迷输掉冠军。" * 5]
 @pytest.mark.parametrize("pooling", ["mask", "no_mask", "mean"])
 def test_a_classifier_goes_on_where_it_stopped(config: Callable, tmp_path, pooling: str):
     cfg = config("qwen3", pooling=pooling)
-    first, _, _ = finetune(cfg, Cell(pooling, "full", 1), cfg.base_model, read_labelled(cfg), CPU, torch.float32)
+    first, _, _ = finetune(experiment(cfg), Cell(pooling, "full", 1))
     save(tmp_path, first)
     again = config(pooling=pooling, base_model=tmp_path)
     model, tokenizer, reading = prepare_base(again, str(tmp_path), 2)
@@ -292,7 +296,7 @@ def test_a_classifier_goes_on_where_it_stopped(config: Callable, tmp_path, pooli
 
 def test_a_classifier_trained_on_other_reviews_starts_better(config: Callable, tmp_path):
     cfg = config("qwen3", max_epoch=4)
-    first, _, result = finetune(cfg, Cell("mask", "full", 1), cfg.base_model, read_labelled(cfg), CPU, torch.float32)
+    first, _, result = finetune(experiment(cfg), Cell("mask", "full", 1))
     assert result["accuracy"] > 0.8
     save(tmp_path, first)
     slow = {"learning_rate": 1e-6, "max_epoch": 1}

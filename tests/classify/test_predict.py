@@ -17,7 +17,7 @@ from miaobi import cli
 from miaobi.classify import predict as room
 from miaobi.classify.config import PredictConfig, load_config
 from miaobi.classify.data import read_labelled
-from miaobi.classify.finetune import Cell, finetune
+from miaobi.classify.finetune import Cell, Experiment, finetune
 from miaobi.classify.head import save
 from miaobi.classify.tables import Row
 
@@ -28,8 +28,8 @@ def classifier(table: Path, trained: Callable, tmp_path_factory: pytest.TempPath
     given = {"base_model": trained("qwen3"), "data": table, "max_epoch": 6, "learning_rate": 1e-2, "dropout": 0.0,
              "batch_size": 16}  # fmt: skip
     cfg, _ = load_config(None, [(key, str(value)) for key, value in given.items()])
-    judge, _, result = finetune(cfg, Cell("mask", "full", 1), cfg.base_model, read_labelled(cfg), torch.device("cpu"),
-                                torch.float32)  # fmt: skip
+    experiment = Experiment(cfg, cfg.base_model, read_labelled(cfg), torch.device("cpu"), torch.float32)
+    judge, _, result = finetune(experiment, Cell("mask", "full", 1))
     assert result["accuracy"] > 0.9
     path = tmp_path_factory.mktemp("classifier")
     save(path, judge)
@@ -202,3 +202,20 @@ def test_a_label_keeps_to_its_column(classifier: Path, capsys):
     ]  # fmt: skip
     room.write(judge, iter(rows), cfg, as_json=True)
     assert [item["label"] for item in json.loads(capsys.readouterr().out)["predictions"]] == judge.labels[::-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "text\n皇马赢得比赛\n".encode() + b"\xff\xfe\xff\n"),
+        ("a.jsonl", '{"text": "皇马赢得比赛"}\n{"text": \n'.encode()),
+        ("a.jsonl", '{"text": "皇马赢得比赛"}\n{"other": "曼联"}\n'.encode()),
+    ],
+    ids=["bytes of no encoding", "broken JSON", "no such field"],
+)
+def test_a_bad_row_leaves_no_half_of_a_json_object(classifier: Path, miaobi, tmp_path: Path, name: str, content: bytes):
+    """Whatever is wrong with it, and however many good ones were read before."""
+    (tmp_path / name).write_bytes(content)
+    answer = miaobi("classify", "predict", classifier, tmp_path / name, "--device=cpu", "--batch_size=1", "--json")
+    assert answer.code == 2
+    assert answer.out == ""

@@ -17,7 +17,7 @@ from originals import SMALL_GPT, Original, chat_text, naive_vocabulary
 
 from miaobi.convert import small_gpt as converter
 from miaobi.convert.small_gpt import convert, converted, vocabulary
-from miaobi.corpus import cutting
+from miaobi.corpus import blocks
 from miaobi.corpus.template import ChatTemplate
 from miaobi.errors import UserError
 from miaobi.generate.engine import load
@@ -108,7 +108,7 @@ def test_the_vocabulary_is_small_gpts(tmp_path_factory, text):
 
 @pytest.mark.parametrize("name", ["train.txt", "train.csv", "corpus"])
 def test_the_vocabulary_of_a_file_in_many_blocks(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100)
     text = "\ufeff" + chat_text(300).replace("\n", "\r\n") + "，".join(chr(0x4E00 + i * 7) for i in range(500))
     path = tmp_path / name
     path.write_bytes(text.encode("utf-8"))

@@ -28,7 +28,8 @@ def test_points_and_counts(text, slice_size):
 
 @given(st.lists(ANY, max_size=4))
 def test_documents_have_a_newline_behind_each(documents):
-    points = characters.of_documents(documents)
+    points, lengths = characters.of_documents(documents)
+    assert lengths.tolist() == list(map(len, documents))
     assert points.tolist() == [ord(c) for document in documents for c in document + "\n"]
 
 

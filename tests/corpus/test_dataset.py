@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miaobi.corpus.dataset import IGNORE, PreparedData, batch, derive, fixed_windows, permute, windows_per_epoch
+from miaobi.corpus.dataset import IGNORE, batch, derive, fixed_windows, permute, windows_per_epoch
+from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from miaobi.corpus import cutting, pipeline, workers
+from miaobi.corpus import blocks, documents, workers
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.dataset import PreparedData
 from miaobi.corpus.dialogue import messages_of
 from miaobi.corpus.prepare import prepare
+from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
@@ -362,8 +362,8 @@ def test_workers_and_blocks_change_nothing(tmp_path, monkeypatch, settings):
     ]
     run(sources, tmp_path / "one", workers=1, **settings)
     monkeypatch.setattr(workers, "SMALL_INPUT_BYTES", 0)
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", 700)
-    monkeypatch.setattr(pipeline, "MAX_BLOCKS_PER_TASK", 3)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(documents, "MAX_BLOCKS_PER_TASK", 3)
     run(sources, tmp_path / "many", workers=2, **settings)
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
 
@@ -415,5 +415,5 @@ def test_a_directory_that_does_not_list_what_lies_beside_still_opens(tmp_path):
     file.write_text(json.dumps(described), encoding="utf-8")
     assert everything(tmp_path / "out") == sep(*talks(60))
     (tmp_path / "out" / "train.turns").write_bytes(b"123")
-    with pytest.raises(UserError, match=r"train\.turns is missing or truncated"):
+    with pytest.raises(UserError, match=r"train\.turns is truncated"):
         _ = PreparedData.open(tmp_path / "out").train.turns

@@ -14,8 +14,7 @@ from miaobi.corpus import characters, near
 
 
 def sketches(documents: list[str]) -> np.ndarray:
-    lengths = np.array([len(document) for document in documents], np.int64)
-    return near.sketches(characters.of_documents(documents), lengths)
+    return near.sketches(*characters.of_documents(documents))
 
 
 def shingles(document: str) -> set[str]:

@@ -26,7 +26,7 @@ from miaobi.errors import UserError
 
 ray = pytest.importorskip("ray")
 RAY_SETTINGS = {"RAY_ADDRESS": "", "RAY_USAGE_STATS_ENABLED": "0"}
-SMALL_BLOCKS = "from miaobi.corpus import cutting\ncutting.BLOCK_BYTES = 20_000"
+SMALL_BLOCKS = "from miaobi.corpus import blocks\nblocks.BLOCK_BYTES = 20_000"
 LOST = """
 import os
 from miaobi.corpus.workers import Workers, connect_ray
@@ -38,15 +38,16 @@ with Workers(2, "ray").started() as run:
 """
 NOT_THERE = """
 from pathlib import Path
-from miaobi.corpus.cutting import Block
-from miaobi.corpus.pipeline import Job, survey
+from miaobi.corpus.blocks import Block
+from miaobi.corpus.documents import DocumentOptions
+from miaobi.corpus.survey import survey_task
 from miaobi.corpus.sources import Source
 from miaobi.corpus.workers import Workers, connect_ray
-job = Job("text", False, False, "none", False, False)
-tasks = [((Block(Source(Path("elsewhere.txt"), "text", size=9), 0, 0, 9),), job, None)] * 3
+options = DocumentOptions()
+tasks = [((Block(Source(Path("elsewhere.txt"), "text", size=9), 0, 0, 9),), options, None)] * 3
 connect_ray()
 with Workers(2, "ray").started() as run:
-    list(run(survey, tasks))
+    list(run(survey_task, tasks))
 """
 
 

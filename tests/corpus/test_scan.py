@@ -9,10 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from miaobi import native
-from miaobi.corpus import characters, cutting, pipeline, scan, workers
+from miaobi.corpus import blocks, characters, scan, survey, workers
+from miaobi.corpus.blocks import Block
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.cutting import Block
-from miaobi.corpus.pipeline import Job
+from miaobi.corpus.documents import DocumentOptions
 from miaobi.corpus.prepare import prepare
 from miaobi.corpus.sources import Source
 from miaobi.errors import UserError
@@ -35,7 +35,7 @@ def compiled(built) -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many blocks, all of them worth compiling, and real worker processes, although the text is small."""
     monkeypatch.setattr(scan, "WORTH_COMPILING", 0)
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(workers, "SMALL_INPUT_BYTES", 0)
 
 
@@ -43,10 +43,10 @@ def both(data: bytes, kind: str, encoding: str) -> tuple:
     """(what Python's reader says, what the compiled one says) of a block of its own."""
     source = Source(Path("x"), "text" if kind == "whole" else kind)
     block = Block(source, 3, 0, len(data), encoding, data)
-    job = Job(whole=kind == "whole", **PLAIN)
+    options = DocumentOptions(whole=kind == "whole", **PLAIN)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "WORTH_COMPILING", 0)
-        return pipeline._read((block,), job), pipeline._scanned((block,), job)
+        return survey._read((block,), options), survey._scanned((block,), options)
 
 
 @pytest.mark.parametrize("kind", scan.KINDS)
@@ -66,7 +66,7 @@ def test_text(kind, text, encoding):
     assert found.points.dtype == np.uint16
     assert characters.wide(found.points, found.beyond).tolist() == expected.points.tolist()
     assert len(set(found.beyond.tolist())) == len(found.beyond)
-    for name in ("lengths", "digests", "sizes", "code_points", "counts", "seen"):
+    for name in ("lengths", "digests", "sizes", "code_points", "counts", "distinct"):
         assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
 
 
@@ -122,14 +122,14 @@ def test_prepared_data_is_the_same(tmp_path, monkeypatch, small, settings, encod
     text = "\r\n\n \n".join([*texts, *texts[:20], "半\r\n\r角"])
     (tmp_path / "a.txt").write_bytes(text.encode(encoding) + b"\xff")
     taken = []
-    scanned = pipeline._scanned
-    monkeypatch.setattr(pipeline, "_scanned", lambda *a: taken.append(scanned(*a)) or taken[-1])
+    scanned = survey._scanned
+    monkeypatch.setattr(survey, "_scanned", lambda *a: taken.append(scanned(*a)) or taken[-1])
     settings = {"skip_bad": True, **settings}
     for count in (1, 2):
         prepare([str(tmp_path / "a.txt")], PrepareConfig(out=tmp_path / f"fast{count}", workers=count, **settings))
     assert sum(found is not None for found in taken) > 5
     assert taken[-1] is None
-    monkeypatch.setattr(pipeline, "_scanned", lambda *a: None)
+    monkeypatch.setattr(survey, "_scanned", lambda *a: None)
     prepare([str(tmp_path / "a.txt")], PrepareConfig(out=tmp_path / "slow", workers=1, **settings))
     expected = {path.name: path.read_bytes() for path in (tmp_path / "slow").iterdir()}
     for name in ("fast1", "fast2"):
@@ -165,3 +165,27 @@ def test_it_takes_over_in_the_middle(tmp_path, monkeypatch, small):
     assert len(asked) > 10
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("settings", [{}, {"split": "tail"}, {"format": "lines"}])
+@pytest.mark.parametrize("noise", ["\0", "\ufeff", "\0\ufeff\0"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030"])
+def test_padding_and_marks_inside(tmp_path, monkeypatch, small, settings, noise, encoding):
+    """The compiled reader takes such blocks too, and finds in them what Python's does."""
+    texts = [f"第{i}场，皇马😀赢了曼联。" for i in range(600)]
+    clean = "\n\n".join(texts)
+    dirty = clean.replace("第77场", f"{noise}第77场").replace("曼联。\n\n第99场", f"曼联。{noise}\n\n{noise}第99场")
+    for name, text in (("clean", clean), ("dirty", dirty + "\0" * 5000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_bytes(text.encode(encoding))
+    results = {}
+    for name in ("clean", "dirty"):
+        results[name] = prepare([str(tmp_path / name)], PrepareConfig(out=tmp_path / f"{name}-out", **settings))
+    monkeypatch.setattr(survey, "_scanned", lambda *a: None)
+    prepare([str(tmp_path / "dirty")], PrepareConfig(out=tmp_path / "slow-out", **settings))
+    for file in ("train.bin", "val.bin", "train.idx", "tokenizer.json"):
+        expected = (tmp_path / "clean-out" / file).read_bytes()
+        assert (tmp_path / "dirty-out" / file).read_bytes() == expected == (tmp_path / "slow-out" / file).read_bytes()
+    assert results["clean"]["removed"] == 0
+    assert results["dirty"]["removed"] == len(dirty) + 5000 - len(clean)
+    assert results["dirty"]["distinct_characters"] == len(set(clean))

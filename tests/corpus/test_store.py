@@ -10,8 +10,8 @@ import pytest
 
 from miaobi.corpus import store
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.dataset import PreparedData
 from miaobi.corpus.prepare import prepare
+from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
 
 TEXT = "\n\n".join(f"第{i}场，皇马赢了曼联" for i in range(100))

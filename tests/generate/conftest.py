@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
 
 BLOCK = 64
 COUNTING = "一二三四五六七八九十"  # never ends: something to interrupt

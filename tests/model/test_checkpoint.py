@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -82,8 +83,8 @@ def test_a_kill_between_the_renames_loses_neither_directory(tmp_path, monkeypatc
     rename, killed = Path.rename, []
 
     def kill(source: Path, target: Path) -> None:
-        if source.name == ".step-1.tmp":
-            killed.append(everything(tmp_path))
+        if source.name.endswith(".tmp"):
+            killed.append({re.sub(r"\.[0-9]+-\w+\.tmp", ".tmp", k): v for k, v in everything(tmp_path).items()})
         rename(source, target)
 
     monkeypatch.setattr(Path, "rename", kill)

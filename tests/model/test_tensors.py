@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from miaobi.config import ModelConfig
 from miaobi.convert import nanogpt, small_gpt
+from miaobi.corpus.nanogpt import read_characters
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, save_model
@@ -193,7 +194,7 @@ def test_no_malformed_checkpoint_ends_in_anything_but_a_reason(read, tmp_path: P
 def meta(content: bytes, path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(UserError):
-        nanogpt.characters(path)
+        read_characters(path)
 
 
 def test_no_malformed_meta_ends_in_anything_but_a_reason(tmp_path: Path):
@@ -207,7 +208,7 @@ def test_no_malformed_meta_ends_in_anything_but_a_reason(tmp_path: Path):
         altered[draw.randrange(len(good))] ^= 1 << draw.randrange(8)
         path.write_bytes(altered)
         with contextlib.suppress(UserError):
-            nanogpt.characters(path)
+            read_characters(path)
     for value in (
         None,
         3,
@@ -340,7 +341,7 @@ def test_a_git_lfs_pointer_is_told_for_what_it_is(directory: Path, name: str):
 
 
 def test_a_pointer_for_a_checkpoint(tmp_path: Path):
-    for name, read in (("a.pth", small_gpt.read), ("ckpt.pt", nanogpt.read), ("meta.pkl", nanogpt.characters)):
+    for name, read in (("a.pth", small_gpt.read), ("ckpt.pt", nanogpt.read), ("meta.pkl", read_characters)):
         (tmp_path / name).write_text(POINTER)
         with pytest.raises(UserError, match=rf"{name} is a Git LFS pointer"):
             read(tmp_path / name)

@@ -16,14 +16,16 @@ from transformers import AutoModelForCausalLM
 
 from miaobi.config import ModelConfig
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.dataset import IGNORE, PreparedData
+from miaobi.corpus.dataset import IGNORE
 from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.prepare import prepare
+from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.transformer import Transformer, document_mask
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
+from miaobi.train.config import EvalConfig
 from miaobi.train.score import score
 
 WHO, DID = "皇马 曼联 国家队 主教练 球迷 裁判".split(), "赢得 输掉 期待 谈到 错过".split()  # noqa: SIM905
@@ -200,7 +202,7 @@ def test_bits_per_char_of_chit_chat_are_of_every_character_but_the_first(data, t
 
 def evaluated(run: Path, out: Path) -> float:
     """What `miaobi eval` says."""
-    return score(str(run), [str(out)], "last", "val", "auto", "half", 8, "cpu", "float32")["bits_per_char"]
+    return score(EvalConfig(str(run), (str(out),), checkpoint="last", batch_size=8, device="cpu"))["bits_per_char"]
 
 
 def by_speaker(text: str, ids: list[int], loss: np.ndarray, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, int]:

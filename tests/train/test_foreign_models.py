@@ -243,7 +243,7 @@ def test_eval_scores_what_transformers_scores(foreign, miaobi, tmp_path):
 @pytest.fixture
 def continued(foreign, tmp_path: Path) -> tuple[Path, Path]:
     """(what it started from, a model directory after some steps of training on raw text)."""
-    from miaobi.overrides import load_config
+    from miaobi.settings import load_config
     from miaobi.train.loop import train as train_run
 
     (tmp_path / "text.txt").write_text(TEXT * 60, encoding="utf-8")

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.train import saving, world
-from miaobi.train.state import Progress
+from miaobi.train.run_directory import Progress
 
 IP = shutil.which("ip") or shutil.which("ip", path="/usr/sbin:/sbin")
 WAYS = [("--user", "--map-root-user"), ()]  # as any user; as root, where users may not make namespaces
@@ -76,6 +76,8 @@ ELASTIC = """torchrun --nnodes=1:2 --nproc_per_node=1 --max-restarts=3 \\
   --rdzv-conf=keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3,read_timeout=10 \\
   -m miaobi train config/train300M_ddp.yaml"""
 
+FLOAT32 = "--dtype=float32"  # losses are compared within 1e-4: not in what a CPU with bf16 units would take
+
 pytestmark = pytest.mark.slow
 
 
@@ -92,7 +94,7 @@ class Host:
 
     def start(self, command: str, out: str, *flags: str) -> subprocess.Popen:
         """Start a command of the seed's in the shared directory; what it says goes to `out`-HOST.log there."""
-        words = shlex.join([f"--checkpoint_root={out}", *flags])
+        words = shlex.join([f"--checkpoint_root={out}", FLOAT32, *flags])
         shell = ["sh", "-c", f"cd {shlex.quote(str(self.shared))} && exec {command} {words}"]
         with self.log(out).open("w") as log:
             return subprocess.Popen([*self.inside, *shell], stdout=log, stderr=log, env=environment(),
@@ -176,7 +178,7 @@ def shared(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone(shared) -> float:
     """Validation loss of the same run in one process on one host."""
-    command = "python -m miaobi train config/train300M_ddp.yaml --checkpoint_root=alone"
+    command = f"python -m miaobi train config/train300M_ddp.yaml --checkpoint_root=alone {FLOAT32}"
     subprocess.run(shlex.split(command), cwd=shared, env=environment(), check=True, timeout=240)
     return ending(shared / "alone")
 

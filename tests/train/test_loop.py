@@ -9,14 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miaobi.corpus.dataset import IGNORE, PreparedData, TokenStream, batch, windows_per_epoch
+from miaobi.corpus.dataset import IGNORE, batch, windows_per_epoch
+from miaobi.corpus.prepared import PreparedData, TokenStream
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model
-from miaobi.overrides import load_config, with_values
-from miaobi.train import loop
+from miaobi.settings import load_config, with_values
+from miaobi.train import evaluate
 from miaobi.train.loop import Run
+from miaobi.train.setup import set_up
 from miaobi.train.world import World
 
 
@@ -40,8 +42,8 @@ def new_run(prepared, tmp_path):
                  "grad_clip": 0, "compile": False} | values  # fmt: skip
         cfg, _ = load_config(None, [(key, str(value)) for key, value in given.items()])
         cfg = with_values(cfg, {"data": str(prepared()), "out_dir": str(tmp_path / "run")})
-        run = Run(cfg, {}, World(), torch.device("cpu"), torch.float32)
-        run.optimizers = []
+        run = Run(set_up(cfg, {}, World(), torch.device("cpu"), torch.float32))
+        run.plan.optimizers.clear()
         return run
 
     return make
@@ -55,7 +57,7 @@ def gradients(run: Run, step: int) -> tuple[float, dict[str, torch.Tensor]]:
 
 def a_step_with_short_windows(run: Run) -> int:
     for step in range(200):
-        _, targets = batch(run.data.train, 16, 8, run.cfg.train.seed, step)
+        _, targets = batch(run.plan.data.train, 16, 8, run.cfg.seed, step)
         if (targets == IGNORE).any():
             return step
     raise AssertionError
@@ -65,7 +67,7 @@ def a_step_with_short_windows(run: Run) -> int:
 def test_micro_batches_of_any_size_give_the_gradient_of_the_whole_batch(new_run, family):
     whole = new_run(family=family)
     step = a_step_with_short_windows(whole)
-    x, y = (torch.from_numpy(a) for a in batch(whole.data.train, 16, 8, whole.cfg.train.seed, step))
+    x, y = (torch.from_numpy(a) for a in batch(whole.plan.data.train, 16, 8, whole.cfg.seed, step))
     loss, grads = gradients(whole, step)
     whole.model.zero_grad(set_to_none=True)
     expected = F.cross_entropy(whole.model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
@@ -163,14 +165,14 @@ def test_no_evaluation_before_the_first_interval_and_none_dearer_than_the_traini
     train, prepared, tmp_path, monkeypatch
 ):
     calls, steps = [], []
-    validation_nats, step = loop.validation_nats, Run.step
+    validation_nats, step = evaluate.validation_nats, Run.step
     monkeypatch.setattr(Run, "step", lambda self, n: (steps.append(n), step(self, n))[1])
 
     def spy(model, windows, *args):
         calls.append((len(steps), len(windows.inputs)))
         return validation_nats(model, windows, *args)
 
-    monkeypatch.setattr(loop, "validation_nats", spy)
+    monkeypatch.setattr(evaluate, "validation_nats", spy)
     train(data=prepared(), out_dir=tmp_path / "run", max_iters=7, eval_interval=5, eval_iters=1000)
     assert [at for at, _ in calls] == [5, 7]
     for at, windows in calls:

@@ -10,9 +10,9 @@ import pytest
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model
-from miaobi.overrides import load_config
+from miaobi.settings import load_config
 from miaobi.train.mirror import Mirror
-from miaobi.train.state import open_run
+from miaobi.train.run_directory import open_run
 
 
 @pytest.fixture(params=["directory", "memory"])
@@ -49,7 +49,7 @@ def test_a_run_whose_machine_is_lost_goes_on_from_the_mirror(train, prepared, tm
 def test_the_mirror_holds_whole_checkpoints_and_drops_old_ones(train, prepared, tmp_path, url):
     train(data=prepared(), mirror=url, out_dir=tmp_path / "run", max_iters=40, eval_interval=10)
     here = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert names(url) == here
+    assert names(url) == here | {"run", "config.yaml"}
     files, root = fsspec.core.url_to_fs(url)
     files.get(f"{root}/step-40/", f"{tmp_path / 'copy'}/", recursive=True)
     load_model(tmp_path / "copy")
@@ -75,9 +75,11 @@ def test_a_step_saved_twice_is_copied_twice(train, prepared, tmp_path, url):
     checkpoints = tmp_path / "run" / "checkpoints"
     progress = checkpoints / "step-20" / "train_state" / "progress.json"
     progress.write_text(progress.read_text().replace('"evaluated": 20', '"evaluated": 10'))
-    Mirror(url).push(checkpoints)
-    Mirror(url).pull(tmp_path / "again")
-    assert (tmp_path / "again" / "step-20" / "train_state" / "progress.json").read_bytes() == progress.read_bytes()
+    Mirror(url).push(checkpoints.parent, "a")
+    Mirror(url).pull(tmp_path / "again", lambda _: None)
+    assert (
+        tmp_path / "again" / "checkpoints" / "step-20" / "train_state" / "progress.json"
+    ).read_bytes() == progress.read_bytes()
 
 
 def test_a_run_begun_anew_that_torchrun_restarts_does_not_go_on_from_the_run_before(train, prepared, tmp_path, url):
@@ -94,7 +96,7 @@ def test_a_checkpoint_that_was_copied_by_half_is_copied_again(train, prepared, t
     files.makedirs(f"{root}/step-20")
     files.pipe_file(f"{root}/step-20/model.safetensors", b"half")
     train(data=prepared(), mirror=url, out_dir=tmp_path / "run", max_iters=20)
-    Mirror(url).pull(tmp_path / "again" / "checkpoints")
+    Mirror(url).pull(tmp_path / "again", lambda _: None)
     load_model(tmp_path / "again", "last")
 
 
@@ -128,6 +130,6 @@ def test_a_name_in_the_mirror_is_no_path_out_of_it(tmp_path, name):
     checkpoints.mkdir(parents=True)
     (tmp_path / "run" / "precious").write_text("kept")
     with pytest.raises(UserError, match="which is no checkpoint"):
-        Mirror(str(far)).pull(checkpoints)
+        Mirror(str(far)).pull(tmp_path / "run", lambda _: None)
     assert (tmp_path / "run" / "precious").read_text() == "kept"
     assert list(checkpoints.iterdir()) == []

@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 
 from miaobi.config import TrainConfig
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.dataset import IGNORE, Batch, PreparedData, TextWindows
+from miaobi.corpus.dataset import IGNORE, Batch, TextWindows
 from miaobi.corpus.packing import PackedDialogues
 from miaobi.corpus.prepare import prepare
+from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model
-from miaobi.train.world import World, check_batch, join, rank_device
+from miaobi.train.rendezvous import join, rank_device
+from miaobi.train.world import World, check_batch
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 STEPS = 50
@@ -61,7 +63,7 @@ def weights(out: Path) -> bytes:
 @pytest.fixture(scope="module")
 def alone(prepared, tmp_path_factory):
     """`alone(optimizer="muon")`: the run of one process, once per setting."""
-    from miaobi.overrides import load_config
+    from miaobi.settings import load_config
     from miaobi.train.loop import train as train_run
 
     known: dict[tuple, Path] = {}
@@ -151,7 +153,9 @@ def test_a_run_goes_on_with_other_ranks_and_another_layout(prepared, alone, tmp_
     run([sys.executable, "-m", "miaobi", "train", *flags(**settings, max_iters=10)])
     run(torchrun(2, **settings, max_iters=20, parallel="ddp"))
     run(torchrun(2, **settings, max_iters=30, parallel="fsdp"))
-    assert (pointed(tmp_path / "run" / "checkpoints" / "last") / "train_state" / "__1_0.distcp").stat().st_size > 1000
+    assert (
+        pointed(tmp_path / "run" / "checkpoints" / "last") / "train_state" / "optimizer-1-of-2.safetensors"
+    ).stat().st_size > 1000
     run([sys.executable, "-m", "miaobi", "train", *flags(**settings, max_iters=STEPS)])
     ours, one = losses(tmp_path / "run"), losses(alone(eval_interval=10))
     assert np.abs(np.array(ours[0]) - np.array(one[0])).max() < 1e-4
@@ -220,7 +224,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_those_that_would():
 
 
 def test_more_processes_than_gpus_is_refused(monkeypatch):
-    monkeypatch.setattr("miaobi.train.world.pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr("miaobi.train.rendezvous.pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="rank 5 has no GPU of its own: this machine has 2"):
         rank_device("auto", World(rank=5, size=6, local_rank=2))
@@ -311,8 +315,8 @@ def test_the_rank_that_fails_speaks_first_and_all_end(prepared, tmp_path):
 def test_a_shard_that_is_missing_is_an_error_that_says_where(prepared, tmp_path, train):
     out = tmp_path / "run"
     run(torchrun(2, data=prepared(), out_dir=out, max_iters=5, eval_interval=5, parallel="fsdp"))
-    (pointed(out / "checkpoints" / "last") / "train_state" / "__1_0.distcp").unlink()
-    with pytest.raises(UserError, match="train_state cannot be read"):
+    (pointed(out / "checkpoints" / "last") / "train_state" / "optimizer-1-of-2.safetensors").unlink()
+    with pytest.raises(UserError, match=r"optimizer-1-of-2\.safetensors is missing"):
         train(data=prepared(), out_dir=out, max_iters=10, eval_interval=5, log_interval=1, optimizer="adamw",
               schedule="constant", warmup_iters=0)  # fmt: skip
 

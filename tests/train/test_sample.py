@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.dataset import PreparedData
 from miaobi.corpus.dialogue import GREETING, first_message
 from miaobi.corpus.prepare import prepare
+from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, ChatTemplate
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.generate.chat import preview

@@ -7,14 +7,15 @@ import pytest
 import torch
 import transformers
 
-from miaobi.corpus.dataset import PreparedData
 from miaobi.corpus.packing import PackedDialogues
+from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import model_directory
-from miaobi.train.evaluate import text_size, told
+from miaobi.train.config import EvalConfig
+from miaobi.train.evaluate import given_and_scored, text_size
+from miaobi.train.run_directory import load_progress
 from miaobi.train.score import score, stride_tokens
-from miaobi.train.state import load_progress
 
 BLOCK = 32
 TEXT = "皇马赢得比赛，曼联输掉冠军。😀𠮷龘<sep>\n\n国家队期待联赛！球迷谈到训练。<|endoftext|>\n\n"
@@ -22,9 +23,8 @@ TEXT += "前锋错过转会，" * 20
 
 
 def miaobi_score(run, *sources, **changes) -> dict:
-    settings = {"checkpoint": "best", "split": "val", "format": "auto", "stride": "half", "batch_size": 4,
-                "device": "cpu", "dtype": "float32"} | changes  # fmt: skip
-    return score(str(run), [str(s) for s in sources], **settings)
+    settings = {"batch_size": 4, "device": "cpu"} | changes
+    return score(EvalConfig(str(run), tuple(str(s) for s in sources), **settings))
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def chatter(tmp_path_factory):
     """A run on dialogues whose vocabulary has `好` and hardly more."""
     from miaobi.corpus.config import PrepareConfig
     from miaobi.corpus.prepare import prepare
-    from miaobi.overrides import load_config
+    from miaobi.settings import load_config
     from miaobi.train.loop import train as train_run
 
     folder = tmp_path_factory.mktemp("chatter")
@@ -144,7 +144,7 @@ def test_characters_of_dialogues_are_those_of_which_something_is_scored(
 def test_training_counts_the_characters_of_its_windows_as_eval_does(chatter):
     data, found = PreparedData.open(chatter.parent / "data"), load_progress(chatter / "checkpoints" / "last")
     blocks = PackedDialogues(data.val, 8)
-    characters, _ = text_size(*told(blocks.fixed(len(blocks))), Tokenizer.load(data.path))
+    characters, _ = text_size(*given_and_scored(blocks.fixed(len(blocks))), Tokenizer.load(data.path))
     result = miaobi_score(chatter, data.path)
     assert characters == result["characters"]
     assert found.val_bits_per_char == pytest.approx(result["bits_per_char"], rel=1e-5)

@@ -18,12 +18,23 @@ RISING = [[100, 4.0, 4.5], [200, 3.0, 4.2], [300, 2.0, 5.1], [400, 1.2, 5.2], [5
 def test_the_seeds_overfitting_is_told_in_plain_words():
     """Its figures: train 1.18, 0.30, 0.13 while validation went 5.20, 6.41, 7.19."""
     seed = [[2000, 1.1798, 5.1980], [3000, 0.2954, 6.4054], [4000, 0.1332, 7.1862]]
-    warning = overfitting(seed)
+    warning = overfitting(seed, 0.0, 1e-3)
     assert "by heart" in warning
     assert "1.18 -> 0.13" in warning
     assert "5.20 -> 7.19" in warning
     assert "step 2000" in warning, "the best checkpoint so far"
-    assert "step 200 " in overfitting(RISING)
+    assert "step 200 " in overfitting(RISING, 0.0, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("dropout", "said", "unsaid"),
+    [(0.0, "--dropout=0.2", "more"), (0.2, "more --dropout than 0.2", "=0.2"), (0.5, "a smaller", "--dropout")],
+)
+def test_the_advice_is_what_was_not_tried(dropout, said, unsaid):
+    advice = overfitting(RISING, dropout, 6e-4).rpartition("; then ")[2]
+    assert said in advice
+    assert unsaid not in advice
+    assert "a lower --learning_rate than 0.0006" in advice
 
 
 @pytest.mark.parametrize(
@@ -38,7 +49,7 @@ def test_the_seeds_overfitting_is_told_in_plain_words():
     ],
 )
 def test_no_warning_without_cause(history):
-    assert overfitting(history) is None
+    assert overfitting(history, 0.0, 1e-3) is None
 
 
 @given(st.lists(st.floats(0, 10), max_size=20))

@@ -5,31 +5,32 @@ from __future__ import annotations
 import csv
 import dataclasses
 import statistics
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from miaobi.classify import head
 from miaobi.classify.base import open_base, prepare_base
 from miaobi.classify.config import ClassifyConfig
 from miaobi.classify.data import Labelled, differences, make_split, read_labelled
 from miaobi.classify.evaluation import baselines, paired_interval
-from miaobi.classify.finetune import Cell, Interrupted, finetune
+from miaobi.classify.finetune import Cell, Experiment, Interrupted, finetune
 from miaobi.classify.place import RESULT, changed, identity, read_result, refuse_others, run_directory
 from miaobi.console import log
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.files import point, write_json, written_whole
-from miaobi.overrides import Origin, with_origins, write_yaml
+from miaobi.settings import Origin, with_origins, write_yaml
 from miaobi.train.watch import on_signals
 
 POOLINGS = ("mask", "no_mask")
 TRAINABLE = ("full", "last_block", "lora", "head")
 FIGURES = ("accuracy", "macro_f1", "calibration_error", "seconds", "trained_parameters", "peak_memory_mb")
+SPLIT = ("data_sha256", "protocol", "train_fraction", "block_size", "long_texts")
+"""Settings that decide what is tested: figures stand in one table where these agree."""
 
 Row = dict[str, Any]
 
@@ -37,12 +38,14 @@ Row = dict[str, Any]
 def train(cfg: ClassifyConfig, origin: Origin | None = None) -> dict[str, Any]:
     """Tune `cfg.base_model` once per seed; the classifiers lie in out_dir/checkpoints, `best` names the best.
 
-    Returns run, rows (one per seed), accuracy, macro_f1 (means), accuracy_deviation, baselines, versus_svm
-    (difference, low, high), data, stopped. Raises UserError.
+    Returns run, rows (one per seed), earlier (rows of other poolings and parts that lie in out_dir), accuracy,
+    macro_f1 (means), accuracy_deviation, baselines, versus_svm (difference, low, high), data, stopped.
+    Raises UserError.
     """
     cells = [Cell(cfg.pooling, cfg.trainable, cfg.seed + i) for i in range(cfg.seeds)]
     run = Run(cfg, origin or {}, keep_models=True)
     result = run.go(cells)
+    result["earlier"] = run.earlier(cells)
     if run.rows:
         result["accuracy"], result["accuracy_deviation"] = spread(run.rows, "accuracy")
         result["macro_f1"], _ = spread(run.rows, "macro_f1")
@@ -78,18 +81,16 @@ class Run:
         self.keep_models, self.origin = keep_models, origin
         self.rows: list[Row] = []
         self.stopped: str | None = None
-        self.states: dict[Hashable, Tensor] = {}
         if not cfg.data:
             raise UserError("which texts? give a .csv, .tsv or .jsonl with texts and labels: --data=reviews.csv")
         keep_allocations()
-        self.device = pick_device(cfg.device)
-        self.dtype = pick_dtype(cfg.dtype, self.device)
-        self.data = read_labelled(cfg)
-        self.base = open_base(cfg)
-        self.out = run_directory(cfg, origin, self.base)
-        self.cfg = dataclasses.replace(cfg, out_dir=str(self.out))
-        self.identity = identity(cfg, self.data, self.base)
-        self.counts = count(self.data, cfg)
+        device = pick_device(cfg.device)
+        dtype = pick_dtype(cfg.dtype, device)
+        data, base = read_labelled(cfg), open_base(cfg)
+        self.out = run_directory(cfg, origin, base)
+        self.experiment = Experiment(dataclasses.replace(cfg, out_dir=str(self.out)), base, data, device, dtype)
+        self.identity = identity(cfg, data, base)
+        self.counts = count(data, cfg)
 
     def go(self, cells: list[Cell]) -> dict[str, Any]:
         """Train the cells that are not finished, in order; an interruption gives up the one at hand.
@@ -108,7 +109,9 @@ class Run:
                         log(f"{self.stopped}: finished cells are kept; the same command again goes on after them")
                         break
                 self.rows.append(row)
-        simple = [] if self.stopped or not self.cfg.baselines else self.baselines({cell.seed for cell in cells})
+        simple = (
+            [] if self.stopped or not self.experiment.cfg.baselines else self.baselines({cell.seed for cell in cells})
+        )
         self.point_at_best()
         return {"run": str(self.out), "rows": self.rows, "baselines": simple, "data": self.counts,
                 "stopped": self.stopped}  # fmt: skip
@@ -117,7 +120,7 @@ class Run:
         """Make the run directory and write config.yaml."""
         try:
             (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_yaml(self.out / "config.yaml", with_origins(self.cfg, self.origin))
+            write_yaml(self.out / "config.yaml", with_origins(self.experiment.cfg, self.origin))
         except OSError as e:
             raise UserError(f"out_dir {self.out} cannot be written: {e.strerror}; choose another --out_dir") from e
 
@@ -139,8 +142,7 @@ class Run:
     def train(self, cell: Cell) -> Row:
         """Train a cell and write it down, whole or not at all."""
         logs = self.out / "logs" / cell.name
-        judge, _, row = finetune(self.cfg, cell, self.base, self.data, self.device, self.dtype, logs,
-                                 lambda: self.stopped is not None, self.states)  # fmt: skip
+        judge, _, row = finetune(self.experiment, cell, logs, lambda: self.stopped is not None)
         with written_whole(self.out / "checkpoints" / cell.name) as aside:
             if self.keep_models:
                 head.save(aside, judge)
@@ -149,16 +151,27 @@ class Run:
             f"calibration error {row['calibration_error']:.4f}, {row['seconds']:.0f} s")  # fmt: skip
         return row
 
+    def earlier(self, cells: list[Cell]) -> list[Row]:
+        """Figures that other commands left here, of the same split of the same texts but another pooling or part."""
+        now, told = {(cell.pooling, cell.trainable) for cell in cells}, []
+        for path in (self.out / "checkpoints").glob(f"*/{RESULT}"):
+            saved = read_result(path)
+            if saved is None or any(saved["settings"].get(key) != self.identity[key] for key in SPLIT):
+                continue
+            if path.parent.name != "best" and (saved["row"]["pooling"], saved["row"]["trainable"]) not in now:
+                told.append((path.stat().st_mtime, saved["row"]))
+        return [row for _, row in sorted(told, key=lambda one: one[0])]
+
     def baselines(self, seeds: Iterable[int]) -> list[Row]:
         """Both baselines on the split of every seed."""
-        found = []
+        found, cfg, data = [], self.experiment.cfg, self.experiment.data
         for seed in sorted(seeds):
             path = self.out / "baselines" / f"{seed}.json"
             saved = read_result(path)
             if saved is None or changed(saved["settings"], self.identity) is not None:
-                _, tokenizer, reading = prepare_base(self.cfg, self.base, seed)
-                split = make_split(self.data, self.cfg, seed, reading, tokenizer)
-                saved = {"settings": self.identity, "rows": baselines(split, self.data.names, seed)}
+                _, tokenizer, reading = prepare_base(cfg, self.experiment.base, seed)
+                split = make_split(data, cfg, seed, reading, tokenizer)
+                saved = {"settings": self.identity, "rows": baselines(split, data.names, seed)}
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, saved)
             found += saved["rows"]
@@ -223,19 +236,19 @@ def by_cell(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
 def show(rows: list[Row], simple: list[Row], protocol: str) -> None:
     """The table, on stdout: means over the seeds, ± standard deviation."""
     table = Table(title=protocol)
-    for column in ("pooling", "trainable", "seeds", "accuracy", "macro-F1", "ECE", "seconds", "trained", "memory"):
+    for column in ("pooling", "trainable", "seeds", "accuracy", "macro-F1", "ECE", "time", "trained", "memory"):
         table.add_column(column, justify="left" if column in ("pooling", "trainable") else "right", no_wrap=True)
     for (pooling, trainable), found in by_cell(rows).items():
         figures = {name: spread(found, name) for name in FIGURES}
         table.add_row(
             pooling, trainable, str(len(found)), percent(figures["accuracy"], len(found)),
-            f"{figures['macro_f1'][0]:.4f}", f"{figures['calibration_error'][0]:.3f}", f"{figures['seconds'][0]:,.1f}",
+            f"{figures['macro_f1'][0]:.4f}", f"{figures['calibration_error'][0]:.3f}", duration(figures["seconds"][0]),
             f"{figures['trained_parameters'][0]:,.0f}", f"{figures['peak_memory_mb'][0]:,.0f} MB",
         )  # fmt: skip
     for name in dict.fromkeys(row["name"] for row in simple):
         found = [row for row in simple if row["name"] == name]
         table.add_row(name, "", str(len(found)), percent(spread(found, "accuracy"), len(found)),
-                      f"{spread(found, 'macro_f1')[0]:.4f}", "", f"{spread(found, 'seconds')[0]:,.1f}")  # fmt: skip
+                      f"{spread(found, 'macro_f1')[0]:.4f}", "", duration(spread(found, "seconds")[0]))  # fmt: skip
     Console(width=None if Console().is_terminal else 120).print(table)
 
 
@@ -256,6 +269,14 @@ def conclude(result: dict[str, Any]) -> None:
 def percent(figure: tuple[float, float], count: int) -> str:
     """Mean ± deviation in percent."""
     return f"{figure[0]:.2%}" + (f" ± {100 * figure[1]:.2f}" if count > 1 else "")
+
+
+def duration(seconds: float) -> str:
+    """`12.3 s`, `26.6 min`, `1.0 h`."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def write_csv(path: Path, rows: list[Row], simple: list[Row]) -> None:

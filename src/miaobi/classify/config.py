@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
-from miaobi.config import LoraConfig
-from miaobi.console import log
+from miaobi.config import Location, LoraConfig, Positional
 from miaobi.errors import UserError
-from miaobi.overrides import Origin, coerce, collect, suggest
+from miaobi.seeds import CLASSIFY, SENTIMENT
+from miaobi.settings import Origin, collect
 
 Pooling = Literal["mask", "no_mask", "mean"]
 Trainable = Literal["full", "last_block", "head", "lora"]
@@ -25,11 +23,11 @@ LEARNING_RATES = {"full": 1e-4, "last_block": 5e-4, "head": 3e-3, "lora": 1e-3}
 class ClassifyConfig:
     """Labels out of a pretrained model."""
 
-    base_model: str = ""
+    base_model: Location = ""
     """MODEL that is tuned: run or model directory, hub name, or a small-gpt .pth (see corpus)."""
-    corpus: str | None = None
+    corpus: Location | None = None
     """For a .pth: the text that it was trained on, from which its vocabulary is rebuilt."""
-    data: str = ""
+    data: Location = ""
     """Labelled texts: .csv, .tsv or .jsonl, also .gz .xz .zst .zip of them."""
     text_column: str | None = None
     """Column or field with the text; default: the one called text, review, content or sentence."""
@@ -97,7 +95,7 @@ class ClassifyConfig:
     """The first of them."""
     baselines: bool = True
     """Also score the commonest label and a linear SVM on character n-grams, on the same splits."""
-    out_dir: str = "classify_run"
+    out_dir: Location = "classify_run"
     """Run directory."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
@@ -133,9 +131,9 @@ class ClassifyConfig:
 class PredictConfig:
     """Labels of new texts."""
 
-    model: tyro.conf.Positional[str]
+    model: Positional[Location]
     """Run of `miaobi classify train`, or the directory of a classifier."""
-    input: tyro.conf.Positional[str | None] = None
+    input: Positional[str | None] = None
     """A text, a file (.csv .tsv .jsonl, else a text a line), or - for lines of standard input (the default)."""
     text_column: str | None = None
     """Tables and JSON lines: the column with the text; default: the one called text, review, content or sentence."""
@@ -153,70 +151,29 @@ class PredictConfig:
     """Arithmetic of the matrix products; auto = the fastest that the device does well."""
 
     def __post_init__(self) -> None:
+        if (self.input or "").startswith("~/"):
+            object.__setattr__(self, "input", os.path.expanduser(self.input))
         for name in ("batch_size", "micro_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
-ALIASES = {  # small-gpt's names -> ours
-    "sentimental_data_path": "data",
-    "data_path": "corpus",
-    "train_percent": "train_fraction",
-    "train_batch": "batch_size",
-    "lr": "learning_rate",
-    "warmup_steps": "warmup_iters",
-    "decay_steps": "lr_decay_iters",
-    "eval_freq": "eval_interval",
-    "checkpoint_root": "out_dir",
-}
-SWITCHES = {  # small-gpt's True and False -> our key and its two values
-    "use_mask": ("pooling", "mask", "no_mask"),
-    "frozen": ("trainable", "last_block", "full"),
-}
-NO_LONGER = {  # keys of small-gpt that mean nothing here, and why
-    **dict.fromkeys(("vocab_size", "n_layer", "n_head", "n_embd", "bias"), "the shape comes with base_model"),
-    "compile": "texts of every length would be compiled anew",
-    "tensorboard_path": "TensorBoard events are written into the run directory",
-    "test_batch": "results do not depend on it",
-    "save_freq": "the best model is kept",
-    "resume_from": "the same command again goes on with what is unfinished",
-}
 CHECKPOINT_ROOT = "checkpoint_root"
 """small-gpt keeps all its checkpoints there, those of pretraining too."""
-SMALL_GPT = {"sentimental_data_path", "use_mask", "frozen", "train_percent"}
 
 
-def load_config(path: Path | None, given: list[tuple[str, str]]) -> tuple[ClassifyConfig, Origin]:
+def load_config(path: Path | None, given: list[tuple[str, Any]]) -> tuple[ClassifyConfig, Origin]:
     """Defaults, then the file, then the command line's (key, value) pairs.
 
     Returns the configuration and where each value came from. Raises UserError for unknown keys and wrong types.
     """
-    values, origin, written = collect(path, given, canonical)
-    if "protocol" not in values and (seed_keys := sorted(written & SMALL_GPT)):
+    values, origin, written = collect(ClassifyConfig, CLASSIFY, "miaobi classify train", path, given)
+    if "protocol" not in values and (seed_keys := sorted(written & SENTIMENT)):
         values["protocol"], origin["protocol"] = "as-published", f"small-gpt's way, because {seed_keys[0]} is given"
-    names = [key for key in (*written, *(key for key, _ in given)) if ALIASES.get(key, key) == "out_dir"]
+    names = [key for key in (*written, *(key for key, _ in given)) if CLASSIFY.aliases.get(key, key) == "out_dir"]
     if names and names[-1] == CHECKPOINT_ROOT:
         origin["out_dir"] += f", as {CHECKPOINT_ROOT}"
     return ClassifyConfig(**values), origin
-
-
-def canonical(key: str, value: Any, where: str) -> tuple[str, Any] | None:
-    """Our name and value for a key as some user wrote it; None if it means nothing here (one line says why).
-
-    Raises UserError for an unknown key.
-    """
-    if key in NO_LONGER:
-        log(f"{where}: {key} is not needed: {NO_LONGER[key]}")
-        return None
-    if key in SWITCHES:
-        name, yes, no = SWITCHES[key]
-        return name, yes if coerce(key, value, bool, where) else no
-    name, kinds = ALIASES.get(key, key), typing.get_type_hints(ClassifyConfig)
-    if name not in kinds:
-        known = [*kinds, *ALIASES, *SWITCHES]
-        raise UserError(f"{where}: unknown key {key!r}.{suggest(key, known)} "
-                        "`miaobi classify train --help` lists all keys")  # fmt: skip
-    return name, coerce(key, value, kinds[name], where)
 
 
 def settings_of(cfg: ClassifyConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,21 @@ class Cell:
     def name(self) -> str:
         """Directory of its figures."""
         return f"{self.pooling}-{self.trainable}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What the cells of one command share."""
+
+    cfg: ClassifyConfig
+    base: str
+    """Directory or .pth of the model that is tuned."""
+    data: Labelled
+    device: torch.device
+    dtype: torch.dtype
+    states: dict[Hashable, Tensor] = field(default_factory=dict)
+    """Outputs of frozen layers, filled on the way (corrected alone: as-published gives every seed's base two rows of
+    its own)."""
 
 
 def build(cfg: ClassifyConfig, cell: Cell, model: Transformer, labels: int) -> Classifier:
@@ -269,37 +284,27 @@ def row_weights(part: Part, labels: int, how: str) -> np.ndarray:
 
 
 def finetune(
-    cfg: ClassifyConfig,
-    cell: Cell,
-    base: str,
-    data: Labelled,
-    device: torch.device,
-    dtype: torch.dtype,
-    metrics: Path | None = None,
-    interrupted: Callable[[], bool] = lambda: False,
-    states: dict[Hashable, Tensor] | None = None,
+    experiment: Experiment, cell: Cell, metrics: Path | None = None, interrupted: Callable[[], bool] = lambda: False
 ) -> tuple[Judge, Split, dict[str, Any]]:
-    """Train one cell.
-
-    metrics: directory of its curves. states: outputs of frozen layers that cells of one base share, filled on the way
-    (corrected alone: as-published gives every seed's base two rows of its own).
+    """Train one cell; its curves go into the directory `metrics`.
 
     Returns the classifier at its best, the split, and the figures of its test part (`evaluation.judged`) with
     dev_accuracy, seconds, trained_parameters, peak_memory_mb, best_step, train_rows.
     Raises Interrupted; UserError for data and settings that do not fit, a loss that is not finite, too little memory.
     """
+    cfg, data, device = experiment.cfg, experiment.data, experiment.device
     reset_peak_memory(device)
-    model, tokenizer, reading = prepare_base(cfg, base, cell.seed)
+    model, tokenizer, reading = prepare_base(cfg, experiment.base, cell.seed)
     split = make_split(data, cfg, cell.seed, reading, tokenizer)
     classifier = build(cfg, cell, model, len(data.names))
     if cfg.protocol == "corrected":
-        keep_head(classifier, base, data.names)
+        keep_head(classifier, experiment.base, data.names)
     classifier.to(device)
-    judge = Judge(classifier, tokenizer, reading, data.names, dtype=dtype, micro_tokens=cfg.micro_tokens)
+    judge = Judge(classifier, tokenizer, reading, data.names, dtype=experiment.dtype, micro_tokens=cfg.micro_tokens)
     tokens, _ = token_budget(device, cfg.micro_tokens)
     advice = f"try --micro_tokens={max(1, tokens // 2)} (same result, less memory), then a smaller base_model"
     with explain_memory(device, advice):
-        run = Finetuning(cfg, cell, judge, split, states)
+        run = Finetuning(cfg, cell, judge, split, experiment.states)
         if metrics is not None:
             metrics.mkdir(parents=True, exist_ok=True)
         curves = Metrics(metrics, 0, None) if metrics is not None else None

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 from miaobi.classify.data import normalized
 from miaobi.classify.tables import read_rows
-from miaobi.console import log
-from miaobi.corpus.read import read_documents
+from miaobi.command_line import parse
+from miaobi.config import Location, Positional
+from miaobi.console import error, log
+from miaobi.corpus.documents import read_documents
 from miaobi.corpus.sources import find_sources
-from miaobi.errors import UserError
 from miaobi.files import text_written_whole
 
 PREFIX, WINDOW = 60, 20
@@ -34,9 +34,9 @@ POWERS = np.array([pow(1_000_003, i, 1 << 64) for i in range(WINDOW)], np.uint64
 class Args:
     """Command line."""
 
-    sources: tyro.conf.Positional[tuple[str, ...]]
+    sources: Positional[tuple[Location, ...]]
     """Files, directories, globs, as in `miaobi prepare`; of tables the text column."""
-    evaluation: str
+    evaluation: Location
     """Labelled table whose texts may not be pretrained on."""
     out: Path
     """.jsonl that is written: one document a line, in text."""
@@ -131,11 +131,11 @@ def clean(args: Args) -> dict[str, int]:
 
 def main() -> None:
     """The command. Exit code 2 for the user's mistakes, a full disk among them."""
-    args = tyro.cli(Args, prog="python -m miaobi.classify.overlap", description=__doc__, use_underscores=True)
+    args = parse(Args, "python -m miaobi.classify.overlap", __doc__)
     try:
         print(json.dumps(clean(args)))
     except (UserError, OSError) as e:
-        print(f"miaobi: {e}", file=sys.stderr)
+        error(e)
         sys.exit(2)
 
 

@@ -17,7 +17,7 @@ from miaobi.console import log
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import model_directory
 from miaobi.model.tensors import read_tensors
-from miaobi.overrides import Origin, read_yaml
+from miaobi.settings import Origin, read_yaml
 
 RESULT = "result.json"
 CONTENTS = {"data_sha256": ("texts or labels", "data"), "base_sha256": ("weights", "base_model")}

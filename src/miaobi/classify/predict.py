@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,6 +26,11 @@ from miaobi.errors import UserError
 
 FILES = (".txt", *FORMAT_BY_NAME, ".gz", ".xz", ".zst", ".zip")
 """What ends like this is the name of a file, and never a text."""
+
+
+def predict(cfg: PredictConfig, as_json: bool = False) -> None:
+    """`miaobi classify predict`: labels on stdout as they come; see `write`."""
+    write(load(cfg.model, cfg), read_input(cfg), cfg, as_json)
 
 
 def load(model: str, cfg: PredictConfig) -> Judge:
@@ -138,27 +145,30 @@ class Score:
 
 
 def write(judge: Judge, rows: Iterator[Row], cfg: PredictConfig, as_json: bool) -> None:
-    """Print the predictions as they come: lines of label, probability and text; or one JSON object.
+    """Print the predictions: lines of label, probability and text as they come; or one JSON object, once all is read,
+    so that a row that cannot be read leaves no half of it.
 
     Where the true labels are known, accuracy and macro-F1 follow: in the object, else on stderr.
     """
-    score, separator = Score(judge.labels), ""
-    if not as_json:
+    score = Score(judge.labels)
+    if as_json:
+        with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as aside:  # as long as the input may be
+            separator = ""
+            for row, found in predictions(judge, rows, cfg):
+                score.add(row, found["label"])
+                aside.write(separator + json_text({"text": row.text, **found}))
+                separator = ", "
+            aside.seek(0)
+            print('{"predictions": [', end="")
+            shutil.copyfileobj(aside, sys.stdout)
+            print("]", *(f"{json_text(k)}: {json_text(v)}" for k, v in score.result().items()), sep=", ", end="}\n")
+    else:
         warn_of_encoding()
-    print('{"predictions": [' if as_json else "", end="")
-    for row, found in predictions(judge, rows, cfg):
-        score.add(row, found["label"])
-        if as_json:
-            print(separator + json_text({"text": row.text, **found}), end="")
-            separator = ", "
-        else:
+        for row, found in predictions(judge, rows, cfg):
+            score.add(row, found["label"])
             label, text = (" ".join(value.split()) for value in (found["label"], row.text))  # one line, three columns
             print(f"{label}\t{found['probability']:.4f}\t{text}")
+        if result := score.result():
+            log(f"accuracy {result['accuracy']:.2%}, macro-F1 {result['macro_f1']:.4f}")
     if score.unlabelled:
         log(f"{score.unlabelled:,} rows without a label are not scored")
-    result = score.result()
-    if as_json:
-        rest = "".join(f", {json_text(k)}: {json_text(v)}" for k, v in result.items())
-        print(f"]{rest}}}")
-    elif result:
-        log(f"accuracy {result['accuracy']:.2%}, macro-F1 {result['macro_f1']:.4f}")

@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tokenizers import models
 
 from miaobi.console import log, warn
+from miaobi.convert.config import GGUFConfig
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, source_of
 from miaobi.corpus.tokenizer import BYTE_PIECES, Tokenizer
 from miaobi.errors import UserError
@@ -41,25 +42,6 @@ OLLAMA_TEMPLATES = {  # Ollama before 2026 does not read the file's own template
     CHATML_TEMPLATE: "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
     "<|im_start|>assistant\n",
 }
-
-
-@dataclass(frozen=True)
-class GGUFConfig:
-    """`miaobi convert gguf MODEL`."""
-
-    model: str
-    """Run directory, model directory, or a hub name: OWNER/NAME, modelscope:OWNER/NAME."""
-    out: Path | None = None
-    """File to write; default: the model's name, the kind and .gguf, in the current directory."""
-    quantize: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "bf16"
-    """How matrices are stored. Norms, biases and positions stay f32; below 8 bits the embedding is q8_0."""
-    checkpoint: str = "best"
-    """Which checkpoint of a run: best, last or step-N."""
-    bpe: Literal["exact", "compatible"] = "exact"
-    """BPE only. exact = the same ids as here, for a llama.cpp of April 2026 or later; compatible = any llama.cpp, with
-    other ids for some texts (the command counts them)."""
-    ollama: bool = False
-    """Write a Modelfile beside it: `ollama create NAME -f Modelfile`."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ import torch
 
 from miaobi.config import ModelConfig
 from miaobi.convert import reading
+from miaobi.convert.config import NanoGPTConfig
+from miaobi.corpus.nanogpt import character_tokenizer, read_characters
 from miaobi.corpus.tokenizer import BYTE_PIECES, EOT, Tokenizer
-from miaobi.errors import UserError, brief
+from miaobi.errors import UserError
 from miaobi.model.transformer import VOCAB_MULTIPLE, Transformer
 
 LAYER = {
@@ -38,8 +40,8 @@ def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) 
     cfg = model_config(checkpoint, path)
     rows = cfg.vocab_size
     if meta is not None:
-        pieces = characters(Path(meta).expanduser())
-        tokenizer = reading.character_tokenizer(pieces, [], first_byte=rows, config={})
+        pieces = read_characters(Path(meta).expanduser())
+        tokenizer = character_tokenizer(pieces, [], first_byte=rows, config={})
         known, source = len(pieces), meta
     else:
         found = Tokenizer.load(Path(tokenizer_dir).expanduser())
@@ -64,6 +66,11 @@ def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) 
     }
 
 
+def convert_checkpoint(cfg: NanoGPTConfig) -> dict[str, Any]:
+    """`miaobi convert nanogpt`; see `convert`."""
+    return convert(cfg.checkpoint, cfg.meta, cfg.tokenizer, cfg.directory)
+
+
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint of nanoGPT. Raises UserError when it is damaged or not nanoGPT's."""
     checkpoint = reading.read_checkpoint(path)
@@ -80,25 +87,6 @@ def model_config(checkpoint: dict[str, Any], path: Path) -> ModelConfig:
         return ModelConfig(family="gpt2", bias=reading.read_bias(checkpoint["model_args"], True, path), **sizes)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
-
-
-def characters(path: Path) -> list[str]:
-    """The characters of a meta.pkl by id. Raises UserError when it is anything but a table of characters."""
-    meta = reading.read_plain_pickle(path)
-    itos = meta.get("itos") if isinstance(meta, dict) else None
-    if not isinstance(itos, dict) or not itos:
-        raise UserError(f"{path} has no table itos (id -> character); give the meta.pkl of nanoGPT's prepare.py")
-    if set(itos) != set(range(len(itos))):
-        raise UserError(f"{path}: its ids do not run from 0 to {len(itos) - 1}; it was altered, get it again")
-    pieces = [itos[id_] for id_ in range(len(itos))]
-    for piece in pieces:
-        if not isinstance(piece, str) or len(piece) != 1 or "\ud800" <= piece < "\ue000":
-            raise UserError(
-                f"{path}: {brief(piece)} is not one character; only character models have a meta.pkl like that"
-            )
-    if len(set(pieces)) != len(pieces):
-        raise UserError(f"{path}: some characters have two ids; it was altered, get it again")
-    return pieces
 
 
 @torch.no_grad()

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import pickle
-import pickletools
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import tokenizers
 import torch
-from tokenizers import decoders, models
 from torch import Tensor, nn
 
 from miaobi import __version__
 from miaobi.config import ModelConfig
-from miaobi.corpus.tokenizer import BYTE_PIECES, Tokenizer
+from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, brief
 from miaobi.files import sha256, write_json, written_whole
 from miaobi.model.checkpoint import save_model
-from miaobi.model.tensors import is_plain, load_plain, refuse_pointers, unreadable
+from miaobi.model.tensors import is_plain, load_plain
 from miaobi.model.transformer import VOCAB_MULTIPLE, Transformer
 
 RECORD = "converted.json"
@@ -42,31 +37,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}, not a checkpoint with its settings")
     return found
-
-
-def read_plain_pickle(path: Path) -> Any:
-    """A pickle of dicts, strings and numbers. Raises UserError if it is missing, damaged, or names any class."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    refuse_pointers([path])
-    try:
-        data = path.read_bytes()
-        for code, argument, _ in pickletools.genops(data):
-            if "PUT" in code.name and isinstance(argument, int) and argument > len(data):
-                raise pickle.UnpicklingError("a memo far beyond its end")  # for which memory would be taken
-        return _PlainUnpickler(io.BytesIO(data)).load()
-    except Exception as e:
-        raise unreadable(path, e) from e
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """What only opcodes build; a pickle that asks for a class or function gets none."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding="utf-8")
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
 
 def read_sizes(values: dict[str, Any], path: Path, project: str) -> dict[str, int]:
@@ -168,26 +138,6 @@ def append_rows(model: Transformer, row: Tensor, count: int) -> None:
         wte.weight[:V] = model.wte.weight[:V]
         wte.weight[V : V + count] = row
     model.wte, model.cfg = wte, replace(model.cfg, vocab_size=V + count)
-
-
-def character_tokenizer(
-    pieces: list[str], specials: list[str], first_byte: int | None, config: dict[str, Any]
-) -> Tokenizer:
-    """One token per character, ids in the order of `pieces`.
-
-    specials: those of `pieces` that are control tokens. first_byte: id of the first of the 256 byte pieces, or None:
-    then what has no token becomes `<unk>`.
-    """
-    vocab = {piece: id_ for id_, piece in enumerate(pieces)}
-    if first_byte is None:
-        model = models.BPE(vocab=vocab, merges=[], unk_token="<unk>")
-    else:
-        vocab |= {piece: first_byte + byte for byte, piece in enumerate(BYTE_PIECES)}
-        model = models.BPE(vocab=vocab, merges=[], byte_fallback=True)
-    backend = tokenizers.Tokenizer(model)
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    backend.add_special_tokens(specials)
-    return Tokenizer(backend, config)
 
 
 # The directory that is written

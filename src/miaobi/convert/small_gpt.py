@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,19 @@ from torch.nn.utils.rnn import pad_sequence
 from miaobi.config import ModelConfig, RunConfig
 from miaobi.console import log, warn
 from miaobi.convert import reading
+from miaobi.convert.config import SmallGPTConfig
+from miaobi.corpus import nanogpt
+from miaobi.corpus.blocks import with_progress
 from miaobi.corpus.characters import N_CODE_POINTS, code_points, count_characters
 from miaobi.corpus.dataset import IGNORE
-from miaobi.corpus.read import iter_blocks, read_block
+from miaobi.corpus.documents import iter_blocks, read_block
 from miaobi.corpus.sources import find_sources
-from miaobi.corpus.survey import with_progress
 from miaobi.corpus.template import SEP_TEMPLATE
 from miaobi.corpus.tokenizer import BYTE_PIECES, PAD, SEP, Tokenizer
 from miaobi.errors import UserError, brief
 from miaobi.files import pointed
 from miaobi.model.transformer import Transformer
-from miaobi.overrides import Origin, flatten, with_values
+from miaobi.settings import Origin, flatten, with_values
 
 UNKNOWN = "<unk>"
 SPECIALS = [UNKNOWN, SEP, PAD]
@@ -104,6 +107,11 @@ def doubt(loss: float, entropy: float, spare: int, text: Path, dataset: Any) -> 
     )
 
 
+def convert_checkpoint(cfg: SmallGPTConfig) -> dict[str, Any]:
+    """`miaobi convert small-gpt`; see `convert`."""
+    return convert(cfg.checkpoint, cfg.corpus, cfg.directory, cfg.exact)
+
+
 def converted(path: Path, corpus: str | None) -> Path:
     """The model directory beside `path`, X.miaobi for X.pth, made anew where the checkpoint or the corpus changed.
 
@@ -124,11 +132,22 @@ def converted(path: Path, corpus: str | None) -> Path:
 
 
 def start_from_checkpoint(cfg: RunConfig, origin: Origin) -> tuple[RunConfig, Origin]:
-    """A configuration whose `resume_from` names a `.pth`, with `init_from` the converted model instead.
+    """A configuration whose `resume_from` names a `.pth`, with `init_from` the converted model instead; else as it is.
 
-    Raises UserError where the configuration's sizes are not the checkpoint's, and what `convert` raises.
+    Of several processes one converts. Raises UserError where the configuration's sizes are not the checkpoint's, and
+    what `convert` raises.
     """
-    path = Path(cfg.train.resume_from)
+    path = Path(cfg.train.resume_from or "")
+    if path.suffix != ".pth":
+        return cfg, origin
+    from miaobi.train.rendezvous import join
+
+    with join(cfg.train).first():
+        return _start_from(path, cfg, origin)
+
+
+def _start_from(path: Path, cfg: RunConfig, origin: Origin) -> tuple[RunConfig, Origin]:
+    """`start_from_checkpoint`, in one process."""
     if cfg.train.init_from == "scratch" and origin.get("init_from") == "command line":
         log(f"--init_from=scratch: {path} is left alone")
         return with_values(cfg, {"resume_from": None}), origin
@@ -185,7 +204,8 @@ def vocabulary(corpus: Path) -> tuple[list[str], float]:
     those equally frequent as they first occur. A newline is `<sep>`, or the end of a dialogue, and no character.
     And the entropy of how often they occur, in nats per token, newlines included.
     """
-    sources = find_sources([str(corpus)], "text")  # whatever its name ends in
+    found = find_sources([str(corpus)], "text")  # whatever its name ends in
+    sources = [replace(source, is_exact=True) for source in found]  # small-gpt counts every character
     total, in_order = np.zeros(N_CODE_POINTS, np.int64), []
     contents = (((block,), read_block(block, whole=True)) for block in iter_blocks(sources, whole=True))
     for (block,), content in with_progress(contents, sources, "reading the corpus"):
@@ -202,11 +222,11 @@ def vocabulary(corpus: Path) -> tuple[list[str], float]:
 
 
 def character_tokenizer(pieces: list[str], first_byte: int | None) -> Tokenizer:
-    """The tokenizer of a chit-chat model; see `reading.character_tokenizer`."""
+    """The tokenizer of a chit-chat model; see `nanogpt.character_tokenizer`."""
     config = {"eos_token": PAD, "pad_token": PAD, "sep_token": SEP, "chat_template": SEP_TEMPLATE}
     if first_byte is None:
         config["unk_token"] = UNKNOWN
-    return reading.character_tokenizer(pieces, SPECIALS, first_byte, config)
+    return nanogpt.character_tokenizer(pieces, SPECIALS, first_byte, config)
 
 
 @torch.no_grad()

@@ -30,9 +30,13 @@ def text_of(points: np.ndarray) -> str:
     return points.astype("<u4", copy=False).tobytes().decode("utf-32-le")
 
 
-def of_documents(documents: list[str]) -> np.ndarray:
-    """(characters + documents,) uint16 or uint32: code points of all documents, a newline behind each."""
-    return code_points("\n".join([*documents, ""]))
+def of_documents(documents: list[str], is_stream: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(characters + documents,) uint16 or uint32: code points of all documents, a newline behind each; their lengths.
+
+    is_stream: there is one document, without a newline behind it.
+    """
+    lengths = np.fromiter(map(len, documents), np.int64, len(documents))
+    return code_points(documents[0] if is_stream else "\n".join([*documents, ""])), lengths
 
 
 def count_characters(points: np.ndarray) -> np.ndarray:

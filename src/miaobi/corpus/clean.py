@@ -82,7 +82,7 @@ def first_occurrences(digests: np.ndarray) -> np.ndarray:
 
     Takes 16 bytes a document for the digests and 24 more while sorting.
     """
-    keys = np.ascontiguousarray(digests).view([("high", "<u8"), ("low", "<u8")]).ravel()
+    keys = _keys(digests)
     first = np.zeros(len(keys), bool)
     if len(keys):
         order = np.lexsort((keys["low"], keys["high"]))  # stable, so equal digests stay in source order
@@ -90,6 +90,18 @@ def first_occurrences(digests: np.ndarray) -> np.ndarray:
         first[order[0]] = True
         first[order[1:]] = ordered[1:] != ordered[:-1]
     return first
+
+
+def are_among(digests: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(n, 16) and (m, 16) uint8 -> (n,) bool: which of the digests are among the others."""
+    numbers = np.unique(np.concatenate((_keys(others), _keys(digests))), return_inverse=True)[1]
+    is_other = np.zeros(len(numbers), bool)
+    is_other[numbers[: len(others)]] = True
+    return is_other[numbers[len(others) :]]
+
+
+def _keys(digests: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(digests).view([("high", "<u8"), ("low", "<u8")]).ravel()
 
 
 def is_validation(digests: np.ndarray, val_fraction: float) -> np.ndarray:

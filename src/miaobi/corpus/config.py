@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from miaobi.config import Location, Positional
 from miaobi.errors import UserError
 
 
@@ -15,7 +16,9 @@ class PrepareConfig:
 
     out: Path
     """Directory for train.bin, val.bin, tokenizer.json and manifest.json."""
-    tokenizer: str = "char"
+    sources: Positional[tuple[Location, ...]] = ()
+    """Files, directories, globs; .txt .jsonl .csv .tsv .parquet, also .gz .xz .zst .zip of them."""
+    tokenizer: Location = "char"
     """char, bpe, or a directory (or tokenizer.json) whose tokenizer is reused."""
     vocab_size: int | None = None
     """Rows of the embedding. char: at most this many tokens, rarest characters become bytes. bpe: default 8192."""
@@ -48,6 +51,9 @@ class PrepareConfig:
     tail = nanoGPT's cut: the last part of the characters, no document handling at all (dialogues: the last ones)."""
     val_fraction: float = 0.1
     """Share of the documents (hash) or characters (tail) kept for validation."""
+    val: str = ""
+    """A file, directory or glob whose documents are the validation part, in place of a share of the sources; documents
+    of the sources that are in it as well are dropped (not with --split=tail, which knows no documents)."""
     workers: int = 0
     """Processes that read and encode; 0 = one per core (of the whole cluster with --backend=ray)."""
     backend: Literal["processes", "ray"] = "processes"

@@ -1,4 +1,4 @@
-"""Prepared data on disk, and the batch as a pure function of (seed, step).
+"""The batch as a pure function of (seed, step), over the tokens of `prepared`.
 
 There is no cursor: sample number n of a run is window `permute(n mod W)` of epoch `n div W`. Resuming, or another
 number of ranks, changes nothing; each target token is seen exactly once per epoch.
@@ -7,16 +7,13 @@ number of ranks, changes nothing; each target token is seen exactly once per epo
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from miaobi.corpus.prepared import TokenStream
 from miaobi.errors import UserError
-from miaobi.files import sha256
 
 IGNORE = -100  # target that is not scored
 
@@ -31,155 +28,6 @@ class Batch(NamedTuple):
     """Where each token stands in its document; None: in the window."""
     documents: np.ndarray | None = None
     """Tokens with the same number may attend to each other; None: all may."""
-
-
-class TokenStream:
-    """Tokens of one split, over its shards, read through memory maps."""
-
-    def __init__(self, directory: Path, split: dict, dtype: str, name: str) -> None:
-        self.directory, self.name = directory, name
-        files = [directory / Path(s["file"]).name for s in split["shards"]]  # a manifest names no other directory
-        self.shards = [np.memmap(f, dtype=dtype, mode="r") if f.stat().st_size else np.empty(0, dtype) for f in files]
-        self.ends = np.cumsum([len(s) for s in self.shards])
-        self.characters: int = split["characters"]
-        self.bytes: int = split["bytes"]
-        self.documents: int = split["documents"]
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """Where each document begins: (documents,) int64."""
-        return self._beside("idx", "<u8").astype(np.int64)
-
-    @cached_property
-    def turns(self) -> np.ndarray:
-        """Where a dialogue may be cut, its beginning included: (turns,) int64."""
-        return self._beside("turns", "<u8").astype(np.int64)
-
-    @cached_property
-    def scored(self) -> np.ndarray | None:
-        """Which tokens are learned: (tokens,) uint8; None = all."""
-        return self._beside("scored", "u1") if (self.directory / f"{self.name}.scored").is_file() else None
-
-    def read_scored(self, start: int, stop: int) -> np.ndarray:
-        """Whether the tokens [start, stop) are learned."""
-        return np.ones(stop - start, bool) if self.scored is None else self.scored[start:stop].astype(bool)
-
-    def _beside(self, kind: str, dtype: str) -> np.ndarray:
-        file = self.directory / f"{self.name}.{kind}"
-        try:
-            return np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)
-        except (OSError, ValueError) as e:
-            raise UserError(f"{file} is missing or truncated; prepare the data again") from e
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as int64."""
-        parts, first = [], int(np.searchsorted(self.ends, start, side="right"))
-        for i in range(first, len(self.shards)):
-            base = self.ends[i] - len(self.shards[i])
-            parts.append(self.shards[i][max(0, start - base) : max(0, stop - base)])
-            if stop <= self.ends[i]:
-                break
-        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """A directory written by `miaobi prepare`."""
-
-    path: Path
-    manifest: dict
-
-    @classmethod
-    def open(cls, path: str | Path) -> PreparedData:
-        """Read the manifest and check every shard, and what lies beside it, against its size and SHA-256.
-
-        Raises UserError naming the file that is missing, cut short or altered.
-        """
-        path = Path(path)
-        try:
-            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-            if manifest["format"] != "miaobi-prepared":
-                raise KeyError("format")
-            width = np.dtype(manifest["dtype"]).itemsize
-            shards = [s for split in ("train", "val") for s in manifest[split]["shards"]]
-            expected = [(path / Path(s["file"]).name, s["tokens"] * width, s["sha256"]) for s in shards]
-            beside = _beside(manifest)
-            expected += [(path / Path(b["file"]).name, b["bytes"], b["sha256"]) for b in beside]
-        except FileNotFoundError as e:
-            raise UserError(
-                f"{path} is not prepared data: no manifest.json. Run: miaobi prepare TEXT --out {path}"
-            ) from e
-        except (ValueError, KeyError, TypeError) as e:  # ValueError: neither JSON nor UTF-8
-            raise UserError(f"{path / 'manifest.json'} is damaged ({e}); prepare the data again") from e
-        for shard in expected:
-            _check_shard(*shard)
-        return cls(path, manifest)
-
-    @cached_property
-    def train(self) -> TokenStream:
-        """The training split."""
-        return TokenStream(self.path, self.manifest["train"], self.little_endian, "train")
-
-    @cached_property
-    def val(self) -> TokenStream:
-        """The validation split."""
-        return TokenStream(self.path, self.manifest["val"], self.little_endian, "val")
-
-    @property
-    def little_endian(self) -> str:
-        """NumPy dtype of the shards."""
-        return {"uint16": "<u2", "uint32": "<u4"}[self.manifest["dtype"]]
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows that an embedding needs."""
-        return self.manifest["vocab_size"]
-
-    @property
-    def eot_id(self) -> int | None:
-        """Token after every document; None where the text is one stream (`--split=tail`)."""
-        return self.manifest["eot_id"]
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text or a turn, the one that ends a document last."""
-        eot = () if self.eot_id is None else (self.eot_id,)
-        return tuple(self.manifest.get("end_ids", eot))
-
-    @property
-    def is_dialogue(self) -> bool:
-        """Whether the documents are dialogues."""
-        return self.manifest["kind"] == "dialogue"
-
-    @property
-    def sep_id(self) -> int | None:
-        """Token between two turns where both speakers are alike, else None."""
-        return self.end_ids[0] if self.manifest.get("template") == "sep" else None
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of all tokens, of turns and of what is learned: two directories with the same one train the same."""
-        shards = [s["sha256"] for split in ("train", "val") for s in self.manifest[split]["shards"]]
-        marks = [b["sha256"] for b in _beside(self.manifest) if not b["file"].endswith(".idx")]
-        return hashlib.sha256(" ".join(shards + marks).encode()).hexdigest()
-
-
-def _beside(manifest: dict) -> list[dict]:
-    """Files beside the shards: idx, turns, scored. Directories of the first version do not list them."""
-    return [entry for split in ("train", "val") for entry in manifest[split].get("beside", [])]
-
-
-def _check_shard(path: Path, expected: int, digest: str) -> None:
-    if not path.is_file():
-        raise UserError(f"{path} is missing; prepare the data again")
-    if path.stat().st_size != expected:
-        raise UserError(f"{path} is truncated or altered: {path.stat().st_size} bytes, the manifest says {expected}; "
-                        "prepare the data again")  # fmt: skip
-    if sha256(path) != digest:
-        raise UserError(f"{path} was altered: its SHA-256 is not the manifest's; prepare the data again")
 
 
 def _mix(x: np.ndarray, key: int) -> np.ndarray:

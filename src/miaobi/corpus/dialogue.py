@@ -10,10 +10,10 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from miaobi.corpus.store import Encoded
 from miaobi.corpus.template import NONCHARACTER, ROLES, ChatTemplate, Messages
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
@@ -114,16 +114,6 @@ def as_lines(document: str) -> str:
     if document[:1] not in ROLE_OF:
         return document
     return "\n".join(" ".join(m["content"].split("\n")) for m in unpacked(document) if m["role"] != "system")
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Documents in tokens."""
-
-    ids: np.ndarray  # (n,) uint16 or uint32
-    starts: np.ndarray  # (documents,) int64
-    turns: np.ndarray | None = None  # (turns,) int64, where a dialogue may be cut; None for plain text
-    scored: np.ndarray | None = None  # (n,) bool, the tokens to learn; None for all
 
 
 def encode_lines(tokenizer: Tokenizer, documents: Sequence[str]) -> Encoded:

@@ -64,6 +64,7 @@ _UNLIKELY = -11.3  # nats per character: below this, no reading looks like Chine
 _UNLIKELY_UTF16 = -9.0  # with zero bytes it is either clearly UTF-16, or a binary file
 _STRETCH = 1024  # passages that are looked at together
 BAD = "\udfff"  # half a character, which no decoder gives; U+FFFD may be in the text itself
+_CONTROLS = tuple(bytes([c]) for c in range(32) if c not in (8, 9, 10, 12, 13, 27))
 _ALIKE = ("gb18030", "big5")  # take most bytes of each other and of UTF-8 for characters
 _MIXED = -8.0  # nats per non-ASCII character: below this a passage is worth a second reading
 
@@ -205,14 +206,16 @@ def detect(sample: bytes, is_whole: bool = True) -> tuple[str, int] | None:
     for mark, name in _BOMS:
         if sample.startswith(mark):
             return name, len(mark)
+    if is_whole and sample.endswith(bytes(4)):  # a file that was filled up; the last unit of UTF-16 may be \n\0
+        sample = sample.rstrip(b"\0")
+        sample += bytes(len(sample) % 2 if b"\0" in sample else 0)
     whole_units = len(sample) % 2 == 0 or not is_whole
     if sample.isascii() and b"\0" not in sample:
         # UTF-16 Chinese can consist of ASCII bytes only; believed when every unit is a frequent character.
         for name in ("utf-16-le", "utf-16-be"):
             if whole_units and 8 <= len(sample) <= 64 and set(sample.decode(name, "replace")) <= _frequent():
                 return name, 0
-        control = sum(sample.count(c) for c in range(32) if c not in (8, 9, 10, 12, 13, 27))
-        return None if control > len(sample) // 10 else ("utf-8", 0)
+        return None if sum(map(sample.count, _CONTROLS)) > len(sample) // 10 else ("utf-8", 0)
     if len(sample) > 100 and b"\0" not in sample and "\ufffd" not in _reading(sample, "utf-8"):
         return "utf-8", 0  # so much of anything else is never valid UTF-8
     candidates = _CANDIDATES if whole_units else _CANDIDATES[:3]
@@ -229,13 +232,23 @@ def detect(sample: bytes, is_whole: bool = True) -> tuple[str, int] | None:
         if score > best_score:
             best, best_score, best_text = name, score, text
     if not best:
-        return None
+        return _text_with_zeros(sample, is_whole)
     unlikely = _UNLIKELY if b"\0" not in sample else _UNLIKELY_UTF16
     if best_score / max(1, len(best_text)) >= unlikely or (best == "utf-8" and "\ufffd" not in best_text):
         return best, 0
     if b"\0" in sample:
-        return None
+        return _text_with_zeros(sample, is_whole)
     return ("utf-8", 0) if "\ufffd" not in _reading(sample, "utf-8") else _last_resort(sample)
+
+
+def _text_with_zeros(sample: bytes, is_whole: bool) -> tuple[str, int] | None:
+    """The encoding of text that is damaged by zero bytes and nothing else; None for a binary file."""
+    rest = sample.replace(b"\0", b"")
+    if sum(map(rest.count, _CONTROLS)) > len(rest) // 1000:
+        return None
+    found = detect(rest, is_whole)
+    is_clean = found is not None and found[0] not in UNITS and "\ufffd" not in _reading(rest, found[0])
+    return found if is_clean else None
 
 
 @functools.cache

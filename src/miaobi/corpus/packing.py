@@ -13,7 +13,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from miaobi.corpus.dataset import IGNORE, Batch, TokenStream, derive, permute
+from miaobi.corpus.dataset import IGNORE, Batch, derive, permute
+from miaobi.corpus.prepared import TokenStream
 from miaobi.errors import UserError
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from miaobi import console
-from miaobi.corpus import cutting, encodings
-from miaobi.corpus.cutting import Block, decode_block, text_blocks
+from miaobi.corpus import blocks, encodings
+from miaobi.corpus.blocks import Block, decode_block, text_blocks
 from miaobi.corpus.dialogue import messages_of, packed
 from miaobi.corpus.sources import DAMAGED, Source
 from miaobi.errors import UserError
@@ -51,7 +51,7 @@ def csv_blocks(source: Source, index: int, field: str, skip_bad: bool) -> Iterat
             bad += 1
         else:
             refuse_width(place, cells, names)
-        if size > cutting.BLOCK_BYTES // 3:
+        if size > blocks.BLOCK_BYTES // 3:
             yield Block(source, index, encoding=encoding, records=tuple(records), skipped=bad)
             records, size, bad = [], 0, 0
     yield Block(source, index, encoding=encoding, records=tuple(records), skipped=bad)
@@ -70,7 +70,7 @@ def table_rows(
 
     There may be fewer cells than columns, but not more. Raises UserError for a bad row unless `skip_bad`.
     """
-    csv.field_size_limit(cutting.MAX_DOCUMENT_BYTES)
+    csv.field_size_limit(blocks.MAX_DOCUMENT_BYTES)
     header = next(lines, "")
     is_tsv = source.inner_name.lower().endswith(".tsv") or ("\t" in header and "," not in header)
     delimiter = "\t" if is_tsv else ","

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from miaobi import native
+from miaobi.corpus.blocks import NOISE, Block, block_bytes, decoded, without_noise
 from miaobi.corpus.characters import MOST_BEYOND, wide
-from miaobi.corpus.cutting import Block, block_bytes, decode_block
 from miaobi.corpus.sources import Source
 from miaobi.errors import UserError
 
@@ -19,6 +19,7 @@ SOURCE = Path(__file__).with_name("scan.cpp")
 KINDS = ("whole", "text", "lines")  # in the order of scan.cpp; as in Source.format, or one stream
 WORTH_COMPILING = 1 << 20  # bytes of a block; smaller ones are read while a compiler would start
 UNITS = 65536
+_NOISE = np.array([ord(character) for character in NOISE])
 
 
 class Result(ctypes.Structure):
@@ -29,7 +30,7 @@ class Result(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Text:
-    """What a pass over some text finds."""
+    """The characters of some text, and what is counted of them."""
 
     points: np.ndarray
     """(n,) uint16 or uint32: all characters of a stream, or those of documents with a newline behind each."""
@@ -45,8 +46,8 @@ class Text:
     """(distinct,) int64, of the documents, ascending."""
     counts: np.ndarray
     """(distinct,) int64: their occurrences."""
-    seen: np.ndarray
-    """(distinct,) int64: characters of all that was read, ascending."""
+    distinct: np.ndarray
+    """(n,) int64: the different characters of all that was read, ascending."""
 
 
 def get_ready(sources: list[Source]) -> None:
@@ -55,8 +56,9 @@ def get_ready(sources: list[Source]) -> None:
         native.build(SOURCE)
 
 
-def scan(block: Block, whole: bool) -> tuple[Text, str, int] | None:
-    """The documents of a block, or (`whole`) all of it as one stream; its encoding; and its characters as read.
+def scan(block: Block, whole: bool) -> tuple[Text, str, int, int] | None:
+    """The documents of a block, or (`whole`) all of it as one stream; its encoding; its characters as read; and how
+    many were `blocks.NOISE` and taken out.
 
     None where Python has to read it, and be it to say what is wrong with it.
     """
@@ -64,19 +66,25 @@ def scan(block: Block, whole: bool) -> tuple[Text, str, int] | None:
     if block.records is not None or format not in KINDS or block.end - block.start < WORTH_COMPILING:
         return None
     try:
-        data, encoding = _as_utf8(block)
+        data, encoding, removed = _as_utf8(block)
     except UserError:
         return None
-    found = scan_bytes(data, "whole" if whole else format)
-    return None if found is None else (found[0], encoding, found[1])
+    kind = "whole" if whole else format
+    result = scan_bytes(data, kind)
+    if result is not None and np.isin(result[0].code_points, _NOISE).any():  # looked for here, where it costs nothing
+        before, result = result[1], scan_bytes(without_noise(data.decode(), encoding).encode(), kind)
+        removed += before - result[1]
+    return None if result is None else (result[0], encoding, result[1], removed)
 
 
-def _as_utf8(block: Block) -> tuple[bytes, str]:
-    """The text of a block in UTF-8 with line ends `\\n`, and the encoding it was in."""
+def _as_utf8(block: Block) -> tuple[bytes, str, int]:
+    """The text of a block in UTF-8 with line ends `\\n`, the encoding it was in, and characters already taken out."""
     data, _, encoding = block_bytes(block)
+    removed = 0
     if encoding not in ("utf-8", "utf-8-sig"):
-        data = decode_block(block)[0].encode()
-    return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in data else data, encoding
+        text, _, _, removed = decoded(block)
+        data = text.encode()
+    return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in data else data, encoding, removed
 
 
 def scan_bytes(data: bytes, kind: str) -> tuple[Text, int] | None:
@@ -93,7 +101,7 @@ def scan_bytes(data: bytes, kind: str) -> tuple[Text, int] | None:
         return None
     points, beyond = points[: result.written], beyond[: result.beyond].copy()
     used = counts.astype(bool)  # whose places are found ten times as fast as of numbers
-    present, seen = np.flatnonzero(used), np.flatnonzero(dropped.view(bool) | used)
+    present, distinct = np.flatnonzero(used), np.flatnonzero(dropped.view(bool) | used)
     counts = counts[present].astype(np.int64)
     if kind == "whole":
         lengths, sizes, digests = np.array([result.characters]), np.array([len(data)]), np.empty((0, 16), np.uint8)
@@ -106,7 +114,7 @@ def scan_bytes(data: bytes, kind: str) -> tuple[Text, int] | None:
         )
         digests = np.frombuffer(digests, np.uint8).reshape(-1, 16)
     if result.beyond:
-        present, seen = wide(present, beyond), np.sort(wide(seen, beyond))
+        present, distinct = wide(present, beyond), np.sort(wide(distinct, beyond))
         order = np.argsort(present)
         present, counts = present[order], counts[order]
-    return Text(points, beyond, lengths, digests, sizes, present, counts, seen), result.characters
+    return Text(points, beyond, lengths, digests, sizes, present, counts, distinct), result.characters

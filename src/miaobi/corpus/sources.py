@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import difflib
 import functools
@@ -12,22 +13,17 @@ import lzma
 import os
 import zipfile
 import zlib
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import zstandard
 
+from miaobi.corpus import folders
+from miaobi.corpus.folders import COMPRESSION, FORMAT_BY_NAME, LeftOut
 from miaobi.errors import UserError
 
-_COMPRESSION = {".gz": "gz", ".xz": "xz", ".zst": "zst", ".zip": "zip"}
-FORMAT_BY_NAME = {".jsonl": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-# Left out of directories: nanoGPT keeps prepare.py and meta.pkl beside its text, and `prepare` writes its own files.
-_NOT_TEXT = {".bin", ".idx", ".pkl", ".pt", ".pth", ".py", ".pyc", ".safetensors", ".npy", ".npz", ".md5", ".sha256"}
-_NOT_TEXT |= {".turns", ".scored", ".jinja"}
-_OWN_FILES = {"manifest.json", "tokenizer.json", "tokenizer_config.json"}
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError, zipfile.BadZipFile)
 DAMAGED += (RuntimeError, UnicodeDecodeError)
 """What the unpacking libraries raise (zipfile: RuntimeError for a password or an unknown version, UnicodeDecodeError
@@ -40,15 +36,19 @@ class Source:
 
     path: Path
     format: str
-    """text, lines, files, dialogue, jsonl, csv or parquet."""
+    """text, lines, files, dialogue, jsonl, messages (jsonl of dialogues), csv or parquet."""
     compression: str = ""
-    """gz, xz, zst, zip or nothing."""
+    """gz, bz2, xz, zst, zip or nothing."""
     member: str = ""
     """Name inside the zip archive; only ever read, never a path to write."""
     entry: int = 0
     """Its position in the zip archive, as two members may have one name."""
     size: int = 0
     """Bytes on disk (a zip member: unpacked)."""
+    is_listed: bool = field(default=False, compare=False)
+    """Found in a directory, not named by the user: what turns out to be no text at all is left out."""
+    is_exact: bool = field(default=False, compare=False)
+    """Every character is kept: nothing is taken for padding or for a byte order mark inside."""
 
     @property
     def name(self) -> str:
@@ -58,7 +58,7 @@ class Source:
 
     @property
     def inner_name(self) -> str:
-        """File name without the directory and without .gz, .xz, .zst."""
+        """File name without the directory and without .gz, .bz2, .xz, .zst."""
         if self.member:
             return self.member
         return self.path.stem if self.compression else self.path.name
@@ -68,6 +68,8 @@ class Source:
         try:
             if self.compression == "gz":
                 return gzip.open(self.path, "rb")
+            if self.compression == "bz2":
+                return bz2.open(self.path, "rb")
             if self.compression == "xz":
                 return lzma.open(self.path, "rb")
             if self.compression == "zst":
@@ -78,6 +80,13 @@ class Source:
             return open(self.path, "rb")
         except DAMAGED as error:
             raise UserError(f"{self.name} cannot be opened: {error}") from error
+
+    def opened(self) -> BinaryIO:
+        """The file as it is on the disk. Raises UserError where it may not be read."""
+        try:
+            return open(self.path, "rb")
+        except PermissionError as error:
+            raise UserError(f"{self.name} cannot be read: {error.strerror}") from error
 
     def read(self, stream: BinaryIO, size: int) -> bytes:
         """Up to `size` bytes of a stream that `open` gave. Raises UserError when the file is damaged."""
@@ -118,36 +127,95 @@ class _ZstdFrames(io.RawIOBase):
 
 
 def find_sources(paths: list[str], format: str = "auto") -> list[Source]:
-    """The texts behind files, directories (recursive, sorted, hidden ones left out), globs and zip archives.
+    """The texts behind files, directories (recursive, sorted), globs and zip archives; see `list_sources`."""
+    return [source for group in list_sources(paths, format)[0] for source in group]
+
+
+def list_sources(paths: list[str], format: str = "auto") -> tuple[list[list[Source]], list[LeftOut]]:
+    """The texts behind each of `paths`, and what in directories and archives was not taken for text.
+
+    A file that is named, by itself or by a glob, is taken whatever its suffix.
 
     Raises:
         UserError: a path is missing (close names are suggested) or a pipe, a directory or an archive holds no text.
     """
-    sources: list[Source] = []
-    for given in paths:
-        path = Path(given).expanduser()
-        if path.is_dir():
-            found = sorted(_files_below(path))
-            if not found:
-                raise UserError(
-                    f"{printable(given)}: no text in this directory; put .txt, .jsonl, .csv or .parquet files there"
-                )
-        elif path.is_fifo():
-            raise UserError(
-                f"{printable(given)} is a pipe: it can be read but once, and its name does not say what it holds; "
-                "save what comes out of it as a file, and give that"
-            )
-        elif path.exists():
-            found = [path]
-        else:
-            found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
-            if not found:
-                raise UserError(_missing(given, path))
-        for file in found:
-            sources.extend(_sources_in(file, format))
-    if not sources:
+    left: list[LeftOut] = []
+    groups = [_sources_of(given, format, left) for given in paths]
+    if not groups:
         raise UserError("no source given; name a text file, a directory or a glob")
+    return groups, folders.grouped(left)
+
+
+def _sources_of(given: str, format: str, left: list[LeftOut]) -> list[Source]:
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return _in_directory(path, given, format, left)
+    if path.is_fifo():
+        raise UserError(
+            f"{printable(given)} is a pipe: it can be read but once, and its name does not say what it holds; "
+            "save what comes out of it as a file, and give that"
+        )
+    if path.exists():
+        files = [path]
+    else:
+        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+        if not files:
+            raise UserError(_missing(given, path))
+    return [source for file in files for source in _in_file(file, format, left)]
+
+
+def _in_directory(path: Path, given: str, format: str, left: list[LeftOut]) -> list[Source]:
+    sources, before = [], len(left)
+
+    def leave(file: Path, reason: str) -> None:
+        left.append(LeftOut(printable(file), reason))
+
+    for file in sorted(folders.files_below(path, leave)):
+        if file.suffix.lower() == ".zip":
+            try:
+                sources += _in_zip(file, format, left)
+            except UserError as error:
+                leave(file, str(error).partition(": ")[2] or str(error))
+        elif reason := _reason(file.name, format, functools.partial(_head, file)):
+            leave(file, reason)
+        else:
+            sources.append(_in_file(file, format, left, is_listed=True)[0])
+    if not sources:
+        listed = "; ".join(f"{entry.path}: {entry.reason}" for entry in left[before : before + 3])
+        raise UserError(
+            f"{printable(given)}: no text in this directory{f' ({listed})' if listed else ''}; "
+            "put .txt, .jsonl, .csv or .parquet files there"
+        )
     return sources
+
+
+def _reason(name: str, format: str, head: Callable[[], bytes]) -> str:
+    """Why a file of a directory or an archive is left out, or ""."""
+    inner = Path(name).stem if Path(name).suffix.lower() in COMPRESSION else name
+    if contradiction(inner, format):
+        return f"{Path(inner).suffix.lower()} is not what --format={format} reads"
+    if Path(name).suffix.lower() in COMPRESSION:
+        return ""
+    return folders.reason_by_content(inner, head())
+
+
+def contradiction(name: str, format: str) -> bool:
+    """Whether a file of this name is of another format than the user says."""
+    by_name = FORMAT_BY_NAME.get(Path(name).suffix.lower(), format)
+    if format == "dialogue":
+        return by_name == "csv"
+    return format != "auto" and by_name not in (format, "parquet")
+
+
+def _head(file: Path) -> bytes:
+    """The beginning of a small file, or of one whose name does not say that it is text."""
+    try:
+        if folders.is_clear(file.name, file.stat().st_size):
+            return b"text"
+        with open(file, "rb") as stream:
+            return stream.read(folders.HEAD)
+    except OSError as error:
+        raise UserError(f"{printable(file)} cannot be read: {error.strerror}") from error
 
 
 def printable(path: str | Path) -> str:
@@ -178,30 +246,6 @@ def _open_archive(path: Path, *_: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _files_below(root: Path) -> Iterator[Path]:
-    """Files that are taken for text. Links to directories are followed; each real directory is read once."""
-    seen, waiting = set(), deque([root])
-    while waiting:
-        for name, directories, files in os.walk(waiting.popleft()):  # links wait, so that a directory's own path wins
-            directory, found = Path(name), os.stat(name)
-            if (found.st_dev, found.st_ino) in seen:
-                directories.clear()
-                continue
-            seen.add((found.st_dev, found.st_ino))
-            directories[:] = sorted(child for child in directories if not _is_hidden(child))
-            waiting.extend(directory / child for child in directories if (directory / child).is_symlink())
-            yield from (directory / file for file in files if _is_text_name(file) and (directory / file).is_file())
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__MACOSX"))
-
-
-def _is_text_name(name: str) -> bool:
-    """Whether a file of this name, in a directory or an archive, is taken for text."""
-    return not _is_hidden(name) and Path(name).suffix.lower() not in _NOT_TEXT and name not in _OWN_FILES
-
-
 def _missing(given: str, path: Path) -> str:
     parent = path.parent
     if not parent.is_dir():
@@ -212,19 +256,46 @@ def _missing(given: str, path: Path) -> str:
     return f"{printable(given)}: no such file or directory{hint}"
 
 
-def _sources_in(file: Path, format: str) -> list[Source]:
-    compression = _COMPRESSION.get(file.suffix.lower(), "")
-    if compression != "zip":
-        inner = file.stem if compression else file.name
-        return [Source(file, _format_of(inner, format), compression, size=file.stat().st_size)]
+def _in_file(file: Path, format: str, left: list[LeftOut], is_listed: bool = False) -> list[Source]:
+    compression = COMPRESSION.get(file.suffix.lower(), "")
+    if compression == "zip":
+        return _in_zip(file, format, left)
+    inner = file.stem if compression else file.name
+    if {file.suffix.lower(), Path(inner).suffix.lower()} & folders.ARCHIVES:
+        raise UserError(f"{printable(file)} is an archive; unpack it (tar -xf, 7z x) and give what is in it")
+    return [Source(file, _format_of(inner, format), compression, size=file.stat().st_size, is_listed=is_listed)]
+
+
+def _in_zip(file: Path, format: str, left: list[LeftOut]) -> list[Source]:
     try:
-        members = [(m, entry) for entry, m in enumerate(_archive(file).infolist()) if _is_corpus_member(m)]
+        archive = _archive(file)
+        named = sorted((_member_name(m), entry, m.file_size) for entry, m in enumerate(archive.infolist()))
     except DAMAGED as error:
         raise UserError(f"{printable(file)} is not a readable zip archive: {error}") from error
-    if not members:
+    sources = []
+    for name, entry, size in named:
+        source = Source(file, _format_of(name, format), "zip", name, entry, size, is_listed=True)
+        parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+        if not parts or name.endswith("/"):
+            continue
+        reason = "hidden" if any(map(folders.is_hidden, parts)) else folders.reason_by_name(parts[-1])
+        if Path(name).suffix.lower() in COMPRESSION:
+            reason = reason or "packed again; unpack it first"
+        reason = reason or _reason(parts[-1], format, functools.partial(_member_head, source))
+        if reason:
+            left.append(LeftOut(source.name, reason))
+        else:
+            sources.append(source)
+    if not sources:
         raise UserError(f"{printable(file)}: no text in this zip archive")
-    named = sorted((_member_name(member), entry, member.file_size) for member, entry in members)
-    return [Source(file, _format_of(name, format), "zip", name, entry, size) for name, entry, size in named]
+    return sources
+
+
+def _member_head(source: Source) -> bytes:
+    if folders.is_clear(source.member, source.size):
+        return b"text"
+    with source.open() as stream:
+        return source.read(stream, folders.HEAD)
 
 
 def _member_name(member: zipfile.ZipInfo) -> str:
@@ -233,11 +304,6 @@ def _member_name(member: zipfile.ZipInfo) -> str:
         with contextlib.suppress(UnicodeError):
             return member.filename.encode("cp437").decode(encoding)
     return member.filename
-
-
-def _is_corpus_member(member: zipfile.ZipInfo) -> bool:
-    parts = [part for part in member.filename.split("/") if part not in ("", ".", "..")]
-    return bool(parts) and not member.is_dir() and not any(map(_is_hidden, parts)) and _is_text_name(parts[-1])
 
 
 def _format_of(name: str, format: str) -> str:

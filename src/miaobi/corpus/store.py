@@ -11,21 +11,31 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
 
-from miaobi.corpus.dialogue import Encoded
 from miaobi.errors import UserError
 
 SHARD_BYTES = 1 << 31
 """A split that is longer goes into several numbered shards."""
 FORMAT, VERSION = "miaobi-prepared", 1
-_OWN_NAMES = re.compile(
+OWN_NAMES = re.compile(
     r"(train|val)(-\d{5})?\.bin|(train|val)\.(idx|turns|scored)|tokenizer(_config)?\.json|chat_template\.jinja|manifest\.json"
 )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Documents in tokens: what is written."""
+
+    ids: np.ndarray  # (n,) uint16 or uint32
+    starts: np.ndarray  # (documents,) int64
+    turns: np.ndarray | None = None  # (turns,) int64, where a dialogue may be cut; None for plain text
+    scored: np.ndarray | None = None  # (n,) bool, the tokens to learn; None for all
 
 
 class SplitWriter:
@@ -142,7 +152,7 @@ class PreparedWriter:
         for path in self.directory.glob("*.j*"):  # the tokenizer's files
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        if self.out.is_dir() and any(not _OWN_NAMES.fullmatch(entry.name) for entry in self.out.iterdir()):
+        if self.out.is_dir() and any(not OWN_NAMES.fullmatch(entry.name) for entry in self.out.iterdir()):
             self._move_in()
         else:
             self._swap()
@@ -164,7 +174,7 @@ class PreparedWriter:
         unfinished.write_text(json.dumps({"format": FORMAT}), encoding="utf-8")
         os.replace(unfinished, self.out / "manifest.json")
         for entry in list(self.out.iterdir()):
-            if _OWN_NAMES.fullmatch(entry.name) and entry.name != "manifest.json":
+            if OWN_NAMES.fullmatch(entry.name) and entry.name != "manifest.json":
                 entry.unlink()
         for entry in sorted(self.directory.iterdir(), key=lambda e: e.name == "manifest.json"):
             os.replace(entry, self.out / entry.name)
@@ -226,7 +236,7 @@ def check_replaceable(out: Path, sources: list[Path]) -> None:
     names = {entry.name for entry in out.iterdir()}
     if not names or is_prepared(out):
         return
-    clash = sorted(name for name in names if _OWN_NAMES.fullmatch(name))
+    clash = sorted(name for name in names if OWN_NAMES.fullmatch(name))
     if clash:
         raise UserError(f"--out={out} already has {clash[0]}, which miaobi prepare did not write; choose another --out")
     if not any(source.resolve().is_relative_to(out.resolve()) for source in sources):
@@ -237,7 +247,7 @@ def is_prepared(directory: Path) -> bool:
     """Whether a directory has a manifest of ours."""
     try:
         manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 

@@ -1,229 +1,309 @@
-"""The first pass of `prepare` over all sources: counts, duplicates and the split."""
+"""The first pass of `prepare`: characters are counted, and documents known by their digests are chosen."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
+import hashlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from miaobi import console
-from miaobi.corpus import clean, near, pipeline, scan
-from miaobi.corpus.characters import N_CODE_POINTS, Aside
+from miaobi.corpus import blocks, characters, clean, dialogue, documents, near, scan, selection
+from miaobi.corpus.blocks import Block, with_progress
+from miaobi.corpus.characters import N_CODE_POINTS, NONE, Aside
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.cutting import Block
-from miaobi.corpus.pipeline import DROP, TRAIN, VAL, Job, Survey
-from miaobi.corpus.read import iter_blocks
+from miaobi.corpus.documents import DocumentOptions, Task, documents_of, not_blank
+from miaobi.corpus.scan import Text
+from miaobi.corpus.selection import VAL
 from miaobi.corpus.sources import Source
+from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.corpus.workers import Workers
 from miaobi.errors import UserError
+from miaobi.files import sha256
 
 MIN_VAL_DOCUMENTS, MIN_VAL_TOKENS = 20, 10 * 256
 """A hash split with less for validation first cuts long documents into pieces."""
 
 
-@dataclasses.dataclass
+class BlockStatistics(NamedTuple):
+    """Of a block, for the manifest's entry of its source."""
+
+    source: int
+    encoding: str
+    documents: int
+    characters: int  # as read
+    skipped: int
+    removed: int
+    reason: str
+    sha256: str = ""  # of a small file that is one block
+
+
+@dataclass
+class Survey:
+    """What the first pass learns about a task."""
+
+    blocks: Task  # without their content where the characters were set aside
+    digests: np.ndarray  # (documents, 16) uint8
+    lengths: np.ndarray  # (documents,) int64, characters
+    sizes: np.ndarray  # (documents,) int64, UTF-8 bytes
+    code_points: np.ndarray  # (n,) int64, of the documents, ascending
+    counts: np.ndarray  # (n,) int64, occurrences of each
+    distinct: np.ndarray  # (m,) int64, the different characters of the text as read
+    sketches: np.ndarray | None  # (documents, N_PERMUTATIONS) uint32, for the search for near duplicates
+    statistics: list[BlockStatistics]
+    empty: int
+    aside: Aside | None
+    choice: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.uint8))
+    """(documents,) uint8, see `selection`; empty where the text is one stream."""
+
+    @property
+    def owners(self) -> np.ndarray:
+        """(documents,) int64: which source each is from."""
+        per_block = np.array([(block.source, block.documents) for block in self.statistics], np.int64)
+        return np.repeat(*per_block.reshape(-1, 2).T)
+
+
+@dataclass
 class Corpus:
     """What the first pass found out about all sources together."""
 
     sources: list[Source]
-    job: Job
-    lengths: list[np.ndarray]  # per task (documents,), characters
-    sizes: list[np.ndarray]  # per task (documents,), UTF-8 bytes
-    digests: list[np.ndarray]  # per task (documents, 16)
-    counts: list[tuple[np.ndarray, np.ndarray]]  # per task: code points, occurrences
-    owners: list[np.ndarray]  # per task (documents,): which source a document is from
-    choices: list[np.ndarray]  # per task (documents,): DROP, TRAIN or VAL; above it, TRAIN several times
+    options: DocumentOptions
+    is_val: np.ndarray  # (sources,) bool: it is the file for validation
     records: list[dict]  # per source: the manifest's entry
-    aside: list[Aside | None]  # per task: its characters, where they were set aside
-    places: list[tuple[Block, ...]]  # per task that was set aside: its blocks, without their content
-    distinct: int = 0
-    empty: int = 0
-    exact: int = 0
-    near: int = 0
-    left_out: int = 0
-    """Documents of sources with a weight below 1."""
+    surveys: list[Survey] = dataclasses.field(default_factory=list)
+    n_distinct: int = 0
+    dropped: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(
+        ("exact", "near", "validation", "weights"), 0))  # fmt: skip
 
-    @property
-    def skipped(self) -> int:
-        """Files, records and bytes that could not be read."""
-        return sum(record["skipped"] for record in self.records)
+    def joined(self, name: str) -> np.ndarray:
+        """An array of all surveys, one after the other."""
+        return np.concatenate([getattr(survey, name) for survey in self.surveys])
+
+    def total(self, key: str) -> int:
+        """Sum of a number over the sources."""
+        return sum(record[key] for record in self.records)
+
+    def tasks(self) -> Iterable[Task]:
+        """The same tasks in every pass."""
+        if self.surveys and self.surveys[0].aside is not None:
+            return (survey.blocks for survey in self.surveys)
+        return documents.tasks(self.sources, self.options)
+
+    def set_choice(self, choice: np.ndarray) -> None:
+        """choice: (documents,) of all surveys."""
+        ends = np.cumsum([len(survey.lengths) for survey in self.surveys])
+        for survey, part in zip(self.surveys, np.split(choice, ends[:-1]), strict=True):
+            survey.choice = part
 
 
 def take_survey(
-    files: list[Source],
-    job: Job,
+    sources: list[Source],
+    options: DocumentOptions,
     cfg: PrepareConfig,
     workers: Workers,
-    weights: list[float],
+    weights: np.ndarray,
+    is_val: np.ndarray,
     aside: Path | None,
 ) -> Corpus:
     """Reads everything once.
 
     Args:
-        weights: one number for each of the files.
+        weights, is_val: (sources,), see `selection.choose`.
         aside: directory to put the characters into, so that the second pass finds them there.
 
     Raises UserError for unreadable sources and for text too small to split.
     """
-    corpus = _first_pass(files, job, cfg, workers, weights, aside)
-    if job.whole:
-        return corpus
-    if job.dialogue:
-        _fill_empty_side(corpus, cfg)
-        _repeat(corpus, weights)
-        return corpus
-    if _val_is_small(corpus) and any((lengths > clean.PIECE_CHARACTERS * 3 // 2).any() for lengths in corpus.lengths):
-        console.log(
-            f"few documents: long ones are cut at paragraph ends into pieces of about {clean.PIECE_CHARACTERS:,} "
-            "characters, so that validation gets some (--split=tail does not cut)"
-        )
-        for abandoned in aside.iterdir() if aside is not None else ():
-            abandoned.unlink()
-        corpus = _first_pass(files, dataclasses.replace(job, cut=True), cfg, workers, weights, aside)
-    _fill_empty_side(corpus, cfg)
-    _repeat(corpus, weights)
+    with _hashing(sources) as hashes:
+        corpus = _first_pass(sources, options, workers, is_val, aside)
+        if not options.whole:
+            _choose(corpus, cfg, weights)
+            if not options.dialogue and not is_val.any() and _val_is_small(corpus):
+                console.log(
+                    f"few documents: long ones are cut at paragraph ends into pieces of about "
+                    f"{clean.PIECE_CHARACTERS:,} characters, so that validation gets some (--split=tail does not cut)"
+                )
+                for abandoned in aside.iterdir() if aside is not None else ():
+                    abandoned.unlink()
+                corpus = _first_pass(sources, dataclasses.replace(options, cut=True), workers, is_val, aside)
+                _choose(corpus, cfg, weights)
+            _check_sides(corpus, weights)
+        for record, source in zip(corpus.records, sources, strict=True):
+            if source.path in hashes:
+                record["sha256"] = hashes[source.path].result()
     return corpus
+
+
+@contextmanager
+def _hashing(sources: list[Source]) -> Iterator[dict[Path, Future[str]]]:
+    """SHA-256 of the files that no worker reads in one piece, beside the reading."""
+    with ThreadPoolExecutor(1) as thread:  # hashlib lets other threads run
+        paths = {source.path: None for source in sources if not _is_one_block(source)}
+        hashes = {path: thread.submit(sha256, path) for path in paths}
+        try:
+            yield hashes
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+
+def _is_one_block(source: Source) -> bool:
+    is_text = source.format not in ("csv", "parquet")
+    return is_text and not source.compression and source.size <= blocks.BLOCK_BYTES
 
 
 def _first_pass(
-    files: list[Source],
-    job: Job,
-    cfg: PrepareConfig,
-    workers: Workers,
-    weights: list[float],
-    aside: Path | None,
+    sources: list[Source], options: DocumentOptions, workers: Workers, is_val: np.ndarray, aside: Path | None
 ) -> Corpus:
-    nothing = {"encoding": "skipped", "documents": 0, "characters": 0, "skipped": 0}
-    records = [{"path": file.name, "bytes": file.size, **nothing} for file in files]
-    corpus = Corpus(files, job, [], [], [], [], [], [], records, [], [])
-    raw_presence = np.zeros(N_CODE_POINTS, bool)
-    sketches: list[np.ndarray] = []
-    jobs = ((task, job, aside) for task in read_tasks(corpus))
-    scan.get_ready(files)
+    nothing = {"encoding": "skipped", "sha256": "", "documents": 0, "characters": 0, "skipped": 0, "removed": 0}
+    records = [{"path": s.name, "format": s.format, "bytes": s.size, **nothing} for s in sources]
+    for index in np.flatnonzero(is_val).tolist():
+        records[index]["split"] = "val"
+    corpus = Corpus(sources, options, is_val, records)
+    is_there = np.zeros(N_CODE_POINTS, bool)
+    jobs = ((task, options, aside) for task in corpus.tasks())
+    scan.get_ready(sources)
     with workers.started() as run:
-        for blocks, found in with_progress(run(pipeline.survey, jobs), files, "reading"):
-            found: Survey
-            corpus.lengths.append(found.lengths)
-            corpus.sizes.append(found.sizes)
-            corpus.digests.append(found.digests)
-            corpus.counts.append((found.code_points, found.counts))
-            from_each = [(index, documents) for index, _, documents, _, _ in found.blocks]
-            corpus.owners.append(np.repeat(*np.array(from_each, np.int64).reshape(-1, 2).T))
-            corpus.empty += found.empty
-            raw_presence[found.raw_code_points] = True
-            for index, encoding, documents, characters, skipped in found.blocks:
-                record = records[index]
-                if encoding != "skipped" and record["encoding"] in ("skipped", "utf-8"):
-                    record["encoding"] = encoding  # a stretch of plain ASCII says utf-8 before the rest knows better
-                record["documents"] = 1 if job.whole else record["documents"] + documents
-                record["characters"] += characters
-                record["skipped"] += skipped
-            corpus.aside.append(found.aside)
-            if found.aside is not None:
-                corpus.places.append(tuple(dataclasses.replace(b, data=None, records=None) for b in blocks))
-            if found.sketches is not None:
-                sketches.append(found.sketches)
-    corpus.distinct = int(raw_presence.sum())
-    if sum(record["characters"] for record in records) == 0:
-        raise UserError("no text in the sources" + (f"; {corpus.skipped} were skipped" if corpus.skipped else ""))
-    if not job.whole:
-        _choose(corpus, np.concatenate(sketches) if sketches else None, cfg, np.array(weights))
+        for task, survey in with_progress(run(survey_task, jobs), sources, "reading"):
+            survey: Survey
+            if survey.aside is not None:
+                survey.blocks = tuple(dataclasses.replace(b, data=None, records=None) for b in task)
+            is_there[survey.distinct] = True
+            survey.distinct = NONE  # much memory for many tasks
+            for block in survey.statistics:
+                _count_block(records[block.source], block, options.whole)
+            corpus.surveys.append(survey)
+    corpus.n_distinct = int(is_there.sum())
+    if corpus.total("characters") == 0:
+        skipped = corpus.total("skipped")
+        raise UserError("no text in the sources" + (f"; {skipped} were skipped" if skipped else ""))
     return corpus
 
 
-def _choose(corpus: Corpus, sketches: np.ndarray | None, cfg: PrepareConfig, weights: np.ndarray) -> None:
-    """Sets `choices`: duplicates dropped, sources thinned by their weights, the rest split."""
-    digests = np.concatenate(corpus.digests) if corpus.digests else np.empty((0, 16), np.uint8)
-    keep = np.ones(len(digests), bool)
-    if (weights < 1).any():  # first: a document that one source loses may come from another
-        keep = _shares(digests) < weights[np.concatenate(corpus.owners)]
-        corpus.left_out = int((~keep).sum())
-    if cfg.dedup != "none" and cfg.split == "hash":
-        taken = keep.copy()
-        keep[taken] = clean.first_occurrences(digests[taken])
-        corpus.exact = int(taken.sum() - keep.sum())
-        if sketches is not None:
-            alike = keep & ~near.first_of_their_kind(sketches, cfg.near_threshold)
-            corpus.near = int(alike.sum())
-            keep &= ~alike
-    if cfg.split == "hash":
-        is_val = clean.is_validation(digests, cfg.val_fraction)
-    else:  # the last dialogues, wherever weights thin them out
-        is_val = np.arange(len(digests)) >= int(len(digests) * (1 - cfg.val_fraction))
-    choice = np.where(keep, np.where(is_val, VAL, TRAIN), DROP).astype(np.uint8)
-    ends = np.cumsum([len(d) for d in corpus.digests])
-    corpus.choices = np.split(choice, ends[:-1]) if len(ends) else []
+def _count_block(record: dict, block: BlockStatistics, is_stream: bool) -> None:
+    if block.encoding != "skipped" and record["encoding"] in ("skipped", "utf-8"):
+        record["encoding"] = block.encoding  # a stretch of plain ASCII says utf-8 before the rest knows better
+    record["documents"] = 1 if is_stream else record["documents"] + block.documents
+    record["characters"] += block.characters
+    record["skipped"] += block.skipped
+    record["removed"] += block.removed
+    if block.reason:
+        record["reason"] = block.reason
+    record["sha256"] = block.sha256 or record["sha256"]
 
 
-def _shares(digests: np.ndarray) -> np.ndarray:
-    """(documents,) float64 in [0, 1), by content and unrelated to the split."""
-    return digests[:, :8].copy().view("<u8").ravel() / 2.0**64
-
-
-def _repeat(corpus: Corpus, weights: list[float]) -> None:
-    """Training documents of sources with a weight above 1 are marked to come several times."""
-    for choice, owners, digests in zip(corpus.choices, corpus.owners, corpus.digests, strict=True):
-        weight = np.array(weights)[owners]
-        copies = np.floor(weight) + (_shares(digests) < weight - np.floor(weight))
-        often = (choice == TRAIN) & (copies > 1)
-        choice[often] = copies[often] + 1
+def _choose(corpus: Corpus, cfg: PrepareConfig, weights: np.ndarray) -> None:
+    sketches = corpus.joined("sketches") if corpus.options.near else None
+    for survey in corpus.surveys:
+        survey.sketches = None
+    choice, corpus.dropped = selection.choose(
+        corpus.joined("digests"), sketches, corpus.joined("owners"), weights, corpus.is_val, cfg
+    )
+    corpus.set_choice(choice)
 
 
 def _val_is_small(corpus: Corpus) -> bool:
-    documents = sum(int((choice == VAL).sum()) for choice in corpus.choices)
-    characters = sum(
-        int(lengths[choice == VAL].sum()) for lengths, choice in zip(corpus.lengths, corpus.choices, strict=True)
+    lengths, is_val = corpus.joined("lengths"), corpus.joined("choice") == VAL
+    is_small = is_val.sum() < MIN_VAL_DOCUMENTS or lengths[is_val].sum() < MIN_VAL_TOKENS
+    return bool(is_small and (lengths > clean.PIECE_CHARACTERS * 3 // 2).any())
+
+
+def _check_sides(corpus: Corpus, weights: np.ndarray) -> None:
+    """Both splits have documents, those of sources with a weight above 1 several times in training."""
+    choice, digests = corpus.joined("choice"), corpus.joined("digests")
+    if not corpus.is_val.any():
+        selection.fill_empty_side(choice, digests, int(corpus.joined("lengths").sum()))
+    elif not (choice == VAL).any() or not (choice == selection.TRAIN).any():
+        side = "--val" if not (choice == VAL).any() else "the sources, beside what is in --val as well"
+        raise UserError(f"there is no document in {side}; give more text")
+    selection.repeat(choice, digests, weights[corpus.joined("owners")])
+    corpus.set_choice(choice)
+
+
+# In any process
+
+
+def survey_task(_: Tokenizer | None, task: Task, options: DocumentOptions, aside: Path | None) -> Survey:
+    """The survey of a task; puts its characters into the directory `aside` if there is one."""
+    task, hashes = zip(*map(_with_data, task), strict=True)
+    text, statistics, empty = _scanned(task, options) or _read(task, options)
+    return Survey(
+        blocks=(),
+        digests=text.digests,
+        lengths=text.lengths - (options.dialogue == "roles"),  # see _read
+        sizes=text.sizes,
+        code_points=text.code_points,
+        counts=text.counts,
+        distinct=text.distinct,
+        sketches=near.sketches(characters.wide(text.points, text.beyond), text.lengths) if options.near else None,
+        statistics=[block._replace(sha256=digest) for block, digest in zip(statistics, hashes, strict=True)],
+        empty=empty,
+        aside=None if aside is None else Aside.put(aside, text.points, text.lengths, text.beyond),
     )
-    return documents < MIN_VAL_DOCUMENTS or characters < MIN_VAL_TOKENS
 
 
-def _fill_empty_side(corpus: Corpus, cfg: PrepareConfig) -> None:
-    """With a handful of documents, chance may leave one side of the split empty; it then gets the nearest document."""
-    choice = np.concatenate(corpus.choices)
-    kept = np.flatnonzero(choice != DROP)
-    if len(kept) < 2:
-        characters = sum(int(lengths.sum()) for lengths in corpus.lengths)
-        raise UserError(
-            f"the text is {len(kept)} document{'' if len(kept) == 1 else 's'} of {characters} characters: too little "
-            "to keep some for validation. Give more text; or --format=lines if every line is a document; "
-            "or --split=tail to cut the characters instead"
-        )
-    for side in (VAL, TRAIN):
-        if not (choice == side).any():
-            ranks = np.concatenate(corpus.digests)[kept][:, 8:].copy().view("<u8").ravel()
-            choice[kept[ranks.argmin() if side == VAL else ranks.argmax()]] = side
-            console.warn(
-                f"only {len(kept)} documents: one of them was put into {'validation' if side == VAL else 'training'}, "
-                "which had none"
-            )
-            corpus.choices = np.split(choice, np.cumsum([len(c) for c in corpus.choices])[:-1])
+def _with_data(block: Block) -> tuple[Block, str]:
+    """A block that is a whole small file with its bytes, and their SHA-256; others as they are."""
+    if block.encoding is not None or block.data is not None or not _is_one_block(block.source):
+        return block, ""
+    with block.source.opened() as file:
+        data = file.read()
+    return dataclasses.replace(block, data=data), hashlib.sha256(data).hexdigest()
 
 
-def read_tasks(corpus: Corpus) -> Iterable[tuple[Block, ...]]:
-    """The same tasks in every pass."""
-    job = corpus.job
-    if corpus.places:
-        return corpus.places
-    return pipeline.tasks(iter_blocks(corpus.sources, job.field, job.skip_bad, job.whole))
+def _scanned(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatistics], int] | None:
+    """What `_read` gives, by compiled code; None where that does not know how."""
+    if len(task) > 1 or options.changes_text or options.cut:
+        return None
+    scanned = scan.scan(task[0], options.whole)
+    if scanned is None:
+        return None
+    text, encoding, size, removed = scanned
+    return text, [BlockStatistics(task[0].index, encoding, len(text.lengths), size, 0, removed, "")], 0
 
 
-def with_progress(results: Iterable[tuple], files: list[Source], what: str) -> Iterator[tuple]:
-    """Passes `results` on; shows a bar with the time left once it has taken two seconds."""
-    before = np.concatenate(([0], np.cumsum([file.size for file in files])))
-    began, bar, shown = time.perf_counter(), None, None
-    try:
-        for blocks, result in results:
-            yield blocks, result
-            if bar is None and time.perf_counter() - began > 2:
-                bar = console.progress()
-                bar.start()
-                shown = bar.add_task(what, total=int(before[-1]))
-            if bar is not None:
-                last = blocks[-1]
-                bar.update(shown, completed=min(int(before[last.index]) + last.end, int(before[last.index + 1])))
-    finally:
-        if bar is not None:
-            bar.stop()
+def _read(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatistics], int]:
+    """The text of a task, `Survey.statistics` and `Survey.empty`; by Python, which reads everything."""
+    texts, raw, statistics, empty = [], [], [], 0
+    for block in task:
+        content, found = documents_of(block, options)
+        kept = found if options.whole else not_blank(found)
+        empty += len(found) - len(kept)
+        texts += kept
+        raw.append(content.raw)
+        statistics.append(BlockStatistics(block.index, content.encoding, len(kept), len(content.raw), content.skipped,
+                                          content.removed, content.reason))  # fmt: skip
+    if options.whole:
+        texts = ["".join(texts)]
+    points, lengths = characters.of_documents(texts, options.whole)
+    counts = characters.count_characters(points)
+    counts[ord("\n")] -= 0 if options.whole else len(texts)
+    present = np.flatnonzero(counts > 0)  # of booleans: ten times as fast
+    if options.whole:
+        digests, sizes = np.empty((0, 16), np.uint8), np.array([characters.utf8_length(present, counts[present])])
+    else:
+        digests, sizes = clean.content_digests(texts)
+    if options.dialogue == "roles":  # between two turns counts one character of one byte, as where they stand on lines
+        turns = np.array([sum(map(text.count, dialogue.ROLE_OF)) for text in texts], np.int64)
+        sizes = sizes - 2 * turns - 1
+    distinct = present if raw == texts else _distinct(raw, counts, options)
+    return Text(points, NONE, lengths, digests, sizes, present, counts[present], distinct), statistics, empty
+
+
+def _distinct(raw: list[str], counts: np.ndarray, options: DocumentOptions) -> np.ndarray:
+    """(n,) int64: the different characters of the text as read, ascending.
+
+    Usually only newlines between documents are missing from the documents' own counts, which saves counting twice.
+    """
+    missing = sum(map(len, raw)) - int(counts.sum())
+    missing_newlines = sum(text.count("\n") for text in raw) - int(counts[ord("\n")])
+    if options.changes_text or missing != missing_newlines:
+        return np.flatnonzero(characters.count_characters(characters.code_points("".join(raw))))
+    present = counts > 0
+    present[ord("\n")] |= missing_newlines > 0
+    return np.flatnonzero(present)

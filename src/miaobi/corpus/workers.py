@@ -1,4 +1,4 @@
-"""Who does the work of `pipeline`: this process, processes beside it, or a Ray cluster.
+"""Who works on the tasks of `survey` and `encode`: this process, processes beside it, or a Ray cluster.
 
 Results come back in the order of the tasks, so it makes no difference to them.
 """
@@ -21,8 +21,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from miaobi import console
+from miaobi.corpus.blocks import Block
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.cutting import Block
 from miaobi.corpus.sources import Source
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError

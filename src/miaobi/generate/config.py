@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from miaobi.config import Location, ModelChoice, Positional
 from miaobi.errors import UserError
 
 GREEDY = 1e-5
@@ -86,3 +87,24 @@ class ChatConfig(SamplingConfig):
     temperature: float = 0.8
     top_p: float = 0.9
     repetition_penalty: float = 1.2
+
+
+@dataclass(frozen=True)
+class SampleRequest(SampleConfig, ModelChoice):
+    """`miaobi sample`: a model, and how it continues a prompt."""
+
+    def __post_init__(self) -> None:
+        ModelChoice.__post_init__(self)
+        SampleConfig.__post_init__(self)
+
+
+@dataclass(frozen=True)
+class ChatRequest(ChatConfig, ModelChoice):
+    """`miaobi chat`: a model, and how it replies."""
+
+    model: Positional[Location] = ""
+    """Run directory, model directory, hub name, or the CONFIG.yaml of a run. --out_dir=RUN says the same."""
+
+    def __post_init__(self) -> None:
+        ModelChoice.__post_init__(self)
+        ChatConfig.__post_init__(self)

@@ -283,7 +283,9 @@ def read_prompt(start: str) -> str:
     path = Path(start[5:]).expanduser()
     if not path.is_file():
         raise UserError(f"--start={start}: no such file")
-    from miaobi.corpus.read import read_documents  # with its unpackers a tenth of a second, that a chat need not wait
+    from miaobi.corpus.documents import (
+        read_documents,  # with its unpackers a tenth of a second, that a chat need not wait
+    )
 
     return "".join(read_documents([str(path)], "text", whole=True))  # whatever its name ends in
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import io
 import os
@@ -9,13 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from miaobi.config import RunConfig
 from miaobi.console import error, warn_of_encoding
 from miaobi.errors import UserError
-from miaobi.generate.config import ChatConfig
-from miaobi.overrides import SMALL_GPT, load_config, read_yaml
+from miaobi.generate.config import ChatConfig, ChatRequest
+from miaobi.seeds import PRETRAINING
+from miaobi.settings import Origin, find_config, load_config, read_yaml
 
 if TYPE_CHECKING:  # torch is imported after the command line has been understood
     from miaobi.generate.chat import Chat
@@ -38,7 +40,7 @@ def configured(path: Path) -> tuple[RunConfig, ChatConfig]:
     Raises UserError for a file that is not a configuration.
     """
     cfg, _ = load_config(path, [])
-    if not SMALL_GPT & read_yaml(path)[0].keys():
+    if not PRETRAINING & read_yaml(path)[0].keys():
         return cfg, ChatConfig(device=cfg.train.device)
     return cfg, ChatConfig(max_new_tokens=100, temperature=0.5, top_p=1.0, repetition_penalty=1.0,
                            seed=cfg.train.seed, device=cfg.train.device)  # fmt: skip
@@ -54,6 +56,25 @@ def model_of(cfg: RunConfig) -> Path:
     from miaobi.convert.small_gpt import converted
 
     return converted(path, corpus=cfg.data.data)
+
+
+def chat(cfg: ChatRequest, origin: Origin, as_json: bool = False) -> dict[str, Any]:
+    """`miaobi chat MODEL|CONFIG.yaml`; returns the messages.
+
+    Settings that the command line does not give (`origin`) come with a CONFIG. Raises UserError.
+    """
+    run, settings = None, ChatConfig()
+    if cfg.model.endswith((".yaml", ".yml")):
+        run, settings = configured(find_config(cfg.model))
+    given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(ChatConfig) if f.name in origin}
+    settings = dataclasses.replace(settings, **given)
+    from miaobi.generate import engine
+    from miaobi.generate.chat import Chat
+
+    model = cfg.model if run is None else model_of(run)
+    conversation = Chat(engine.load(model, settings.device, settings.dtype, cfg.checkpoint), settings)
+    talk(conversation, silent=as_json)
+    return {"messages": conversation.messages}
 
 
 def talk(chat: Chat, silent: bool = False) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
-import re
 import warnings
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from miaobi.errors import UserError, brief
-from miaobi.files import read_json
+from miaobi.files import read_json, reason, refuse_pointers, unreadable
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -104,34 +100,3 @@ def load_plain(file: Path, mmap: bool = False) -> Any:
         raise
     except Exception as e:  # damaged bytes can raise anything in an unpickler
         raise unreadable(file, e) from e
-
-
-def unreadable(path: Path, error: Exception) -> UserError:
-    """torch's own words advise to load with weights_only=False, which would execute what is in the file."""
-    text = str(error)
-    if isinstance(error, FileNotFoundError):
-        return UserError(f"{path}: no such file; copy it again")
-    if isinstance(error, pickle.UnpicklingError) and (named := re.search(r"GLOBAL (\S+)", text)):
-        return UserError(
-            f"{path} was not loaded: besides weights and settings it holds {named[1][:80]}, and to load that could run "
-            "a program. If you trust it, save it again on the machine it comes from with plain values only"
-        )
-    return UserError(f"{path} cannot be read ({reason(error)}); it was cut short or altered: copy it again")
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error, without torch's advice to run what is in a file."""
-    line = next(iter(str(error).splitlines()), "").strip()
-    if not line or "weights_only" in line or "weights only" in line.lower():
-        return f"{type(error).__name__}: not what torch.save writes of weights"
-    return line[:120]
-
-
-def refuse_pointers(files: Iterable[Path]) -> None:
-    """Raises UserError for a file of which git clone without git-lfs brought only the pointer."""
-    for file in files:
-        if file.is_file() and file.stat().st_size < 1024:
-            with file.open("rb") as opened:
-                if opened.read(len(LFS_POINTER)) == LFS_POINTER:
-                    raise UserError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs install` and "
-                                    f"`git lfs pull` in {file.parent}, or download the model anew")  # fmt: skip

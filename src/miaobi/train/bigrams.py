@@ -9,6 +9,7 @@ token's factor into the logits of the next. The result is a plain model of its f
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miaobi.config import ModelConfig, RunConfig
-from miaobi.corpus.dataset import PreparedData, TokenStream
+from miaobi.console import log
+from miaobi.corpus.prepared import PreparedData, TokenStream
 from miaobi.errors import UserError
 from miaobi.model.transformer import Transformer, intermediate_size
 
@@ -28,6 +30,23 @@ SHRINK = 0.7  # low rank overstates what it keeps
 LOG_P_SCALE = 2.0  # the channel of log-probabilities holds them divided by this
 GATE = 4.0  # silu is nearly linear there
 LONGEST = 0.6  # of an embedding's norm may say which token it is; the rest is the constant channel
+
+
+def initial_weights(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> dict[str, Tensor] | None:
+    """Weights of a new model that starts from the pairs of its text; None where it is to start at random.
+
+    Every rank counts the same pairs and comes to the same weights, of which it keeps its part.
+    Raises UserError where that is asked for and the model has no room for it.
+    """
+    if not wanted(cfg, shape, data):
+        return None
+    started = time.perf_counter()
+    torch.manual_seed(cfg.train.seed)
+    model = Transformer(shape)
+    tokens = sample(data.train, COUNTED)
+    start_from_bigrams(model, tokens)
+    log(f"started from the bigrams of {len(tokens):,} tokens in {time.perf_counter() - started:.2f} s")
+    return model.state_dict()
 
 
 def wanted(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> bool:
@@ -43,8 +62,7 @@ def wanted(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> bool:
                         "leave bigram_init out")  # fmt: skip
     if wish != "auto":
         return bool(wish)
-    # Every rank counts and holds the whole model, which fsdp is to avoid.
-    return fits and not data.is_dialogue and cfg.train.parallel != "fsdp" and is_short(cfg, shape, data)
+    return fits and not data.is_dialogue and is_short(cfg, shape, data)
 
 
 def is_short(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> bool:

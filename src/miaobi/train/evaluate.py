@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,10 @@ from miaobi.corpus.dataset import IGNORE, Batch
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import Transformer, document_block_mask, document_mask
+from miaobi.train.layout import is_sharded
+
+if TYPE_CHECKING:
+    from miaobi.train.setup import Plan
 
 
 def place(batch: Batch, rows: slice, device: torch.device, flex: bool = False) -> tuple:
@@ -65,15 +70,15 @@ def validation_nats(model: Transformer, windows: Batch, batch_size: int, dtype: 
     return total
 
 
-def told(windows: Batch) -> tuple[np.ndarray, np.ndarray]:
+def given_and_scored(windows: Batch) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of windows in their order, (n,), and which of them are scored, (n,) bool: a piece's first is given."""
     inputs, targets, positions, documents = windows
     used = np.ones(inputs.shape, bool) if documents is None else documents >= 0
     first = used & ((np.arange(inputs.shape[1]) if positions is None else positions) == 0)
     scored = targets != IGNORE
     following = np.where(scored, targets, np.roll(inputs, -1, axis=1))
-    kept = np.stack((first, used), -1)
-    return np.stack((inputs, following), -1)[kept], np.stack((np.zeros_like(scored), scored), -1)[kept]
+    counted = np.stack((first, used), -1)
+    return np.stack((inputs, following), -1)[counted], np.stack((np.zeros_like(scored), scored), -1)[counted]
 
 
 def text_size(ids: np.ndarray, scored: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
@@ -91,8 +96,30 @@ def text_size(ids: np.ndarray, scored: np.ndarray, tokenizer: Tokenizer) -> tupl
     lengths = np.array([0 if control else len(s) for s, control in zip(spelled, is_control, strict=True)], np.int64)
     data = np.frombuffer(b"".join(s for s, length in zip(spelled, lengths, strict=True) if length), np.uint8)
     character = np.cumsum(data & 0xC0 != 0x80)  # which one a byte belongs to: all but the first of one are 10xxxxxx
-    told_bytes = np.repeat(is_text, lengths)
-    return len(np.unique(character[told_bytes])) + turns, int(told_bytes.sum()) + turns
+    scored_bytes = np.repeat(is_text, lengths)
+    return len(np.unique(character[scored_bytes])) + turns, int(scored_bytes.sum()) + turns
+
+
+def mean_loss(plan: Plan, windows: Batch) -> float:
+    """Nats per scored token, without dropout, over windows that the ranks share."""
+    nats = validation_nats(plan.model, plan.world.share(windows), plan.micro, plan.dtype)
+    if is_sharded(plan.model):
+        plan.model.reshard()  # the forward pass leaves the outermost weights gathered
+    total = plan.world.sum(torch.tensor(nats, dtype=torch.float64))
+    return float(total) / max(1, int((windows.targets != IGNORE).sum()))
+
+
+def bits_per_char(plan: Plan, nats_per_token: float) -> float:
+    """All nats of the validation text, separators included, over its characters.
+
+    Of dialogues: what is learned of those in the windows, as `miaobi eval` counts it.
+    """
+    data = plan.data
+    tokens, characters = len(data.val), data.val.characters
+    if data.is_dialogue:
+        ids, scored = given_and_scored(plan.val_windows)
+        tokens, (characters, _) = int(scored.sum()), text_size(ids, scored, plan.tokenizer)
+    return nats_per_token * tokens / max(1, characters) / math.log(2)
 
 
 def sliding(tokens: np.ndarray, block_size: int, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

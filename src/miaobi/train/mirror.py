@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import posixpath
 import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
+from uuid import uuid4
 
 import fsspec
 
 from miaobi.console import log, warn
 from miaobi.errors import UserError
-from miaobi.files import point, pointed, written_whole
+from miaobi.files import is_running, point, pointed, write_text, written_whole
+from miaobi.lock import Holder, beating, beats, held, read_holder, this_process
 
 NAMES = ("best", "last")
-STEP = "step-[0-9]+"
+STEP = "step-(0|[1-9][0-9]{0,17})"
+BEAT, SILENCE = 20.0, 60.0  # seconds, as in lock.py; every beat is a request that may cost money
+SMALL = 1 << 20  # bytes of a small file; a larger one is none of ours
 
 
 class Mirror:
-    """Storage that holds what `checkpoints/` holds: step-N directories, and two small files that name one each.
+    """Storage that holds what `checkpoints/` holds: step-N directories, and two small files that name one each; and
+    which run that is: its config.yaml, its name (`run`), and who writes there (`writer.json`).
 
     Object stores cannot rename: a checkpoint counts from the moment that `last` names it, and that is written last.
     A step that is written again, or anew by another run, is not named while it is replaced.
@@ -32,8 +43,42 @@ class Mirror:
                             "s3:// or ossfs for oss://") from e  # fmt: skip
         self.url = url
 
-    def push(self, checkpoints: Path) -> None:
-        """Bring the storage to what the local directory `best` and `last` name; failing costs a warning."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only one who writes there while the body runs: the holder gives signs of life, and one that gives
+        none (its machine is lost) is taken over.
+
+        Raises UserError naming the holder, or for storage that cannot be written.
+        """
+        mine = this_process()
+        with self.explained("written"):
+            other = self._holder()
+            if other is not None and other.token:
+                if (other.machine, other.host) == (mine.machine, mine.host):
+                    lives = other.pid != mine.pid and is_running(other.pid)
+                else:
+                    lives = beats(lambda: self._small("writer.json"), other, SILENCE)
+                if lives:
+                    raise held(f"the mirror {self.url}", other, "give every run a --mirror of its own, or wait for it")
+            self.files.makedirs(self.root, exist_ok=True)
+
+        def beat() -> None:
+            sign = replace(mine, token=uuid4().hex)
+            self.files.pipe_file(self._at("writer.json"), json.dumps(asdict(sign)).encode())
+
+        with self.explained("written"):
+            beat()
+        with beating(beat, BEAT):
+            yield
+        with contextlib.suppress(Exception):
+            self.files.rm_file(self._at("writer.json"))
+
+    def push(self, run: Path, name: str) -> None:
+        """Bring the storage to what `best` and `last` name in a run directory; failing costs a warning.
+
+        name: of the run (`Progress.run`).
+        """
+        checkpoints = run / "checkpoints"
         named = {name: path.name for name in NAMES if (path := pointed(checkpoints / name))}
         try:
             self.files.makedirs(self.root, exist_ok=True)
@@ -41,58 +86,95 @@ class Mirror:
             there = {name: step for name in NAMES if name in known and (step := self._read(name))}
             whole = {step for step in set(there.values()) & set(named.values()) if self._is_copy(checkpoints / step)}
             for step in sorted(set(named.values()) - whole):
-                for name in (name for name, other in there.items() if other == step):
-                    self.files.rm_file(self._at(name))
+                for link in (link for link, other in there.items() if other == step):
+                    self.files.rm_file(self._at(link))
                 self.files.put(f"{checkpoints / step}/", f"{self._at(step)}/", recursive=True)
-            for name, step in named.items():
-                self.files.pipe_file(self._at(name), step.encode())
+            self.files.pipe_file(self._at("config.yaml"), (run / "config.yaml").read_bytes())
+            self.files.pipe_file(self._at("run"), name.encode())
+            for link, step in named.items():
+                self.files.pipe_file(self._at(link), step.encode())
             for step in known:
                 if re.fullmatch(STEP, step) and not (checkpoints / step).is_dir():
                     self.files.rm(self._at(step), recursive=True)
         except Exception as e:  # every protocol has errors of its own
             warn(f"the checkpoint could not be copied to {self.url} ({e}); training goes on, {checkpoints} has it")
 
-    def pull(self, checkpoints: Path) -> None:
-        """Fetch what `last` and `best` name into a run that has no checkpoint yet; nothing there is no error.
+    def pull(self, run: Path, check: Callable[[Path], None]) -> None:
+        """Fetch what `last` and `best` name, and the configuration, into a run directory that has no checkpoint yet;
+        nothing there is no error.
 
+        check: raises UserError for a configuration (a file) of another run, before anything is fetched.
         Raises UserError for storage that cannot be read.
         """
-        try:
+        checkpoints = run / "checkpoints"
+        with self.explained("read"):
             named = {name: self._read(name) for name in reversed(NAMES)}
+            config = self._small("config.yaml") if named["last"] else None
+            if config is not None:
+                with tempfile.TemporaryDirectory() as folder:
+                    (file := Path(folder) / "config.yaml").write_text(config, encoding="utf-8")
+                    check(file)
             for step in sorted({step for step in named.values() if step}):
                 log(f"fetching {step} from {self.url}")
                 with written_whole(checkpoints / step) as aside:
                     self.files.get(f"{self._at(step)}/", f"{aside}/", recursive=True)
-        except OSError as e:
-            raise UserError(
-                f"mirror {self.url} cannot be read ({e}); is it reachable, and are the rights there?"
-            ) from e
         for name, step in named.items():
             if step:
                 point(checkpoints / name, step)
+        if config is not None:
+            write_text(run / "config.yaml", config)
+
+    def refuse_other(self, name: str) -> None:
+        """Raise UserError where the storage holds checkpoints of another run than the one of that name."""
+        with self.explained("read"):
+            other = self._small("run") if self._read("last") else None
+        if other is not None and other != name:
+            raise UserError(f"the mirror {self.url} holds the checkpoints of another run; give every run a --mirror of "
+                            "its own, or empty that one")  # fmt: skip
 
     def forget(self) -> None:
         """Let no name stand for a checkpoint: the run begins anew, and must not go on from what an older one left.
 
         Raises UserError for storage that cannot be written.
         """
-        try:
+        with self.explained("begun anew"):
             for name in NAMES:
                 if self.files.exists(self._at(name)):
                     self.files.rm_file(self._at(name))
+
+    @contextmanager
+    def explained(self, verb: str) -> Iterator[None]:
+        """Turn an OSError into a UserError."""
+        try:
+            yield
         except OSError as e:
             raise UserError(
-                f"mirror {self.url} cannot be begun anew ({e}); is it reachable, and are the rights there?"
+                f"mirror {self.url} cannot be {verb} ({e}); is it reachable, and are the rights there?"
             ) from e
 
     def _at(self, name: str) -> str:
         return posixpath.join(self.root, name)
 
+    def _small(self, name: str) -> str | None:
+        """A small text; None where there is none."""
+        if not self.files.isfile(self._at(name)):
+            return None
+        return self.files.cat_file(self._at(name), start=0, end=SMALL).decode(errors="replace")
+
+    def _holder(self) -> Holder | None:
+        """Who says that it writes there."""
+        text = self._small("writer.json")
+        if text is None:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            (file := Path(folder) / "writer.json").write_text(text, encoding="utf-8")
+            return read_holder(file)
+
     def _read(self, name: str) -> str | None:
         """The step that `best` or `last` names. Raises UserError for anything else in there, such as a path."""
-        if not self.files.exists(self._at(name)):
+        if (text := self._small(name)) is None:
             return None
-        step = self.files.cat_file(self._at(name)).decode(errors="replace").strip()
+        step = text.strip()
         if not re.fullmatch(STEP, step):
             raise UserError(f"{name} in {self.url} names {step[:40]!r}, which is no checkpoint; write step-N there, "
                             "or remove that file")  # fmt: skip

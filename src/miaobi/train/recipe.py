@@ -61,7 +61,7 @@ def resolve_optim(
     )
 
 
-def length(cfg: RunConfig, windows: int) -> int:
+def total_steps(cfg: RunConfig, windows: int) -> int:
     """Steps of the run: max_iters, or fewer where max_epochs passes over `windows` windows come first."""
     steps = cfg.train.max_iters
     if cfg.train.max_epochs is not None:

@@ -1,43 +1,33 @@
 """Checkpoints: copied in an instant, written in the background, visible only when whole.
 
-A checkpoint is a model directory plus train_state/: the optimizer's moments in torch's distributed format (each rank
-writes its own shards; any number of ranks reads them again) and the counters.
+A checkpoint is a model directory plus train_state/: the optimizers' state (`optimizer_state`) and the counters; and
+checksums.json, the SHA-256 of every file.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import pickle
 import shutil
-import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.amp import GradScaler
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from miaobi.console import warn
-from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.errors import UserError
-from miaobi.files import aside_of, point, pointed, written_whole
+from miaobi.files import point, pointed, sha256, write_manifest, write_text, written_whole
 from miaobi.model.checkpoint import Unfilled, save_model
 from miaobi.model.lora import adapters, merged, save_adapter
 from miaobi.model.transformer import Transformer
+from miaobi.train import optimizer_state
 from miaobi.train.layout import is_sharded, whole
-from miaobi.train.mirror import Mirror
-from miaobi.train.state import Progress, steps
+from miaobi.train.run_directory import Progress, step_directories
+from miaobi.train.setup import Plan
 from miaobi.train.world import World
 
 LOOK = 10.0  # seconds after which a rank that waits for a checkpoint looks whether the others still live
-Optimizers = list[torch.optim.Optimizer]
 
 
 class Saver:
@@ -51,33 +41,24 @@ class Saver:
         lost: whether the latest checkpoint could not be written.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        world: World,
-        tokenizer: Tokenizer,
-        end_ids: tuple[int, ...],
-        save_interval: int | None,
-        mirror: Mirror | None,
-        best: tuple[int | None, float | None],
-    ) -> None:
-        self.root, self.world = out / "checkpoints", world
-        self.tokenizer, self.end_ids, self.save_interval, self.mirror = tokenizer, end_ids, save_interval, mirror
-        self.best = best
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.world, self.root = plan, plan.world, plan.out / "checkpoints"
+        self.best = (plan.progress.best_step, plan.progress.best_val_loss)
         self.thread: Thread | None = None
         self.outcome: bool | BaseException = False
         self.lost = False
 
-    def save(self, model: Transformer, optimizers: Optimizers, scaler: GradScaler, progress: Progress) -> None:
+    def save(self) -> None:
         """Copy everything and go on; a checkpoint still being written is waited for first."""
-        self.finish(progress)
-        plain = snapshot(model, self.world)
-        state = staged({"optimizer": moments(model, optimizers), "scaler": scaler.state_dict()})
+        self.finish()
+        plan = self.plan
+        plain = snapshot(plan.model, self.world)
+        state = optimizer_state.copied(plan.model, plan.optimizers, plan.scaler, self.world)
         # a daemon: a rank that lost the others must be able to leave
-        self.thread = Thread(target=self._run, args=(plain, state, copy.deepcopy(progress)), daemon=True)
+        self.thread = Thread(target=self._run, args=(plain, state, copy.deepcopy(plan.progress)), daemon=True)
         self.thread.start()
 
-    def finish(self, progress: Progress) -> None:
+    def finish(self) -> None:
         """Wait for the checkpoint under way; where it was lost, so is a best model in it.
 
         Raises UserError where a rank is lost that has a part to write.
@@ -87,11 +68,12 @@ class Saver:
         while self.thread.is_alive():
             self.thread.join(LOOK)
             if self.thread.is_alive() and self.world.unreachable():
-                raise self.world.lost("while a checkpoint was written")
+                raise self.world.lost_ranks_error("while a checkpoint was written")
         self.thread = None
         if isinstance(self.outcome, BaseException):
             raise self.outcome
         self.lost = not self.outcome
+        progress = self.plan.progress
         if self.outcome:
             self.best = (progress.best_step, progress.best_val_loss)
         else:
@@ -104,53 +86,88 @@ class Saver:
         except BaseException as e:  # raised again by `finish`, in the run's own thread
             self.outcome = e
 
-    def _write(self, plain: Transformer | None, state: dict, progress: Progress) -> bool:
+    def _write(self, plain: Transformer | None, state: optimizer_state.State, progress: Progress) -> bool:
         """Whether the checkpoint is whole on the disk."""
         path = self.root / f"step-{progress.step}"
         try:
             with ExitStack() as stack:
-                error = None
+                aside, error = None, None
                 try:
-                    aside = stack.enter_context(written_whole(path)) if self.world.is_first else aside_of(path)
+                    if plain is not None:
+                        refuse_not_finite(plain)
+                        aside = stack.enter_context(written_whole(path))
                 except OSError as e:
-                    error = e
-                failed = [e for e in self.world.gather(error, self.world.slow) if e is not None]
-                if failed:
-                    raise failed[0]
-                write_shards(state, aside / "train_state", self.world)
+                    error = str(e)
+                place, error = self.world.gather([str(aside) if aside else None, error], self.world.slow)[0]
+                if error:
+                    raise OSError(error)
+                sums = self._write_state(state, Path(place))
                 if plain is not None:
-                    self._write_plain(aside, plain, progress)
+                    self._write_plain(Path(place), plain, progress)
+                    write_manifest(Path(place), sums)
             if plain is not None:
                 self._show(path, progress)
         except OSError as e:
-            warn(f"checkpoint of step {progress.step} could not be written ({e}); {kept(self.root)}: free some space")
+            warn(f"checkpoint of step {progress.step} could not be written ({e}); "
+                 f"{checkpoint_before(self.root)}: free some space")  # fmt: skip
             return False
-        if plain is not None and self.mirror is not None:
-            self.mirror.push(self.root)
+        if plain is not None:
+            self._clear(path)
+            if self.plan.mirror is not None:
+                self.plan.mirror.push(self.root.parent, progress.run)
         return True
 
+    def _write_state(self, state: optimizer_state.State, aside: Path) -> dict[str, str]:
+        """Every rank writes its part of the optimizers' state; returns the checksums of the parts, by path, when all
+        have. Raises OSError on every rank if one of them fails.
+        """
+        error, name, digest = None, "", ""
+        try:
+            name = "train_state/" + optimizer_state.write(state, aside / "train_state", self.world)
+            if self.world.size > 1:
+                digest = sha256(aside / name)
+        except OSError as e:
+            error = f"rank {self.world.rank}: {e}" if self.world.size > 1 else str(e)
+        parts = self.world.gather([error, name, digest], self.world.slow)
+        if failed := [part[0] for part in parts if part[0]]:
+            raise OSError(failed[0])
+        return {name: digest for _, name, digest in parts if digest}
+
     def _write_plain(self, aside: Path, plain: Transformer, progress: Progress) -> None:
-        save_model(aside, merged(plain), self.tokenizer, self.end_ids)
+        save_model(aside, merged(plain), self.plan.tokenizer, self.plan.data.end_ids)
         if progress.base_weights:
             (aside / "adapter").mkdir()
             save_adapter(aside / "adapter", plain, progress.base)
-        text = json.dumps(asdict(progress), ensure_ascii=False)
-        (aside / "train_state" / "progress.json").write_text(text, encoding="utf-8")
+        for file in aside.rglob("*.safetensors"):  # the library makes them 0600
+            file.chmod((aside / "config.json").stat().st_mode & 0o777)
+        write_text(aside / "train_state" / "progress.json", json.dumps(asdict(progress), ensure_ascii=False))
 
     def _show(self, path: Path, progress: Progress) -> None:
-        """Point `last` (and `best`) at a whole checkpoint; drop those nothing points at any more."""
+        """Point `last` (and `best`) at a whole checkpoint."""
         if progress.best_step == progress.step:
             point(self.root / "best", path.name)
         point(self.root / "last", path.name)
-        keep = {path, pointed(self.root / "best")}
-        for step, old in steps(self.root).items():
-            regular = self.save_interval and step % self.save_interval == 0
-            if old not in keep and not regular:
-                shutil.rmtree(old)
+
+    def _clear(self, path: Path) -> None:
+        """Drop the checkpoints that nothing points at any more; one that cannot be dropped costs a warning."""
+        keep, interval = {path, pointed(self.root / "best")}, self.plan.cfg.train.save_interval
+        for step, old in step_directories(self.root).items():
+            if old not in keep and not (interval and step % interval == 0):
+                try:
+                    shutil.rmtree(old)
+                except OSError as e:
+                    warn(f"the old checkpoint {old} could not be removed ({e}); training goes on")
 
 
-def kept(checkpoints: Path) -> str:
-    """What there is where a checkpoint was lost."""
+def refuse_not_finite(model: Transformer) -> None:
+    """Raise OSError naming the first parameter that is not finite: such a model is of no use to go on from."""
+    for name, p in model.named_parameters():
+        if not bool(torch.isfinite(p).all()):
+            raise OSError(f"{name} is not finite; try a lower --learning_rate in another --out_dir")
+
+
+def checkpoint_before(checkpoints: Path) -> str:
+    """Which checkpoint there still is where the latest could not be written."""
     before = pointed(checkpoints / "last")
     return f"the checkpoint before it, {before.name}, is still whole" if before else "there is none before it"
 
@@ -175,53 +192,3 @@ def snapshot(model: Transformer, world: World) -> Transformer | None:
     plain.load_state_dict(values, assign=True)
     plain.end_ids, plain.generation = model.end_ids, model.generation
     return plain
-
-
-def moments(model: Transformer, optimizers: Optimizers) -> dict[str, Any]:
-    """Optimizer state by parameter name, whatever the layout. Rates and decays are the configuration's, not kept."""
-    return get_optimizer_state_dict(model, optimizers)["state"]
-
-
-def staged(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `state` on the CPU."""
-    stager = DefaultStager(StagingOptions(False, False, False, False))
-    try:
-        return stager.stage(state)
-    finally:
-        stager.close()
-
-
-def write_shards(state: dict[str, Any], directory: Path, world: World) -> None:
-    """Every rank writes its part; returns when all have. Raises OSError on every rank if one of them fails."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to save in a single process"
-            dcp.save(state, checkpoint_id=directory, process_group=world.slow, no_dist=world.size == 1)
-    except CheckpointException as e:
-        rank, (error, _) = next(iter(e.failures.items()))
-        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error):
-            raise OSError(f"rank {rank}: {error}; is the disk full?") from e
-        raise
-
-
-def load_optimizers(
-    checkpoint: Path, model: Transformer, optimizers: Optimizers, scaler: GradScaler, world: World
-) -> None:
-    """Fill optimizer state from a checkpoint of any layout; rates and decays stay those of the configuration.
-
-    Raises UserError if train_state is damaged, cut short, or of another model or optimizer.
-    """
-    directory = checkpoint / "train_state"
-    whole_state = get_optimizer_state_dict(model, optimizers)  # with empty moments to be filled
-    state = {"optimizer": whole_state["state"], "scaler": scaler.state_dict()}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            dcp.load(state, checkpoint_id=directory, process_group=world.slow, no_dist=world.size == 1)
-    except (CheckpointException, OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as e:
-        reason = next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
-        raise UserError(f"{directory} cannot be read ({reason or type(reason).__name__}); it was cut short or altered, "
-                        "or belongs to another model or optimizer: continue from another checkpoint with "
-                        "--resume_from=RUN/checkpoints/step-N")  from e  # fmt: skip
-    set_optimizer_state_dict(model, optimizers, whole_state)
-    scaler.load_state_dict(state["scaler"])

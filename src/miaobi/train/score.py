@@ -5,58 +5,56 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
-from miaobi.corpus.dataset import PreparedData, TokenStream
-from miaobi.corpus.dialogue import Encoded, as_lines, encode_lines, encode_roles
+from miaobi.corpus.dialogue import as_lines, encode_lines, encode_roles
+from miaobi.corpus.documents import read_documents
 from miaobi.corpus.packing import PackedDialogues
-from miaobi.corpus.read import read_documents
+from miaobi.corpus.prepared import PreparedData, TokenStream, is_prepared
+from miaobi.corpus.store import Encoded
 from miaobi.corpus.template import SEP_TEMPLATE
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import ends_documents, load_model
+from miaobi.train.config import EvalConfig
 from miaobi.train.evaluate import evaluate, score_batches, text_size
 
 Read = Callable[..., Iterator[str]]
 """`read_documents` of the sources: read(format), read(format, whole=True)."""
 
 
-def score(
-    name: str, sources: list[str], checkpoint: str, split: str, format: str, stride: str, batch_size: int, device: str,
-    dtype: str, field: str = "text", skip_bad: bool = False,
-) -> dict:  # fmt: skip
+def score(cfg: EvalConfig) -> dict:
     """Score a prepared directory's split, or raw text, every character once; dialogues one by one.
-
-    format, field, skip_bad: how raw text is read, as by `prepare`.
 
     Returns what `evaluate` returns. Raises UserError for a model and data that do not belong together.
     """
     keep_allocations()
-    where = pick_device(device)
-    model, tokenizer = load_model(name, checkpoint)
-    prepared = len(sources) == 1 and (Path(sources[0]) / "manifest.json").is_file()
-    steps, precision = stride_tokens(stride, model.cfg.block_size), pick_dtype(dtype, where)
-    read = partial(read_documents, sources, field=field, skip_bad=skip_bad)
-    stream = dialogues(sources, split, format, tokenizer, prepared, read)
-    with explain_memory(where, f"try a smaller --batch_size than {batch_size}"):
+    where, sources = pick_device(cfg.device), list(cfg.data)
+    model, tokenizer = load_model(cfg.model, cfg.checkpoint)
+    prepared = len(sources) == 1 and is_prepared(sources[0])
+    size, steps = cfg.batch_size, stride_tokens(cfg.stride, model.cfg.block_size)
+    precision = pick_dtype(cfg.dtype, where)
+    read = partial(read_documents, sources, field=cfg.field, skip_bad=cfg.skip_bad)
+    stream = dialogues(sources, cfg.split, cfg.format, tokenizer, prepared, read)
+    with explain_memory(where, f"try a smaller --batch_size than {size}"):
         if stream is not None:
             blocks = PackedDialogues(stream, model.cfg.block_size)
-            batches = (blocks.take(range(len(blocks))[i : i + batch_size]) for i in range(0, len(blocks), batch_size))
+            batches = (blocks.take(range(len(blocks))[i : i + size]) for i in range(0, len(blocks), size))
             characters, text_bytes = reply_text(stream, blocks, tokenizer)
             if not characters:
                 raise nothing_in(sources)
             return score_batches(model.to(where), batches, len(stream), characters, text_bytes, precision)
         if prepared:
-            tokens, characters, text_bytes = prepared_tokens(sources[0], split, tokenizer)
+            tokens, characters, text_bytes = prepared_tokens(sources[0], cfg.split, tokenizer)
         else:
-            tokens, characters, text_bytes = raw_tokens(read, tokenizer, ends_documents(name, checkpoint), format)
+            ends = ends_documents(cfg.model, cfg.checkpoint)
+            tokens, characters, text_bytes = raw_tokens(read, tokenizer, ends, cfg.format)
         if len(tokens) < 2 or not characters:
             raise nothing_in(sources)
         given = [id_ for id_ in tokenizer.begin_ids if id_ != tokenizer.eot_id]
-        return evaluate(model.to(where), tokens, characters, text_bytes, steps, precision, batch_size, given)
+        return evaluate(model.to(where), tokens, characters, text_bytes, steps, precision, size, given)
 
 
 def nothing_in(sources: list[str]) -> UserError:
@@ -66,7 +64,7 @@ def nothing_in(sources: list[str]) -> UserError:
 
 @dataclass
 class MemoryStream:
-    """Encoded dialogues with the interface of `dataset.TokenStream`."""
+    """Encoded dialogues with the interface of `prepared.TokenStream`."""
 
     parts: Encoded
 
@@ -133,7 +131,7 @@ def stride_tokens(stride: str, block_size: int) -> int:
 def open_prepared(source: str, tokenizer: Tokenizer) -> PreparedData:
     """Prepared data of the model's own tokenizer. Raises UserError for another."""
     data = PreparedData.open(source)
-    if Tokenizer.load(data.path).backend.to_str() != tokenizer.backend.to_str():
+    if data.tokenizer.backend.to_str() != tokenizer.backend.to_str():
         raise UserError(f"{source} was prepared with another tokenizer than the model's; give the raw text instead, "
                         "or prepare it with --tokenizer=MODEL")  # fmt: skip
     return data

@@ -12,43 +12,42 @@ from typing import Any
 
 from miaobi.console import warn
 from miaobi.errors import UserError
+from miaobi.files import write_text
 
 
 class Metrics:
-    """metrics.jsonl, TensorBoard events, and wandb where asked for."""
+    """metrics.jsonl, TensorBoard events, and wandb where asked for. Failing to write them never ends a run."""
 
     def __init__(self, out: Path, start: int, wandb_settings: dict[str, Any] | None, evaluated: bool = True) -> None:
         """start: steps that are done. evaluated: whether `start` was before it was saved, where it was to be."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
 
-        path = out / "metrics.jsonl"
-        kept = []
-        if start and path.exists():  # a killed run may have logged steps that are now run, or evaluated, again
-            for line in path.read_text(encoding="utf-8").splitlines():
-                step, is_evaluation = _read(line)
-                if step < start or (step == start and (evaluated or not is_evaluation)):
-                    kept.append(line)
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self.warned = False
-        self.file = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(out), purge_step=start + 1)
-        self.wandb = None
+        self.warned, self.file, self.board, self.wandb = False, None, None, None
+        with self.going_on():
+            path, kept = out / "metrics.jsonl", []
+            if start and path.is_file():  # a killed run may have logged steps that are now run, or evaluated, again
+                for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                    step, is_evaluation = _read(line)
+                    if step < start or (step == start and (evaluated or not is_evaluation)):
+                        kept.append(line)
+            write_text(path, "".join(f"{line}\n" for line in kept))  # in place of a link, not through it
+            self.file = path.open("a", encoding="utf-8")
+        with self.going_on():
+            self.board = SummaryWriter(str(out), purge_step=start + 1)
         if wandb_settings is not None:
-            try:
-                import wandb
-            except ImportError as e:
-                raise UserError("wandb_log needs wandb: pip install 'miaobi[track]'") from e
-            self.wandb = wandb.init(dir=str(out), resume="allow", **wandb_settings)
+            self.wandb = start_wandb(out, wandb_settings)
 
     def log(self, step: int, **values: float | None) -> None:
         """One line of metrics.jsonl, one point of every curve."""
         known = {key: value for key, value in values.items() if value is not None}
         with self.going_on():
-            self.file.write(json.dumps({"step": step, **known}) + "\n")
-            self.file.flush()
+            if self.file is not None:
+                self.file.write(json.dumps({"step": step, **known}) + "\n")
+                self.file.flush()
         with self.going_on():
             for key, value in known.items():
-                self.board.add_scalar(key, value, step)
+                if self.board is not None:
+                    self.board.add_scalar(key, value, step)
         if self.wandb is not None:
             self.wandb.log(known, step=step)
 
@@ -66,17 +65,34 @@ class Metrics:
         """Flush everything."""
         for sink in (self.file, self.board):
             with self.going_on():
-                sink.close()
+                if sink is not None:
+                    sink.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def start_wandb(out: Path, settings: dict[str, Any]) -> Any:
+    """The run at Weights & Biases: begun, or continued where `settings` has its id.
+
+    Raises UserError where the package is missing or does not work.
+    """
+    try:
+        import wandb
+    except ModuleNotFoundError as e:
+        if e.name == "wandb":
+            raise UserError("wandb_log needs wandb: pip install 'miaobi[track]'") from e
+        raise UserError(f"wandb is installed but cannot be imported ({e}); install it again") from e
+    except Exception as e:
+        raise UserError(f"wandb is installed but cannot be imported ({type(e).__name__}: {e}); install it again") from e
+    return wandb.init(dir=str(out), resume="allow", **settings)
 
 
 def _read(line: str) -> tuple[float, bool]:
     """Step of a line, and whether it tells of an evaluation."""
     try:
         row = json.loads(line)
-        return row["step"], "val_loss" in row
-    except (ValueError, KeyError, TypeError):
+        return (row["step"] if type(row["step"]) is int else float("inf")), "val_loss" in row
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf"), False  # cut by the kill
 
 
@@ -86,24 +102,41 @@ def since_best(history: list[list[float]]) -> int:
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
-def overfitting(history: list[list[float]]) -> str | None:
-    """A plain-words warning when validation has risen twice running while training fell, else None."""
+def time_left(seconds: float) -> str:
+    """How long a run will still take, in words; empty beyond 30 days: an endless max_epochs is no plan."""
+    if seconds > 30 * 86400:
+        return ""
+    if seconds < 90:
+        return f"{seconds:.0f} s left"
+    return f"{seconds / 60:.0f} min left" if seconds < 5400 else f"{seconds / 3600:.1f} h left"
+
+
+def overfitting(history: list[list[float]], dropout: float, learning_rate: float) -> str | None:
+    """A plain-words warning when validation has risen twice running while training fell, else None.
+
+    dropout, learning_rate: what the run has; the advice is what it has not tried.
+    """
     if len(history) < 3:
         return None
     (_, t0, v0), (_, t1, v1), (step, t2, v2) = history[-3:]
-    if not (v0 < v1 < v2 and t0 > t1 > t2):
+    if None in (t0, t1, t2) or not (v0 < v1 < v2 and t0 > t1 > t2):
         return None
     best = min(history, key=lambda row: row[2])
+    more = "--dropout=0.2 and up" if dropout == 0 else f"more --dropout than {dropout:g}" if dropout < 0.5 else None
+    advice = ["a smaller model", *([more] if more else []), f"a lower --learning_rate than {learning_rate:g}"]
     return (
         f"step {step:.0f}: the model is learning the text by heart: training loss fell {t0:.2f} -> {t2:.2f} while "
         f"validation rose {v0:.2f} -> {v2:.2f}. The best checkpoint so far is step {best[0]:.0f} (val {best[2]:.2f}) "
-        "and is kept. More text helps most; then a smaller model, or --dropout=0.2 and up"
+        f"and is kept. More text helps most; then {', '.join(advice[:-1])}, or {advice[-1]}"
     )
 
 
 @contextmanager
 def on_signals(interrupt: Callable[[str], None]) -> Iterator[None]:
-    """Call `interrupt` with "interrupted" on Ctrl-C, "terminated" on SIGTERM (pre-emption); the old handlers return."""
+    """Call `interrupt` with "interrupted" on Ctrl-C, "terminated" on SIGTERM (pre-emption); the old handlers return.
+
+    `interrupt` must only take a note: it may come in the middle of anything, of a line being printed too.
+    """
     reasons = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals

@@ -1,6 +1,5 @@
-"""Several processes on one run: how they meet, what they agree on, and what is said when one is lost.
+"""The processes of one run: what they share, what they agree on, and what is said when one is lost.
 
-torchrun starts the processes, and starts them again; here they meet, over gloo between CPUs and nccl between GPUs.
 With one process nothing here communicates.
 """
 
@@ -8,18 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
+import json
 import socket
-import struct
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
-from threading import Thread
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -27,13 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from miaobi.config import RunConfig, TrainConfig
-from miaobi.console import log, quiet
 from miaobi.corpus.dataset import IGNORE, Batch
-from miaobi.device import pick_device
 from miaobi.errors import UserError
-from miaobi.overrides import flatten
+from miaobi.settings import flatten
 
-LONG = timedelta(days=1)  # for rank 0 to prepare the data, for the slowest disk to take a checkpoint
 LAST_WORD = 5.0  # seconds in which the rank that failed speaks first; torchrun ends the others within one
 REASONS = (None, "interrupted", "terminated")
 
@@ -52,6 +43,8 @@ class World:
     slow: Any = None
     """Process group (gloo) for what may take hours: preparing data, writing checkpoints in the background."""
     alive: socket.socket | None = None
+    left: bool = False
+    """Whether `leave` was called."""
     restarted: bool = False
     """Whether torchrun has repeated its command, as it was: what that moved aside the first time is now the run."""
 
@@ -84,12 +77,20 @@ class World:
         return REASONS[int(code)]
 
     def gather(self, value: Any, group: Any = None) -> list[Any]:
-        """What every rank has, in the order of ranks. group: default `control`."""
+        """What every rank has, anything that JSON can hold, in the order of ranks. group: default `control`.
+
+        (torch's all_gather_object would unpickle what comes over the network.)
+        """
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=group or self.control)
-        return values
+        group = group or self.control
+        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros((), dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor(len(mine)), group=group)
+        longest = int(max(lengths))
+        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(texts, torch.nn.functional.pad(mine, (0, longest - len(mine))), group=group)
+        return [json.loads(bytes(text[:n].tolist())) for text, n in zip(texts, map(int, lengths), strict=True)]
 
     def rows(self, batch: int) -> slice:
         """This rank's rows of a global batch."""
@@ -122,8 +123,8 @@ class World:
                 found[no_way] = None
         return list(found)
 
-    def lost(self, why: str) -> UserError:
-        """What to raise when the other ranks do not answer any more: which of them, as far as can be told."""
+    def lost_ranks_error(self, why: str) -> UserError:
+        """The error that the other ranks do not answer any more: which of them, as far as can be told."""
         found = "; ".join(self.unreachable()) or "all processes still answer: one of them is stuck, or was too slow"
         return UserError(f"{socket.gethostname()} lost the other ranks: {found} ({why}). "
                          "docs/cluster.md says what to try")  # fmt: skip
@@ -136,8 +137,7 @@ class World:
 
     def leave(self) -> None:
         """Close the connections."""
-        global _world
-        _world = None
+        self.left = True
         if self.alive is not None:
             self.alive.shutdown(socket.SHUT_RDWR)  # wakes `answer`
             self.alive.close()
@@ -146,148 +146,19 @@ class World:
             dist.destroy_process_group()
 
 
-_world: World | None = None
-
-
-def join(cfg: TrainConfig) -> World:
-    """Meet the processes that torchrun started; asked again, the same world.
-
-    Raises UserError where torchrun started several and `parallel` is none.
-    """
-    global _world
-    if _world is not None:
-        return _world
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if size > 1 and cfg.parallel == "none":
-        raise UserError(f"parallel=none, but torchrun started {size} processes, which would all write one run; "
-                        "leave --parallel out, or start miaobi train without torchrun")  # fmt: skip
-    if rank:
-        quiet()
-    backend = "cpu:gloo,cuda:nccl" if pick_device(cfg.device).type == "cuda" else "gloo"
-    timeout = timedelta(seconds=cfg.comm_timeout)
-    address, store, restarted = "127.0.0.1", dist.HashStore(), False
-    try:
-        if size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
-            store = fresh_store(timeout)
-            # torchrun's own counter differs between machines, and does not count machines that come and go
-            restarted = rank == 0 and store.underlying_store.add("meetings", 1) > 1
-        if size == 1 and cfg.parallel != "fsdp":
-            _world = World(restarted=restarted)
-            return _world
-        if size > 1:
-            address = own_address(store, rank, size)
-            choose_interface(address)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    except (dist.DistError, ValueError) as e:  # ValueError: RANK or MASTER_ADDR is missing
-        master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(f"cannot meet the other processes at {master} ({first_line(e)}); is the address right, "
-                        "the port free and open in the firewall? torchrun sets all of it: see docs/cluster.md"
-                        ) from e  # fmt: skip
-    alive = socket.create_server((address, 0), backlog=size)
-    world = World(
-        rank, size, int(os.environ.get("LOCAL_RANK", "0")),
-        control=dist.new_group(backend="gloo", timeout=timeout), slow=dist.new_group(backend="gloo", timeout=LONG),
-        alive=alive, restarted=restarted,
-    )  # fmt: skip
-    world.hosts = world.gather((socket.gethostname(), address, alive.getsockname()[1]))
-    if size > 1:
-        machines = len({host for host, _, _ in world.hosts})
-        log(f"{size} processes on {machines} {'machine' if machines == 1 else 'machines'}")
-    Thread(target=world.answer, daemon=True).start()
-    _world = world
-    return world
-
-
-def fresh_store(timeout: timedelta) -> dist.Store:
-    """The store by which the processes meet, without what an earlier attempt left in it. Raises DistError.
-
-    torchrun's store outlives the processes that it starts again (torch 2.13), and gloo and nccl would read in it where
-    the dead ones listened. So rank 0 makes up a name for this attempt and answers it to every rank that asks now.
-    """
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    name = uuid4().hex
-    if rank:
-        store.set(f"question/{rank}", name)
-        name = store.get(f"answer/{name}").decode()
-        store.set(f"{name}/heard/{rank}", "")
-        return dist.PrefixStore(name, store)
-    missing, give_up = set(range(1, size)), time.monotonic() + timeout.total_seconds()
-    while missing:
-        if time.monotonic() > give_up:
-            raise dist.DistStoreError(f"rank {min(missing)} did not come within {timeout.total_seconds():.0f} s")
-        for other in missing:
-            if store.check([f"question/{other}"]):  # perhaps that of a dead process: answered again until heard
-                store.set(f"answer/{store.get(f'question/{other}').decode()}", name)
-        time.sleep(0.02)
-        missing = {other for other in missing if not store.check([f"{name}/heard/{other}"])}
-    return dist.PrefixStore(name, store)
-
-
-def own_address(store: dist.Store, rank: int, size: int) -> str:
-    """The address by which the other machines reach this one."""
-    address = address_towards(os.environ["MASTER_ADDR"])
-    store.set(f"address/{rank}", address)
-    if address.startswith("127."):
-        # Beside rank 0, whose machine may call itself 127.0.1.1 in /etc/hosts, as Debian's do
-        others = (store.get(f"address/{other}").decode() for other in range(size))
-        address = next((address_towards(other) for other in others if not other.startswith("127.")), address)
-    return address
-
-
-def address_towards(host: str) -> str:
-    """This machine's address on the way to `host`; 127.0.0.1 where there is none in IPv4."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        try:
-            s.connect((host, 9))  # sends nothing: only picks the route
-            return s.getsockname()[0]
-        except OSError:
-            return "127.0.0.1"
-
-
-def choose_interface(address: str) -> None:
-    """Have gloo use the interface with `address`: left alone it takes what the host's name resolves to."""
-    if "GLOO_SOCKET_IFNAME" in os.environ or sys.platform != "linux":
-        return
-    import fcntl
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # an interface without an IPv4 address
-                found = fcntl.ioctl(s.fileno(), 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
-                if socket.inet_ntoa(found[20:24]) == address:
-                    os.environ["GLOO_SOCKET_IFNAME"] = name
-                    return
-
-
-def rank_device(name: str, world: World) -> torch.device:
-    """The device of this rank: with several ranks, GPU number `local_rank`.
-
-    Raises UserError where torchrun started more processes than the machine has GPUs.
-    """
-    device = pick_device(name)
-    if device.type != "cuda" or world.size == 1:
-        return device
-    there = torch.cuda.device_count()
-    if world.local_rank >= there:
-        raise UserError(f"rank {world.rank} has no GPU of its own: this machine has {there}; "
-                        f"start torchrun with --nproc_per_node={there}")  # fmt: skip
-    torch.cuda.set_device(world.local_rank)
-    return torch.device("cuda", world.local_rank)
-
-
 def check_same(world: World, cfg: RunConfig, fingerprint: str) -> None:
-    """Raise UserError naming the first rank that was told something else than rank 0, or has other data."""
+    """Raise UserError naming the first rank whose settings are not rank 0's, or has other data."""
     mine = {key: str(value) for key, value in flatten(cfg).items()} | {"the prepared data (SHA-256)": fingerprint}
-    told = world.gather(mine)
-    for rank, theirs in enumerate(told):
-        differ = [key for key, value in theirs.items() if value != told[0][key]]
+    settings = world.gather(mine)
+    for rank, theirs in enumerate(settings):
+        differ = [key for key, value in theirs.items() if value != settings[0][key]]
         if differ:
             if not world.is_first:
                 time.sleep(LAST_WORD)
-                raise SystemExit(2)  # rank 0 tells it
+                raise SystemExit(2)  # rank 0 says it
             key = differ[0]
             raise UserError(f"rank {rank} on {world.hosts[rank][0]} differs from rank 0: {key} is {theirs[key]}, "
-                            f"rank 0 has {told[0][key]}; all must be told the same")  # fmt: skip
+                            f"rank 0 has {settings[0][key]}; all must be told the same")  # fmt: skip
 
 
 def check_batch(world: World, cfg: TrainConfig) -> None:
@@ -311,7 +182,7 @@ def explain_lost(world: World) -> Iterator[None]:
         if world.size == 1 or not (isinstance(e, dist.DistError) or "gloo" in text or "NCCL" in text):
             raise
         time.sleep(LAST_WORD)
-        raise world.lost(first_line(e)) from e
+        raise world.lost_ranks_error(first_line(e)) from e
 
 
 def first_line(e: Exception) -> str:

@@ -11,7 +11,7 @@ from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model
 from miaobi.train.loop import Run
-from miaobi.train.state import Progress, find_state, load_progress
+from miaobi.train.run_directory import Progress, find_state, load_progress
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -25,7 +25,7 @@ def weights(run: Path, name: str = "last") -> bytes:
 @pytest.fixture(scope="module")
 def finished(prepared, tmp_path_factory) -> Path:
     """A run of 30 steps, evaluated every 10; copy it before changing it."""
-    from miaobi.overrides import load_config
+    from miaobi.settings import load_config
     from miaobi.train.loop import train as train_run
 
     out = tmp_path_factory.mktemp("state") / "run"
@@ -43,7 +43,7 @@ def settings(data: Path, out: Path) -> dict[str, str]:
 @pytest.fixture
 def again(prepared, finished, tmp_path, monkeypatch):
     """A copy of the finished run, and `again(key=value)`: the same command on it, with changes."""
-    from miaobi.overrides import load_config
+    from miaobi.settings import load_config
     from miaobi.train.loop import train as train_run
 
     run = tmp_path / "run"
@@ -68,7 +68,7 @@ def test_best_and_last_are_kept_and_nothing_else(finished):
     assert "step-30" in steps
     assert os.readlink(finished / "checkpoints" / "last") == "step-30", "relative"
     assert {"config.yaml", "metrics.jsonl", "checkpoints"} <= set(os.listdir(finished))
-    assert {".metadata", "__0_0.distcp", "progress.json"} == set(
+    assert {"optimizer.json", "optimizer-0-of-1.safetensors", "progress.json"} == set(
         os.listdir(finished / "checkpoints" / "last" / "train_state")
     )
 
@@ -100,7 +100,7 @@ def test_the_same_command_on_a_finished_run_says_so_and_changes_nothing(again, c
 
 
 def test_a_larger_max_iters_extends_to_what_a_longer_run_would_have_been(again, prepared, tmp_path):
-    from miaobi.overrides import load_config
+    from miaobi.settings import load_config
     from miaobi.train.loop import train as train_run
 
     assert again(max_iters=50)["step"] == 50
@@ -117,13 +117,14 @@ def test_an_extended_run_is_measured_on_the_windows_it_began_with(train, prepare
     """On others the losses, and so the best model, could not be compared."""
     counted, measure = [], Run.validation_loss
     monkeypatch.setattr(
-        Run, "validation_loss", lambda run: counted.append(len(run.eval_windows.inputs)) or measure(run)
+        Run, "validation_loss", lambda run: counted.append(len(run.plan.val_windows.inputs)) or measure(run)
     )
     settings = {"data": prepared(), "out_dir": tmp_path / "run", "batch_size": 2, "eval_iters": 8, "eval_interval": 50}
     train(**settings, max_iters=5)
     if not known:
         file = tmp_path / "run" / "checkpoints" / "last" / "train_state" / "progress.json"
         file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "windows"}))
+        (file.parents[1] / "checksums.json").unlink()  # which older checkpoints have not either
     train(**settings, max_iters=10)
     train(**settings, max_iters=12)
     assert counted == [10, 10, 10]
@@ -161,12 +162,26 @@ def test_init_from_scratch_moves_the_old_run_aside(again, capsys):
     assert again.run.with_name("run.old-2").is_dir()
 
 
-def test_a_run_that_the_command_is_inside_of_cannot_be_moved_aside(again, monkeypatch):
+def test_a_run_that_the_command_is_inside_of_is_moved_aside_too(again, monkeypatch):
     monkeypatch.chdir(again.run)
     before = weights(again.run)
-    with pytest.raises(UserError, match="run from inside it"):
-        again(out_dir=".", init_from="scratch")
-    assert weights(again.run) == before
+    assert again(out_dir=".", init_from="scratch", seed=5)["step"] == 30
+    assert weights(again.run.with_name("run.old-1")) == before != weights(again.run)
+
+
+def test_what_the_run_did_not_write_is_not_moved_aside(again):
+    """small-gpt's checkpoint_root, ./checkpoints, holds the models that its README has one download."""
+    others = ["pretrained/cpt4000.pth", "notes.txt", "data/mine.txt", "checkpoints/pretrained/cpt.pth", "events.csv",
+              "checkpoints/step-5.bak/model.safetensors", "config.yaml.orig"]  # fmt: skip
+    for name in others:
+        (again.run / name).parent.mkdir(parents=True, exist_ok=True)
+        (again.run / name).write_text(name)
+    again(init_from="scratch", max_iters=10)
+    for name in others:
+        assert (again.run / name).read_text() == name
+    aside = again.run.with_name("run.old-1")
+    assert {"config.yaml", "metrics.jsonl", "checkpoints"} <= set(os.listdir(aside))
+    assert not {"pretrained", "notes.txt", "data"} & set(os.listdir(aside))
 
 
 def test_init_from_resume_wants_something_to_resume(again, tmp_path):
@@ -289,7 +304,13 @@ def test_shapes_that_contradict_the_model_started_from_are_refused(train, traine
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "train_state/__0_0.distcp", "train_state/.metadata", "train_state/progress.json"]
+    "name",
+    [
+        "model.safetensors",
+        "train_state/optimizer-0-of-1.safetensors",
+        "train_state/optimizer.json",
+        "train_state/progress.json",
+    ],
 )
 def test_a_checkpoint_cut_short_is_an_error_that_names_the_file(again, name, kept):
     file = pointed(again.run / "checkpoints" / "last") / name

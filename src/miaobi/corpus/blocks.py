@@ -1,17 +1,21 @@
-"""Sources -> blocks of some megabytes, cut where a document (or a line) ends.
+"""Files -> blocks: pieces of text that end where a document or a line ends, cut without being decoded, and decoded.
 
-A block of plain text is only a byte range, so workers read and decode one large file together; packed files are
-unpacked in the main process and travel with their block.
+Blocks are cut in the main process and decoded in any.
 """
 
 from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
+from miaobi import console
 from miaobi.corpus import encodings
+from miaobi.corpus.folders import pointer_reason
 from miaobi.corpus.sources import Source
 from miaobi.errors import UserError
 
@@ -22,6 +26,10 @@ MAX_DOCUMENT_BYTES = 32 << 20
 MAX_FILE_BYTES = 64 << 20
 """Largest file that can be one document (--format=files)."""
 
+NOISE = "\0\ufeff"
+"""What `without_noise` looks for."""
+_JOINT = re.compile("(?:^|(?<=[\\s。！？!?….;；”’」』》）)}\\]]))\ufeff+")
+
 
 def _line_ends(encoding: str) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
     line, carriage_return = "\n".encode(encoding), "\r".encode(encoding)
@@ -30,6 +38,10 @@ def _line_ends(encoding: str) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
 
 _LINE_ENDS = {name: _line_ends(name) for name in ("utf-8", *encodings.UNITS)}  # -> (line end, blank line)
 Bytes = bytes | bytearray | mmap.mmap
+
+
+class NotTextError(UserError):
+    """A file that is no text in any encoding: a binary file, or a pointer to a file elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,8 @@ class Block:
     """Line number of its first line; 0: counted when an error needs it."""
     skipped: int = 0
     """Bad records left out in front of it."""
+    reason: str = ""
+    """Why the whole file was."""
 
 
 def text_blocks(source: Source, index: int, whole: bool) -> Iterator[Block]:
@@ -68,7 +82,7 @@ def text_blocks(source: Source, index: int, whole: bool) -> Iterator[Block]:
     if in_one or source.size <= BLOCK_BYTES:
         yield Block(source, index, 0, source.size)
         return
-    with open(source.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with source.opened() as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         encoding, first, _ = _find_encoding(source, data)
         start = first
         while start < len(data):
@@ -135,17 +149,22 @@ def _find_encoding(source: Source, data: Bytes) -> tuple[str, int, bool]:
         sample = bytes(data[offset : offset + encodings.SAMPLE])
         if not sample.isascii() or b"\0" in sample:
             name, mark = _detect(source, sample, is_whole=offset + len(sample) == len(data))
-            return name, mark if offset == 0 else 0, True
+            if name != "utf-8" or not sample.isascii():  # else ASCII and some zero bytes, which tell nothing
+                return name, mark if offset == 0 else 0, True
     name, mark = _detect(source, bytes(data[: encodings.SAMPLE]), is_whole=len(data) <= encodings.SAMPLE)
     return name, mark, name != "utf-8"
 
 
 def _detect(source: Source, sample: bytes, is_whole: bool) -> tuple[str, int]:
-    found = encodings.detect(sample, is_whole)
-    if found is not None:
-        return found
+    if pointer := pointer_reason(sample):
+        raise NotTextError(f"{source.name} is {pointer}")
+    detected = encodings.detect(sample, is_whole)
+    if detected is not None:
+        return detected
     if b"\0" in sample:
-        raise UserError(f"{source.name} is a binary file (it has zero bytes and is not UTF-16), not text; leave it out")
+        raise NotTextError(
+            f"{source.name} is a binary file (it has zero bytes and is not UTF-16), not text; leave it out"
+        )
     raise UserError(
         f"{source.name}: neither UTF-8, GB18030, Big5 nor UTF-16 makes sense of it; if it is text, convert it: "
         "iconv -f ENCODING -t utf-8; otherwise leave it out (prepare, eval and classify do so with --skip_bad=True)"
@@ -160,7 +179,7 @@ def block_bytes(block: Block) -> tuple[bytes, int, str]:
     """
     data = block.data
     if data is None:
-        with open(block.source.path, "rb") as file:
+        with block.source.opened() as file:
             file.seek(block.start)
             data = file.read(block.end - block.start)
     if block.encoding is not None:
@@ -169,8 +188,19 @@ def block_bytes(block: Block) -> tuple[bytes, int, str]:
     return data[mark:], mark, encoding
 
 
-def decode_block(block: Block, skip_bad: bool = False) -> tuple[str, str, int]:
-    """The text of a block as it is in the file, its encoding, and how many bad places were replaced (`skip_bad`).
+class Decoded(NamedTuple):
+    """The text of a block."""
+
+    text: str
+    encoding: str
+    replaced: int
+    """Places with bad bytes, U+FFFD now (`skip_bad`)."""
+    removed: int
+    """Characters that `without_noise` took out."""
+
+
+def decoded(block: Block, skip_bad: bool = False) -> Decoded:
+    """The text of a block as it is in the file, but `without_noise`.
 
     Raises:
         UserError: what `block_bytes` raises; bytes that the encoding does not have, or that another encoding explains
@@ -179,16 +209,39 @@ def decode_block(block: Block, skip_bad: bool = False) -> tuple[str, str, int]:
     data, start, encoding = block_bytes(block)
     if skip_bad:
         text, replaced = encodings.decode_replacing(data, encoding)
-        return text, encoding, replaced
-    mixed = encodings.mixed_encoding(data, encoding)
-    if mixed:
-        raise UserError(_does_not_fit(block.source, start + mixed[0], encoding, mixed[1]))
-    try:
-        return encodings.decode(data, encoding), encoding, 0
-    except UnicodeDecodeError as error:
-        following = encodings.detect(data[error.start : error.start + 4096], is_whole=False)
-        other = following[0] if following else ""
-        raise UserError(_does_not_fit(block.source, start + error.start, encoding, other)) from error
+    else:
+        mixed = encodings.mixed_encoding(data, encoding)
+        if mixed:
+            raise UserError(_does_not_fit(block.source, start + mixed[0], encoding, mixed[1]))
+        try:
+            text, replaced = encodings.decode(data, encoding), 0
+        except UnicodeDecodeError as error:
+            following = encodings.detect(data[error.start : error.start + 4096], is_whole=False)
+            other = following[0] if following else ""
+            raise UserError(_does_not_fit(block.source, start + error.start, encoding, other)) from error
+    if block.source.is_exact:
+        return Decoded(text, encoding, replaced, 0)
+    if block.source.format in ("jsonl", "messages"):
+        text = text.replace("}\ufeff{", "}\n{")  # the first file's last line had no end
+    clean = without_noise(text, encoding)
+    return Decoded(clean, encoding, replaced, len(text) - len(clean))
+
+
+def decode_block(block: Block, skip_bad: bool = False) -> tuple[str, str, int]:
+    """Text, encoding and bad places of `decoded`."""
+    return decoded(block, skip_bad)[:3]
+
+
+def without_noise(text: str, encoding: str = "utf-8") -> str:
+    """`text` without U+0000, with which disks and editors fill files up, and without the byte order marks, U+FEFF,
+    that are inside where files were joined: at the beginning of a line or a sentence, and anywhere in a file that
+    begins with one (as a space of no width, which it was before Unicode 3.2, other texts have it between words).
+    """
+    if "\0" in text:
+        text = text.replace("\0", "")
+    if "\ufeff" in text:
+        text = _JOINT.sub("", text) if encoding == "utf-8" else text.replace("\ufeff", "")
+    return text
 
 
 def _does_not_fit(source: Source, offset: int, encoding: str, other: str) -> str:
@@ -209,3 +262,22 @@ def _too_long(source: Source) -> str:
         f"{source.name} is longer than {MAX_FILE_BYTES >> 20} MiB, too long for one document (--format=files); "
         "use --format=text or --format=lines"
     )
+
+
+def with_progress(results: Iterable[tuple], sources: list[Source], what: str) -> Iterator[tuple]:
+    """Passes on (blocks, result) of each task; shows a bar with the time left once it has taken two seconds."""
+    before = [0, *accumulate(source.size for source in sources)]
+    began, bar, shown = time.perf_counter(), None, None
+    try:
+        for blocks, result in results:
+            yield blocks, result
+            if bar is None and time.perf_counter() - began > 2:
+                bar = console.progress()
+                bar.start()
+                shown = bar.add_task(what, total=before[-1])
+            if bar is not None:
+                last = blocks[-1]
+                bar.update(shown, completed=min(before[last.index] + last.end, before[last.index + 1]))
+    finally:
+        if bar is not None:
+            bar.stop()

@@ -1,5 +1,6 @@
 """Every encoding, packing and format gives back the text that was written; what cannot be read is named."""
 
+import bz2
 import csv
 import gzip
 import json
@@ -12,11 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given
-from hypothesis import strategies as st
 
-from miaobi.corpus import cutting, encodings
-from miaobi.corpus.read import iter_blocks, read_block
+from miaobi.corpus import blocks, encodings
+from miaobi.corpus.documents import iter_blocks, read_block
 from miaobi.corpus.sources import find_sources
 from miaobi.errors import UserError
 
@@ -58,7 +57,7 @@ def documents(*paths: object, **options: object) -> list[str]:
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 @pytest.mark.parametrize("block_bytes", [64, 1 << 20])
 def test_encodings(tmp_path, monkeypatch, codec, text, name, line_end, block_bytes):
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
     path = tmp_path / "a.txt"
     path.write_bytes((text * 3).replace("\n", line_end).encode(codec))
     found = contents(path)
@@ -66,31 +65,6 @@ def test_encodings(tmp_path, monkeypatch, codec, text, name, line_end, block_byt
     with open(path, encoding=codec, newline=None) as file:
         assert "".join(c.raw for c in found) == file.read()
     assert [d for c in found for d in c.documents] == (text * 3).split("\n\n")
-
-
-@pytest.mark.parametrize(("codec", "text"), [("gb18030", SIMPLIFIED), ("big5", TRADITIONAL), ("gb18030", TRADITIONAL)])
-@pytest.mark.parametrize(("length", "at_most_wrong"), [(4, 0.03), (8, 0.0)])
-def test_short_texts(codec, text, length, at_most_wrong):
-    wrong = total = 0
-    for start in range(len(text) - length):
-        snippet = text[start : start + length]
-        if all("\u4e00" <= c <= "\u9fff" for c in snippet):
-            total += 1
-            wrong += encodings.detect(snippet.encode(codec)) != (codec, 0)
-    assert total > 10
-    assert wrong / total <= at_most_wrong
-
-
-@pytest.mark.parametrize(
-    "text", ["plain ASCII", "café · naïve", "Привет, мир", "日本語のテキスト", "한국어", "x😀", "a\tb\n"]
-)
-def test_utf8_that_is_not_chinese(text):
-    assert encodings.detect(text.encode()) == ("utf-8", 0)
-
-
-def test_text_of_few_characters_and_control_characters_is_utf8():
-    """UTF-16 explains it better, but badly; what is valid UTF-8 is then no reason to refuse a file."""
-    assert encodings.detect("好<<a\x0b\x0b".encode()) == ("utf-8", 0)
 
 
 def test_big5_with_hong_kong_and_eten_characters(tmp_path):
@@ -116,7 +90,7 @@ def test_a_replacement_character_in_the_text_is_not_counted_as_bad(tmp_path, cod
 
 
 def test_ascii_for_long_then_gbk(tmp_path, monkeypatch):
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 12)
     monkeypatch.setattr(encodings, "SAMPLE", 1 << 10)
     text = "plain words\n\n" * 2000 + SIMPLIFIED
     (tmp_path / "a.txt").write_bytes(text.encode("gbk"))
@@ -129,8 +103,8 @@ def test_ascii_for_long_then_gbk(tmp_path, monkeypatch):
 @pytest.mark.parametrize("codec", ["utf-8", "gb18030", "utf-16"])
 @pytest.mark.parametrize("whole", [False, True])
 def test_packed_is_cut_like_plain(tmp_path, monkeypatch, packing, codec, whole):
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", 100)
-    monkeypatch.setattr(cutting, "MAX_DOCUMENT_BYTES", 400)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(blocks, "MAX_DOCUMENT_BYTES", 400)
     data = (SIMPLIFIED + "\n\n" + "没有换行的一段" * 100).encode(codec)
     (tmp_path / "a.txt").write_bytes(data)
     packed = tmp_path / f"a.txt.{packing}"
@@ -161,49 +135,6 @@ def test_frames_of_a_zst_are_read_one_after_the_other(tmp_path):
                 contents(tmp_path / "a.txt.zst")
 
 
-@pytest.mark.parametrize("encoding", ["gbk", "utf-8"])
-def test_names_in_a_zip_of_chinese_windows(tmp_path, encoding):
-    """Without the flag that says UTF-8."""
-    name = "新闻.txt".encode(encoding)
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("x" * (len(name) - 4) + ".txt", "皇马赢了")
-    packed = (tmp_path / "a.zip").read_bytes().replace(b"x" * (len(name) - 4) + b".txt", name)
-    (tmp_path / "a.zip").write_bytes(packed)
-    assert [source.name for source in find_sources([str(tmp_path / "a.zip")])] == [f"{tmp_path}/a.zip!新闻.txt"]
-    assert documents(tmp_path / "a.zip") == ["皇马赢了"]
-
-
-def test_a_zip_is_opened_once_and_every_member_read(tmp_path, monkeypatch):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        for number in range(100):
-            archive.writestr(f"{number:03}.txt", f"第{number}篇")
-        with pytest.warns(UserWarning, match="Duplicate name"):
-            archive.writestr("007.txt", "同名的一篇")
-        for name in ("meta.pkl", "a/prepare.py", "manifest.json", "a/.hidden.txt", "__MACOSX/a.txt", "train.BIN"):
-            archive.writestr(name, "not text of a corpus")
-    opened, real = [], zipfile.ZipFile
-    monkeypatch.setattr(zipfile, "ZipFile", lambda path: opened.append(path) or real(path))
-    expected = [f"第{number}篇" for number in range(100)]
-    expected.insert(8, "同名的一篇")
-    assert documents(tmp_path / "a.zip") == expected
-    assert len(opened) == 1
-    with real(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("a.txt", "换了一个")
-    assert documents(tmp_path / "a.zip") == ["换了一个"]
-
-
-@pytest.mark.parametrize(("found", "offset", "put"), [(b"PK\x01\x02", 6, b"\x63\0"), ("文".encode(), 0, b"\xd6\xd0")])
-def test_a_zip_of_an_unknown_version_or_with_broken_names_is_refused(tmp_path, found, offset, put):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("文.txt", "好")
-    packed = bytearray((tmp_path / "a.zip").read_bytes())
-    at = packed.rindex(found) + offset
-    packed[at : at + len(put)] = put
-    (tmp_path / "a.zip").write_bytes(packed)
-    with pytest.raises(UserError, match=r"a\.zip is not a readable zip archive"):
-        contents(tmp_path / "a.zip")
-
-
 def test_blocks_change_nothing(tmp_path, monkeypatch):
     rng = random.Random(0)
     paragraphs = ["".join(rng.choices(SIMPLIFIED, k=rng.randint(1, 60))) for _ in range(200)]
@@ -211,7 +142,7 @@ def test_blocks_change_nothing(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(text.encode())
     expected, whole = documents(tmp_path / "a.txt"), documents(tmp_path / "a.txt", whole=True)
     for size in (1, 7, 100, 3000):
-        monkeypatch.setattr(cutting, "BLOCK_BYTES", size)
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
         assert documents(tmp_path / "a.txt") == expected
         assert "".join(documents(tmp_path / "a.txt", whole=True)) == whole[0]
 
@@ -249,14 +180,14 @@ def test_records(tmp_path, monkeypatch, name, encoding):
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.write(tmp_path / name, name)
     assert documents(tmp_path / "b.zip") == RECORDS
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 16)
     assert documents(tmp_path / name) == RECORDS
     with pytest.raises(UserError, match=r"no field 'body'.*(id, text|id.*text)"):
         contents(tmp_path / name, field="body")
 
 
 def test_json_error_names_file_and_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", 32)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 32)
     path = tmp_path / "a.jsonl"
     good = '{"text": "好"}\n'
     for bad in ('{"text": ', '["好"]', '{"title": "好"}', '{"text": 3}', '{"text": "\\ud800"}'):
@@ -271,7 +202,7 @@ def test_json_error_names_file_and_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize("codec", ["utf-16", "utf-16-be", "utf-32", "gb18030", "utf-8-sig"])
 @pytest.mark.parametrize("block_bytes", [50, 1 << 20])
 def test_lines_are_counted_in_characters(tmp_path, monkeypatch, codec, block_bytes):
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", block_bytes)
     data = ('{"text": "上海ഊ，你好，Ċ"}\n' * 9 + '["坏"]\n').encode(codec)  # UTF-16 with bytes 0A
     (tmp_path / "a.jsonl").write_bytes(data)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data))
@@ -286,7 +217,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, codec, name):
     texts = ["上海" + line for line in SIMPLIFIED.split()]
     text = "\n".join(["text", *texts])
     for size in (64, 1 << 20):
-        monkeypatch.setattr(cutting, "BLOCK_BYTES", size)
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
         (tmp_path / name).write_bytes(("\ufeff" + text).encode(codec))
         found = contents(tmp_path / name, whole=name == "a.txt")
         assert "".join(c.raw for c in found) == (text if name == "a.txt" else "".join(texts))
@@ -325,7 +256,7 @@ def test_rows_of_a_csv_that_would_lose_text(tmp_path, monkeypatch, rows, line, k
     path = tmp_path / "a.csv"
     path.write_text("\n".join(["label,text", *rows]), encoding="utf-8")
     for size in (8, 1 << 20):
-        monkeypatch.setattr(cutting, "BLOCK_BYTES", size)
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
         with pytest.raises(UserError, match=rf"a\.csv, line {line}: .*(quote|columns).*--skip_bad"):
             contents(path)
         found = contents(path, skip_bad=True)
@@ -334,37 +265,11 @@ def test_rows_of_a_csv_that_would_lose_text(tmp_path, monkeypatch, rows, line, k
 
 
 def test_quotes_of_a_tsv_that_do_not_pair_up_are_text(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", 32)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 32)
     texts = ['"好"吃', '"难吃', "真的", '说"好"', *SIMPLIFIED.split()] * 9
     (tmp_path / "a.tsv").write_text("text\tlabel\n" + "".join(f"{t}\t1\n" for t in texts), encoding="utf-8")
     assert documents(tmp_path / "a.tsv") == documents(tmp_path / "a.tsv") == texts
     assert capsys.readouterr().err.count("quotes do not pair up") == 1
-
-
-def test_directories_and_globs(tmp_path):
-    for name in ("b.txt", "a/z.txt", "a/y.md", ".hidden/x.txt", "a/.x.txt", "train.bin", "prepare.py", "manifest.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name, encoding="utf-8")
-    assert documents(tmp_path) == ["a/y.md", "a/z.txt", "b.txt"]
-    assert documents(tmp_path / "**" / "*.txt") == ["a/z.txt", "b.txt"]
-
-
-def test_linked_directories_are_read_once(tmp_path):
-    for name in ("given/own/a.txt", "given/b.bin/b.txt", "elsewhere/c.txt", "elsewhere/deep/d.txt", "hidden/e.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name, encoding="utf-8")
-    given = tmp_path / "given"
-    for link, target in {
-        "linked": "../elsewhere", "again": "../elsewhere/deep", "an_own": "own", "own/up": "..", "nowhere": "none",
-        ".not": "../hidden",
-    }.items():  # fmt: skip
-        (given / link).symlink_to(target, target_is_directory=True)
-    (tmp_path / "elsewhere" / "back").symlink_to(given)
-    expected = ["elsewhere/c.txt", "elsewhere/deep/d.txt", "given/b.bin/b.txt", "given/own/a.txt"]
-    assert sorted(documents(given)) == expected
-    found = [source.name for source in find_sources([str(given)])]
-    assert found == sorted(found)
-    assert str(given / "own" / "a.txt") in found
 
 
 @pytest.mark.parametrize(
@@ -394,27 +299,6 @@ def test_bad_files(tmp_path, name, data, message):
         assert sum(c.skipped for c in contents(tmp_path / name, skip_bad=True)) >= (0 if name == "mixed.txt" else 1)
 
 
-PASSAGES = st.sampled_from(["gb18030", "big5", "utf-8"]).flatmap(
-    lambda codec: st.sampled_from([SIMPLIFIED[:60], TRADITIONAL[:60], "plain words 123 ", "㐀㐁㐂㐃" * 9]).map(
-        lambda text: (text * 9).encode(codec, "ignore") + b"\n"
-    )
-)
-
-
-@given(
-    pieces=st.lists(PASSAGES, max_size=12), encoding=st.sampled_from(["gb18030", "big5"]), ending=st.binary(max_size=2)
-)
-def test_mixed_encodings_are_found_as_if_each_passage_was_looked_at(pieces, encoding, ending):
-    data, expected, position = b"".join(pieces) + ending, None, 0
-    while position < len(data) and not expected:
-        end = data.find(b"\n", position + 1024) + 1 or len(data)
-        found = encodings._better_reading(data[position:end], encoding)
-        expected, position = (position, found) if found else None, end
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encodings, "_STRETCH", 3)
-        assert encodings.mixed_encoding(data, encoding) == expected
-
-
 @pytest.mark.parametrize(("codec", "other"), [("gb18030", "big5"), ("gb18030", "utf-8"), ("utf-8", "gb18030")])
 @pytest.mark.parametrize("count", [9, 60])
 def test_parts_in_another_encoding_are_read_in_it_when_bad_places_may_be_skipped(tmp_path, codec, other, count):
@@ -431,7 +315,7 @@ def test_parts_in_another_encoding_are_read_in_it_when_bad_places_may_be_skipped
 
 
 def test_offset_of_the_bad_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)
     data = SIMPLIFIED.encode() + b"\n\n" + SIMPLIFIED.encode()
     bad = len(data) - 30
     data = data[:bad] + b"\xff" + data[bad:]
@@ -443,12 +327,77 @@ def test_offset_of_the_bad_byte(tmp_path, monkeypatch):
     assert "\ufffd" in "".join(c.raw for c in found)
 
 
-def test_missing_path_suggests(tmp_path):
-    (tmp_path / "input.txt").write_text("好", encoding="utf-8")
-    with pytest.raises(UserError, match=r"did you mean .*input\.txt"):
-        find_sources([str(tmp_path / "inptu.txt")])
-    with pytest.raises(UserError, match="no such file"):
-        find_sources([str(tmp_path / "nowhere" / "a.txt")])
-    (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match="no text in this directory"):
-        find_sources([str(tmp_path / "none")])
+BOM, LINES = "\ufeff", [f"第{i}句，皇马赢了。" for i in range(200)]
+
+
+@pytest.mark.parametrize("codec", ["utf-8", "gb18030", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("packing", ["", ".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("size", [64, 1 << 21])
+def test_byte_order_marks_where_files_were_joined(tmp_path, monkeypatch, codec, packing, size):
+    """`cat a.txt b.txt c.txt`, each with its mark, the second without a newline at its end."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", size)
+    parts = ["\n".join(LINES[:60]) + "\n", "\n\n".join(LINES[60:120]), "\n".join(LINES[120:]) + "\n"]
+    data = "".join(BOM + part for part in parts).encode(codec)
+    pack = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+    path = tmp_path / f"a.txt{packing}"
+    path.write_bytes(pack[packing](data))
+    for whole in (False, True):
+        found = contents(path, whole=whole)
+        assert "".join(c.raw for c in found) == "".join(parts)
+        assert sum(c.removed for c in found) == 2  # the first is the file's own
+
+
+@pytest.mark.parametrize("end", ["。", "”", "！\n", "\n", "\n\n", "\r\n", " "])
+def test_a_mark_inside_a_file_that_has_none_at_its_beginning(tmp_path, end):
+    (tmp_path / "a.txt").write_bytes(("晚安" + end + BOM + "很好").encode())
+    assert contents(tmp_path / "a.txt", whole=True)[0].raw == ("晚安" + end + "很好").replace("\r\n", "\n")
+
+
+def test_a_space_of_no_width_between_characters_is_text(tmp_path):
+    """As 晚安哦\\ufeff⊙∀⊙ in a corpus of chats."""
+    (tmp_path / "a.txt").write_text(f"晚安哦{BOM}⊙∀⊙！\n\n很不错", encoding="utf-8")
+    assert documents(tmp_path / "a.txt") == [f"晚安哦{BOM}⊙∀⊙！", "很不错"]
+
+
+@pytest.mark.parametrize("joint", ["\n" + BOM, BOM, "\r\n" + BOM, "\n\0" + BOM, "\n" + BOM + BOM])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv"])
+def test_records_of_joined_files(tmp_path, joint, name):
+    line = '{{"text": "第{}条"}}' if "json" in name else "第{}条"
+    if name == "a.csv" and joint == BOM:
+        return  # one cell
+    data = ("" if "json" in name else "text\n") + line.format(1) + "\n" + line.format(2) + joint + line.format(3)
+    packed = gzip.compress(data.encode()) if name.endswith(".gz") else data.encode()
+    (tmp_path / name).write_bytes(packed)
+    assert documents(tmp_path / name) == ["第1条", "第2条", "第3条"]
+
+
+@pytest.mark.parametrize("spelling", ["\\u0000", "\\ufeff"])
+def test_json_s_own_spelling_of_what_is_no_text(tmp_path, spelling):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "{spelling}好的"}}\n', encoding="utf-8")
+    (found,) = contents(tmp_path / "a.jsonl")
+    assert (found.documents, found.removed) == (["好的"], 1)
+
+
+@pytest.mark.parametrize("codec", ["utf-8", "gb18030", "big5", "utf-16"])
+@pytest.mark.parametrize("skip_bad", [False, True])
+@pytest.mark.parametrize(("early", "late"), [(1, 0), (0, 5000), (3, 1), (0, 1 << 19)])
+def test_zero_bytes_are_taken_out_and_counted(tmp_path, monkeypatch, codec, skip_bad, early, late):
+    """One early in a file made it a binary file, which --skip_bad left out whole; those at its end were learned."""
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1000)
+    text = (TRADITIONAL + "\n\n") * 30
+    zero = "\0"
+    (tmp_path / "a.txt").write_bytes((text[:7] + zero * early + text[7:] + zero * late).encode(codec))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress((tmp_path / "a.txt").read_bytes()))
+    for name in ("a.txt", "a.txt.gz"):
+        found = contents(tmp_path / name, skip_bad=skip_bad)
+        assert "".join(c.raw for c in found) == text
+        assert sum(c.removed for c in found) == early + late
+        assert sum(c.skipped for c in found) == 0
+        assert {c.encoding for c in found} == {codec.replace("utf-16", "utf-16-le")}
+
+
+def test_gbk_after_ascii_with_a_zero_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(encodings, "SAMPLE", 1 << 10)
+    text = "plain words\n\n" * 2000 + SIMPLIFIED
+    (tmp_path / "a.txt").write_bytes(b"a\0b " + text.encode("gbk"))
+    assert contents(tmp_path / "a.txt")[0].raw == "ab " + text

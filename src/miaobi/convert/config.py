@@ -1,0 +1,59 @@
+"""What `miaobi convert` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from miaobi.config import Location, ModelChoice, Positional
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """A checkpoint of another project, and where its model directory goes."""
+
+    checkpoint: Positional[Path]
+    """The .pth or .pt file."""
+    out: Path | None = None
+    """Model directory to write; default: the checkpoint's name with .miaobi, beside it."""
+
+    @property
+    def directory(self) -> Path:
+        """`out`, or its default."""
+        return self.out or self.checkpoint.parent / f"{self.checkpoint.stem}.miaobi"
+
+
+@dataclass(frozen=True)
+class SmallGPTConfig(ConvertConfig):
+    """A .pth of small-gpt."""
+
+    corpus: Location | None = None
+    """The text file it was trained on; the checkpoint has no vocabulary of its own, it is rebuilt from that."""
+    exact: bool = False
+    """No byte tokens: a character outside the vocabulary becomes <unk>, as in small-gpt."""
+
+
+@dataclass(frozen=True)
+class NanoGPTConfig(ConvertConfig):
+    """A ckpt.pt of nanoGPT."""
+
+    meta: Location | None = None
+    """meta.pkl of a character model, from nanoGPT's data/NAME."""
+    tokenizer: Location | None = None
+    """Directory with GPT-2's tokenizer.json, or vocab.json and merges.txt, for a model of GPT-2's BPE."""
+
+
+@dataclass(frozen=True)
+class GGUFConfig(ModelChoice):
+    """A MODEL as one file of llama.cpp, Ollama and LM Studio."""
+
+    out: Path | None = None
+    """File to write; default: the model's name, the kind and .gguf, in the current directory."""
+    quantize: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "bf16"
+    """How matrices are stored. Norms, biases and positions stay f32; below 8 bits the embedding is q8_0."""
+    bpe: Literal["exact", "compatible"] = "exact"
+    """BPE only. exact = the same ids as here, for a llama.cpp of April 2026 or later; compatible = any llama.cpp, with
+    other ids for some texts (the command counts them)."""
+    ollama: bool = False
+    """Write a Modelfile beside it: `ollama create NAME -f Modelfile`."""

@@ -1,0 +1,197 @@
+"""What people see: the results of the verbs, and their help. Everything is printed on stdout."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from miaobi.console import json_text
+from miaobi.seeds import Names
+from miaobi.settings import Key, keys
+
+
+def as_json(result: dict[str, Any]) -> None:
+    """The one object of --json."""
+    print(json_text(result))
+
+
+def count(n: int, one: str) -> str:
+    """`1 document`, `2,000 documents`."""
+    return f"{n:,} {one}{'' if n == 1 else 's'}"
+
+
+def prepared(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi prepare`."""
+    out = result["out"]
+    print(f"{out}: {count(result['documents'], 'document')}, {count(result['characters'], 'character')} "
+          f"({result['distinct_characters']:,} distinct), vocabulary {result['vocab_size']:,}")  # fmt: skip
+    print(f"train {count(result['train_tokens'], 'token')}, validation {count(result['val_tokens'], 'token')}, "
+          f"{count(result['duplicates_removed'], 'duplicate')} removed, {result['seconds']:.1f} s")  # fmt: skip
+    if names := result["skipped_in"]:
+        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+        print(f"skipped {result['skipped']:,} bad files, records or bytes in {', '.join(names[:5])}{more}")
+    print(f"next: miaobi train configs/{next_config(cfg)}.yaml --data={out} --out_dir=my_run")
+
+
+def next_config(cfg: Any) -> str:
+    """The shipped configuration that suits what was prepared: dialogues, the seed's text, or any other."""
+    if cfg.format == "dialogue":
+        return "chat-13m"
+    return "train_TH" if Path(cfg.out).parts[-2:] == ("data", "TH") else "demo"
+
+
+def trained(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi train`."""
+    best = f", best validation loss {result['best_val_loss']:.4f} at step {result['best_step']}"
+    print(f"{result['stopped']} at step {result['step']}{best if result['best_step'] else ''}")
+    checkpoints = Path(result["run"]) / "checkpoints"
+    print(f"next: miaobi {trying(result['run'], checkpoints / 'best', checkpoints / 'last')}")
+
+
+def samples(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi sample`; the speed goes to stderr."""
+    from miaobi.console import log
+
+    for completion in result["samples"]:
+        print(f"{completion['text']}\n---------------")
+    log(f"{result['tokens_per_second']:.0f} tokens/s")
+
+
+def scores(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi eval`."""
+    print(f"loss {result['loss']:.4f} nats/token   perplexity {result['perplexity']:.2f}   "
+          f"{result['bits_per_char']:.4f} bits/char   {result['bits_per_byte']:.4f} bits/byte")  # fmt: skip
+    print(f"{count(result['characters'], 'character')} in {count(result['tokens'], 'token')}, "
+          f"{result['seconds']:.1f} s")  # fmt: skip
+
+
+def ablation(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi classify ablate`: the table."""
+    from miaobi.classify.ablation import show
+
+    if result["rows"]:
+        show([*result.get("earlier", []), *result["rows"]], result["baselines"], cfg.protocol)
+
+
+def classifier(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi classify train`: the table, the comparison with the SVM, the surest errors."""
+    from miaobi.classify.ablation import conclude
+
+    ablation(result, cfg)
+    if result["rows"]:
+        conclude(result)
+        print(f"next: miaobi classify predict {result['run']} 房间很干净，下次还来")
+
+
+def converted(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi convert`: a model directory."""
+    print(f"{result['out']}: {result['parameters'] / 1e6:.1f}M parameters, vocabulary {result['vocab_size']:,}"
+          + (f", {count(result['spare_rows'], 'row')} of it spare" if result["spare_rows"] else "")
+          + (f", {result['loss']:.2f} nats/token on the corpus" if "loss" in result else ""))  # fmt: skip
+    print(f"next: miaobi {trying(result['out'], Path(result['out']))}")
+
+
+def gguf(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi convert gguf`: a file."""
+    print(f"{result['out']}: {result['bytes'] / 1e6:,.1f} MB, {result['parameters'] / 1e6:.1f}M parameters as "
+          f"{result['quantize']}, tokenizer {result['tokenizer']}")  # fmt: skip
+
+
+def trying(name: str, *directories: Path) -> str:
+    """The command that tries a model: a chat where one of its directories has a template for that."""
+    talks = any((directory / "chat_template.jinja").is_file() for directory in directories)
+    return f"{'chat' if talks else 'sample'} {name}{'' if talks else ' --start=中国'}"
+
+
+# --- help --------------------------------------------------------------------------------------------------------
+
+
+def overview(verbs: dict[str, str], groups: dict[str, str], group: str) -> None:
+    """`miaobi --help`, or that of a verb of several kinds; plain text so that it starts fast."""
+    if group:
+        what = {name.split()[1]: line for name, line in verbs.items() if name.startswith(f"{group} ")}
+        usage, title = f"miaobi {group} KIND ...", groups[group]
+        end = f"miaobi {group} KIND --help explains its options"
+    else:
+        what = {name.split()[0]: groups.get(name.split()[0], line) for name, line in verbs.items()}
+        usage, title = "miaobi VERB ...", "miniature Chinese GPTs, from raw text to a model that continues it"
+        end = ("miaobi VERB --help explains every option; --json prints one JSON object; --debug shows tracebacks\n"
+               "start here: miaobi demo")  # fmt: skip
+    listed = "\n".join(f"  {name:<10} {line}" for name, line in what.items())
+    print(f"usage: {usage}\n\n{title}\n\n{listed}\n\n{end}")
+
+
+def explain(command: str, what: str, kind: type, names: Names) -> None:
+    """`COMMAND --help`: every setting with its docstring, its choices and its default."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    settings = list(keys(kind).values())
+    words = [command, *(usage(key) for key in settings if key.is_positional), "[--key=value ...]"]
+    print(f"usage: {' '.join(words)}\n\n{what}\n")
+    table, section = Table.grid(padding=(0, 2)), ""
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for key in settings:
+        if key.section != section:
+            if section:
+                table.add_row()
+            section = key.section
+            table.add_row(Text(f"{section}:", style="bold"), Text(first_line(key.owner)))
+        text = Text(" ".join(docstrings(key.owner).get(key.name, "").split()))
+        text.append(f" {facts(key)}", style="dim")
+        table.add_row(Text(f"  {key.name.upper() if key.is_positional else '--' + key.name}"), text)
+    table.add_row(Text("  --json"), Text("Print the result as one JSON object."))
+    console = Console(highlight=False)
+    console.print(table)
+    if names.aliases:
+        also = ", ".join(f"{theirs} = {ours.upper() if keys(kind)[ours].is_positional else ours}"
+                         for theirs, ours in names.aliases.items())  # fmt: skip
+        console.print(Text(f"\nOther names: {also}"))
+
+
+def usage(key: Key) -> str:
+    """A positional setting in a usage line."""
+    is_list = typing.get_origin(key.kinds[0]) is tuple
+    name = f"{key.name.upper()}{' ...' if is_list else ''}"
+    return f"[{name}]" if type(None) in key.kinds else name
+
+
+def facts(key: Key) -> str:
+    """`[a|b|True|False; default: x]`."""
+    choices = []
+    for kind in key.kinds:
+        choices += typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+        choices += ["True", "False"] if kind is bool else ()
+    if key.default is dataclasses.MISSING:
+        default = "" if key.is_positional else "required"
+    else:
+        value = key.default() if callable(key.default) else key.default
+        default = "" if value is None or value in ("", ()) else f"default: {value!r}".replace("'", "")
+    said = "; ".join(filter(None, ("|".join(choices), default)))
+    return f"[{said}]" if said else ""
+
+
+def docstrings(kind: type) -> dict[str, str]:
+    """Attribute -> the docstring below it, of a class and those it inherits from."""
+    import ast
+    import inspect
+    import itertools
+    import textwrap
+
+    found: dict[str, str] = {}
+    for part in reversed(kind.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body
+        for attribute, after in itertools.pairwise(body):
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(attribute, ast.AnnAssign) and is_text:
+                found[attribute.target.id] = after.value.value
+    return found
+
+
+def first_line(kind: type) -> str:
+    """What a section is about."""
+    return (kind.__doc__ or "").split("\n\n")[0].replace("\n", " ")

@@ -1,0 +1,167 @@
+"""The text of a run: prepared data, or raw text that is prepared once into the run and known by its content."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from miaobi.config import DataConfig, RunConfig
+from miaobi.console import log, warn
+from miaobi.corpus.config import PrepareConfig
+from miaobi.corpus.dataset import TextWindows
+from miaobi.corpus.dialogue import first_message
+from miaobi.corpus.packing import PackedDialogues
+from miaobi.corpus.prepare import prepare, settings_of
+from miaobi.corpus.prepared import PreparedData, is_prepared
+from miaobi.corpus.sources import find_sources
+from miaobi.corpus.tokenizer import Tokenizer
+from miaobi.errors import UserError
+from miaobi.files import pointed, read_record, sha256, write_json
+from miaobi.model.checkpoint import model_directory
+from miaobi.train.run_directory import TEXT
+
+OPENING_TOKENS = 8
+Blocks = PackedDialogues | TextWindows
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a run's own prepared data was made of: `text.json`."""
+
+    settings: dict[str, Any]
+    """How it was prepared, as manifest.json says it."""
+    sizes: dict[str, int]
+    """Bytes of every file, by its absolute path."""
+    times: dict[str, int]
+    """When each was changed, in ns: one of the same size and time is not read again."""
+    sha256: dict[str, str]
+
+
+def open_data(cfg: RunConfig, out: Path, prepares: bool) -> PreparedData:
+    """Open `cfg.data.data`; raw text is prepared into `out`/data.
+
+    prepares: whether this process may do that (rank 0; the others find it done).
+
+    Before a run has a checkpoint its data follows the text; from then on the text may not change. A text that is gone,
+    or a tokenizer's model, is not needed again. Raises UserError for data that is missing, damaged, changed or empty.
+    """
+    source, own = Path(cfg.data.data), out / "data"
+    if is_prepared(source):
+        return PreparedData.open(source)
+    if not prepares:
+        return PreparedData.open(own)
+    begun = is_prepared(own)
+    if begun and pointed(out / "checkpoints" / "last") is not None:
+        refuse_changed_text(cfg.data, out)
+        return PreparedData.open(own)
+    wanted = prepare_settings(cfg, own)
+    was = read_text(out) if begun else None
+    now = describe_text(cfg.data, was, settings_of(wanted))
+    if was is not None and (change := changed(was, now)) is None:
+        return PreparedData.open(own)
+    if begun:
+        log(f"{own} is prepared anew: {change if was is not None else 'of what it was made is not known'}")
+    log(f"preparing {source} into {own}")
+    (out / TEXT).unlink(missing_ok=True)  # it must not stand beside data that a kill left between the two
+    prepare([cfg.data.data], wanted)
+    write_json(out / TEXT, asdict(now))
+    return PreparedData.open(own)
+
+
+def prepare_settings(cfg: RunConfig, own: Path) -> PrepareConfig:
+    """How the text of a run is prepared."""
+    d, base = cfg.data, cfg.train.base_model
+    return PrepareConfig(
+        out=own,
+        tokenizer=str(model_directory(base)) if base else d.tokenizer,
+        vocab_size=None if base else cfg.model.vocab_size,
+        format=d.format,
+        template=d.template,
+        loss=d.loss,
+        field=d.field,
+        dedup=d.dedup,
+        split=d.split,
+        val_fraction=d.val_fraction,
+    )
+
+
+def read_text(out: Path) -> Text | None:
+    """What is known of the text of a run's own data; None where nothing is."""
+    try:
+        return read_record(out / TEXT, Text)
+    except UserError:
+        return None
+
+
+def describe_text(data: DataConfig, before: Text | None, settings: dict[str, Any]) -> Text:
+    """What the run's text is now. Raises UserError where there is none."""
+    text = Text(settings, {}, {}, {})
+    for file in sorted({source.path.resolve() for source in find_sources([data.data], data.format)}):
+        name, stat = str(file), file.stat()
+        text.sizes[name], text.times[name] = stat.st_size, stat.st_mtime_ns
+        same = before is not None and (before.sizes.get(name), before.times.get(name)) == (
+            stat.st_size,
+            stat.st_mtime_ns,
+        )
+        text.sha256[name] = before.sha256.get(name, "") if same else sha256(file)
+    return text
+
+
+def changed(was: Text, now: Text) -> str | None:
+    """The first thing in which two descriptions differ, by name; None where the text is the same."""
+    for key, value in was.settings.items():
+        if now.settings.get(key) != value:
+            return f"{key} was {value}, now it is {now.settings.get(key)}"
+    # a file that moved is the same text: only what is in the files, and in which order they are read, counts
+    if list(was.sha256.values()) == list(now.sha256.values()):
+        return None
+    for name, digest in was.sha256.items():
+        if name not in now.sha256:
+            return f"{name} is no longer part of the text"
+        if now.sha256[name] != digest:
+            return f"{name} has changed ({was.sizes.get(name, 0):,} bytes, now {now.sizes[name]:,})"
+    return f"{next(name for name in now.sha256 if name not in was.sha256)} is new in the text"
+
+
+def refuse_changed_text(data: DataConfig, out: Path) -> None:
+    """Raise UserError naming the file in which the text is no longer what the run in `out` has learned from."""
+    if (was := read_text(out)) is None:
+        return  # from before that was noted down
+    try:
+        now = describe_text(data, was, was.settings)
+    except UserError as e:
+        warn(f"{e}. The run goes on with the data that it prepared from it, {out / 'data'}")
+        return
+    if (change := changed(was, now)) is not None:
+        raise UserError(f"the run in {out} has learned from another text: {change}. Restore it, take another "
+                        "--out_dir, or --init_from=scratch to start over (the old run is moved aside)")  # fmt: skip
+
+
+def open_blocks(cfg: DataConfig, data: PreparedData, block_size: int) -> tuple[Blocks, Blocks]:
+    """Training and validation as blocks: dialogues packed (unless `packing` is stream), text in windows.
+
+    Raises UserError for a split that is too small.
+    """
+    if len(data.val) < 2:
+        raise UserError("the validation part of the data is empty; prepare it with a larger --val_fraction")
+    if not data.is_dialogue or cfg.packing == "stream":
+        if cfg.packing == "documents":
+            raise UserError("packing=documents is for dialogues; prepare the data with --format=dialogue")
+        if data.train.scored is not None:
+            raise UserError("packing=stream learns all tokens, but the data marks the assistant's; use packing=auto")
+        return TextWindows(data.train, block_size), TextWindows(data.val, block_size)
+    train = PackedDialogues(data.train, block_size, cfg.long_history, data.sep_id)
+    log(f"{len(train.starts):,} dialogues in {len(train):,} blocks, {train.useful:.1%} of their tokens in use"
+        + (f"; {train.cut_dialogues:,} dialogues were longer than a block and were cut between turns, "
+           f"{train.cut_turns:,} turns inside" if train.cut_dialogues else ""))  # fmt: skip
+    return train, PackedDialogues(data.val, block_size)
+
+
+def opening(data: PreparedData, tokenizer: Tokenizer) -> str:
+    """What a sample of the run starts from: the first words of the validation text, or its first message."""
+    if not data.is_dialogue:
+        return tokenizer.decode(data.val.read(0, OPENING_TOKENS).tolist())
+    return first_message(tokenizer, data.val.read(0, int(np.append(data.val.starts[1:], len(data.val))[0])).tolist())

@@ -1,0 +1,232 @@
+"""The optimizers' state on disk: safetensors, one file per rank, read again by any number of ranks in any layout.
+
+`optimizer-R-of-N.safetensors` holds the parts that rank R had, as PARAMETER/KEY; where they lie in the whole tensors
+stands in the file's header, and what belongs to all of them in `optimizer.json`. Nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.amp import GradScaler
+
+from miaobi.errors import UserError
+from miaobi.files import is_a, read_record, write_json
+from miaobi.model.transformer import Transformer
+from miaobi.train.layout import is_sharded
+from miaobi.train.older_state import OlderState
+from miaobi.train.optimizer import Muon
+from miaobi.train.world import World
+
+Optimizers = list[torch.optim.Optimizer]
+KEYS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
+INDEX = "optimizer.json"
+
+
+@dataclass(frozen=True)
+class Index:
+    """What optimizer.json says."""
+
+    ranks: int
+    """Files there are."""
+    tensors: int
+    """Whole tensors in them."""
+    scaler: dict[str, float] = field(default_factory=dict)
+    """GradScaler's state; empty but for float16."""
+
+
+@dataclass
+class Part:
+    """Some rows of a tensor, as one rank has them."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    offset: tuple[int, ...]
+    values: Tensor
+
+
+@dataclass
+class State:
+    """A copy on the CPU of what this rank writes."""
+
+    parts: dict[str, Part]
+    tensors: int
+    """Of all ranks together."""
+    scaler: dict[str, float]
+
+
+def file_name(rank: int, ranks: int) -> str:
+    """Where a rank's parts are."""
+    return f"optimizer-{rank}-of-{ranks}.safetensors"
+
+
+def copied(model: Transformer, optimizers: Optimizers, scaler: GradScaler, world: World) -> State:
+    """What this rank is to write, copied. Tensors that every rank has whole are shared out among the ranks."""
+    parts, count = {}, 0
+    for name, tensor in sorted(held(model, optimizers).items()):
+        if is_sharded(tensor):
+            if (part := local_part(tensor)) is not None:
+                parts[name] = part
+        elif count % world.size == world.rank:
+            parts[name] = Part(tuple(tensor.shape), (0,) * tensor.ndim, tensor.detach().to("cpu", copy=True))
+        count += 1
+    return State(parts, count, {key: float(value) for key, value in scaler.state_dict().items()})
+
+
+def held(model: Transformer, optimizers: Optimizers) -> dict[str, Tensor]:
+    """PARAMETER/KEY -> state, of every parameter that has any. Rates and decays are the configuration's, not state."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}/{key}": state[key]
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+        for key in KEYS[type(optimizer)]
+    }
+
+
+def local_part(tensor: Any) -> Part | None:
+    """This rank's rows of a DTensor; None where it has none, or where another rank has the same and writes them."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    replicated = any(place.is_replicate() and mesh.get_local_rank(i) for i, place in enumerate(placements))
+    offset, local = offset_of(tensor), tensor.to_local()
+    if replicated or not local.numel():
+        return None
+    return Part(tuple(tensor.shape), offset, local.detach().to("cpu", copy=True))
+
+
+def offset_of(tensor: Any) -> tuple[int, ...]:
+    """Where this rank's part of a DTensor begins in the whole."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return tuple(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
+
+
+def write(state: State, directory: Path, world: World) -> str:
+    """Write this rank's parts, and on rank 0 the index; returns the name of the file of parts. Raises OSError."""
+    directory.mkdir(parents=True, exist_ok=True)
+    name = file_name(world.rank, world.size)
+    where = {key: [list(part.shape), list(part.offset)] for key, part in state.parts.items()}
+    try:
+        tensors = {key: part.values.contiguous() for key, part in state.parts.items()}
+        save_file(tensors, directory / name, {"where": json.dumps(where)})
+    except SafetensorError as e:  # how it reports a full disk
+        raise OSError(f"{name} was not written whole ({e}); is the disk full?") from e
+    if world.is_first:
+        write_json(directory / INDEX, asdict(Index(world.size, state.tensors, state.scaler)))
+    return name
+
+
+def load(directory: Path, model: Transformer, optimizers: Optimizers, scaler: GradScaler) -> None:
+    """Fill the optimizers from a checkpoint of any number of ranks and any layout.
+
+    Raises UserError if something is missing, cut short, altered, or of another model or optimizer.
+    """
+    try:
+        saved = Saved(directory) if (directory / INDEX).is_file() else OlderState(directory)
+        wanted = {
+            f"{name}/{key}": (optimizer, p, key)
+            for optimizer in optimizers
+            for name, p in named(model, optimizer)
+            for key in KEYS[type(optimizer)]
+        }
+        if saved.shapes and saved.shapes.keys() != wanted.keys():
+            differ = sorted(saved.shapes.keys() ^ wanted.keys())
+            raise ValueError(f"{differ[0]} is {'missing' if differ[0] in wanted else 'one too many'}")
+        for name, shape in saved.shapes.items():
+            optimizer, p, key = wanted[name]
+            if shape != (() if key == "step" else tuple(p.shape)):
+                raise ValueError(f"{name} has shape {shape}")
+            optimizer.state[p][key] = filled(saved, name, p, key)
+        if saved.scaler and scaler.is_enabled():
+            scaler.load_state_dict({k: type(v)(saved.scaler[k]) for k, v in scaler.state_dict().items()})
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, SafetensorError) as e:
+        raise UserError(f"{directory} cannot be read ({str(e)[:300] or type(e).__name__}); it was cut short or "
+                        "altered, or belongs to another model or optimizer: continue from another checkpoint with "
+                        "--resume_from=RUN/checkpoints/step-N") from e  # fmt: skip
+
+
+def named(model: Transformer, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that an optimizer moves, with their names."""
+    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return ((name, p) for name, p in model.named_parameters() if id(p) in mine)
+
+
+@torch.no_grad()
+def filled(saved: Saved | OlderState, name: str, p: Tensor, key: str) -> Tensor:
+    """One state tensor, laid out as its parameter is."""
+    if key == "step":
+        return saved.read(name, (), ()).to(p.device)
+    state = torch.zeros_like(p, memory_format=torch.preserve_format)
+    if not is_sharded(p):
+        return state.copy_(saved.read(name, (0,) * p.ndim, tuple(p.shape)))
+    local: Any = state
+    local.to_local().copy_(saved.read(name, offset_of(p), tuple(local.to_local().shape)))
+    return state
+
+
+class Saved:
+    """The files of all ranks, read part by part.
+
+    Attributes: shapes of the whole tensors; scaler: GradScaler's state.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        index = read_record(directory / INDEX, Index)
+        self.scaler = index.scaler
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.parts: dict[str, list[tuple[Any, tuple[int, ...], tuple[int, ...]]]] = {}
+        if not 0 < index.ranks < 1 << 20:
+            raise ValueError(f"{INDEX} says {index.ranks} ranks")
+        for rank in range(index.ranks):
+            file = safe_open(directory / file_name(rank, index.ranks), "pt")
+            where = json.loads((file.metadata() or {}).get("where", "null"))
+            if not is_a(where, dict[str, list[list[int]]]) or where.keys() != set(file.keys()):
+                raise ValueError(f"{file_name(rank, index.ranks)} has a damaged header")
+            for name, (shape, offset) in where.items():
+                self.add(name, tuple(shape), tuple(offset), file)
+        for name, parts in self.parts.items():
+            if sum(math.prod(extent) for _, _, extent in parts) != math.prod(self.shapes[name]):
+                raise ValueError(f"{name} is not whole")
+        if len(self.shapes) != index.tensors:
+            raise ValueError(f"{len(self.shapes)} tensors of {index.tensors}")
+
+    def add(self, name: str, shape: tuple[int, ...], offset: tuple[int, ...], file: Any) -> None:
+        """Note a part of a tensor; raises ValueError where it does not lie inside the whole, or on another part."""
+        extent = tuple(file.get_slice(name).get_shape())
+        inside = len(shape) == len(offset) == len(extent) and all(
+            o >= 0 and o + e <= s for o, e, s in zip(offset, extent, shape, strict=True)
+        )
+        there = self.parts.setdefault(name, [])
+        apart = all(not overlap(offset, extent, other, theirs) for _, other, theirs in there)
+        if not inside or not apart or self.shapes.setdefault(name, shape) != shape:
+            raise ValueError(f"{name} is in parts that do not fit together")
+        there.append((file, offset, extent))
+
+    def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """A region of a tensor: only what lies in it is read."""
+        out = torch.zeros(shape)
+        for file, begins, extent in self.parts[name]:
+            if not shape:
+                return file.get_tensor(name)
+            if (common := overlap(offset, shape, begins, extent)) is not None:
+                theirs = tuple(slice(a - b, z - b) for (a, z), b in zip(common, begins, strict=True))
+                ours = tuple(slice(a - o, z - o) for (a, z), o in zip(common, offset, strict=True))
+                out[ours] = file.get_slice(name)[theirs]
+        return out
+
+
+def overlap(
+    offset: tuple[int, ...], shape: tuple[int, ...], other: tuple[int, ...], extent: tuple[int, ...]
+) -> list[tuple[int, int]] | None:
+    """From where to where two regions overlap in each dimension; None where they do not."""
+    common = [(max(a, b), min(a + n, b + m)) for a, n, b, m in zip(offset, shape, other, extent, strict=True)]
+    return common if all(a < z for a, z in common) else None

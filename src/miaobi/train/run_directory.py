@@ -1,0 +1,282 @@
+"""A run on disk: which configuration it has, its checkpoints, and how it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+from miaobi.config import RunConfig
+from miaobi.console import log
+from miaobi.errors import UserError
+from miaobi.files import point as point_at
+from miaobi.files import pointed, put_back, read_record, remove, verify_manifest
+from miaobi.lock import locked
+from miaobi.settings import Origin, flatten, load_config, read_yaml, save_config
+from miaobi.train.mirror import Mirror
+
+# How a run is entered, where it lies and how its memory is used, not what it is.
+STEERING = {"init_from", "resume_from", "eval_only", "eval_first", "out_dir", "micro_batch_size", "parallel",
+            "fsdp_shard_size", "activation_checkpointing", "comm_timeout", "mirror"}  # fmt: skip
+# What a run writes besides its checkpoints; `data` only where TEXT says that the run prepared it.
+OWN = ("metrics.jsonl", "report.html", "wandb", "config.yaml")
+TEXT = "text.json"
+"""Which text a run prepared for itself: see train/data.py."""
+# What users may edit in a model directory: it says how to sample, and changes nothing in training.
+EDITABLE = {"generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md"}
+
+
+@dataclass
+class Progress:
+    """What a run knows besides weights and optimizer; all of it survives a kill."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """Time spent in training steps."""
+    train_loss: float | None = None
+    """Mean since the evaluation before."""
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    val_loss: float | None = None
+    val_bits_per_char: float | None = None
+    best_step: int | None = None
+    best_val_loss: float | None = None
+    history: list[list[float | None]] = field(default_factory=list)
+    """[step, train loss, validation loss] of every evaluation; no train loss before the first step."""
+    stopped: str | None = None
+    evaluated: int = 0
+    """Step of the last evaluation."""
+    planned: int = 0
+    """Steps the run was to take when this was written."""
+    first_iters: int = 0
+    """max_iters when the run began: an lr_decay_iters of that many steps grows with max_iters. 0: not known."""
+    windows: int = 0
+    """Validation windows that every evaluation counts, also when max_iters grows; 0 before it was decided."""
+    data: str = ""
+    """Fingerprint of the prepared data."""
+    bigrams: bool = False
+    """The model started from the pairs of its text."""
+    base: str = ""
+    """MODEL that is tuned: directory or hub name; empty from scratch."""
+    base_weights: str = ""
+    """LoRA: fingerprint of that MODEL's weights."""
+    warned: bool = False
+    """The overfitting hint was given."""
+    run: str = field(default_factory=lambda: uuid4().hex)
+    """Tells runs apart that share a mirror."""
+
+    def note_evaluation(self) -> None:
+        """Take `val_loss` down as that of this step: history, and the best so far."""
+        self.evaluated = self.step
+        if self.loss_steps:  # else another run's checkpoint, which was evaluated there
+            self.train_loss = self.loss_sum / self.loss_steps
+        self.loss_sum, self.loss_steps = 0.0, 0
+        self.history.append([self.step, self.train_loss, self.val_loss])
+        if self.best_val_loss is None or self.val_loss < self.best_val_loss:
+            self.best_step, self.best_val_loss = self.step, self.val_loss
+
+
+def one_writer(cfg: RunConfig, is_first: bool) -> ExitStack:
+    """The locks of a run, held by rank 0 while the body runs; reading a run (eval_only) needs none.
+
+    Raises UserError naming the process that holds one, or for a run directory that cannot be made.
+    """
+    stack, out = ExitStack(), Path(cfg.train.out_dir)
+    if not is_first or only_reads(cfg):
+        return stack
+    mirror = Mirror(cfg.train.mirror) if cfg.train.mirror else None
+    try:
+        stack.enter_context(locked(out))
+    except FileExistsError as e:
+        raise UserError(f"out_dir {out} is a file; choose another --out_dir") from e
+    except OSError as e:
+        raise UserError(f"out_dir {out} cannot be written: {e.strerror}; choose another --out_dir") from e
+    try:
+        if mirror is not None:
+            stack.enter_context(mirror.locked())
+    except BaseException:
+        stack.close()
+        raise
+    return stack
+
+
+def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, restarted: bool = False) -> Path | None:
+    """Enter the run directory; return the checkpoint to continue from, or None for a new run.
+
+    Where the directory has no checkpoint, the mirror's is fetched. restarted: --init_from=scratch was obeyed before.
+
+    Raises UserError where the directory holds a run of another configuration, or nothing where a run was asked for,
+    or a checkpoint whose files are not what was written.
+    """
+    out = Path(cfg.train.out_dir)
+    link = out / "checkpoints" / "last"
+    asked = cfg.train.init_from == "scratch" and origin.get("init_from") == "command line" and not restarted
+    if asked and (os.path.lexists(link) or step_directories(link.parent)):
+        move_aside(out)
+    if asked and mirror is not None:
+        mirror.forget()
+    if not only_reads(cfg):
+        restore_links(link.parent)
+    last = pointed(link)
+    if last is None and os.path.lexists(link):
+        raise UserError(f"{link} names a checkpoint that is gone; continue from another with --resume_from="
+                        f"{link.parent}/step-N in a new --out_dir, or start over with --init_from=scratch")  # fmt: skip
+    if mirror is not None and not asked:
+        if last is None:
+            mirror.pull(out, lambda config: refuse_changes(config, cfg, f"the mirror {mirror.url}"))
+            last = pointed(link)
+        else:
+            mirror.refuse_other(load_progress(last).run)
+    if last is not None:
+        if (out / "config.yaml").is_file() or mirror is None:  # an older mirror did not keep it
+            refuse_changes(out / "config.yaml", cfg, str(out))
+        return verified(last)
+    if cfg.train.resume_from:
+        return verified(find_state(cfg.train.resume_from))
+    if cfg.train.init_from == "resume":
+        raise UserError(f"init_from=resume, but {out} has no checkpoint; leave it out to start a new run")
+    return None
+
+
+def move_aside(out: Path) -> None:
+    """Move what the run in `out` wrote, and nothing else, into the first free of `out`.old-1, `out`.old-2 ..."""
+    out, number = out.resolve(), 1
+    while (aside := out.with_name(f"{out.name}.old-{number}")).exists():
+        number += 1
+    checkpoints = out / "checkpoints"
+    theirs = [checkpoints / "last", checkpoints / "best", *step_directories(checkpoints).values()]
+    theirs += [*out.glob("events.out.tfevents.*"), *(out / name for name in OWN)]
+    if (out / TEXT).is_file():
+        theirs += [out / "data", out / TEXT]
+    (aside / "checkpoints").mkdir(parents=True)
+    for path in theirs:
+        if os.path.lexists(path):
+            path.rename(aside / path.relative_to(out))
+    log(f"--init_from=scratch: the run that was in {out} is now {aside}")
+
+
+def step_directories(checkpoints: Path) -> dict[int, Path]:
+    """The checkpoints in a run's directory by their step. What users put beside them, step-10.bak, is theirs."""
+    there = checkpoints.glob("step-*")
+    return {int(path.name[5:]): path for path in there
+            if re.fullmatch("step-(0|[1-9][0-9]{0,17})", path.name) and path.is_dir()}  # fmt: skip
+
+
+def restore_links(checkpoints: Path) -> None:
+    """Make `checkpoints` what it was before a kill between two renames, and before a copy that knows no links.
+
+    `rsync --no-links` leaves them out: the highest step is the last. `cp -rL` and zip make directories of them.
+    """
+    for older in checkpoints.glob(".step-*.old"):
+        put_back(older.with_name(older.name.removeprefix(".").removesuffix(".old")))
+    for aside in checkpoints.glob(".*.tmp"):
+        if re.fullmatch(r"\.(step-[0-9]+|best|last)(\.[0-9]+-[0-9a-f]{8})?\.tmp", aside.name):
+            remove(aside)  # of a killed process: this one holds the run's lock
+    last, best = checkpoints / "last", checkpoints / "best"
+    for link in (last, best):
+        if link.is_dir() and not link.is_symlink() and pointed(link) == link:
+            step = checkpoints / f"step-{load_progress(link).step}"
+            if step.exists():
+                remove(link)
+            else:
+                link.rename(step)
+            point_at(link, step.name)
+    there = step_directories(checkpoints)
+    resumable = [n for n, path in there.items() if (path / "train_state" / "progress.json").is_file()]
+    if resumable and not os.path.lexists(last):
+        point_at(last, f"step-{max(resumable)}")
+        log(f"{last} is missing; the run goes on from the highest step there is, {max(resumable)}")
+    if (path := pointed(last)) is not None and not os.path.lexists(best):
+        best_step = load_progress(path).best_step
+        if best_step in there:
+            point_at(best, there[best_step].name)
+
+
+def only_reads(cfg: RunConfig) -> bool:
+    """Whether a run is only looked at: perhaps one that another process is writing, or may not be written."""
+    return cfg.train.eval_only and pointed(Path(cfg.train.out_dir) / "checkpoints" / "last") is not None
+
+
+def find_state(name: str) -> Path:
+    """The checkpoint directory with a train_state that `resume_from` means: a run's last, or step-N itself."""
+    path = Path(name)
+    if path.suffix in (".pth", ".pt"):
+        raise UserError(f"resume_from: {path} is another project's checkpoint; convert it (miaobi convert --help) and "
+                        "start from the result with --init_from")  # fmt: skip
+    found = pointed(path / "checkpoints" / "last") or pointed(path) or path
+    if not (found / "train_state" / "progress.json").is_file():
+        raise UserError(f"resume_from: no train_state in {path}; give a run directory, RUN/checkpoints/step-N, "
+                        "or use --init_from to start from a model's weights alone")  # fmt: skip
+    return found
+
+
+def verified(checkpoint: Path) -> Path:
+    """The checkpoint, whose files are what was written. Raises UserError naming the first that is not."""
+    verify_manifest(checkpoint, lambda name: name not in EDITABLE)
+    return checkpoint
+
+
+def refuse_changes(config: Path, cfg: RunConfig, what: str) -> None:
+    """Raise UserError naming the first key in which `cfg` is not the configuration that a run has saved.
+
+    A larger max_iters is let through: it extends the run, and an lr_decay_iters that was equal to it may follow.
+    what: where that run is, in words.
+    """
+    values, _ = read_yaml(config)
+    saved, current = flatten(load_config(None, list(values.items()))[0]), flatten(cfg)
+    grows = current["max_iters"] >= saved["max_iters"]
+    for key, now in current.items():
+        was = saved[key]
+        if key in STEERING or now == was:
+            continue
+        if key == "max_iters":
+            if grows:
+                continue
+            advice = f"max_iters can only grow here (it was {was})"
+        elif key == "lr_decay_iters" and grows and was == saved["max_iters"]:
+            if now is None or now <= current["max_iters"]:
+                continue
+            advice = f"it grows with max_iters, to {current['max_iters']}"
+        else:
+            advice = "a run keeps its configuration"
+        raise UserError(
+            f"{what} holds a run with {key}={was}, now {key}={now}: {advice}. Take another --out_dir, "
+            "or --init_from=scratch to start over (the old run is moved aside, not deleted)"
+        )
+
+
+def grown(cfg: RunConfig, progress: Progress) -> RunConfig:
+    """The configuration with an lr_decay_iters that was the run's whole length when it began following max_iters."""
+    end, first = cfg.optim.lr_decay_iters, progress.first_iters
+    if end is None or end != first or first >= cfg.train.max_iters:
+        return cfg
+    log(f"lr_decay_iters was max_iters ({first}) when the run began, and grows with it to {cfg.train.max_iters}")
+    return dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr_decay_iters=cfg.train.max_iters))
+
+
+def start_run(cfg: RunConfig, origin: Origin) -> None:
+    """Make the run directory and write config.yaml."""
+    out = Path(cfg.train.out_dir)
+    try:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        save_config(out / "config.yaml", cfg, origin)
+    except OSError as e:
+        raise UserError(f"out_dir {out} cannot be written: {e.strerror}; choose another --out_dir") from e
+
+
+def load_progress(checkpoint: Path) -> Progress:
+    """Counters of a checkpoint. Raises UserError if the file is damaged, or of another step than its directory."""
+    file = checkpoint / "train_state" / "progress.json"
+    try:
+        progress = read_record(file, Progress)
+    except UserError as e:
+        raise UserError(f"{e}; continue from another checkpoint with --resume_from") from e
+    rows = all(len(row) == 3 and None not in (row[0], row[2]) for row in progress.history)
+    if min(progress.step, progress.evaluated, progress.planned, progress.windows) < 0 or not rows:
+        raise UserError(f"{file} is damaged; continue from another checkpoint with --resume_from")
+    return progress

@@ -1,0 +1,132 @@
+"""What `pip install` promises: every Python from 3.10 on, and every package that is imported."""
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+ROOT = Path(__file__).parent.parent
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+ONLY_SOURCE = ("snownlp",)  # pure Python without a wheel: built anywhere
+WITHOUT_SOURCE = ["--only-binary", ":all:", *(part for name in ONLY_SOURCE for part in ("--no-binary", name))]
+
+
+def uv_compile(python: str, *arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess:
+    """Resolve requirements for another Python; metadata alone is fetched. A newcomer has no compiler: wheels only."""
+    command = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", python,
+               *WITHOUT_SOURCE, *map(str, arguments)]  # fmt: skip
+    return subprocess.run([sys.executable, "-m", *command], input=stdin, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def registry() -> None:
+    """A package registry answers."""
+    probe = uv_compile("3.11", "-", "--no-cache", stdin="iniconfig\n")
+    if probe.returncode:
+        pytest.skip(
+            f"NO PACKAGE REGISTRY CAN BE REACHED; whether every Python can install is not known: {probe.stderr}"
+        )
+
+
+def pins(python: str) -> dict[str, str]:
+    """What constraints.txt says for a Python on Linux: name -> version."""
+    found = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            pin = Requirement(line)
+            if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+                name = normal(pin.name)
+                assert name not in found, f"{pin.name} has two pins for Python {python}"
+                found[name] = str(pin.specifier).removeprefix("==")
+    return found
+
+
+def normal(name: str) -> str:
+    """A distribution's name as PEP 503 compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_pythons_that_are_tried_are_those_that_are_promised():
+    promised = SpecifierSet(re.search(r'requires-python = "(.+)"', PROJECT)[1])
+    assert [f"3.{minor}" for minor in range(8, 15) if f"3.{minor}" in promised] == list(PYTHONS)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("extras", ["demo", "demo,dev,hf,ray,modelscope"])
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_pins_can_be_installed_on_every_python(python: str, extras: str):
+    wanted = [part for name in extras.split(",") for part in ("--extra", name)]
+    resolved = uv_compile(python, "-c", ROOT / "constraints.txt", ROOT / "pyproject.toml", *wanted)
+    assert resolved.returncode == 0, resolved.stderr
+    chosen = dict(line.partition(" ")[0].split("==") for line in resolved.stdout.splitlines() if "==" in line)
+    known = pins(python)
+    assert {"torch", "numpy", "scipy", "pyarrow"} <= set(chosen)
+    assert {name: version for name, version in chosen.items() if known.get(name, version) != version} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("registry")
+def test_a_pin_without_a_build_for_a_python_is_found(tmp_path: Path):
+    """The check above sees what it is for: numpy 2.4.6 left Python 3.10 behind."""
+    (tmp_path / "constraints.txt").write_text("numpy==2.4.6\n", encoding="utf-8")
+    refused = uv_compile("3.10", "-c", tmp_path / "constraints.txt", "-", stdin="numpy\n")
+    assert refused.returncode != 0
+    assert "numpy==2.4.6" in refused.stderr
+
+
+@pytest.mark.slow
+def test_nothing_in_the_code_is_newer_than_the_oldest_python():
+    command = ["-c", "import vermin; vermin.main()", f"-t={PYTHONS[0]}-", "--no-tips", "--violations", "-q"]
+    folders = [ROOT / "src", ROOT / "tests", ROOT / "benchmarks"]
+    checked = subprocess.run([sys.executable, *command, *folders], capture_output=True, text=True, timeout=300)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_what_is_newer_than_the_oldest_python_is_found(tmp_path: Path):
+    (tmp_path / "new.py").write_text("import tomllib\nfrom enum import StrEnum\n", encoding="utf-8")
+    command = ["-c", "import vermin; vermin.main()", f"-t={PYTHONS[0]}-", "--no-tips", "--violations", "-q"]
+    checked = subprocess.run([sys.executable, *command, tmp_path], capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 1
+    assert "tomllib" in checked.stdout
+    assert "StrEnum" in checked.stdout
+
+
+def imported() -> dict[str, set[str]]:
+    """Packages that src imports beside Python's own: name -> files."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            for name in (name.partition(".")[0] for name in names):
+                if name not in sys.stdlib_module_names and name != "miaobi":
+                    found.setdefault(name, set()).add(path.name)
+    return found
+
+
+def test_every_package_that_is_imported_is_declared():
+    declared = {normal(Requirement(text).name) for text in re.findall(r'^\s+"([\w\[].*?)",', PROJECT, re.MULTILINE)
+                if re.match(r"[\w.-]+(\[[\w,]+\])?[<>=]", text)}  # fmt: skip
+    declared |= {normal(name) for name in re.findall(r'"([\w-]+)(?:\[\w+\])?[<>=]=?[\d.]+"', PROJECT)}
+    providers = packages_distributions()
+    missing = {
+        name: sorted(files)
+        for name, files in imported().items()
+        if not declared & {normal(provider) for provider in providers.get(name, [name])}
+    }
+    assert missing == {}, "add them to dependencies in pyproject.toml"
+
+
+def test_every_package_that_is_declared_has_a_pin():
+    names = {normal(name) for name in re.findall(r'"([\w-]+)(?:\[\w+\])?[<>=]=?[\d.]+"', PROJECT)} - {"setuptools"}
+    for python in PYTHONS:
+        assert names - set(pins(python)) <= {"wandb"}, python  # what CI does not install

@@ -1,0 +1,126 @@
+"""A run knows its text by content: what changed is said by name, and no other text is learned in silence."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from miaobi.errors import UserError
+from miaobi.train.loop import Run
+
+ONE, OTHER = "红楼梦里人。\n\n石头记中事！\n\n", "前锋赢得冠军。\n\n门将错过比赛！\n\n"
+
+
+@pytest.fixture
+def start(train, tmp_path):
+    """`start(text)`: train on a file or folder into tmp_path/run."""
+
+    def run(data: Path, **values: object) -> dict:
+        settings = {"out_dir": tmp_path / "run", "dedup": "none", "block_size": 8, "max_iters": 1}
+        return train(data=data, **settings | values)
+
+    return run
+
+
+@pytest.fixture
+def killed_before_a_checkpoint(monkeypatch, start):
+    """The same, killed when its data is prepared and nothing is trained."""
+
+    def run(data: Path) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "go", lambda *_: {})
+            start(data)
+
+    return run
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text * 200, encoding="utf-8")
+    return path
+
+
+def vocabulary(tmp_path: Path) -> str:
+    return (tmp_path / "run" / "data" / "tokenizer.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("change", ["another file", "edited", "edited, same size", "a file more", "a file less"])
+def test_before_anything_is_trained_the_data_follows_the_text(
+    start, killed_before_a_checkpoint, tmp_path, capsys, change
+):
+    folder = tmp_path / "text"
+    data = write(folder / "a.txt", ONE)
+    if change == "a file less":
+        write(folder / "b.txt", OTHER)
+    whole = change.startswith("a file")
+    killed_before_a_checkpoint(folder if whole else data)
+    if change == "another file":
+        data = write(tmp_path / "b.txt", OTHER)
+    elif change == "edited":
+        write(data, OTHER)
+    elif change == "edited, same size":
+        stat = data.stat()
+        data.write_text((ONE * 200).replace("红", "青"), encoding="utf-8")
+        os.utime(data, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    elif change == "a file more":
+        write(folder / "b.txt", OTHER)
+    else:
+        (folder / "b.txt").unlink()
+    capsys.readouterr()
+    start(folder if whole else data)
+    said = capsys.readouterr().err
+    name = "b.txt" if change in ("another file", "a file more", "a file less") else "a.txt"
+    assert "prepared anew" in said
+    assert name in said
+    expected = {"edited, same size": "青", "a file less": "红"}.get(change, "锋")
+    assert expected in vocabulary(tmp_path)
+    assert ("锋" in vocabulary(tmp_path)) == (expected == "锋")
+
+
+@pytest.mark.parametrize("change", ["edited", "another file", "a file more"])
+def test_once_training_has_begun_another_text_is_refused_by_name(start, tmp_path, change):
+    folder = tmp_path / "text"
+    data = write(folder / "a.txt", ONE)
+    start(folder)
+    before = vocabulary(tmp_path)
+    if change == "edited":
+        write(data, OTHER)
+    elif change == "another file":
+        data.rename(folder / "z.txt")
+        write(folder / "z.txt", OTHER)
+    else:
+        write(folder / "b.txt", OTHER)
+    name = {"edited": "a.txt has changed", "another file": "a.txt is no longer", "a file more": "b.txt is new"}[change]
+    with pytest.raises(UserError, match=rf"learned from another text: .*{name}.*--init_from=scratch"):
+        start(folder, max_iters=2)
+    assert vocabulary(tmp_path) == before
+    start(folder, init_from="scratch")
+    assert "锋" in vocabulary(tmp_path)
+
+
+def test_the_same_text_elsewhere_or_touched_is_the_same_text(start, tmp_path):
+    data = write(tmp_path / "text" / "a.txt", ONE)
+    start(data.parent)
+    os.utime(data, (1, 1))
+    assert start(data.parent, max_iters=2)["step"] == 2
+    data.rename(data.with_name("renamed.txt"))
+    assert start(data.parent, max_iters=3)["step"] == 3
+
+
+def test_a_text_that_is_gone_is_not_needed_again(start, tmp_path, capsys):
+    data = write(tmp_path / "a.txt", ONE)
+    start(data)
+    data.unlink()
+    assert start(data, max_iters=2)["step"] == 2
+    assert "goes on with the data that it prepared" in capsys.readouterr().err
+
+
+def test_a_damaged_note_of_the_text_means_preparing_anew(start, killed_before_a_checkpoint, tmp_path):
+    data = write(tmp_path / "a.txt", ONE)
+    for damage in ("", "[]", "{", json.dumps({"settings": {}, "sizes": {"a": "x"}})):
+        killed_before_a_checkpoint(data)
+        (tmp_path / "run" / "text.json").write_text(damage)
+        write(data, OTHER if damage else ONE)
+    start(data)
+    assert "锋" in vocabulary(tmp_path)

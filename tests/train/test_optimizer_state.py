@@ -1,0 +1,174 @@
+"""The optimizers' state on disk: any cut reads as the whole, older files are read, and nothing in them runs."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from miaobi.errors import UserError
+from miaobi.files import pointed, write_json
+from miaobi.train.older_state import OlderState, Reader
+from miaobi.train.optimizer_state import Saved, file_name
+
+
+def write_parts(directory: Path, tensor: torch.Tensor, cuts: list[int]) -> None:
+    """A tensor's rows as the files of len(cuts) + 1 ranks; a rank may have none."""
+    edges = [0, *cuts, len(tensor)]
+    for rank, (a, z) in enumerate(pairwise(edges)):
+        where = {"w/exp_avg": [list(tensor.shape), [a, 0]]} if z > a else {}
+        tensors = {"w/exp_avg": tensor[a:z].contiguous()} if z > a else {}
+        save_file(tensors, directory / file_name(rank, len(cuts) + 1), {"where": json.dumps(where)})
+    write_json(directory / "optimizer.json", {"ranks": len(cuts) + 1, "tensors": 1, "scaler": {}})
+
+
+@given(rows=st.integers(1, 12), data=st.data())
+def test_rows_written_by_any_ranks_are_read_by_any_others(tmp_path_factory, rows, data):
+    directory = tmp_path_factory.mktemp("parts")
+    tensor = torch.arange(rows * 3.0).reshape(rows, 3)
+    cuts = sorted(data.draw(st.lists(st.integers(0, rows), max_size=5)))
+    write_parts(directory, tensor, cuts)
+    a = data.draw(st.integers(0, rows - 1))
+    z = data.draw(st.integers(a + 1, rows))
+    assert torch.equal(Saved(directory).read("w/exp_avg", (a, 0), (z - a, 3)), tensor[a:z])
+
+
+@pytest.mark.parametrize("fault", ["gap", "overlap", "outside", "a file too few", "the index says more"])
+def test_parts_that_do_not_fit_together_are_refused(tmp_path, fault):
+    tensor = torch.arange(12.0).reshape(4, 3)
+    write_parts(tmp_path, tensor, [2])
+    offset = {"gap": None, "overlap": 1, "outside": 3}.get(fault)
+    if offset is not None:
+        where = json.dumps({"w/exp_avg": [[4, 3], [offset, 0]]})
+        save_file({"w/exp_avg": tensor[2:].contiguous()}, tmp_path / file_name(1, 2), {"where": where})
+    elif fault == "gap":
+        save_file({}, tmp_path / file_name(1, 2), {"where": "{}"})
+    elif fault == "a file too few":
+        (tmp_path / file_name(1, 2)).unlink()
+    else:
+        write_json(tmp_path / "optimizer.json", {"ranks": 2, "tensors": 5})
+    with pytest.raises((ValueError, OSError)):
+        Saved(tmp_path)
+
+
+# --- runs written before -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half_way(train, prepared, tmp_path):
+    """A run of 20 steps, and the settings of the one of 40 that it is half of."""
+    settings = {"data": prepared(), "out_dir": tmp_path / "run", "dropout": 0.1, "schedule": "constant",
+                "warmup_iters": 0, "family": "qwen3", "eval_interval": 20}  # fmt: skip
+    train(**settings, max_iters=20)
+    return settings | {"max_iters": 40}
+
+
+def as_before(checkpoint: Path) -> None:
+    """Write the optimizers' state of a checkpoint as miaobi did before: torch's distributed format."""
+    directory = checkpoint / "train_state"
+    saved, state = Saved(directory), {}
+    for name, shape in saved.shapes.items():
+        parameter, key = name.split("/")
+        state.setdefault(parameter, {})[key] = saved.read(name, (0,) * len(shape), shape).clone()
+    for file in directory.glob("optimizer*"):
+        file.unlink()
+    (checkpoint / "checksums.json").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"optimizer": state, "scaler": {"scale": 65536.0, "_growth_tracker": 3}}, checkpoint_id=directory)
+
+
+def test_a_run_written_before_goes_on_and_ends_in_the_same_weights(train, half_way, tmp_path):
+    shutil.copytree(tmp_path / "run", tmp_path / "whole", symlinks=True)
+    as_before(pointed(tmp_path / "run" / "checkpoints" / "last"))
+    assert OlderState(tmp_path / "run" / "checkpoints" / "last" / "train_state").scaler["scale"] == 65536.0
+    for name in ("run", "whole"):
+        train(**half_way | {"out_dir": tmp_path / name})
+    files = [pointed(tmp_path / n / "checkpoints" / "last") / "model.safetensors" for n in ("run", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def poison(checkpoint: Path, how: str, marker: Path) -> None:
+    """Make the state of a checkpoint run a command, if anything in it can."""
+    directory = checkpoint / "train_state"
+    if how == ".metadata":
+        for file in directory.glob("optimizer*"):
+            file.unlink()
+        (directory / ".metadata").write_bytes(pickle.dumps(Evil(marker)))
+    elif how == "entries of bytes":
+        as_before(checkpoint)
+        from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+        metadata = pickle.loads((directory / ".metadata").read_bytes())
+        payload = io.BytesIO()
+        torch.save(Evil(marker), payload)
+        name = next(iter(metadata.state_dict_metadata))
+        metadata.state_dict_metadata[name] = BytesStorageMetadata()
+        for info in metadata.storage_data.values():
+            info.offset, info.length = 0, len(payload.getvalue())
+        (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+        for file in directory.glob("*.distcp"):
+            file.write_bytes(payload.getvalue())
+    else:  # names as the files of now, contents as the files of before
+        for file in directory.glob("optimizer*"):
+            file.write_bytes(pickle.dumps(Evil(marker)))
+        (directory / "progress.json").write_bytes(pickle.dumps(Evil(marker)))
+    (checkpoint / "checksums.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("how", [".metadata", "entries of bytes", "pickles under our names"])
+@pytest.mark.parametrize("way", ["out_dir", "resume_from", "mirror", "eval_only", "finished"])
+def test_nothing_in_a_received_run_is_executed(train, half_way, tmp_path, how, way):
+    run, marker = tmp_path / "run", tmp_path / "executed"
+    poison(pointed(run / "checkpoints" / "last"), how, marker)
+    settings = dict(half_way)
+    if way == "resume_from":
+        settings |= {"out_dir": tmp_path / "new", "resume_from": run}
+    elif way == "mirror":
+        far = tmp_path / "far"
+        shutil.copytree(run / "checkpoints", far, symlinks=True)
+        for name in ("best", "last"):
+            (far / name).unlink()
+            (far / name).write_text("step-20")
+        settings |= {"out_dir": tmp_path / "new", "mirror": far}
+    elif way == "eval_only":
+        settings |= {"eval_only": True}
+    elif way == "finished":
+        settings |= {"max_iters": 20}
+    with pytest.raises(UserError):
+        train(**settings)
+    assert not marker.exists()
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_as_metadata_are_an_error_and_nothing_else(tmp_path_factory, content):
+    directory = tmp_path_factory.mktemp("bytes")
+    (directory / ".metadata").write_bytes(content)
+    with pytest.raises((ValueError, OSError, EOFError, KeyError)):
+        OlderState(directory)
+
+
+@pytest.mark.parametrize("module", ["os", "builtins", "torch.distributed.checkpoint.metadata", "torch._utils"])
+def test_the_reader_of_older_metadata_knows_no_functions(module):
+    with pytest.raises(pickle.UnpicklingError):
+        Reader(io.BytesIO(f"c{module}\neval\n.".encode())).load()
