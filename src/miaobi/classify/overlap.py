@@ -24,6 +24,7 @@ from miaobi.config import Location, Positional
 from miaobi.console import error, log
 from miaobi.corpus.documents import read_documents
 from miaobi.corpus.sources import find_sources
+from miaobi.errors import UserError
 from miaobi.files import text_written_whole
 
 PREFIX, WINDOW = 60, 20
