@@ -8,7 +8,16 @@ import math
 import torch
 from torch import nn
 
+from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.model.transformer import VOCAB_MULTIPLE, Transformer
+
+
+def added_tokens(tokenizer: Tokenizer, theirs: Tokenizer) -> int:
+    """How many control tokens `tokenizer` has behind those of another one, which it equals otherwise; else 0."""
+    names = tokenizer.backend.get_added_tokens_decoder()
+    more = [names[id_].content for id_ in sorted(names) if id_ >= theirs.vocab_size]
+    same = bool(more) and theirs.with_added(more).backend.to_str() == tokenizer.backend.to_str()
+    return len(more) if same else 0
 
 
 @torch.no_grad()

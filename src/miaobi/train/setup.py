@@ -20,6 +20,7 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, model_directory
 from miaobi.model.lora import adapter_parameters, add_lora, load_adapter
+from miaobi.model.rows import add_rows, added_tokens
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
 from miaobi.settings import Origin
 from miaobi.train import bigrams
@@ -231,7 +232,13 @@ def build_model(cfg: RunConfig, origin: Origin, start: Start, place: Place) -> T
         progress.bigrams = weights is not None
         return place(shape, weights)
     model, theirs = load_model(source)
-    if theirs.backend.to_str() != start.tokenizer.backend.to_str():
+    added = added_tokens(start.tokenizer, theirs) if checkpoint is None else 0
+    if added and lora:
+        raise UserError(f"{added} control tokens of the chat template are new to {source}, and LoRA leaves the rows of "
+                        "tokens as they are: tune it with --trainable=full first")  # fmt: skip
+    if added:
+        add_rows(model, added, first=theirs.vocab_size)
+    elif theirs.backend.to_str() != start.tokenizer.backend.to_str():
         raise UserError(
             f"{data.path} was prepared with another tokenizer than {source} has; prepare it with --tokenizer={source}"
         )
