@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine, parse, report
-from miaobi.config import Location, Positional
 from miaobi.console import progress
 from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
 from miaobi.generate.chat import Chat
 from miaobi.generate.config import ChatConfig
 from miaobi.generate.engine import LanguageModel, load
+from miaobi.kinds import Location, Positional
 
 LOOP = re.compile(r"(.{2,}?)\1{2,}", re.DOTALL)  # two characters or more, three times running
 

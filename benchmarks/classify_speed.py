@@ -34,10 +34,9 @@ from benchmarks.common import Worker, clock, git_version, machine, parse, ratio,
 from miaobi.classify import predict
 from miaobi.classify.base import prepare_base
 from miaobi.classify.config import ClassifyConfig, PredictConfig, load_config
-from miaobi.classify.data import Reading, make_split, read_labelled, shuffled
+from miaobi.classify.data import Reading, Row, make_split, read_labelled, shuffled
 from miaobi.classify.finetune import Cell, Finetuning, build
 from miaobi.classify.head import Classifier, Judge, save
-from miaobi.classify.tables import Row
 from miaobi.config import ModelConfig
 from miaobi.console import log
 from miaobi.convert.small_gpt import convert

@@ -3,7 +3,7 @@
     python -m benchmarks.classify_svm --data ChnSentiCorp_htl_all.csv --extra labelled.jsonl
 
 A classifier with intermediate training has read those reviews; this row says what the SVM makes of them.
-`python -m miaobi.classify.overlap ... --labels` writes them without the evaluation's own.
+`--without` of `miaobi classify train` leaves the evaluation's own out of them; here they are left out in the same way.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     """Measure and print."""
     args = parse("classify_svm", Args, __doc__)
     data = distinct(read_labelled(ClassifyConfig(data=str(args.data))))
-    extra = read_labelled(ClassifyConfig(data=str(args.extra)))
+    extra = read_labelled(ClassifyConfig(data=str(args.extra), without=str(args.data)))
     if extra.names != data.names:
         raise SystemExit(f"the labels differ: {data.names} and {extra.names}")
     accuracies: dict[str, list[float]] = {"SVM": [], "SVM, and the other reviews": []}

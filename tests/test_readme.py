@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from miaobi.config import DataConfig, ModelConfig
-from miaobi.corpus.dialogue import messages_of
+from miaobi.corpus.messages import messages_of
 from miaobi.corpus.template import CHATML_TEMPLATE
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.demo import chatterbot, peoples_daily
@@ -274,7 +274,10 @@ def messages(source: Path) -> Iterator[tuple[int, list[str]]]:
             continue
         message: ast.AST = node.args[0]
         if isinstance(message, ast.Call):  # a message that several places share
-            message = functions[message.func.id]
+            shared = functions.get(getattr(message.func, "id", getattr(message.func, "attr", "")))
+            if shared is None:
+                continue  # it stands in another file
+            message = shared
         elif isinstance(message, ast.Name):
             continue  # handed on; its text stands where it was made
         yield node.lineno, [part.value for part in ast.walk(message) if isinstance(part, ast.Constant)]

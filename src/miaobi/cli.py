@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: list[str]) -> int:
     """Read, run and show one command line; its exit code."""
-    from miaobi import __version__, command_line, seeds, settings, show
+    from miaobi import __version__, show
 
     first, second = [*args, "--help", "--help"][:2]
     if first == "--version":
@@ -109,6 +109,8 @@ def run(args: list[str]) -> int:
     if first in ASKING or (first in GROUPS and second in ASKING):
         show.overview({name: verb.what for name, verb in VERBS.items()}, GROUPS, "" if first in ASKING else first)
         return 0
+    from miaobi import command_line, seeds, settings
+
     name = f"{first} {second}" if first in GROUPS else first
     if (verb := VERBS.get(name)) is None:
         raise command_line.unknown_verb(name, list(VERBS))
@@ -123,11 +125,9 @@ def run(args: list[str]) -> int:
         cfg, origin = settings.load(kind, names, f"miaobi {name}", command_line.place_words(kind, names, line))
     context = {"origin": origin, "as_json": line.as_json}
     result = imported(verb.run)(cfg, **{key: context[key] for key in verb.also})
-    if result is not None and os.environ.get("RANK", "0") == "0":  # of several processes the first one tells it
-        if line.as_json:
-            show.as_json(result)
-        elif verb.show:
-            getattr(show, verb.show)(result, cfg)
+    how = "as_json" if line.as_json else verb.show
+    if how and result is not None and os.environ.get("RANK", "0") == "0":  # of several processes the first one tells it
+        getattr(show, how)(result, cfg)
     return SIGNALLED.get((result or {}).get("stopped"), 0)
 
 

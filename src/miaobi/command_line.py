@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from miaobi.console import error
 from miaobi.errors import UserError
 from miaobi.seeds import OURS, Names
 from miaobi.settings import as_number, find_config, keys, load, shown, suggest
@@ -126,5 +127,5 @@ def parse(kind: type[Settings], program: str, description: str | None) -> Settin
             sys.exit(0)
         return load(kind, OURS, program, place_words(kind, OURS, line))[0]
     except UserError as e:
-        print(f"{program}: {e}", file=sys.stderr)
+        error(e, program)
         sys.exit(2)

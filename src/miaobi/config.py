@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Literal
 
+from miaobi.corpus.config import Corpus
 from miaobi.errors import UserError
-
-T = TypeVar("T")
-POSITIONAL = "positional"
-Positional = Annotated[T, POSITIONAL]
-"""A setting that is given by its place on the command line, without --key=."""
-Location = Annotated[str, Path]
-"""Text that names a place: a file, a directory, a MODEL, storage. A leading ~ is the home directory."""
+from miaobi.kinds import Location, Positional
 
 
 @dataclass(frozen=True)
@@ -30,34 +24,50 @@ class ModelChoice:
             raise UserError("which model? give a run or model directory, or a hub name: miaobi sample my_run")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """What computes, and how exactly."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the matrix products; auto = the fastest that the device does well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW, and the length of a step."""
+
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices and embeddings."""
+    beta1: float = 0.9
+    """AdamW's first moment."""
+    beta2: float = 0.95
+    """AdamW's second moment."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 = no clipping."""
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"{name} is {getattr(self, name)}; give a number from 0 up to below 1")
+        for name in ("weight_decay", "grad_clip"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name)}; it must be finite and cannot be negative")
+
+
 @dataclass(frozen=True)
-class DataConfig:
-    """Which text to learn from."""
+class DataConfig(Corpus):
+    """Which text to learn from. What says how it is read is for raw text, which is prepared into the run."""
 
     data: Location = "data"
     """A directory made by `miaobi prepare`, or raw text (file, directory, glob), prepared once into the run."""
-    tokenizer: Location = "char"
-    """Raw text only: char, bpe, or a directory whose tokenizer is reused."""
-    format: Literal["auto", "text", "lines", "files", "jsonl", "csv", "dialogue"] = "auto"
-    """Raw text only: what a document is; see `miaobi prepare --help`."""
-    template: Literal["auto", "sep", "chatml"] = "auto"
-    """Raw dialogues only: sep = chit-chat, both speakers alike; chatml = system, user and assistant."""
-    loss: Literal["auto", "all", "assistant"] = "auto"
-    """Raw dialogues only: which turns are learned."""
     packing: Literal["auto", "documents", "stream"] = "auto"
     """documents = several whole dialogues in a block, none attending to another; stream = windows cut anywhere, as for
     text. auto = documents for dialogues."""
     long_history: float = 0.1
     """Dialogues: share of the blocks in which they follow each other as one conversation, so that late positions are
     trained."""
-    field: str = "text"
-    """Raw text only: field of a record that holds the text."""
-    dedup: Literal["none", "exact", "near"] = "exact"
-    """Raw text only: which repeated documents are dropped."""
-    split: Literal["hash", "tail"] = "hash"
-    """Raw text only: hash = whole documents by content; tail = the last characters, as nanoGPT cuts."""
-    val_fraction: float = 0.1
-    """Raw text only: share kept for validation."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.long_history <= 1.0:
@@ -163,7 +173,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Optim):
     """How weights move. `None` means: the recipe of the family."""
 
     optimizer: Literal["auto", "adamw", "muon"] = "auto"
@@ -187,34 +197,26 @@ class OptimConfig:
     """Step at which the schedule ends; default max_iters."""
     decay_lr: bool = True
     """False: the rate is at its peak from the first step to the last, without warm-up; schedule=constant warms up."""
-    weight_decay: float = 0.1
-    """AdamW's decay of matrices and embeddings."""
-    beta1: float = 0.9
-    """AdamW's first moment."""
-    beta2: float = 0.95
-    """AdamW's second moment."""
     momentum: float = 0.95
     """Muon's Nesterov momentum."""
-    grad_clip: float = 1.0
-    """Largest norm of the gradient; 0 = no clipping."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("learning_rate", "muon_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < float("inf"):
                 raise UserError(f"{name} is {rate}; it must be positive and finite, such as 1e-3")
-        for name in ("min_lr", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters"):
+        for name in ("min_lr", "warmup_iters", "lr_decay_iters"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be finite and cannot be negative")
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"{name} is {getattr(self, name)}; give a number from 0 up to below 1")
+        if not 0.0 <= self.momentum < 1.0:
+            raise UserError(f"momentum is {self.momentum}; give a number from 0 up to below 1")
         if not 0.0 < self.decay_fraction <= 1.0:
             raise UserError(f"decay_fraction is {self.decay_fraction}; give a share in (0, 1]")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Where):
     """The run."""
 
     out_dir: Location = "out"
@@ -261,10 +263,6 @@ class TrainConfig:
     first message of its first dialogue."""
     sample_tokens: int = 60
     """Length of that sample; 0 = none."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic of the matrix products; auto = the fastest that the device does well."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile; auto = where it works and the run is long enough to win its cost back."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"

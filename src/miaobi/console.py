@@ -114,10 +114,10 @@ def _say(line: str, style: str | None) -> None:
         _console().print(line, style=style, markup=False)
 
 
-def error(message: object) -> None:
+def error(message: object, program: str = "miaobi") -> None:
     """The line that a command ends with, on stderr, also where `quiet` was asked for."""
     try:
-        print(f"miaobi: {shown(str(message))}", file=sys.stderr, flush=True)
+        print(f"{program}: {shown(str(message))}", file=sys.stderr, flush=True)
     except BrokenPipeError:
         nobody_listens()
     except OSError:

@@ -6,17 +6,18 @@ import csv
 import json
 import random
 import re
+import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from miaobi.config import Location
 from miaobi.console import log
 from miaobi.corpus.config import PrepareConfig
 from miaobi.errors import UserError
 from miaobi.generate.config import ChatConfig, SampleConfig
+from miaobi.kinds import Location
 from miaobi.settings import load_config, shipped_config
 
 FULL_WIDTH = str.maketrans(
@@ -35,6 +36,9 @@ LIKED = {"pos.txt": "好评", "neg.txt": "差评"}
 REVIEW_LENGTHS = range(10, 61)
 REVIEWS_EACH = 2500
 OPINIONS = ("房间很干净，下次还来。", "屏幕坏了，客服也不理人。")
+SAME_EVERYWHERE = {"dtype": "float32"}
+"""Such small models lose by bf16 (the classifier took 38 s in it, where fp32 took 11 s on an older CPU), and what they
+learn does not depend on the machine's units."""
 STOPPED = ("interrupted", "terminated")
 QUICK = {
     "max_iters": 40,
@@ -64,7 +68,7 @@ def demo(cfg: DemoConfig) -> dict:
 
     The same call again continues. Raises UserError if a package with texts is missing.
     """
-    quick = cfg.quick
+    started, quick = time.perf_counter(), cfg.quick
     out = Path(cfg.out_dir or ("demo_quick_run" if quick else "demo_run"))
     prepare_texts(out, quick)
     result = write_on(out, quick)
@@ -76,13 +80,34 @@ def demo(cfg: DemoConfig) -> dict:
     result["sentiment"], stopped = judge(out, quick)
     if stopped in STOPPED:
         return result | {"stopped": stopped}
-    log(f"\nnext:\n  miaobi chat {out / 'chat'}   # it knows short exchanges: `flush` before the next\n"
-        f"  miaobi classify predict {out / 'sentiment'} 早餐不错，就是有点吵\n"
-        f"  miaobi sample {out} --start=北京\n"
-        "  miaobi train configs/demo.yaml --data=YOUR.txt --out_dir=my_run   # your own text, any encoding\n"
-        f"  miaobi train configs/demo.yaml --data={out / 'data'} --out_dir=bigger_run --n_layer=6 --n_embd=384 "
-        "--n_head=6 --max_iters=5000")  # fmt: skip
+    log(end(out, result, time.perf_counter() - started))
     return result
+
+
+def end(out: Path, result: dict, seconds: float) -> str:
+    """The last screen: what was made, and five things to try."""
+    judged = result["sentiment"]
+    made = {
+        out: f"a model that writes like the newspaper: {result['val_bits_per_char']:.2f} bits/char",
+        out / "chat": f"a model that knows the {len(chatterbot())} dialogues by heart",
+        out / "sentiment": f"a classifier of reviews: {judged['accuracy']:.1%} right",
+        out / "data": "the newspaper as tokens; the texts themselves lie beside it",
+    }
+    things = {
+        f"miaobi sample {out} --start=北京": "",
+        f"miaobi chat {out / 'chat'}": "it knows short exchanges: `flush` before the next",
+        f"miaobi classify predict {out / 'sentiment'} 早餐不错，就是有点吵": "",
+        "miaobi train configs/demo.yaml --data=YOUR.txt --out_dir=my_run": "your own text, any encoding",
+        f"miaobi train configs/demo.yaml --data={out / 'data'} --out_dir=bigger_run --n_layer=6 --n_embd=384 "
+        "--n_head=6 --max_iters=5000": "",
+    }
+    width = max(len(str(path)) for path in made)
+    return "\n".join([
+        f"\nmade in {seconds:.0f} s:",
+        *(f"  {path!s:<{width}}  {what}" for path, what in made.items()),
+        "five things to try next:",
+        *(f"  {command}{f'   # {why}' if why else ''}" for command, why in things.items()),
+    ])  # fmt: skip
 
 
 def prepare_texts(out: Path, quick: bool) -> None:
@@ -113,7 +138,7 @@ def write_on(out: Path, quick: bool) -> dict:
     from miaobi.generate.engine import load
     from miaobi.train.loop import train
 
-    given = {"data": str(out / "data"), "out_dir": str(out)} | (QUICK if quick else {})
+    given = {"data": str(out / "data"), "out_dir": str(out)} | SAME_EVERYWHERE | (QUICK if quick else {})
     cfg, origin = load_config(shipped_config("demo.yaml"), [(key, str(value)) for key, value in given.items()])
     log("3. training (Ctrl-C saves; the same command goes on)")
     result = train(cfg, origin, preview)
@@ -147,7 +172,7 @@ def talk(out: Path, quick: bool) -> tuple[list[dict[str, str]], str]:
     from miaobi.train.loop import train
 
     run = out / "chat"
-    given = {"data": str(run / "data"), "out_dir": str(run)} | (QUICK_CHAT if quick else {})
+    given = {"data": str(run / "data"), "out_dir": str(run)} | SAME_EVERYWHERE | (QUICK_CHAT if quick else {})
     cfg, origin = load_config(shipped_config("demo-chat.yaml"), [(key, str(value)) for key, value in given.items()])
     log("\n6. training a second model, on the dialogues; there are few of them, it learns them by heart")
     stopped = train(cfg, origin, preview)["stopped"]
@@ -174,12 +199,12 @@ def judge(out: Path, quick: bool) -> tuple[dict, str | None]:
 
     log("\n8. training a classifier of reviews, on top of the first model")
     cfg = ClassifyConfig(base_model=str(out), data=str(out / REVIEWS), out_dir=str(out / "sentiment"), pooling="mean",
-                         learning_rate=2e-3, max_epoch=1, dropout=0.0)  # fmt: skip
+                         learning_rate=2e-3, max_epoch=1, dropout=0.0, **SAME_EVERYWHERE)  # fmt: skip
     trained = ablation.train(cfg)
     if trained["stopped"]:
         return {}, trained["stopped"]
     (figures,), svm = trained["rows"], trained["baselines"][-1]
-    judging = PredictConfig(str(out / "sentiment"))
+    judging = PredictConfig(str(out / "sentiment"), **SAME_EVERYWHERE)
     told = predict.predictions(
         predict.load(judging.model, judging), (predict.Row("", text) for text in OPINIONS), judging
     )

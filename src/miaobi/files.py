@@ -246,6 +246,8 @@ def read_record(file: Path, kind: type[Record]) -> Record:
 def is_a(value: Any, kind: Any) -> bool:
     """Whether a value from JSON is of a declared type: str, bool, int (of 64 bits), float, None, lists and dicts."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
     if origin in (types.UnionType, typing.Union):
         return any(is_a(value, choice) for choice in inner)
     if origin is list:

@@ -40,7 +40,8 @@ def build(source: Path) -> Path | None:
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line for line in info if line.startswith(("flags", "Features"))), os.uname().machine)
     version = Path(program).stat()  # a mended compiler is another one
-    about = (source.read_text(encoding="utf-8"), program, f"{version.st_size} {version.st_mtime_ns}", FLAGS, cpu)
+    code = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    about = (*code, program, f"{version.st_size} {version.st_mtime_ns}", FLAGS, cpu)
     key = hashlib.sha256("\n".join(about).encode()).hexdigest()
     made = private_cache() / f"{source.stem}-{key[:16]}.so"
     failed = made.with_suffix(".failed")

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from miaobi.config import POSITIONAL, RunConfig
 from miaobi.errors import UserError, brief
+from miaobi.kinds import POSITIONAL
 from miaobi.seeds import PRETRAINING, TRAIN, Names, shipped_for
 from miaobi.yaml_file import Mapping, Scalar, read_mapping, write_yaml
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported when a run is configured: `prepare` needs neither
     from ruamel.yaml.comments import CommentedMap
+
+    from miaobi.config import RunConfig
 
 Origin = dict[str, str]  # key -> where its value came from
 UNLIMITED = 10**9
@@ -61,9 +63,16 @@ def keys(kind: type) -> dict[str, Key]:
     return found
 
 
+def run_keys() -> dict[str, Key]:
+    """Every setting of RunConfig."""
+    from miaobi.config import RunConfig
+
+    return keys(RunConfig)
+
+
 def sections() -> dict[str, str]:
     """Key -> section of RunConfig."""
-    return {key.name: key.section for key in keys(RunConfig).values()}
+    return {key.name: key.section for key in run_keys().values()}
 
 
 def flatten(cfg: RunConfig) -> dict[str, Any]:
@@ -257,6 +266,8 @@ def load_config(path: Path | None, given: list[tuple[str, Any]]) -> tuple[RunCon
 
     Returns the configuration and where each value came from. Raises UserError for unknown keys and wrong types.
     """
+    from miaobi.config import RunConfig
+
     values, origin, written = collect(RunConfig, TRAIN, "miaobi train", path, given)
     if values.get("max_epochs") is not None and "max_iters" not in values:
         values["max_iters"], origin["max_iters"] = UNLIMITED, "max_epochs decides"
@@ -282,7 +293,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     if not os.path.exists(path):
         there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise UserError(f"no configuration file {path}.{suggest(path.name, there)}")
-    names = {key.section for key in keys(RunConfig).values()}
+    names = {key.section for key in run_keys().values()}
     values, lines = {}, {}
     for key, value, line in read_mapping(path).entries:
         if key in names and value == "" and not value.quoted:
@@ -299,8 +310,9 @@ def save_config(path: Path, cfg: RunConfig, origin: Origin) -> None:
     """Write the configuration with, behind each value, where it came from. Read back by `read_yaml`."""
     from ruamel.yaml.comments import CommentedMap
 
-    sections = dataclasses.fields(RunConfig)
-    write_yaml(path, CommentedMap((s.name, with_origins(getattr(cfg, s.name), origin)) for s in sections))
+    write_yaml(
+        path, CommentedMap((s.name, with_origins(getattr(cfg, s.name), origin)) for s in dataclasses.fields(cfg))
+    )
 
 
 def with_origins(part: Any, origin: Origin) -> CommentedMap:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from miaobi.console import json_text
-from miaobi.seeds import Names
-from miaobi.settings import Key, keys
+
+if TYPE_CHECKING:
+    from miaobi.seeds import Names
+    from miaobi.settings import Key
 
 
-def as_json(result: dict[str, Any]) -> None:
+def as_json(result: dict[str, Any], cfg: Any) -> None:
     """The one object of --json."""
     print(json_text(result))
 
@@ -44,8 +46,10 @@ def next_config(cfg: Any) -> str:
 
 def trained(result: dict[str, Any], cfg: Any) -> None:
     """`miaobi train`."""
-    best = f", best validation loss {result['best_val_loss']:.4f} at step {result['best_step']}"
-    print(f"{result['stopped']} at step {result['step']}{best if result['best_step'] else ''}")
+    best = ""
+    if result["best_step"]:  # not where it was interrupted before its first evaluation
+        best = f", best validation loss {result['best_val_loss']:.4f} at step {result['best_step']}"
+    print(f"{result['stopped']} at step {result['step']}{best}")
     checkpoints = Path(result["run"]) / "checkpoints"
     print(f"next: miaobi {trying(result['run'], checkpoints / 'best', checkpoints / 'last')}")
 
@@ -68,21 +72,61 @@ def scores(result: dict[str, Any], cfg: Any) -> None:
 
 
 def ablation(result: dict[str, Any], cfg: Any) -> None:
-    """`miaobi classify ablate`: the table."""
-    from miaobi.classify.ablation import show
+    """`miaobi classify ablate`: the table; means over the seeds, ± standard deviation."""
+    from rich.console import Console
+    from rich.table import Table
 
+    from miaobi.classify.ablation import FIGURES, by_cell, spread
+
+    table = Table(title=cfg.protocol)
+    for column in ("pooling", "trainable", "seeds", "accuracy", "macro-F1", "ECE", "time", "trained", "memory"):
+        table.add_column(column, justify="left" if column in ("pooling", "trainable") else "right", no_wrap=True)
+    for (pooling, trainable), rows in by_cell([*result.get("earlier", []), *result["rows"]]).items():
+        figures = {name: spread(rows, name) for name in FIGURES}
+        table.add_row(
+            pooling, trainable, str(len(rows)), percent(figures["accuracy"], len(rows)),
+            f"{figures['macro_f1'][0]:.4f}", f"{figures['calibration_error'][0]:.3f}", duration(figures["seconds"][0]),
+            f"{figures['trained_parameters'][0]:,.0f}", f"{figures['peak_memory_mb'][0]:,.0f} MB",
+        )  # fmt: skip
+    for name in dict.fromkeys(row["name"] for row in result["baselines"]):
+        rows = [row for row in result["baselines"] if row["name"] == name]
+        table.add_row(name, "", str(len(rows)), percent(spread(rows, "accuracy"), len(rows)),
+                      f"{spread(rows, 'macro_f1')[0]:.4f}", "", duration(spread(rows, "seconds")[0]))  # fmt: skip
     if result["rows"]:
-        show([*result.get("earlier", []), *result["rows"]], result["baselines"], cfg.protocol)
+        Console(width=None if Console().is_terminal else 120).print(table)
 
 
 def classifier(result: dict[str, Any], cfg: Any) -> None:
-    """`miaobi classify train`: the table, the comparison with the SVM, the surest errors."""
-    from miaobi.classify.ablation import conclude
-
+    """`miaobi classify train`: the table, with what earlier commands left in out_dir; the comparison with the SVM, and
+    the surest errors of the classifier that does best on its dev part.
+    """
     ablation(result, cfg)
-    if result["rows"]:
-        conclude(result)
-        print(f"next: miaobi classify predict {result['run']} 房间很干净，下次还来")
+    if not result["rows"]:
+        return
+    versus = result.get("versus_svm", {})
+    if versus.get("low") is not None:
+        difference, low, high = (100 * versus[name] for name in ("difference", "low", "high"))
+        print(f"minus the SVM on the same splits: {difference:+.2f} points (95% interval {low:+.2f} to {high:+.2f})")
+    best = max(result["rows"], key=lambda row: row["dev_accuracy"])
+    name = "{pooling}-{trainable}-{seed}".format(**best)
+    print(f"surest errors of {name}, of {len(best['worst_errors'])} in its result.json:")
+    for error in best["worst_errors"][:3]:
+        text = " ".join(error["text"].split())
+        print(f"  {error['label']} taken for {error['predicted']} ({error['probability']:.0%}): {text[:60]}")
+    print(f"next: miaobi classify predict {result['run']} 房间很干净，下次还来")
+
+
+def percent(figure: tuple[float, float], count: int) -> str:
+    """Mean ± deviation in percent."""
+    return f"{figure[0]:.2%}" + (f" ± {100 * figure[1]:.2f}" if count > 1 else "")
+
+
+def duration(seconds: float) -> str:
+    """`12.3 s`, `26.6 min`, `1.0 h`."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def converted(result: dict[str, Any], cfg: Any) -> None:
@@ -128,6 +172,8 @@ def explain(command: str, what: str, kind: type, names: Names) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from miaobi.settings import keys
 
     settings = list(keys(kind).values())
     words = [command, *(usage(key) for key in settings if key.is_positional), "[--key=value ...]"]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miaobi.errors import UserError
-from miaobi.files import text_written_whole
 
 if TYPE_CHECKING:
     from ruamel.yaml.comments import CommentedMap
@@ -119,6 +118,8 @@ def as_value(node: Node, path: Path, known: Known, depth: int) -> Any:
 def write_yaml(path: Path, tree: CommentedMap) -> None:
     """Write a YAML file, whole or not at all."""
     from ruamel.yaml import YAML
+
+    from miaobi.files import text_written_whole
 
     yaml = YAML(typ="rt")
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar(CORE + "null", "null"))

@@ -179,8 +179,8 @@ def test_what_ablate_left_has_no_classifier_so_train_trains(ask: Callable, tmp_p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--base_model="], "which model is to be tuned"),
-        (["--data="], "which texts?"),
+        (["--base_model="], "base_model is empty"),
+        (["--data="], "data is empty"),
         (["--data=nowhere.csv"], "no such file"),
         (["--text_column=words"], "no column 'words'"),
         (["--base_model=nowhere/at/all"], "no model at"),
@@ -287,10 +287,3 @@ def test_small_gpts_three_files_end_in_one_table_that_grows(miaobi, table: Path,
             assert re.search(r" [\d.]+ (s|min) ", cells[pooling, trainable])
     other = miaobi("classify", "train", "sentimental.yaml", *flags[1:], "--trainable=head", "--block_size=16", "--json")
     assert json.loads(other.out)["earlier"] == [], "other pieces are another test part"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"), [(0.04, "0.0 s"), (59.9, "59.9 s"), (60, "1.0 min"), (1598, "26.6 min"), (3600, "1.0 h")]
-)
-def test_times_are_in_units_that_suit_them(seconds: float, shown: str):
-    assert ablation.duration(seconds) == shown

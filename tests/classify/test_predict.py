@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import random
 import sys
 import threading
 from collections.abc import Callable
@@ -16,10 +17,9 @@ from review_tables import reviews, write
 from miaobi import cli
 from miaobi.classify import predict as room
 from miaobi.classify.config import PredictConfig, load_config
-from miaobi.classify.data import read_labelled
+from miaobi.classify.data import Row, read_labelled
 from miaobi.classify.finetune import Cell, Experiment, finetune
 from miaobi.classify.head import save
-from miaobi.classify.tables import Row
 
 
 @pytest.fixture(scope="session")
@@ -78,12 +78,18 @@ def test_files_are_judged_in_their_order_whatever_the_batches(ask: Callable, tmp
     assert labels(ask(tmp_path / "a.jsonl")) == labels(found)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "gb18030", "utf-16", "utf-16-be", "big5"])
 def test_standard_input_is_a_text_a_line(ask: Callable, encoding: str):
-    text = "皇马赢得比赛\r\n\n皇马输掉比赛"
+    rows = (
+        ["皇马赢得比赛", "", "皇马输掉比赛"]
+        if encoding != "big5"
+        else ["這場比賽贏得很好", "", "我們這個國家輸掉了比賽"]
+    )
+    text = f"{rows[0]}\r\n\n{rows[2]}"
     found = ask("-", stdin=text.encode(encoding))
-    assert [item["text"] for item in found["predictions"]] == ["皇马赢得比赛", "", "皇马输掉比赛"]
-    assert labels(found)[::2] == ["1", "0"]
+    assert [item["text"] for item in found["predictions"]] == rows
+    if encoding != "big5":
+        assert labels(found)[::2] == ["1", "0"]
     assert ask(stdin=text.encode(encoding)) == found
     assert ask("-", stdin=b"") == {"predictions": []}
 
@@ -146,12 +152,16 @@ def test_mistakes_end_with_two_and_a_way_out(ask: Callable, table: Path, args: l
 
 
 def test_bytes_that_are_no_text_are_named(ask: Callable):
-    assert "standard input, line 2: neither UTF-8 nor GB18030" in ask("-", stdin=b"ok\n\xff\xff\n", code=2)["error"]
+    noise = bytes(b or 1 for b in random.Random(2).randbytes(5000))
+    assert "standard input: neither UTF-8, GB18030, Big5 nor UTF-16" in ask("-", stdin=noise, code=2)["error"]
+    text = "皇马赢得比赛，球迷赢得冠军。\n".encode() * 9
+    error = ask("-", stdin=text + b"\xff\xff\n" + text, code=2)["error"]
+    assert f"standard input: read as utf-8, but byte {len(text)} does not fit" in error
 
 
 def test_lines_and_rows_that_cannot_be_read_are_left_out_when_asked(ask: Callable, tmp_path: Path, capsys):
     found = ask("-", "--skip_bad=True", stdin="皇马赢得比赛\n".encode() + b"\xff\xff\n" + "皇马输掉比赛".encode())
-    assert [item["text"] for item in found["predictions"]] == ["皇马赢得比赛", "皇马输掉比赛"]
+    assert [item["text"] for item in found["predictions"]] == ["皇马赢得比赛", "\ufffd\ufffd", "皇马输掉比赛"]
     rows = ["皇马赢得比赛", "半个\ud83d", "皇马输掉比赛"]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in rows), encoding="utf-8")

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ def test_the_vocabulary_is_small_gpts(tmp_path_factory, text):
     path.write_bytes(("好" + text).encode("utf-8"))
     with open(path, encoding="utf-8") as file:  # universal newlines, as small-gpt opens it
         expected = naive_vocabulary(file.read())
-    assert vocabulary(path) == expected
+    assert vocabulary(path)[0] == expected
 
 
 @pytest.mark.parametrize("name", ["train.txt", "train.csv", "corpus"])
@@ -114,7 +115,7 @@ def test_the_vocabulary_of_a_file_in_many_blocks(tmp_path, monkeypatch, name):
     with open(path, encoding="utf-8") as file:
         expected = naive_vocabulary(file.read())
     assert "\ufeff" in expected
-    assert vocabulary(path) == expected
+    assert vocabulary(path)[0] == expected
 
 
 @pytest.mark.parametrize("encoding", ["gb18030", "big5", "utf-16"])
@@ -122,7 +123,7 @@ def test_the_vocabulary_is_the_same_in_another_encoding(tmp_path, encoding):
     text = "今天天氣很好，我們出去走走吧。\n好的，一起去公園看花。\n\n你吃飯了沒有？\n吃過了，謝謝。\n" * 5
     path = tmp_path / "train.txt"
     path.write_bytes(text.encode(encoding))
-    assert vocabulary(path) == naive_vocabulary(text)
+    assert vocabulary(path)[0] == naive_vocabulary(text)
 
 
 # --- the tokenizer -------------------------------------------------------------------------------------------------
@@ -198,14 +199,34 @@ def test_another_corpus_is_noticed_by_its_loss(small_gpt, tmp_path, capsys):
         losses.append(torch.nn.functional.cross_entropy(small_gpt.original.logits(row[:-1]), row[1:], reduction="none"))
     assert right["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=0.1), "the byte rows take a little"
     assert right["loss"] < 2
-    assert "worse than guessing" not in capsys.readouterr().err
+    assert "probably not" not in capsys.readouterr().err
     other = tmp_path / "other.txt"
     letters = sorted(set(chat_text()) - {"\n"})
     swap = dict(zip(letters, letters[5:] + letters[:5], strict=True))
     other.write_text("".join(swap.get(c, c) for c in chat_text()[::-1]), encoding="utf-8")
     wrong = convert(small_gpt.path, str(other), tmp_path / "wrong")
     assert wrong["loss"] > math.log(small_gpt.original.vocab_size) + 1
-    assert "worse than guessing" in capsys.readouterr().err
+    assert "probably not the text" in capsys.readouterr().err
+
+
+def test_a_vocabulary_that_is_wrong_in_part_is_noticed_wherever_it_is_used(small_gpt, tmp_path, capsys):
+    """Another stretch of the same text: better than guessing, worse than counting characters. chat and train say so
+    too, each time."""
+    other, dialogues = tmp_path / "other.txt", chat_text().strip().split("\n\n")
+    text = "\n\n".join([*dialogues, *dialogues[-1:] * 9])  # one that is commoner there: other characters are first
+    other.write_text(text, encoding="utf-8")
+    shares = [n / len(text) for n in Counter(text).values()]
+    entropy = -sum(share * math.log(share) for share in shares)
+    assert vocabulary(other)[1] == pytest.approx(entropy)
+    path = tmp_path / "cpt.pth"
+    path.write_bytes(small_gpt.path.read_bytes())
+    result = convert(path, str(other), tmp_path / "out")
+    assert entropy < result["loss"] < math.log(small_gpt.original.vocab_size) + 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{result['loss']:.2f} nats a token, where counting characters alone gives {entropy:.2f}; 0 rows" in said
+    for _ in range(2):
+        converted(path, str(other))
+        assert "probably not the text" in capsys.readouterr().err
 
 
 def broken(checkpoint: dict, how: str) -> dict:

@@ -10,7 +10,7 @@ import pytest
 
 from miaobi.corpus import blocks, documents, workers
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.dialogue import messages_of
+from miaobi.corpus.messages import messages_of
 from miaobi.corpus.prepare import prepare
 from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE
@@ -79,8 +79,27 @@ def chatml(talk: list[str]) -> str:
         ({"conversations": [{"from": "human", "value": "你好"}, {"from": "bot", "value": "你好呀"}], "system": "简短"},
          [SYSTEM, *HELLO]),
         ({"conversations": HELLO, "system": None}, HELLO),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "你"}, {"type": "image_url", "image_url":
-         {}}, {"type": "text", "text": "好"}, {"type": "text", "text": None}]}, HELLO[1]]}, HELLO),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "你"}, {"type": "text", "text": "好"}]},
+         HELLO[1]]}, HELLO),
+        ({"messages": None, "conversations": HELLO}, HELLO),
+        ({"conversations": [], "messages": HELLO, "tools": [], "images": None}, HELLO),
+        ({"messages": [], "instruction": "你好", "output": "你好呀"}, HELLO),
+        ({"messages": [SYSTEM, *HELLO], "system": " 简短 "}, [SYSTEM, *HELLO]),
+        ({"messages": [HELLO[0], HELLO[1] | {"reasoning_content": " 想\n", "weight": 0}]},
+         [HELLO[0], HELLO[1] | {"reasoning_content": "想", "weight": 0}]),
+        ({"messages": [HELLO[0], HELLO[1] | {"weight": 1, "train": True, "tool_calls": None}]}, HELLO),
+        ({"messages": [HELLO[0] | {"loss": False}, HELLO[1] | {"train": False}]},
+         [HELLO[0] | {"weight": 0}, HELLO[1] | {"weight": 0}]),
+        ({"messages": [HELLO[0], {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "查", "arguments": '{"城": "京"}'}}]},
+            {"role": "tool", "tool_call_id": "1", "content": "晴"}], "tools": [{"type": "function"}]},
+         [HELLO[0] | {"tools": [{"type": "function"}]}, {"role": "assistant", "content": "", "tool_calls": [
+             {"type": "function", "function": {"name": "查", "arguments": {"城": "京"}}, "id": "1"}]},
+          {"role": "tool", "content": "晴", "tool_call_id": "1"}]),
+        ({"conversations": [{"from": "human", "value": "你好"}, {"from": "function_call", "value":
+          '{"name": "查", "arguments": {}}'}, {"from": "observation", "value": "晴"}], "tools": '[{"name": "查"}]'},
+         [HELLO[0] | {"tools": [{"name": "查"}]}, {"role": "assistant", "content": "", "tool_calls": [
+             {"type": "function", "function": {"name": "查", "arguments": {}}}]}, {"role": "tool", "content": "晴"}]),
         ({"instruction": "你好", "input": "", "output": "你好呀"}, HELLO),
         ({"instruction": "你好", "output": "你好呀", "input": None, "system": "简短"}, [SYSTEM, *HELLO]),
         ({"instruction": "译", "input": "早", "output": "morning"},
@@ -95,7 +114,30 @@ def test_the_shapes_of_records(record, expected):
 
 
 BAD = [
-    ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1 has the unknown role 'tool'"),
+    ({"messages": [{"role": "narrator", "content": "x"}]}, "turn 1 has the unknown role 'narrator'"),
+    ({"messages": HELLO, "conversations": HELLO}, "two dialogues in it: messages and conversations"),
+    ({"messages": HELLO, "instruction": "x", "output": "y"}, "two dialogues in it: messages and instruction"),
+    ({"messages": [SYSTEM, *HELLO], "system": "啰嗦"}, "`system` stands beside the turns and in them"),
+    ({"messages": HELLO, "system": ["x"]}, "`system` is list, not text"),
+    ({"messages": HELLO, "images": ["a.png"]}, "`images` cannot be learned"),
+    ({"messages": HELLO, "rejected": "不"}, "`rejected` cannot be learned"),
+    ({"messages": [HELLO[0] | {"audio": {"id": 1}}]}, "turn 1: `audio` cannot be learned"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+        "part of the type 'image_url'",
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "part of the type 'input_audio'"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "turn 1 has a part without text"),
+    ({"messages": [HELLO[0], HELLO[1] | {"weight": 0.5}]}, "turn 2: `weight` is 0.5; only 0"),
+    ({"messages": [HELLO[0], HELLO[1] | {"weight": "0"}]}, "turn 2: `weight` is '0'"),
+    ({"messages": [HELLO[0] | {"reasoning_content": "想"}]}, "turn 1: only the assistant has thoughts"),
+    ({"messages": [HELLO[0], HELLO[1] | {"reasoning_content": ["想"]}]}, "turn 2: the thought is list"),
+    ({"messages": HELLO, "tools": "[{"}, "`tools` is text, but not JSON"),
+    ({"messages": HELLO, "tools": {"name": "x"}}, "`tools` is not a list"),
+    (
+        {"messages": [HELLO[0], {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+        "turn 2: a call of a tool has no name",
+    ),
     ({"messages": [*HELLO, {"role": ["user"], "content": "x"}]}, "turn 3 has the unknown role"),
     ({"messages": [{"content": "x"}]}, "turn 1 has the unknown role None"),
     ({"messages": [HELLO[0], {"role": "assistant", "content": " \n\u3000"}]}, "turn 2 is empty"),
@@ -306,10 +348,9 @@ def test_weights_of_plain_text(tmp_path):
         ({"weights": (1, 2)}, "2 weights for 1 sources; give one number for each source"),
         ({"template": "sep", "loss": "assistant"}, "--loss=assistant needs roles"),
         ({"loss": "assistant"}, "--loss=assistant needs roles"),
-        ({"format": "text", "loss": "all"}, "--template and --loss are for dialogues"),
-        ({"format": "auto", "template": "chatml"}, "--template and --loss are for dialogues"),
-        ({"tokenizer": "FOREIGN"}, "the tokenizer has no <sep> token, which the sep template needs"),
-        ({"tokenizer": "FOREIGN", "template": "chatml"}, "the tokenizer has no <|im_start|> token"),
+        ({"format": "text", "loss": "all"}, "--template, --loss and --enable_thinking are for dialogues"),
+        ({"format": "auto", "template": "chatml"}, "--template, --loss and --enable_thinking are for dialogues"),
+        ({"enable_thinking": False}, "--enable_thinking is for templates that ask for it"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path, settings, message):

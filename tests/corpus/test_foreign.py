@@ -1,5 +1,6 @@
 """BERT's vocab.txt and GPT-2's vocab.json + merges.txt: transformers' ids, text without loss where it can be."""
 
+import contextlib
 import itertools
 import json
 import pickle
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from miaobi.corpus.foreign import join_word_pieces
@@ -212,3 +213,85 @@ def test_damaged_settings_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=f"{name} {message}"):
         Tokenizer.load(tmp_path)
+
+
+# --- hostile tokenizer.json
+
+
+def with_part(**parts: object) -> str:
+    return json.dumps(json.loads(Tokenizer.train_char({"好": 2, "a": 1}).backend.to_str()) | parts)
+
+
+def replace(pattern: dict, content: str) -> dict:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def control(content: str, id_: int = 263) -> list[dict]:
+    kinds = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [{"id": id_, "content": content, "special": True, **kinds}]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (with_part(normalizer={"type": "Sequence", "normalizers": [replace({"String": "a"}, "aa")] * 40}), "as long"),
+        (with_part(normalizer=replace({"Regex": "."}, "a" * 10**5)), "times as long"),
+        (with_part(decoder={"type": "Sequence", "decoders": [replace({"String": "a"}, "a" * 9)] * 3}), "times as long"),
+        (with_part(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "gives up on it"),
+        (with_part(added_tokens=control("x" * 30_000)), "30,000 characters"),
+        (with_part(added_tokens=control("x\ufdd0y")), r"U\+FDD0"),
+        (with_part(model={"type": "BPE", "vocab": {"a": 2**31}, "merges": []}), "2,147,483,648"),
+        (with_part(model={"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "[UNK]", "max_input_chars_per_word": 9,
+                          "continuing_subword_prefix": "##"}), r"\[UNK\]"),
+        (with_part(model=None), ""),
+        ("[" * 100_000, ""),
+        ('{"model": ' * 100_000, "nested too deeply"),
+        ('{"model": ' + "9" * 5000 + "}", ""),
+        ("[]", "no model"),
+        ("\ufeff{}", ""),
+    ],
+)  # fmt: skip
+def test_a_hostile_tokenizer_is_refused(tmp_path, text, why):
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=f"is not a tokenizer the tokenizers library can read.*{why}"):
+        Tokenizer.load(tmp_path)
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=5),
+              st.sampled_from(["BPE", "WordPiece", "Unigram", "Replace", "Sequence", "ByteFallback", "Split", "a"])),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["type", "vocab", "merges", "content", "pattern", "String", "Regex", "normalizers", "id", "a"]),
+        inner, max_size=5),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(part=st.sampled_from(["model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder",
+                             "truncation", "padding", "version"]), value=JSON)  # fmt: skip
+def test_any_part_of_a_tokenizer_is_a_result_or_a_users_error(tmp_path_factory, part, value):
+    home = tmp_path_factory.mktemp("fuzz")
+    (home / "tokenizer.json").write_text(with_part(**{part: value}), encoding="utf-8")
+    try:
+        tokenizer = Tokenizer.load(home)
+    except UserError:
+        return
+    tokenizer.decode(tokenizer.encode("好 a\n"))
+
+
+@given(data=st.binary(max_size=200))
+@example(data=b'{"a": ' * 50_000)
+@example(data=b'{"eos_token": {"content": 5}, "unk_token": [1], "additional_special_tokens": 5, "chat_template": [[]]}')
+def test_any_bytes_in_a_tokenizers_files_are_a_result_or_a_users_error(tmp_path_factory, data):
+    home = tmp_path_factory.mktemp("fuzz")
+    whole = {"vocab.txt": "[UNK]\n好", "vocab.json": '{"a": 0}', "merges.txt": "", "tokenizer.json": with_part()}
+    beside = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+    kinds = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))
+    for number, files in enumerate(kinds):
+        for name in (*files, *beside):
+            (place := home / f"{number}-{name}").mkdir()
+            for file in files:
+                (place / file).write_text(whole[file], encoding="utf-8")
+            (place / name).write_bytes(data)
+            with contextlib.suppress(UserError):
+                Tokenizer.load(place).encode("好a")

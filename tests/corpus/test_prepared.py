@@ -23,7 +23,7 @@ from miaobi.errors import UserError
 
 TEXT = "\n\n".join(f"第{i}场，皇马赢了曼联" for i in range(100))
 TALKS = "\n\n".join(f"你好{i}\n吃了吗\n吃了" for i in range(100))
-SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture], "max_examples": 150}
+SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture], "max_examples": 60}
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from miaobi.corpus.config import PrepareConfig
+from miaobi.corpus.examples import TrainingTemplate
 from miaobi.corpus.prepare import prepare
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, ChatTemplate
 from miaobi.corpus.tokenizer import Tokenizer
@@ -137,7 +138,7 @@ def theirs(directory: Path, messages: list[dict], **options: object) -> list[int
 @pytest.mark.parametrize("template", ["sep", "chatml"])
 def test_a_prepared_directory_renders_as_transformers_does(ours, template, kind):
     directory = ours(template, kind)
-    rendering = ChatTemplate.of(Tokenizer.load(directory))
+    rendering = TrainingTemplate.of(Tokenizer.load(directory))
     for end in range(1, len(CHAT) + 1):
         messages = chat(*CHAT[:end])
         for prompt in (False, True):
@@ -147,7 +148,7 @@ def test_a_prepared_directory_renders_as_transformers_does(ours, template, kind)
 @pytest.mark.parametrize("template", [QWEN3, TRICKS, BLANK])
 def test_a_hub_models_own_template_renders_as_transformers_does(hub, template):
     directory = hub(template)
-    rendering = ChatTemplate.of(Tokenizer.load(directory))
+    rendering = TrainingTemplate.of(Tokenizer.load(directory))
     system, padded, blank = ("system", ' 你是 "妙笔" '), ("user", "  a\n"), ("user", " \n")
     for turns in (CHAT, CHAT[:1], [system, *CHAT], [padded, *CHAT[1:]], [blank, *CHAT[1:]], THOUGHT):
         messages = chat(*turns)
@@ -166,7 +167,7 @@ def test_replies_are_the_ones_that_a_generation_block_marks(hub, template):
         messages, return_dict=True, return_assistant_tokens_mask=True
     )
     expected = np.array(answer["assistant_masks"], bool)
-    rendered = ChatTemplate.of(Tokenizer.load(directory)).render(messages)
+    rendered = TrainingTemplate.of(Tokenizer.load(directory)).render(messages)
     assert rendered.ids == answer["input_ids"]
     if template == BLANK:  # there the block stands around everybody's words
         ends = np.flatnonzero(np.array(rendered.ids) == Tokenizer.load(directory).token_to_id("<|im_end|>")) + 1
@@ -196,7 +197,7 @@ def dialogues(draw: st.DrawFn) -> list[dict[str, str]]:
 @given(messages=dialogues())
 def test_text_stays_text_and_replies_are_marked_to_the_letter(ours, template, kind, messages):
     tokenizer = Tokenizer.load(ours(template, kind))
-    rendering = ChatTemplate.of(tokenizer)
+    rendering = TrainingTemplate.of(tokenizer)
     rendered = rendering.render(messages)
     assert rendered.ids == rendering.encode(messages)
     harmless = rendering.encode([m | {"content": "x"} for m in messages])
@@ -226,7 +227,7 @@ def test_text_stays_text_and_replies_are_marked_to_the_letter(ours, template, ki
 def test_users_make_no_control_token_of_a_hub_model(hub, messages):
     """`<think>` is not special there: the model may say it, a user cannot."""
     tokenizer = Tokenizer.load(hub(CHATML_TEMPLATE))
-    ids = ChatTemplate.of(tokenizer).encode(messages)
+    ids = TrainingTemplate.of(tokenizer).encode(messages)
     named = {name: tokenizer.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>", "<think>", "</think>")}
     spoken = "".join(m["content"] for m in messages if m["role"] == "assistant")
     for name, expected in (("<|im_start|>", len(messages)), ("<|im_end|>", len(messages))):
@@ -240,7 +241,7 @@ def test_users_make_no_control_token_of_a_hub_model(hub, messages):
 def test_plain_words_give_the_ids_of_transformers(hub, messages):
     directory = hub(QWEN3)
     messages = chat(*messages)
-    assert ChatTemplate.of(Tokenizer.load(directory)).encode(messages) == theirs(directory, messages)
+    assert TrainingTemplate.of(Tokenizer.load(directory)).encode(messages) == theirs(directory, messages)
 
 
 def with_token(name: str, template: str, *more: str) -> Tokenizer:
@@ -258,18 +259,18 @@ def test_template_and_text_together_make_no_control_token(before, content, after
     for trim in ("", " | trim"):
         source = f"{{% for m in messages %}}{{{{ '{before}' + m.content{trim} + '{after}' }}}}{{% endfor %}}"
         tokenizer = with_token("[END]", source)
-        rendering, messages = ChatTemplate.of(tokenizer), chat(("user", content))
+        rendering, messages = TrainingTemplate.of(tokenizer), chat(("user", content))
         ids = rendering.encode(messages)
         assert tokenizer.token_to_id("[END]") not in ids
         assert tokenizer.decode(ids) == before + (content.strip() if trim else content) + after
         assert rendering.render(messages).ids == ids
     honest = with_token("[END]", "{{ messages[0].content + '[END]' }}")
-    assert ChatTemplate.of(honest).encode(chat(("user", "好")))[-1] == honest.token_to_id("[END]")
+    assert TrainingTemplate.of(honest).encode(chat(("user", "好")))[-1] == honest.token_to_id("[END]")
 
 
 def test_what_is_broken_up_makes_no_other_control_token():
     tokenizer = with_token("[END]", "{{ messages[0].content }}", "]好[")
-    ids = ChatTemplate.of(tokenizer).encode(chat(("user", "[END]好[")))
+    ids = TrainingTemplate.of(tokenizer).encode(chat(("user", "[END]好[")))
     assert not [id_ for id_ in ids if tokenizer.is_control(id_)]
     assert tokenizer.decode(ids) == "[END]好["
 
@@ -277,14 +278,14 @@ def test_what_is_broken_up_makes_no_other_control_token():
 def test_a_letter_that_is_an_added_token_is_a_letter():
     """Some tokenizers list the newline so; it cannot be broken up and need not be."""
     tokenizer = with_token("\n", "{% for m in messages %}{{ m.content }}<sep>{% endfor %}")
-    ids = ChatTemplate.of(tokenizer).encode(chat(("user", "你\n<sep>好")))
+    ids = TrainingTemplate.of(tokenizer).encode(chat(("user", "你\n<sep>好")))
     assert tokenizer.decode(ids) == "你\n<sep>好<sep>"
     assert ids.count(tokenizer.token_to_id("\n")) == 1
     assert ids.count(tokenizer.sep_id) == 1
 
 
 def test_noncharacters_are_refused(ours):
-    rendering = ChatTemplate.of(Tokenizer.load(ours("sep", "char")))
+    rendering = TrainingTemplate.of(Tokenizer.load(ours("sep", "char")))
     for number in range(0xFDD0, 0xFDF0):
         with pytest.raises(UserError, match=f"U\\+{number:04X}, which is not a character"):
             rendering.encode(chat(("user", f"你{chr(number)}好")))
@@ -305,7 +306,7 @@ def test_noncharacters_are_refused(ours):
 def test_a_template_that_fails_or_breaks_out_is_a_users_error_and_runs_nothing(ours, tmp_path, expression):
     witness = tmp_path / "witness"
     source = "{{ " + expression.replace("CMD", f"touch {witness}").replace("FILE", str(witness)) + " }}"
-    rendering = ChatTemplate(source, Tokenizer.load(ours("sep", "char")))
+    rendering = TrainingTemplate(source, Tokenizer.load(ours("sep", "char")))
     for act in (rendering.encode, rendering.render):
         with pytest.raises(UserError, match="the chat template fails to render this dialogue"):
             act(chat(*CHAT))
@@ -315,7 +316,7 @@ def test_a_template_that_fails_or_breaks_out_is_a_users_error_and_runs_nothing(o
 @pytest.mark.parametrize("source", ["{% for %}", "{{ 'x }}", "{% unknown %}", "{% generation %}", "{{ 1 | no_such }}"])
 def test_what_is_no_jinja_is_a_users_error(ours, source):
     with pytest.raises(UserError, match="not valid Jinja"):
-        ChatTemplate(source, Tokenizer.load(ours("sep", "char")))
+        TrainingTemplate(source, Tokenizer.load(ours("sep", "char")))
 
 
 ALL = "{% for m in messages %}{{ m.content }}<sep>{% endfor %}"
@@ -328,7 +329,7 @@ MOVED = (  # the system's words in front of the last question, as one family of 
 @pytest.mark.parametrize("source", ["{{ messages[-1].content }}", ALL + "{{ messages[0].content }}", MOVED, "好"])
 def test_a_template_that_drops_repeats_or_moves_messages_is_not_trained_on(ours, source):
     messages = chat(("system", "简短"), *CHAT)
-    rendering = ChatTemplate(source, Tokenizer.load(ours("sep", "char")))
+    rendering = TrainingTemplate(source, Tokenizer.load(ours("sep", "char")))
     assert rendering.encode(messages)  # to talk with, it will do
     with pytest.raises(UserError, match="leaves messages out, repeats them or changes their order"):
         rendering.render(messages)
@@ -342,9 +343,9 @@ def test_the_sep_template_has_no_system(ours):
 def test_which_template_a_directory_brings(ours):
     tokenizer = Tokenizer.load(ours("chatml", "char"))
     assert tokenizer.config["chat_template"] == CHATML_TEMPLATE
-    expected = ChatTemplate.of(tokenizer).encode(chat(*CHAT))
+    expected = TrainingTemplate.of(tokenizer).encode(chat(*CHAT))
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML_TEMPLATE}]
-    assert ChatTemplate.of(Tokenizer(tokenizer.backend, {"chat_template": named})).encode(chat(*CHAT)) == expected
+    assert TrainingTemplate.of(Tokenizer(tokenizer.backend, {"chat_template": named})).encode(chat(*CHAT)) == expected
     for nothing in (None, "", [], named[:1], [{"template": "x"}], ["x"], 5):
         with pytest.raises(UserError, match="no chat template"):
-            ChatTemplate.of(Tokenizer(tokenizer.backend, {"chat_template": nothing}))
+            TrainingTemplate.of(Tokenizer(tokenizer.backend, {"chat_template": nothing}))

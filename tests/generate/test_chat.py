@@ -17,7 +17,7 @@ from miaobi.config import ModelConfig
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, Messages
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.generate.chat import Chat, preview
+from miaobi.generate.chat import Chat, model_settings, preview
 from miaobi.generate.config import ChatConfig
 from miaobi.generate.engine import LanguageModel, load
 from miaobi.generate.slots import Slots, Stream
@@ -402,3 +402,44 @@ def test_history_reaches_the_model(talker):
     assert [say(chat, text) for text in ("我叫小明", "我叫什么")] == ["幸会", "你叫小明"]
     chat.flush()
     assert say(chat, "我叫什么") == "我不知道"
+
+
+# --- how a model's makers sample it --------------------------------------------------------------------------------
+
+
+def test_the_models_own_settings_are_the_defaults_and_the_users_win(capsys):
+    generation = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": None, "do_sample": True}
+    cfg = model_settings(ChatConfig(), generation, {"top_k"})
+    assert (cfg.temperature, cfg.top_p, cfg.top_k, cfg.repetition_penalty) == (0.6, 0.95, 0, 1.2)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "temperature=0.6, top_p=0.95" in said
+    assert model_settings(ChatConfig(), {"do_sample": False, "temperature": 0.7}, ()).temperature == 0
+    capsys.readouterr()
+    for silent in (None, {}, {"do_sample": True, "pad_token_id": 3, "temperature": 0.8}):
+        assert model_settings(ChatConfig(), silent, ()) == ChatConfig()
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bad", [{"temperature": "hot"}, {"top_p": 7}, {"top_k": 2.5}, {"top_k": [1]},
+                                 {"temperature": True}, {"repetition_penalty": -1}])  # fmt: skip
+def test_impossible_settings_of_a_model_are_told_by_file_and_name(bad):
+    (name,) = bad
+    with pytest.raises(UserError, match=f"generation_config.json.*{name}"):
+        model_settings(ChatConfig(), bad, ())
+    assert model_settings(ChatConfig(), bad, {name}) == ChatConfig()
+
+
+def test_a_hub_chat_takes_its_settings_from_the_command_line_first(qwen, tmp_path, miaobi, monkeypatch):
+    import shutil
+
+    from miaobi.generate import terminal
+
+    model = shutil.copytree(qwen, tmp_path / "model")
+    path = model / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.3, "top_k": 7}))
+    chats = []
+    monkeypatch.setattr(terminal, "talk", lambda chat, silent: chats.append(chat.cfg))
+    assert miaobi("chat", model, "--device=cpu").err.count("generation_config.json says") == 1
+    miaobi("chat", model, "--device=cpu", "--temperature", "0.8", "--top-k=0")
+    assert [(cfg.temperature, cfg.top_k) for cfg in chats] == [(0.3, 7), (0.8, 0)]

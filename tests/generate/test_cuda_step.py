@@ -1,8 +1,10 @@
 """Recorded steps. Recording itself needs a GPU; everything around it is tested with one that simply runs again."""
 
+import contextlib
 import gc
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +104,45 @@ def test_where_nothing_can_be_recorded_decoding_goes_on_and_says_so_once(capsys)
     assert not graphs.ready
     said = capsys.readouterr().err
     assert said.count("no CUDA graph here (CUDA error: operation not permitted when stream is capturing)") == 1
+
+
+def test_a_step_is_recorded_on_the_models_device_whichever_is_current(monkeypatch):
+    """As far as a machine without a GPU can see: every stream and graph is made while cuda:1 is the current device."""
+    current, made = [torch.device("cuda:0")], []
+
+    class Guard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    class Made(contextlib.nullcontext):
+        def __init__(self, *_, stream=None, **__):
+            super().__init__()
+            made.append((current[-1], stream.device if stream else None))
+            self.device = current[-1]
+
+        def wait_stream(self, _):
+            pass
+
+        def replay(self):
+            pass
+
+    for name in ("Stream", "current_stream", "stream", "graph", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Made)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    weight = SimpleNamespace(device=torch.device("cuda:1"))
+    step = CudaStep(SimpleNamespace(wte=SimpleNamespace(weight=weight)))
+    ran = []
+    logits, _ = step.capture(lambda: ran.append(current[-1]) or len(ran))
+    assert (logits, ran) == (3, [torch.device("cuda:1")] * 3)
+    assert {device for device, _ in made} == {torch.device("cuda:1")}
+    assert made[-1][1] == torch.device("cuda:1"), "the graph's own stream too"
+    assert current == [torch.device("cuda:0")]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

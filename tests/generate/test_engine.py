@@ -299,3 +299,20 @@ def test_loading_a_run_brings_its_ends(trained, prepared, train, tmp_path):
     assert load(run, "cpu").end_ids == (load(run, "cpu").tokenizer.eot_id,)
     train(data=prepared(split="tail"), out_dir=tmp_path / "tail", max_iters=1)
     assert load(tmp_path / "tail", "cpu").end_ids == ()
+
+
+@pytest.mark.parametrize("named", [None, (50256,), (-1,), (50256, 50257)])
+def test_a_foreign_model_that_names_no_end_it_has_ends_as_its_tokenizer_does(tmp_path, named, capsys):
+    """BERT's vocabulary under a GPT-2, as the hub has it: 21,128 tokens and an end of 50256, or none at all."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(CHARACTERS)]
+    size = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": BLOCK, "vocab_size": len(words)}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**size)).save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    for name in ("config", "generation_config"):
+        config = json.loads((tmp_path / f"{name}.json").read_text())
+        config["eos_token_id"] = named if named is None else list(named)
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    lm = load(tmp_path, "cpu")
+    assert lm.end_ids == (words.index("[SEP]"),)
+    assert len(lm.generate("", num_samples=1, max_new_tokens=3)) == 1, "an empty prompt begins at an end that exists"
+    assert bool(named) == ("texts end with [SEP]" in capsys.readouterr().err)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from miaobi.console import TerminalStream, shown
 from miaobi.errors import UserError
 from miaobi.generate import terminal
 from miaobi.generate.config import ChatConfig
@@ -80,13 +81,16 @@ def test_a_conversation_in_a_terminal(talker, tmp_path):
     assert screen.say("/retry") == ["你叫小明"]
     assert screen.say("flush") == []
     assert screen.say("我叫什么") == ["我不知道"]
-    assert screen.say("/flsh") == ["miaobi: unknown command '/flsh'. Did you mean /flush? /help lists them"]
+    assert screen.say("/flsh")[-1] == "miaobi: /flsh is no command and was sent as a message. Did you mean /flush?"
+    assert len(screen.say("/home/me/a.txt")) == 1, "a path is a message"
+    assert screen.say("flush") == []
+    assert screen.say("我叫什么") == ["我不知道"]
     assert "no system message" in "".join(screen.say("/system 你是猫"))
     assert "/retry" in "".join(screen.say("/help"))
     assert screen.say(f"/save {tmp_path / 'talk.jsonl'}") == []
     saved = json.loads((tmp_path / "talk.jsonl").read_text(encoding="utf-8"))["messages"]
     assert [m["content"] for m in saved] == ["我叫什么", "我不知道"]
-    assert screen.say("\x1b[A\x1b[A\x1b[A\x1b[A\x1b[A") == ["我不知道"], "the line typed five lines ago, by cursor keys"
+    assert screen.say("\x1b[A\x1b[A\x1b[A\x1b[A") == ["我不知道"], "the line typed four lines ago, by cursor keys"
     screen.ready()
     screen.child.send("不想说了\x03")
     screen.until(lambda lines: "Ctrl-C again leaves" in "".join(lines[-2:]) and lines[-1] == ">>>")
@@ -136,8 +140,8 @@ def test_a_dumb_terminal_without_colour(talker):
     screen.child.send("你好\n")
     assert screen.until(lambda lines: "你好呀" in lines)
     screen.ready()
-    screen.child.send("/nothing\n")
-    screen.until(lambda lines: "unknown command" in "".join(lines))
+    screen.child.send("/flsh\n")
+    screen.until(lambda lines: "no command" in "".join(lines))
     assert screen.leave("\x04") == 0
     assert b"\x1b" not in (screen.child.before or b"")
 
@@ -199,9 +203,25 @@ def test_the_end_of_the_input_leaves(miaobi, typed, talker):
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [("/home/me/a.txt", "/home/me/a.txt"), ("/etc", "/etc"), ("/exot", "/exot"), ("/help me", "/help me"), ("/", "/"),
+     ("//exit", "/exit"), ("//", "/"), ("//home/x", "/home/x"), ("1/2", "1/2"), ("flush it", "flush it"),
+     ("/exit now", "/exit now"), ("  /tmp", "  /tmp")],
+)  # fmt: skip
+def test_what_is_no_command_is_a_message(miaobi, typed, talker, monkeypatch, line, message):
+    from miaobi.generate.chat import Chat
+
+    said = []
+    monkeypatch.setattr(Chat, "reply", lambda self, text: iter_closing([said.append(text) or "好"]))
+    typed(line, "exit")
+    assert miaobi("chat", talker, *EXACT) == (0, "好\n", "")
+    assert said == [message]
+
+
+@pytest.mark.parametrize(
     ("line", "words"),
-    [("/retry", "say something first"), ("/save", "needs a file name"), ("/exot", "Did you mean /exit?"),
-     ("/save /nowhere/at/all.txt", "cannot be written"), ("/zzzz", "/help lists them")],
+    [("/retry", "say something first"), ("/save", "needs a file name"),
+     ("/save /nowhere/at/all.txt", "cannot be written")],
 )  # fmt: skip
 def test_a_mistaken_command_is_told_and_the_conversation_goes_on(miaobi, typed, talker, line, words):
     typed(line, "你好")
@@ -215,6 +235,33 @@ def test_there_is_no_reply_to_retry_after_a_system_message_alone():
     chat = SimpleNamespace(messages=[{"role": "system", "content": "你是猫"}])
     with pytest.raises(UserError, match="no reply yet"):
         terminal.obey(chat, "/retry", sys.stdout, silent=False)
+
+
+def iter_closing(pieces):
+    yield from pieces
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+def test_a_terminal_does_not_obey_a_reply_however_its_pieces_are_cut(size):
+    """Newline, tab and all that can be read stay; a pipe gets the bytes as they are."""
+    evil = "好\x1b]0;title\x07\x9b31m\x1b[2Jend\x00\x7f\n\t妙笔😀"
+    pieces = [evil[i : i + size] for i in range(0, len(evil), size)]
+    there, elsewhere = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for _ in range(2))
+    terminal.say(iter_closing(pieces), TerminalStream(there), silent=False)
+    terminal.say(iter_closing(pieces), elsewhere, silent=False)
+    written = there.buffer.getvalue().decode()
+    assert written == shown(evil) + "\n"
+    assert not any((c < " " and c not in "\n\t") or "\x7f" <= c < "\xa0" for c in written)
+    assert elsewhere.buffer.getvalue().decode() == evil + "\n"
+
+
+def test_a_chat_begins_with_the_size_and_the_step_of_its_model(talker, trained, tmp_path):
+    from miaobi.generate.engine import load
+
+    lm = load(talker, "cpu")
+    assert terminal.about(lm) == f"qwen3, {lm.model.num_parameters() / 1e6:.1f}M parameters, step 240"
+    lm.path = tmp_path
+    assert "step" not in terminal.about(lm)
 
 
 def test_a_model_of_plain_text_is_refused(miaobi, trained):

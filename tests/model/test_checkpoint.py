@@ -16,7 +16,7 @@ import torch
 from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.files import point, pointed, put_back, written_whole
+from miaobi.files import point, pointed, put_back, write_manifest, written_whole
 from miaobi.model.checkpoint import load_model, model_directory, save_model
 from miaobi.model.families import to_hf
 from miaobi.model.transformer import Transformer
@@ -256,3 +256,17 @@ def test_saved_files_are_what_the_hub_expects(directory):
     assert generation["eos_token_id"] == TOKENIZER.eot_id
     assert json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))["model_max_length"] == 8
     assert all(t.is_contiguous() and t.dtype == torch.float32 for t in to_hf(load_model(directory)[0]).values())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_flipped_bit_of_a_checkpoint_of_ours_is_noticed(directory, name):
+    write_manifest(directory)
+    load_model(directory)
+    (directory / "README.md").write_text("notes of somebody", encoding="utf-8")
+    (directory / "generation_config.json").write_text('{"temperature": 0.5}', encoding="utf-8")
+    load_model(directory)
+    content = bytearray((directory / name).read_bytes())
+    content[-3] ^= 1
+    (directory / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} is not what was written"):
+        load_model(directory)

@@ -33,6 +33,12 @@ CONFIGS = {
         family="llama", head_dim=16, rope_type="llama3", rope_factor=8.0, rope_low_freq_factor=0.5,
         rope_high_freq_factor=2.0, rope_original_context=8, **SIZES
     ),
+    "qwen2": ModelConfig(family="qwen2", n_kv_head=2, **SIZES),
+    "qwen2-dynamic": ModelConfig(family="qwen2", rope_type="dynamic", rope_factor=3.0, **SIZES),
+    "qwen3-yarn": ModelConfig(
+        family="qwen3", rope_type="yarn", rope_factor=4.0, rope_original_context=4, rope_beta_fast=2.0,
+        rope_truncate=False, rope_attention_factor=1.3, **SIZES
+    ),
 }  # fmt: skip
 TOKENIZER = Tokenizer.train_char(Counter("皇马赢得比赛的冠军和转会球迷们期待国家队错过点球主教练谈到"))
 X = torch.randint(0, SIZES["vocab_size"], (3, 16), generator=torch.Generator().manual_seed(0))
@@ -110,6 +116,7 @@ LLAMA = {
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32,
     "intermediate_size": 56, "max_position_embeddings": 96, "vocab_size": 301,
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 12}
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 5e2, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
@@ -137,6 +144,24 @@ HUB = {
     ),
     "llama-linear": transformers.LlamaConfig(
         **LLAMA, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    ),
+    "gpt2-tanh": transformers.GPT2Config(
+        n_layer=2, n_head=4, n_embd=32, n_positions=16, vocab_size=301, activation_function="gelu_pytorch_tanh",
+    ),
+    "gpt2-fast": transformers.GPT2Config(
+        n_layer=2, n_head=4, n_embd=32, n_positions=16, vocab_size=301, activation_function="gelu_fast",
+    ),
+    "qwen2": transformers.Qwen2Config(**LLAMA),
+    "qwen2-tied-yarn": transformers.Qwen2Config(**LLAMA, tie_word_embeddings=True, rope_parameters=YARN),
+    "llama-dynamic": transformers.LlamaConfig(
+        **LLAMA, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    ),
+    "qwen3-yarn-own-words": transformers.Qwen3Config(
+        **LLAMA, head_dim=16, rope_parameters=YARN | {"beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}
+    ),
+    "llama-yarn-longer": transformers.LlamaConfig(**LLAMA, rope_parameters=YARN | {"attention_factor": 1.7}),
+    "llama-yarn-mscale": transformers.LlamaConfig(
+        **LLAMA, rope_parameters=YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}
     ),
     "llama-3": transformers.LlamaConfig(**LLAMA, rope_parameters=LLAMA3_ROPE),
     "qwen3-linear": transformers.Qwen3Config(
@@ -227,8 +252,13 @@ def test_the_bare_body_of_an_old_gpt2_file_is_understood(tmp_path):
         ("gpt2", {"activation_function": "relu"}, "relu"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window"),
-        ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "yarn"),
-        ("qwen3", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ("qwen3", {"rope_parameters": {"rope_type": "longrope", "factor": 4.0, "rope_theta": 1e4}}, "longrope"),
+        ("qwen3", {"rope_parameters": None, "rope_scaling": {"type": "mrope", "factor": 2.0}}, "mrope"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}}, "partial_rotary_factor"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "several kinds of layers"),
+        ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}}, "above 1"),
+        ("qwen3", {"tie_word_embeddings": "yes"}, "must be true or false"),
         ("qwen3", {"hidden_act": "gelu"}, "hidden_act"),
         ("qwen3", {"rope_parameters": {"rope_type": "linear"}}, "has no key 'factor'"),
         ("qwen3", {"num_attention_heads": "four"}, "num_attention_heads='four', a value of the wrong kind"),

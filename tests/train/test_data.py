@@ -2,10 +2,13 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import miaobi
 from miaobi.errors import UserError
 from miaobi.train.loop import Run
 
@@ -124,3 +127,31 @@ def test_a_damaged_note_of_the_text_means_preparing_anew(start, killed_before_a_
         write(data, OTHER if damage else ONE)
     start(data)
     assert "锋" in vocabulary(tmp_path)
+
+
+def test_a_validation_file_of_its_own(start, tmp_path):
+    """Its documents are the validation part, and a change in it is a change of the text."""
+    data, val = write(tmp_path / "a.txt", ONE), write(tmp_path / "val.txt", OTHER)
+    start(data, val=str(val))
+    sources = json.loads((tmp_path / "run" / "data" / "manifest.json").read_text(encoding="utf-8"))["sources"]
+    assert [(Path(source["path"]).name, source.get("split")) for source in sources] == [
+        ("a.txt", None), ("val.txt", "val"),
+    ]  # fmt: skip
+    write(val, OTHER + "裁判鸣哨。\n\n")
+    with pytest.raises(UserError, match=r"val\.txt has changed"):
+        start(data, val=str(val))
+
+
+def test_nanogpts_own_data_is_trained_on_as_it_is(start, tmp_path):
+    """train.bin, val.bin and meta.pkl as data/shakespeare_char/prepare.py writes them."""
+    directory, text = tmp_path / "TH", ONE * 100
+    directory.mkdir()
+    chars = sorted(set(text))
+    for name, part in (("train", text[:-200]), ("val", text[-200:])):
+        np.array([chars.index(c) for c in part], np.uint16).tofile(directory / f"{name}.bin")
+    table = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
+    (directory / "meta.pkl").write_bytes(pickle.dumps(table))
+    start(directory)
+    model = miaobi.load(tmp_path / "run", device="cpu")
+    assert model.tokenizer.encode("红楼") == [table["stoi"][c] for c in "红楼"]
+    assert not (tmp_path / "run" / "data").exists()

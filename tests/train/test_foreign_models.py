@@ -9,7 +9,8 @@ import tokenizers
 import torch
 import transformers
 
-from miaobi.corpus.tokenizer import Tokenizer
+from miaobi.corpus.template import CHATML_TEMPLATE, ChatTemplate
+from miaobi.corpus.tokenizer import IM_END, IM_START, Tokenizer
 from miaobi.errors import UserError
 from miaobi.generate.engine import load
 from miaobi.generate.slots import Slots
@@ -327,3 +328,62 @@ def test_a_tokenizer_larger_than_the_model_is_refused(foreign):
             f.write("\n".join(names) + "\n")
     with pytest.raises(UserError, match=rf"config\.json says vocab_size is {theirs.config.vocab_size}"):
         load(directory)
+
+
+# --- new control tokens
+
+HELLO = [{"role": "user", "content": "皇马赢得比赛"}, {"role": "assistant", "content": "球迷期待冠军"}]
+
+
+def byte_gpt2(directory: Path) -> transformers.PreTrainedModel:
+    """GPT-2's kind of vocabulary, vocab.json and merges.txt, and an output layer of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    backend.train_from_iterator([TEXT], trainer)
+    backend.model.save(str(directory))
+    config = transformers.LlamaConfig(**SMALL, vocab_size=backend.get_vocab_size(), eos_token_id=0, bos_token_id=0)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(directory)
+    return model
+
+
+@pytest.mark.parametrize("write", [gpt2, byte_gpt2], ids=["bert", "gpt2"])
+def test_a_base_without_control_tokens_learns_to_chat(write, train, tmp_path, capsys):
+    (directory := tmp_path / "base").mkdir()
+    torch.manual_seed(0)
+    theirs = write(directory)
+    size = theirs.config.vocab_size
+    lines = [json.dumps({"messages": [HELLO[0] | {"content": "皇马" * (1 + i % 9)}, HELLO[1]]}) for i in range(60)]
+    (tmp_path / "sft.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    settings = {"data": tmp_path / "sft.jsonl", "format": "dialogue", "loss": "assistant", "init_from": directory,
+                "out_dir": tmp_path / "run", "block_size": 64, "max_iters": 4, "dedup": "none",
+                "n_layer": 2, "n_head": theirs.config.num_attention_heads, "n_embd": 32}  # fmt: skip
+    with pytest.raises(UserError, match="LoRA leaves the rows of tokens as they are"):
+        train(**settings | {"trainable": "lora", "out_dir": tmp_path / "lora"})
+    train(**settings)
+    assert f"the tokenizer has no {IM_START}, {IM_END}: added at {size}" in capsys.readouterr().err
+    tuned = model_directory(tmp_path / "run", "last")
+    ours = load(tuned, device="cpu", dtype="float32")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tuned).eval()
+    assert again.config.vocab_size == again.get_input_embeddings().num_embeddings == size + 2
+    assert ours.tokenizer.token_to_id(IM_END) == size + 1 == end_ids(tuned)[-1]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tuned)
+    assert tokenizer.chat_template == CHATML_TEMPLATE
+    for messages, prompt in ((HELLO[:1], True), (HELLO, False)):
+        ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False))
+        assert ids == ChatTemplate.of(ours.tokenizer).encode(messages, add_generation_prompt=prompt)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again(torch.tensor([ids])).logits, ours.logits(torch.tensor([ids])), atol=1e-4, rtol=1e-4
+        )
+    begun = theirs.get_input_embeddings().weight[:size].mean(0)
+    rows = again.get_input_embeddings().weight[size:]
+    assert (rows - begun).abs().max() < 0.1, "they begin as the mean"
+    assert (rows - begun).abs().max() > 0, "and are learned"
+    train(**settings | {"max_iters": 6})  # goes on from its own checkpoint

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,26 @@ def test_no_evaluation_before_the_first_interval_and_none_dearer_than_the_traini
     assert [at for at, _ in calls] == [5, 7]
     for at, windows in calls:
         assert 0 < windows * 32 <= at * 8 * 32
+
+
+def test_an_evaluation_before_the_first_step_changes_nothing(train, prepared, tmp_path, capsys):
+    for name, first in (("a", False), ("b", True)):
+        train(data=prepared(), out_dir=tmp_path / name, eval_first=first, dropout=0.1)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert [r["step"] for r in rows(tmp_path / "b") if "val_loss" in r] == [0, 10, 20]
+    assert "step 0: val loss" in capsys.readouterr().err
+    vocabulary = PreparedData.open(prepared()).vocab_size
+    assert rows(tmp_path / "b")[0]["val_loss"] == pytest.approx(math.log(vocabulary), abs=0.5)
+
+
+def test_what_a_seeds_user_sees_while_it_trains(train, prepared, tmp_path, capsys):
+    train(data=prepared(), out_dir=tmp_path / "run", dropout=0.3, eval_iters=8)
+    said = capsys.readouterr().err
+    assert re.search(r"step 5/20  loss \d\.\d+  [\d,]+ tok/s  [\d,]+ ms/step  mfu [\d.]+%  \d+ s left", said)
+    assert re.search(r"step 20: train loss \d\.\d+ \(now \d\.\d+\), val loss", said)
+    assert f"tensorboard --logdir={tmp_path / 'run'}" in said
+    now = [r["train_eval_loss"] for r in rows(tmp_path / "run") if "train_eval_loss" in r]
+    assert len(now) == 2, "of training text without dropout, beside the mean of the steps before"
 
 
 def test_validation_without_text_is_refused(train, prepared, tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
 """Checkpoints copied to other storage through fsspec, and runs that go on from there."""
 
+import dataclasses
 import importlib.util
+import json
 import shutil
+import threading
 from pathlib import Path
 
 import fsspec
@@ -9,8 +12,10 @@ import pytest
 
 from miaobi.errors import UserError
 from miaobi.files import pointed
+from miaobi.lock import Holder, this_process
 from miaobi.model.checkpoint import load_model
 from miaobi.settings import load_config
+from miaobi.train import mirror
 from miaobi.train.mirror import Mirror
 from miaobi.train.run_directory import open_run
 
@@ -133,3 +138,60 @@ def test_a_name_in_the_mirror_is_no_path_out_of_it(tmp_path, name):
         Mirror(str(far)).pull(tmp_path / "run", lambda _: None)
     assert (tmp_path / "run" / "precious").read_text() == "kept"
     assert list(checkpoints.iterdir()) == []
+
+
+# --- whose it is -------------------------------------------------------------------------------------------------
+
+
+def test_a_mirror_of_another_configuration_is_refused_by_the_key(train, prepared, tmp_path, url):
+    train(data=prepared(), mirror=url, out_dir=tmp_path / "a")
+    before = far_weights(url, "step-20")
+    with pytest.raises(UserError, match=r"the mirror .* holds a run with n_embd=32, now n_embd=16"):
+        train(data=prepared(), mirror=url, out_dir=tmp_path / "b", n_embd=16)
+    assert not (tmp_path / "b" / "checkpoints" / "last").exists()
+    assert far_weights(url, "step-20") == before
+
+
+def test_a_mirror_of_the_same_configuration_over_other_data_is_refused(train, prepared, tmp_path, url):
+    """The path is the same, what lies there is not."""
+    shutil.copytree(prepared(), tmp_path / "data")
+    train(data=tmp_path / "data", mirror=url, out_dir=tmp_path / "a")
+    shutil.rmtree(tmp_path / "data")
+    shutil.copytree(prepared(val_fraction=0.2), tmp_path / "data")
+    with pytest.raises(UserError, match=r"is not what .* was trained on"):
+        train(data=tmp_path / "data", mirror=url, out_dir=tmp_path / "b")
+
+
+def test_a_run_with_checkpoints_of_its_own_does_not_write_over_anothers(train, prepared, tmp_path, url):
+    settings = {"data": prepared(), "seed": 5}
+    train(**settings, mirror=url, out_dir=tmp_path / "a")
+    train(**settings, out_dir=tmp_path / "b")
+    before = far_weights(url, "step-20")
+    with pytest.raises(UserError, match="checkpoints of another run"):
+        train(**settings, mirror=url, out_dir=tmp_path / "b", max_iters=30)
+    assert far_weights(url, "step-20") == before
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_mirror_has_one_writer(train, prepared, tmp_path, monkeypatch, url, lives):
+    """The other machine's disk cannot be seen from here: only its signs of life in the storage."""
+    monkeypatch.setattr(mirror, "SILENCE", 1.0)
+    files, root = fsspec.core.url_to_fs(url)
+    files.makedirs(root, exist_ok=True)
+    there = dataclasses.replace(this_process(), machine="elsewhere", host="node-7", pid=1)
+
+    def say(holder: Holder) -> None:
+        files.pipe_file(f"{root}/writer.json", json.dumps(dataclasses.asdict(holder)).encode())
+
+    def sign() -> None:
+        say(dataclasses.replace(there, token="another"))
+
+    say(there)
+    if lives:
+        threading.Timer(0.5, sign).start()
+        with pytest.raises(UserError, match="is being written by process 1 on node-7"):
+            train(data=prepared(), mirror=url, out_dir=tmp_path / "run")
+        assert not (tmp_path / "run" / "checkpoints").exists()
+    else:
+        assert train(data=prepared(), mirror=url, out_dir=tmp_path / "run")["step"] == 20
+        assert "writer.json" not in names(url)

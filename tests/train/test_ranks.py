@@ -143,6 +143,30 @@ def test_several_ranks_learn_what_one_process_learns(prepared, alone, tmp_path, 
     load_model(out, "last")
 
 
+STARTS = {
+    "scratch": {"bigram_init": False},
+    "bigram_init": {"bigram_init": True},
+    "MODEL": {},
+    "lora": {"trainable": "lora"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", STARTS)
+def test_every_start_is_the_same_on_any_number_of_ranks(prepared, trained, alone, tmp_path, start):
+    """Losses of ten steps, fp32: what is done to fresh weights happens alone, under DDP and under FSDP."""
+    values = STARTS[start] | {"max_iters": 10, "eval_interval": 5, "family": "qwen3"}
+    if start in ("MODEL", "lora"):
+        values["init_from"] = trained("qwen3")
+    one = losses(alone(**values))
+    for parallel in ("ddp", "fsdp") if start != "lora" else ("ddp",):  # fsdp refuses LoRA
+        done = run(torchrun(2, data=prepared(), out_dir=tmp_path / parallel, parallel=parallel, **values))
+        assert ("from the bigrams of" in done.stderr) == (start == "bigram_init")
+        for mine, theirs in zip(losses(tmp_path / parallel), one, strict=True):
+            assert len(mine) == len(theirs) > 0
+            assert np.abs(np.array(mine) - np.array(theirs)).max() < 1e-4
+
+
 # --- checkpoints, restarts ---------------------------------------------------------------------------------------
 
 

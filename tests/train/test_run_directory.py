@@ -112,6 +112,30 @@ def test_a_larger_max_iters_extends_to_what_a_longer_run_would_have_been(again, 
         again()
 
 
+@pytest.mark.parametrize("ways", [[{"lr_decay_iters": 50}], [{"lr_decay_iters": 30}], [{}], [{}, {}]],
+                         ids=["named", "as in its file", "left open", "twice"])  # fmt: skip
+def test_a_schedule_that_ended_with_the_run_grows_with_it(train, prepared, tmp_path, ways):
+    """nanoGPT's users write both, --max_iters=30 --lr_decay_iters=30, and then extend."""
+    given = {"data": prepared(), "schedule": "cosine", "warmup_iters": 0, "min_lr": 1e-5, "log_interval": 1}
+    first = {} if ways == [{}] else {"lr_decay_iters": 30}
+    train(**given, **first, out_dir=tmp_path / "run", max_iters=30)
+    for i, way in enumerate(ways):
+        again = first if way == {} else way
+        train(**given, **again, out_dir=tmp_path / "run", max_iters=50 + 10 * i)
+        train(**given, **again, out_dir=tmp_path / "run", max_iters=50 + 10 * i)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = {row["step"]: row["learning_rate"] for row in rows if "learning_rate" in row}
+    assert rates[31] > 2e-5, "it rises from min_lr"
+    assert rates[max(rates)] < 3e-5
+
+
+def test_a_schedule_of_its_own_length_stays_as_it_is(train, prepared, tmp_path):
+    given = {"data": prepared(), "schedule": "cosine", "lr_decay_iters": 20, "out_dir": tmp_path / "run"}
+    train(**given, max_iters=10)
+    with pytest.raises(UserError, match="lr_decay_iters=20, now lr_decay_iters=40"):
+        train(**given | {"lr_decay_iters": 40}, max_iters=40)
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["", "older checkpoints"])
 def test_an_extended_run_is_measured_on_the_windows_it_began_with(train, prepared, tmp_path, monkeypatch, known):
     """On others the losses, and so the best model, could not be compared."""
@@ -383,6 +407,45 @@ def test_progress_survives_its_file(tmp_path):
 
     (tmp_path / "train_state" / "progress.json").write_text(json.dumps(asdict(progress)))
     assert load_progress(tmp_path) == progress
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"step": "../../outside"}, {"step": -1}, {"step": 1.5}, {"step": True}, {"step": 10**400}, {"history": [[1]]},
+     {"history": 5}, {"best_step": "x"}, {"data": 7}, {"no_such": 1}, {"stopped": ["x"]}, {"evaluated": None}],
+)  # fmt: skip
+def test_progress_of_other_types_is_refused_by_the_field(again, values):
+    """A step that is text was once used as a path."""
+    step = pointed(again.run / "checkpoints" / "last")
+    file = step / "train_state" / "progress.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    (step / "checksums.json").unlink()
+    copied(again.run, "directories")
+    (again.run.parent / "outside").mkdir()
+    with pytest.raises(UserError, match=r"progress\.json"):
+        again(max_iters=40)
+    assert (again.run.parent / "outside").is_dir()
+    assert list((again.run.parent / "outside").iterdir()) == []
+
+
+@pytest.mark.parametrize("target", [".", "..", "../outside", "/", ""])
+def test_a_link_to_somewhere_else_is_no_checkpoint(again, target):
+    link = again.run / "checkpoints" / "last"
+    for kind in ("file", *(["link"] if target else [])):
+        link.unlink()
+        link.symlink_to(target) if kind == "link" else link.write_text(target)
+        with pytest.raises(UserError, match="names a checkpoint that is gone"):
+            again(max_iters=40)
+
+
+def test_metrics_that_are_a_link_do_not_overwrite_what_it_names(again):
+    precious = again.run.parent / "precious.txt"
+    precious.write_text("kept")
+    (again.run / "metrics.jsonl").unlink()
+    (again.run / "metrics.jsonl").symlink_to(precious)
+    again(max_iters=40)
+    assert precious.read_text() == "kept"
+    assert not (again.run / "metrics.jsonl").is_symlink()
 
 
 def test_a_run_directory_that_is_a_file_is_refused(again, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.dialogue import GREETING, first_message
+from miaobi.corpus.examples import TrainingTemplate
 from miaobi.corpus.prepare import prepare
 from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, ChatTemplate
@@ -38,7 +39,7 @@ def test_the_first_message_is_found_in_what_a_template_wrote(template: str, mess
     tokenizer = Tokenizer.train_char(dict.fromkeys("你好是什么？答问：妙笔几加\n user", 1))
     tokenizer.config["chat_template"] = template
     for messages in (said(message), said(message, "好的", "再见"), said(message, message, message)):
-        ids = ChatTemplate.of(tokenizer).render(messages).ids
+        ids = TrainingTemplate.of(tokenizer).render(messages).ids
         assert first_message(tokenizer, ids) == (message.upper() if template is UPPER else message)
 
 

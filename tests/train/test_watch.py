@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from miaobi.train.watch import Metrics, on_signals, overfitting, since_best
+from miaobi.errors import UserError
+from miaobi.train.watch import Metrics, on_signals, overfitting, since_best, time_left
 
 RISING = [[100, 4.0, 4.5], [200, 3.0, 4.2], [300, 2.0, 5.1], [400, 1.2, 5.2], [500, 0.3, 6.4], [600, 0.13, 7.2]]
 
@@ -157,3 +159,35 @@ def test_a_thread_that_may_not_handle_signals_still_trains():
     thread.start()
     thread.join()
     assert done == ["ran"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0 s left"), (89, "89 s left"), (600, "10 min left"), (7200, "2.0 h left"), (31 * 86400, ""), (1e12, "")],
+)
+def test_the_time_that_is_left_is_said_unless_there_is_no_end(seconds, said):
+    assert time_left(seconds) == said
+
+
+def test_a_broken_wandb_is_not_called_missing(tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text("import no_such_part_of_wandb")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(UserError, match=r"installed but cannot be imported .*no_such_part"):
+        Metrics(tmp_path / "run", 0, {"id": "x"})
+
+
+def test_a_resumed_run_continues_its_wandb_run_with_its_configuration(train, prepared, tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text(
+        "calls = []\ndef init(**settings):\n    calls.append(settings)\n    return Run()\n"
+        "class Run:\n    def log(self, values, step): pass\n    def finish(self): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    for max_iters in (10, 20):
+        train(data=prepared(), out_dir=tmp_path / "run", wandb_log=True, max_iters=max_iters)
+    first, second = sys.modules["wandb"].calls
+    monkeypatch.delitem(sys.modules, "wandb")
+    assert first["id"] == second["id"]
+    assert first["resume"] == "allow"
+    assert (first["config"]["n_layer"], second["config"]["max_iters"]) == (2, 20)

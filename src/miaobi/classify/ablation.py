@@ -9,9 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from miaobi.classify import head
 from miaobi.classify.base import open_base, prepare_base
 from miaobi.classify.config import ClassifyConfig
@@ -231,52 +228,6 @@ def by_cell(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     for row in rows:
         found.setdefault((row["pooling"], row["trainable"]), []).append(row)
     return found
-
-
-def show(rows: list[Row], simple: list[Row], protocol: str) -> None:
-    """The table, on stdout: means over the seeds, ± standard deviation."""
-    table = Table(title=protocol)
-    for column in ("pooling", "trainable", "seeds", "accuracy", "macro-F1", "ECE", "time", "trained", "memory"):
-        table.add_column(column, justify="left" if column in ("pooling", "trainable") else "right", no_wrap=True)
-    for (pooling, trainable), found in by_cell(rows).items():
-        figures = {name: spread(found, name) for name in FIGURES}
-        table.add_row(
-            pooling, trainable, str(len(found)), percent(figures["accuracy"], len(found)),
-            f"{figures['macro_f1'][0]:.4f}", f"{figures['calibration_error'][0]:.3f}", duration(figures["seconds"][0]),
-            f"{figures['trained_parameters'][0]:,.0f}", f"{figures['peak_memory_mb'][0]:,.0f} MB",
-        )  # fmt: skip
-    for name in dict.fromkeys(row["name"] for row in simple):
-        found = [row for row in simple if row["name"] == name]
-        table.add_row(name, "", str(len(found)), percent(spread(found, "accuracy"), len(found)),
-                      f"{spread(found, 'macro_f1')[0]:.4f}", "", duration(spread(found, "seconds")[0]))  # fmt: skip
-    Console(width=None if Console().is_terminal else 120).print(table)
-
-
-def conclude(result: dict[str, Any]) -> None:
-    """Below the table of `train`, on stdout: the comparison with the SVM, and the surest errors of the best one."""
-    versus = result.get("versus_svm", {})
-    if versus.get("low") is not None:
-        difference, low, high = (100 * versus[name] for name in ("difference", "low", "high"))
-        print(f"minus the SVM on the same splits: {difference:+.2f} points (95% interval {low:+.2f} to {high:+.2f})")
-    best = max(result["rows"], key=lambda row: row["dev_accuracy"])
-    name = Cell(best["pooling"], best["trainable"], best["seed"]).name
-    print(f"surest errors of {name}, of {len(best['worst_errors'])} in its result.json:")
-    for error in best["worst_errors"][:3]:
-        text = " ".join(error["text"].split())
-        print(f"  {error['label']} taken for {error['predicted']} ({error['probability']:.0%}): {text[:60]}")
-
-
-def percent(figure: tuple[float, float], count: int) -> str:
-    """Mean ± deviation in percent."""
-    return f"{figure[0]:.2%}" + (f" ± {100 * figure[1]:.2f}" if count > 1 else "")
-
-
-def duration(seconds: float) -> str:
-    """`12.3 s`, `26.6 min`, `1.0 h`."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 def write_csv(path: Path, rows: list[Row], simple: list[Row]) -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from miaobi.config import Location, LoraConfig, Positional
+from miaobi.config import LoraConfig, Optim, Where
 from miaobi.errors import UserError
+from miaobi.kinds import Location, Positional
 from miaobi.seeds import CLASSIFY, SENTIMENT
 from miaobi.settings import Origin, collect
 
@@ -20,7 +21,7 @@ LEARNING_RATES = {"full": 1e-4, "last_block": 5e-4, "head": 3e-3, "lora": 1e-3}
 
 
 @dataclass(frozen=True)
-class ClassifyConfig:
+class ClassifyConfig(Where, Optim, LoraConfig):
     """Labels out of a pretrained model."""
 
     base_model: Location = ""
@@ -28,7 +29,10 @@ class ClassifyConfig:
     corpus: Location | None = None
     """For a .pth: the text that it was trained on, from which its vocabulary is rebuilt."""
     data: Location = ""
-    """Labelled texts: .csv, .tsv or .jsonl, also .gz .xz .zst .zip of them."""
+    """Labelled texts: .csv, .tsv, .jsonl, .json or .parquet, also .gz .xz .zst .zip of them."""
+    without: Location | None = None
+    """File whose texts are judged later: texts of data that share text with them are left out (`miaobi prepare
+    --without`)."""
     text_column: str | None = None
     """Column or field with the text; default: the one called text, review, content or sentence."""
     label_column: str | None = None
@@ -73,22 +77,10 @@ class ClassifyConfig:
     """Steps of linear warm-up; default 5% of all."""
     lr_decay_iters: int | None = None
     """Step at which the cosine ends; default the last."""
-    weight_decay: float = 0.1
-    """AdamW's decay of matrices and embeddings."""
-    beta1: float = 0.9
-    """AdamW's first moment."""
-    beta2: float = 0.95
-    """AdamW's second moment."""
-    grad_clip: float = 1.0
-    """Largest norm of the gradient; 0 = no clipping."""
     eval_interval: int | None = None
     """Steps between evaluations; default half an epoch."""
     patience: int | None = None
     """Evaluations without improvement after which training stops, 0 = never; default 6 (as-published: 0)."""
-    lora_rank: int = 16
-    """Rank of the update of each matrix."""
-    lora_alpha: float = 32.0
-    """The update is scaled by lora_alpha / lora_rank."""
     seeds: int = 1
     """How many splits (and heads, and orders) are trained: seed, seed + 1, ...; figures are their mean."""
     seed: int = 1337
@@ -97,10 +89,6 @@ class ClassifyConfig:
     """Also score the commonest label and a linear SVM on character n-grams, on the same splits."""
     out_dir: Location = "classify_run"
     """Run directory."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic of the matrix products; auto = the fastest that the device does well."""
 
     def __post_init__(self) -> None:
         for name in ("max_epoch", "batch_size", "seeds", "block_size", "micro_tokens", "eval_interval"):
@@ -111,24 +99,20 @@ class ClassifyConfig:
         for name in ("train_fraction", "layer_decay"):
             if not 0.0 < getattr(self, name) <= 1.0 or (name == "train_fraction" and self.train_fraction == 1.0):
                 raise UserError(f"{name} is {getattr(self, name)}; give a share above 0, such as 0.8")
-        for name in ("dropout", "label_smoothing", "beta1", "beta2"):
+        for name in ("dropout", "label_smoothing"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise UserError(f"{name} is {getattr(self, name)}; give a number from 0 up to below 1")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise UserError(f"learning_rate is {self.learning_rate}; it must be positive and finite, such as 1e-3")
-        for name in ("min_lr", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "patience"):
+        for name in ("min_lr", "warmup_iters", "lr_decay_iters", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it cannot be negative")
-        self.lora  # noqa: B018 - its own checks
-
-    @property
-    def lora(self) -> LoraConfig:
-        """The adapters, for trainable=lora."""
-        return LoraConfig(lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
+        Optim.__post_init__(self)
+        LoraConfig.__post_init__(self)
 
 
 @dataclass(frozen=True)
-class PredictConfig:
+class PredictConfig(Where):
     """Labels of new texts."""
 
     model: Positional[Location]
@@ -145,10 +129,6 @@ class PredictConfig:
     """Texts that are read ahead, so that those of one length go through the model together."""
     micro_tokens: int | None = None
     """Tokens that go through the model at once. Default 4,096 on a CPU, 65,536 on a GPU."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic of the matrix products; auto = the fastest that the device does well."""
 
     def __post_init__(self) -> None:
         if (self.input or "").startswith("~/"):

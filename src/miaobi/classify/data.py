@@ -1,22 +1,37 @@
-"""Labelled texts: split by either protocol, cut into pieces of token ids."""
+"""Texts of tables and lines, with their labels: read, split by either protocol, cut into pieces of token ids."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
 from miaobi.classify.config import ClassifyConfig
-from miaobi.classify.tables import read_rows
+from miaobi.classify.labels import NUMBER, label_names, label_text
+from miaobi.console import log, warn
 from miaobi.corpus.dataset import derive
+from miaobi.corpus.overlap import TEXT_COLUMNS, evaluation_of, normalized
+from miaobi.corpus.records import HALF_A_CHARACTER, is_whole, open_records
+from miaobi.corpus.sources import Source, find_sources
+from miaobi.corpus.tables import Lines, Record, refuse_repeated, repeated, wrong_width
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 
-NO_LABEL = ("", "nan")  # what an empty cell becomes in a table that pandas wrote
+LABEL_COLUMNS = ("label", "labels", "sentiment", "class")
 LEAST = 3  # examples of a label: one for each part
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text of a file. label: None where there is no such column, "" where the cell is empty."""
+
+    place: str
+    text: str
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,28 +99,123 @@ class Reading:
         return [row for rows in cut for row in rows], np.repeat(np.arange(len(texts)), [len(rows) for rows in cut])
 
 
+# Reading
+
+
+def read_rows(name: str, text_column: str | None, label_column: str | None, skip_bad: bool = False,
+              labels: bool = True) -> Iterator[Row | None]:  # fmt: skip
+    """Rows of tables, JSON lines and parquet one by one, None for one that `skip_bad` leaves out; else their lines.
+
+    labels: whether a label column is needed. Quoted cells may hold line breaks.
+
+    Raises:
+        UserError: missing files and columns, rows that cannot be read.
+    """
+    for source in find_sources([name]):
+        yield from (
+            read_lines(source, skip_bad)
+            if source.format == "text"
+            else _rows(source, text_column, label_column, skip_bad, labels)
+        )
+
+
+def read_lines(source: Source, skip_bad: bool) -> Iterator[Row]:
+    """The lines of a text as rows without labels; what was replaced in them is said."""
+    lines = Lines(source, skip_bad)
+    for number, line in enumerate(lines, start=1):
+        yield Row(f"{source.name}, line {number}", line.rstrip("\r\n"))
+    _say_lost(source, lines.lost)
+
+
+def _rows(
+    source: Source, text_column: str | None, label_column: str | None, skip_bad: bool, labels: bool
+) -> Iterator[Row | None]:
+    names, records = open_records(source, skip_bad)
+    columns = None if names is None else find_columns(source, names, text_column, label_column, labels)
+    lost = 0
+    for record in records:
+        lost += record.lost
+        problem = record.problem
+        if not problem and columns is None:
+            columns = find_columns(source, list(record.values), text_column, label_column, labels)
+        problem = problem or _problem(record, columns, names)
+        if not problem:
+            text, label = columns
+            yield Row(
+                record.place, record.values[text], None if label is None else label_text(record.values.get(label))
+            )
+        elif skip_bad:
+            yield None
+        else:
+            record.refuse(problem)
+    _say_lost(source, lost)
+
+
+def _say_lost(source: Source, lost: int) -> None:
+    if lost:
+        warn(f"{source.name}: {lost:,} bytes could not be read and were replaced")
+
+
+def find_columns(
+    source: Source, names: list[str], text: str | None, label: str | None, labels: bool
+) -> tuple[str, str | None]:
+    """The text and the label column. Raises UserError where one is missing, or there several times."""
+    found = []
+    for asked, known, key in (text, TEXT_COLUMNS, "text_column"), (label, LABEL_COLUMNS, "label_column"):
+        if key == "label_column" and asked is None and not labels:
+            return found[0], None
+        name = asked if asked is not None else next((n for n in known if n in names), None)
+        if name is None or name not in names:
+            asked = f"no column {asked!r}" if asked is not None else f"no column called {', '.join(known)}"
+            raise UserError(f"{source.name}: {asked}; there are {', '.join(map(str, names)) or 'none'}. "
+                            f"Name one with --{key}")  # fmt: skip
+        if name in repeated(names):
+            refuse_repeated(source.name, name)
+        found.append(name)
+    return found[0], found[1]
+
+
+def _problem(record: Record, columns: tuple[str, str | None], names: list[str] | None) -> str:
+    """Why a record has no text or no label that can be read, or ""."""
+    text, label = columns
+    if names is not None and any(column is not None and column not in record.values for column in columns):
+        return wrong_width(len(record.values), len(names))
+    value = record.values.get(text)
+    if not isinstance(value, str):
+        return f"{text} is {type(value).__name__}, not text"
+    found = None if label is None else record.values.get(label)
+    if found is not None and not isinstance(found, str | int | float | Decimal):
+        return f"{label} is {type(found).__name__}, and a label is one word or number"
+    return "" if is_whole(f"{value}{found}") else HALF_A_CHARACTER
+
+
 def read_labelled(cfg: ClassifyConfig) -> Labelled:
     """All of `cfg.data`. Labels are sorted, as numbers where all are.
 
     Raises:
         UserError: what `read_rows` raises; rows without a label; fewer than two labels.
     """
-    texts, labels, skipped, unlabelled = [], [], 0, []
+    rows, skipped = [], 0
     for row in read_rows(cfg.data, cfg.text_column, cfg.label_column, cfg.skip_bad):
         if row is not None and row.label is None:
-            raise UserError(f"{cfg.data}: lines of text have no labels; give a .csv, .tsv or .jsonl")
-        if row is None or row.label.lower() in NO_LABEL:
-            skipped += 1
-            unlabelled += [row.place] if row is not None else []
-        else:
-            texts.append(row.text)
-            labels.append(row.label)
+            raise UserError(f"{cfg.data}: lines of text have no labels; give a .csv, .tsv, .jsonl or .parquet")
+        rows += [row] if row is not None else []
+        skipped += row is None
+    if cfg.without:
+        evaluation, before = evaluation_of((cfg.without,)), len(rows)
+        rows = [row for row in rows if not evaluation.overlaps(row.text)]
+        log(f"{before - len(rows):,} texts share text with {cfg.without} and are left out")
+    found = label_names(row.label for row in rows)
+    unlabelled = [row.place for row in rows if row.label not in found]
     if unlabelled and not cfg.skip_bad:
         raise UserError(f"{unlabelled[0]}: no label ({len(unlabelled)} such rows in all); fill them in, "
                         "or leave them out with --skip_bad=True")  # fmt: skip
+    skipped += len(unlabelled)
+    texts = [row.text for row in rows if row.label in found]
+    labels = [found[row.label] for row in rows if row.label in found]
     names = sorted(set(labels))
-    if all(name.removeprefix("-").isdecimal() for name in names):
-        names.sort(key=int)
+    if all(map(NUMBER.fullmatch, names)):
+        names.sort(key=Decimal)
     if len(names) < 2:
         raise UserError(f"{cfg.data}: {'only one label, ' + repr(names[0]) if names else 'no labelled rows'}; "
                         "a classifier needs at least two labels: check --label_column")  # fmt: skip
@@ -114,12 +224,6 @@ def read_labelled(cfg: ClassifyConfig) -> Labelled:
 
 
 # Protocols
-
-
-def normalized(text: str) -> str:
-    """What two texts must share to be duplicates: letters and digits, width and case aside (NFKC)."""
-    kept = "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
-    return kept or text.strip()
 
 
 def distinct(data: Labelled) -> Labelled:

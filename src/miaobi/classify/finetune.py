@@ -75,7 +75,7 @@ def build(cfg: ClassifyConfig, cell: Cell, model: Transformer, labels: int) -> C
     if not published:
         torch.nn.init.normal_(classifier.score.weight, std=0.02)
     if cell.trainable == "lora":
-        add_lora(model, cfg.lora)
+        add_lora(model, cfg)
     elif cell.trainable != "full":
         classifier.requires_grad_(False)
         if cell.trainable == "last_block":

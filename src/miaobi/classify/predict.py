@@ -15,11 +15,12 @@ import numpy as np
 
 from miaobi.classify import head
 from miaobi.classify.config import PredictConfig
-from miaobi.classify.data import NO_LABEL
+from miaobi.classify.data import Row, read_lines, read_rows
 from miaobi.classify.evaluation import scores
 from miaobi.classify.head import Judge
-from miaobi.classify.tables import Row, read_rows
+from miaobi.classify.labels import label_names
 from miaobi.console import json_text, log, warn, warn_of_encoding
+from miaobi.corpus.records import spooled
 from miaobi.corpus.sources import FORMAT_BY_NAME
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
@@ -51,7 +52,7 @@ def read_input(cfg: PredictConfig) -> Iterator[Row]:
     """
     given, skipped = cfg.input, 0
     if given is None or given == "-":
-        rows = read_lines(sys.stdin.buffer, "standard input", cfg.skip_bad)
+        rows = read_stream(sys.stdin.buffer, "standard input", cfg.skip_bad)
     elif os.path.isdir(given):  # pathlib's raises on a long text
         raise UserError(f"{given} is a directory; give a text, a file, or - for lines of standard input")
     elif os.path.isfile(given) or Path(given).suffix.lower() in FILES:
@@ -77,29 +78,16 @@ def read_file(name: str, cfg: PredictConfig) -> Iterator[Row | None]:
 
 
 def read_pipe(name: str, skip_bad: bool) -> Iterator[Row | None]:
-    """`read_lines` of a pipe with a name."""
+    """`read_stream` of a pipe with a name."""
     with open(name, "rb") as stream:
-        yield from read_lines(stream, name, skip_bad)
+        yield from read_stream(stream, name, skip_bad)
 
 
-def read_lines(stream: BinaryIO, name: str, skip_bad: bool) -> Iterator[Row | None]:
-    """Lines of a stream, UTF-8 or, where a line is not, GB18030. Of neither: None, or UserError without `skip_bad`."""
-    for number, line in enumerate(stream, start=1):
-        text = decoded(line.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf" if number == 1 else b""))
-        if text is None and not skip_bad:
-            raise UserError(f"{name}, line {number}: neither UTF-8 nor GB18030; convert it, "
-                            "or leave such lines out with --skip_bad=True")  # fmt: skip
-        yield None if text is None else Row(f"{name}, line {number}", text)
-
-
-def decoded(line: bytes) -> str | None:
-    """A line as text; None if it is in neither encoding."""
-    for encoding in ("utf-8", "gb18030"):
-        try:
-            return line.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    return None
+def read_stream(stream: BinaryIO, name: str, skip_bad: bool) -> Iterator[Row]:
+    """The lines of a stream, in any encoding that a file may have. Raises UserError for what is no text."""
+    with spooled(stream, name) as source:
+        if source.size:
+            yield from read_lines(source, skip_bad)
 
 
 def predictions(judge: Judge, rows: Iterator[Row], cfg: PredictConfig) -> Iterator[tuple[Row, dict[str, Any]]]:
@@ -126,14 +114,15 @@ class Score:
         """Count one answer; a true label that the classifier has not learned is always a wrong one."""
         if row.label is None:
             return
-        if row.label.lower() in NO_LABEL:
+        name = label_names([row.label], known=self.labels).get(row.label)  # 1.0 is 1; nan may be a word
+        if name is None:
             self.unlabelled += 1
             return
-        if row.label not in self.labels:
-            self.labels.append(row.label)
-            self.unseen.add(row.label)
-            warn(f"{row.place}: label {row.label!r} was not in training; such rows count as wrong")
-        self.true.append(self.labels.index(row.label))
+        if name not in self.labels:
+            self.labels.append(name)
+            self.unseen.add(name)
+            warn(f"{row.place}: label {name!r} was not in training; such rows count as wrong")
+        self.true.append(self.labels.index(name))
         self.predicted.append(self.labels.index(label))
 
     def result(self) -> dict[str, Any]:

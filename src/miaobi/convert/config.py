@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from miaobi.config import Location, ModelChoice, Positional
+from miaobi.config import ModelChoice
+from miaobi.kinds import Location, Positional
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def model_config(checkpoint: dict[str, Any], path: Path) -> ModelConfig:
     """The decoder that a checkpoint describes. Raises UserError for sizes that make no sense."""
     sizes = reading.read_sizes(checkpoint["model_args"], path, "nanoGPT")
     try:
-        return ModelConfig(family="gpt2", bias=bool(checkpoint["model_args"].get("bias", True)), **sizes)
+        return ModelConfig(family="gpt2", bias=reading.read_bias(checkpoint["model_args"], True, path), **sizes)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
 

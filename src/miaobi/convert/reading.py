@@ -50,6 +50,16 @@ def read_sizes(values: dict[str, Any], path: Path, project: str) -> dict[str, in
     return {key: values[key] for key in SIZES}
 
 
+def read_bias(values: dict[str, Any], absent: bool, path: Path) -> bool:
+    """Whether a checkpoint has biases; `absent` where it does not say. Raises UserError where that is neither."""
+    value = values.get("bias", absent)
+    if type(value) is not bool:
+        raise UserError(
+            f"{path}: bias is {brief(value)}, which is neither True nor False; it was altered, get it again"
+        )
+    return value
+
+
 def build(cfg: ModelConfig, state: Any, layer: dict[str, tuple[str, ...]], mask: str, path: Path) -> Transformer:
     """A float32 model on the CPU from another project's weights.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -25,7 +24,7 @@ from miaobi.corpus.documents import iter_blocks, read_block
 from miaobi.corpus.sources import find_sources
 from miaobi.corpus.template import SEP_TEMPLATE
 from miaobi.corpus.tokenizer import BYTE_PIECES, PAD, SEP, Tokenizer
-from miaobi.errors import UserError
+from miaobi.errors import UserError, brief
 from miaobi.files import pointed
 from miaobi.model.transformer import Transformer
 from miaobi.settings import Origin, flatten, with_values
@@ -58,25 +57,24 @@ def convert(path: Path, corpus: str | None, out: Path, exact: bool = False) -> d
     reading.check_out(out)
     cfg = model_config(checkpoint, path)
     rows = cfg.vocab_size
-    pieces = vocabulary(text)
+    pieces, entropy = vocabulary(text)
     if len(pieces) > rows:
         raise UserError(
             f"{text} has {len(pieces):,} different tokens, but {path} has room for {rows:,}: it was trained on another "
-            f"text ({checkpoint.get('dataset')!r} in its own words); give that one as --corpus"
+            f"text ({brief(checkpoint.get('dataset'))} in its own words); give that one as --corpus"
         )
     model = reading.build(cfg, checkpoint["state_dict"], LAYER, MASK, path)
     tokenizer = character_tokenizer(pieces, None if exact else rows)
     if not exact:  # no text has <unk>, so its row is one that the model does not expect
         reading.append_rows(model, model.wte.weight[0].detach().clone(), len(BYTE_PIECES))
-    loss = score(model, tokenizer, text)
-    if loss > math.log(rows) + 1:
-        warn(
-            f"on {text} this model is worse than guessing ({loss:.1f} nats a token): it was probably trained on "
-            f"another text ({checkpoint.get('dataset')!r} in its own words), and its vocabulary is not this one"
-        )
+    loss, spare = score(model, tokenizer, text), rows - len(pieces)
+    doubts = doubt(loss, entropy, spare, text, checkpoint.get("dataset"))
+    if doubts is not None:
+        warn(doubts)
     record = {
         "project": "small-gpt",
         "exact": exact,
+        "doubt": doubts,
         "checkpoint": reading.fingerprint(path),
         "corpus": reading.fingerprint(text),
     }
@@ -86,10 +84,27 @@ def convert(path: Path, corpus: str | None, out: Path, exact: bool = False) -> d
         "parameters": model.num_parameters(),
         "vocab_size": model.cfg.vocab_size,
         "characters": len(pieces) - len(SPECIALS),
-        "spare_rows": rows - len(pieces),
+        "spare_rows": spare,
         "step": checkpoint.get("global_step"),
         "loss": round(loss, 4),
     }
+
+
+def doubt(loss: float, entropy: float, spare: int, text: Path, dataset: Any) -> str | None:
+    """Why `text` is probably not what the model was trained on; None where nothing speaks for that.
+
+    With another text's vocabulary its tokens mean other characters: then it foretells this one worse than a model that
+    knows no more than how often each character occurs. That is a bar that a checkpoint of a few hundred steps passes.
+
+    loss, entropy: nats per token, of the model on the first dialogues and of such a model on the whole text.
+    """
+    if loss <= entropy:
+        return None
+    return (
+        f"{text} is probably not the text that this model was trained on ({brief(dataset)} in its own words), and the "
+        f"vocabulary rebuilt from it the wrong one: {loss:.2f} nats a token, where counting characters alone gives "
+        f"{entropy:.2f}; {spare:,} rows of its vocabulary have no character. Unless it hardly learned, give that text"
+    )
 
 
 def convert_checkpoint(cfg: SmallGPTConfig) -> dict[str, Any]:
@@ -107,9 +122,12 @@ def converted(path: Path, corpus: str | None) -> Path:
     if path.is_file() and record.get("exact") is False and reading.is_unchanged(path, record.get("checkpoint")):
         text = Path(corpus or "").expanduser()
         if not text.is_file() or reading.is_unchanged(text, record.get("corpus")):
+            if isinstance(record.get("doubt"), str):
+                warn(record["doubt"])
             return out
     result = convert(path, corpus, out)
-    log(f"{path} -> {out}: {result['parameters'] / 1e6:.1f}M parameters, {result['characters']:,} characters")
+    log(f"{path} -> {out}: {result['parameters'] / 1e6:.1f}M parameters, {result['characters']:,} characters, "
+        f"{result['spare_rows']:,} rows spare, {result['loss']:.2f} nats a token on {corpus}")  # fmt: skip
     return out
 
 
@@ -159,7 +177,7 @@ def model_config(checkpoint: dict[str, Any], path: Path) -> ModelConfig:
     """The decoder that a checkpoint describes. Raises UserError for sizes that make no sense."""
     sizes = reading.read_sizes(checkpoint, path, "small-gpt")
     try:
-        return ModelConfig(family="gpt2", bias=bool(checkpoint.get("bias")), **sizes)
+        return ModelConfig(family="gpt2", bias=reading.read_bias(checkpoint, False, path), **sizes)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
 
@@ -181,9 +199,10 @@ def find_corpus(corpus: str | None, path: Path) -> Path:
     return text
 
 
-def vocabulary(corpus: Path) -> list[str]:
+def vocabulary(corpus: Path) -> tuple[list[str], float]:
     """small-gpt's tokens in the order of their ids: `<unk>`, `<sep>`, `<pad>`, then characters by falling frequency,
     those equally frequent as they first occur. A newline is `<sep>`, or the end of a dialogue, and no character.
+    And the entropy of how often they occur, in nats per token, newlines included.
     """
     found = find_sources([str(corpus)], "text")  # whatever its name ends in
     sources = [replace(source, is_exact=True) for source in found]  # small-gpt counts every character
@@ -198,7 +217,8 @@ def vocabulary(corpus: Path) -> list[str]:
         in_order += sorted(map(chr, fresh.tolist()), key=text.find)
         total[: len(counts)] += counts
     characters = sorted((c for c in in_order if c != "\n"), key=lambda c: -total[ord(c)])
-    return SPECIALS + characters
+    shares = total[total > 0] / max(1, total.sum())
+    return SPECIALS + characters, float(-(shares * np.log(shares)).sum())
 
 
 def character_tokenizer(pieces: list[str], first_byte: int | None) -> Tokenizer:

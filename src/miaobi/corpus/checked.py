@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from miaobi.cache import NotPrivateError, private_cache, private_directory
 from miaobi.files import sha256
 
 JUST_NOW = 0.05
@@ -53,9 +54,9 @@ def _remembered(directory: Path) -> Iterator[dict[str, Any]]:
     try:
         import fcntl
 
-        home = _cache()
+        home = private_directory(private_cache() / "checked")
         file = open(home / hashlib.sha256(os.fsencode(directory.resolve())).hexdigest(), "a+b")  # noqa: SIM115
-    except (ImportError, OSError, RuntimeError, KeyError):
+    except (ImportError, OSError, NotPrivateError):
         yield {}
         return
     with file:
@@ -71,13 +72,3 @@ def _remembered(directory: Path) -> Iterator[dict[str, Any]]:
         if (now := json.dumps(known).encode()) != text:
             file.truncate(0)
             file.write(now)
-
-
-def _cache() -> Path:
-    """Raises OSError or RuntimeError (no home) where there is none that is this user's alone."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "miaobi" / "checked"
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = home.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PermissionError(home)
-    return home

@@ -2,106 +2,69 @@
 
 Between reading and encoding a dialogue is one string: small-gpt's utterances, one a line; or, where roles matter, every
 message behind a noncharacter that stands for its role, so that digests, counts and splits need not know of dialogues.
+What a message has beside its words (a thought, calls of tools) follows it behind noncharacters of its own.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from miaobi import console
+from miaobi.corpus.examples import TrainingTemplate
 from miaobi.corpus.store import Encoded
-from miaobi.corpus.template import NONCHARACTER, ROLES, ChatTemplate, Messages
+from miaobi.corpus.template import ROLES, ChatTemplate, Messages
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 
-MARKS = dict(zip(ROLES, "\ufdd8\ufdd9\ufdda", strict=True))
+MARKS = dict(zip((*ROLES, "tool", "reasoning_content", "unscored", "extras"),
+                 "\ufdd8\ufdd9\ufdda\ufddb\ufddc\ufddd\ufdde", strict=True))  # fmt: skip
 ROLE_OF = {mark: role for role, mark in MARKS.items()}
+"""Of every mark what it stands for: a role, or what the message before it has beside its words."""
 GREETING = "你好"
-_MARK = re.compile("([\ufdd8-\ufdda])")
-_SPEAKERS = {  # ShareGPT's names and their relatives
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-    "bot": "assistant", "model": "assistant", "system": "system",
-}  # fmt: skip
-_SHAPES = "`messages` (OpenAI), `conversations` (ShareGPT) or `instruction` and `output` (Alpaca)"
-
-
-def messages_of(record: dict) -> tuple[Messages, str]:
-    """(messages, "") of a JSON record in OpenAI's, ShareGPT's or Alpaca's shape, or ([], what is wrong)."""
-    if "messages" in record or "conversations" in record:
-        key = "messages" if "messages" in record else "conversations"
-        messages, problem = _listed(record[key], key, record.get("system"))
-    elif "instruction" in record and "output" in record:
-        messages, problem = _alpaca(record)
-    else:
-        messages, problem = [], _no_shape(record)
-    for message in messages:
-        if found := NONCHARACTER.search(message["content"]):  # it would be taken for one of our own marks
-            return [], f"U+{ord(found[0]):04X} is not a character"
-    return messages, problem
-
-
-def _no_shape(record: dict) -> str:
-    return f"no dialogue in it: needs {_SHAPES}; the fields are {', '.join(map(str, record)) or 'none'}"
-
-
-def _listed(turns: object, key: str, system: object) -> tuple[Messages, str]:
-    if not isinstance(turns, list) or not turns:
-        return [], f"`{key}` is not a list of turns"
-    messages: Messages = []
-    if isinstance(system, str) and system.strip():
-        messages.append({"role": "system", "content": system.strip()})
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            return [], f"turn {number} is {type(turn).__name__}, not an object with role and content"
-        speaker, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if isinstance(content, list):  # OpenAI's parts
-            content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
-        role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
-        if role is None:
-            return [], f"turn {number} has the unknown role {speaker!r}; the roles are {', '.join(ROLES)}"
-        if not isinstance(content, str):
-            return [], f"turn {number} has no text ({type(content).__name__})"
-        if not content.strip():
-            return [], f"turn {number} is empty"
-        messages.append({"role": role, "content": content.strip()})
-    return messages, ""
-
-
-def _alpaca(record: dict) -> tuple[Messages, str]:
-    asked, more, answer = (record.get(key) or "" for key in ("instruction", "input", "output"))
-    if not all(isinstance(part, str) for part in (asked, more, answer)):
-        return [], "instruction, input and output must be texts"
-    if not asked.strip() or not answer.strip():
-        return [], f"`{'instruction' if not asked.strip() else 'output'}` is empty"
-    messages: Messages = []
-    if isinstance(record.get("system"), str) and record["system"].strip():
-        messages.append({"role": "system", "content": record["system"].strip()})
-    history = record.get("history") or []
-    for pair in history if isinstance(history, list) else [history]:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) and p.strip() for p in pair)):
-            return [], "`history` must be a list of [question, answer]"
-        messages += [{"role": role, "content": p.strip()} for role, p in zip(ROLES[1:], pair, strict=True)]
-    question = f"{asked.strip()}\n{more.strip()}" if more.strip() else asked.strip()
-    messages.append({"role": "user", "content": question})
-    messages.append({"role": "assistant", "content": answer.strip()})
-    return messages, ""
+_MARK = re.compile(f"([{''.join(ROLE_OF)}])")
+_PACKED_AS_JSON = ("tools", "tool_calls", "tool_call_id", "name")
 
 
 def packed(messages: Messages) -> str:
     """Messages as one string."""
-    return "".join(MARKS[m["role"]] + m["content"] for m in messages)
+    return "".join(map(_packed_message, messages))
+
+
+def _packed_message(message: dict[str, Any]) -> str:
+    parts = [MARKS[message["role"]], message["content"]]
+    if "reasoning_content" in message:
+        parts += [MARKS["reasoning_content"], message["reasoning_content"]]
+    if extras := {key: message[key] for key in _PACKED_AS_JSON if key in message}:
+        parts += [MARKS["extras"], json.dumps(extras, ensure_ascii=False)]
+    if message.get("weight") == 0:
+        parts.append(MARKS["unscored"])
+    return "".join(parts)
 
 
 def unpacked(document: str) -> Messages:
     """The messages of `packed`, or of utterances one a line: user and assistant in turn."""
     if document[:1] not in ROLE_OF:
         return [{"role": ROLES[1 + i % 2], "content": line} for i, line in enumerate(document.split("\n"))]
+    messages: Messages = []
     parts = _MARK.split(document)
-    return [{"role": ROLE_OF[mark], "content": text} for mark, text in zip(parts[1::2], parts[2::2], strict=True)]
+    for mark, text in zip(parts[1::2], parts[2::2], strict=True):
+        what = ROLE_OF[mark]
+        if what == "reasoning_content":
+            messages[-1][what] = text
+        elif what == "extras":
+            messages[-1] |= json.loads(text)
+        elif what == "unscored":
+            messages[-1]["weight"] = 0
+        else:
+            messages.append({"role": what, "content": text})
+    return messages
 
 
 def without_marks(text: str, instead: str = "") -> str:
@@ -126,26 +89,41 @@ def encode_lines(tokenizer: Tokenizer, documents: Sequence[str]) -> Encoded:
 def encode_roles(tokenizer: Tokenizer, documents: Sequence[str], replies_only: bool) -> Encoded:
     """Dialogues through the tokenizer's chat template; a dialogue may be cut in front of the user's messages.
 
-    Raises UserError when the template refuses one.
+    Where only replies are learned, one dialogue may become several examples, see `TrainingTemplate.examples`.
+
+    Raises UserError when the template refuses one, or has no place for something in it.
     """
     template = _template_of(tokenizer)
     ids, starts, turns, scored, position = [], [], [], [], 0
     for document in documents:
         messages = unpacked(document)
-        rendered = template.render(messages)
-        starts.append(position)
-        turns += [position + at for at, m in zip(rendered.turns, messages, strict=True) if m["role"] == "user"]
-        ids += rendered.ids
-        scored.append(rendered.is_reply)
-        position += len(rendered.ids)
+        _refuse_lost(messages, template)
+        examples = template.examples(messages) if replies_only else [template.render(messages)]
+        for example in examples:
+            starts.append(position)
+            roles = [m["role"] for m in messages]
+            turns += [position + at for at, role in zip(example.turns, roles, strict=False) if role == "user"]
+            ids += example.ids
+            scored.append(example.is_reply)
+            position += len(example.ids)
     places = np.union1d(np.array(starts, np.int64), np.array(turns, np.int64))
     flags = np.concatenate(scored) if scored else np.empty(0, bool)
     return Encoded(np.array(ids, np.uint32), np.array(starts, np.int64), places, flags if replies_only else None)
 
 
+def _refuse_lost(messages: Messages, template: ChatTemplate) -> None:
+    """Raises UserError for what a template would leave out; `prepare` has refused it by file and line."""
+    for message in messages:
+        has = {key for key in ("tools", "tool_calls", "reasoning_content") if key in message}
+        has |= {"tool"} & {message["role"]}
+        if lost := has - template.extras if has else has:
+            raise UserError(f"a dialogue has {min(lost)}, which the chat template does not render "
+                            f"(it begins {messages[0]['content'][:20]!r})")  # fmt: skip
+
+
 @functools.lru_cache(maxsize=2)
-def _template_of(tokenizer: Tokenizer) -> ChatTemplate:
-    return ChatTemplate.of(tokenizer)
+def _template_of(tokenizer: Tokenizer) -> TrainingTemplate:
+    return TrainingTemplate.of(tokenizer)
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:
@@ -174,11 +152,12 @@ def first_message(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(list(message)).strip() or GREETING
 
 
-def require(tokenizer: Tokenizer, names: Sequence[str], what: str) -> None:
-    """Raises UserError when `tokenizer` lacks one of the control tokens."""
-    for name in names:
-        if tokenizer.token_to_id(name) is None:
-            raise UserError(
-                f"the tokenizer has no {name} token, which {what} needs; take --tokenizer=char or bpe, or a model "
-                "that has its own chat template"
-            )
+def with_controls(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
+    """The tokenizer with these control tokens; those it lacks are added behind its last one, and that is said."""
+    missing = [name for name in names if tokenizer.token_to_id(name) is None]
+    if not missing:
+        return tokenizer
+    longer = tokenizer.with_added(missing)
+    console.log(f"the tokenizer has no {', '.join(missing)}: added at {longer.token_to_id(missing[0])}, as new rows of "
+                "the model")  # fmt: skip
+    return longer

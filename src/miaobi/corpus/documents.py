@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from miaobi.console import warn
-from miaobi.corpus import blocks, clean, dialogue
+from miaobi.corpus import blocks, clean, dialogue, overlap
 from miaobi.corpus.blocks import Block, NotTextError, decoded, text_blocks, without_noise
-from miaobi.corpus.records import csv_blocks, first_line, json_dialogues, json_records, parquet_blocks
-from miaobi.corpus.sources import Source, find_sources
+from miaobi.corpus.messages import ALL_EXTRAS
+from miaobi.corpus.records import first_line, is_in_order, line_texts, parsed_line, record_blocks, taker
+from miaobi.corpus.sources import Source, find_sources, refuse_contradictions
 from miaobi.corpus.template import NONCHARACTER
 from miaobi.errors import UserError
 
@@ -43,6 +44,12 @@ class DocumentOptions:
     """Dialogues: lines (one utterance each) or roles (packed messages)."""
     replies_only: bool = False
     """Dialogues with roles: only the assistant's turns are learned."""
+    extras: frozenset[str] = ALL_EXTRAS
+    """What a dialogue may have beside roles and words, see `messages.messages_of`."""
+    without: tuple[str, ...] = ()
+    """Files with whose texts a document may share nothing, see `overlap`."""
+    delimiter: str = ""
+    """Between the cells of a .csv; guessed where it is empty."""
 
     @property
     def changes_text(self) -> bool:
@@ -67,8 +74,9 @@ class Content:
 
 
 def iter_blocks(
-    sources: list[Source], field: str = "text", skip_bad: bool = False, whole: bool = False
-) -> Iterator[Block]:
+    sources: list[Source], field: str = "text", skip_bad: bool = False, whole: bool = False,
+    extras: frozenset[str] = ALL_EXTRAS, delimiter: str = "",
+) -> Iterator[Block]:  # fmt: skip
     """The blocks of all sources, in order. The settings are those of DocumentOptions.
 
     Raises:
@@ -76,10 +84,8 @@ def iter_blocks(
     """
     for index, source in enumerate(sources):
         try:
-            if source.format == "parquet":
-                yield from parquet_blocks(source, index, field, skip_bad)
-            elif source.format == "csv":
-                yield from csv_blocks(source, index, field, skip_bad)
+            if is_in_order(source):
+                yield from record_blocks(source, index, field, skip_bad, extras, delimiter)
             else:
                 yield from text_blocks(source, index, whole)
         except UserError as error:
@@ -90,7 +96,9 @@ def iter_blocks(
 def tasks(sources: list[Source], options: DocumentOptions) -> Iterator[Task]:
     """Small blocks together, so that a directory of many small files costs few messages."""
     group, size = [], 0
-    for block in iter_blocks(sources, options.field, options.skip_bad, options.whole):
+    for block in iter_blocks(
+        sources, options.field, options.skip_bad, options.whole, options.extras, options.delimiter
+    ):
         group.append(block)
         size += block.end - block.start if block.records is None else sum(map(len, block.records))
         if size >= blocks.BLOCK_BYTES or len(group) >= MAX_BLOCKS_PER_TASK:
@@ -100,7 +108,9 @@ def tasks(sources: list[Source], options: DocumentOptions) -> Iterator[Task]:
         yield tuple(group)
 
 
-def read_block(block: Block, field: str = "text", skip_bad: bool = False, whole: bool = False) -> Content:
+def read_block(
+    block: Block, field: str = "text", skip_bad: bool = False, whole: bool = False, extras: frozenset[str] = ALL_EXTRAS
+) -> Content:
     """The documents of a block; with `whole`, its text as one document, newlines and all.
 
     Line ends become `\\n`, newlines around a document are left out; a dialogue's utterances are stripped.
@@ -111,7 +121,7 @@ def read_block(block: Block, field: str = "text", skip_bad: bool = False, whole:
     """
     try:
         if block.records is not None or block.source.format in ("jsonl", "messages"):
-            return _read_records(block, field, skip_bad, whole)
+            return _read_records(block, field, skip_bad, whole, extras)
         return _read_text(block, skip_bad, whole)
     except UserError as error:
         _refuse_unless_skipped(error, block.source, skip_bad)
@@ -124,16 +134,13 @@ def _refuse_unless_skipped(error: UserError, source: Source, skip_bad: bool) -> 
         raise error
 
 
-def _read_records(block: Block, field: str, skip_bad: bool, whole: bool) -> Content:
+def _read_records(block: Block, field: str, skip_bad: bool, whole: bool, extras: frozenset[str]) -> Content:
     removed, reason = 0, ""
     if block.records is not None:
         records, encoding, skipped, reason = list(block.records), block.encoding or "utf-8", block.skipped, block.reason
     else:
         text, encoding, skipped, removed = decoded(block, skip_bad)
-        if block.source.format == "messages":
-            records, bad = json_dialogues(block, text, skip_bad)
-        else:
-            records, bad = json_records(block, text, field, skip_bad)
+        records, bad = line_texts(block, text, taker(block.source, field, extras), skip_bad)
         skipped += bad
     clean_records = list(map(without_noise, records))  # JSON has its own spelling of them
     removed += sum(map(len, records)) - sum(map(len, clean_records))
@@ -150,6 +157,8 @@ def _read_text(block: Block, skip_bad: bool, whole: bool) -> Content:
     source = block.source
     text, encoding, skipped, removed = decoded(block, skip_bad)
     text = _universal_newlines(text)
+    if source.format == "dialogue" and block.start == 0 and text.lstrip()[:1] == "{":
+        _refuse_json(source, text)
     documents = [text] if whole else _documents(text, source.format)
     if source.format == "dialogue" and (match := NONCHARACTER.search(text)):
         if not skip_bad:
@@ -161,6 +170,13 @@ def _read_text(block: Block, skip_bad: bool, whole: bool) -> Content:
         good = [document for document in documents if not NONCHARACTER.search(document)]
         documents, skipped = good, skipped + len(documents) - len(good)
     return Content(text, documents, encoding, skipped, removed)
+
+
+def _refuse_json(source: Source, text: str) -> None:
+    """Raises UserError for JSON lines in a file whose name says text: they are no utterances."""
+    first = text.lstrip().split("\n", 1)[0]
+    if not parsed_line(first)[1]:
+        raise UserError(f"{source.name} holds JSON lines, but its name says text: call it .jsonl")
 
 
 def _documents(text: str, format: str) -> list[str]:
@@ -178,12 +194,13 @@ def _universal_newlines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def documents_of(block: Block, options: DocumentOptions) -> tuple[Content, list[str]]:
-    """What a block held, and its documents as they are learned; empty ones, of which the text is no record, included.
+def documents_of(block: Block, options: DocumentOptions) -> tuple[Content, list[str], int]:
+    """What a block held, its documents as they are learned (empty ones, of which the text is no record, included), and
+    how many were left out for --without.
 
     Raises UserError as `read_block`.
     """
-    content = read_block(block, options.field, options.skip_bad, options.whole)
+    content = read_block(block, options.field, options.skip_bad, options.whole, options.extras)
     documents = content.documents
     if options.normalize != "none" or options.simplify:
         documents = [clean.normalize_text(document, options.normalize, options.simplify) for document in documents]
@@ -191,9 +208,13 @@ def documents_of(block: Block, options: DocumentOptions) -> tuple[Content, list[
         documents = [dialogue.as_lines(document) for document in documents]
     elif options.dialogue:
         documents = [dialogue.packed(dialogue.unpacked(document)) for document in documents]
+    found = len(documents)
+    if options.without:
+        documents = overlap.without(documents, options.without)
+    dropped = found - len(documents)
     if options.cut:
         documents = [piece for document in documents for piece in clean.cut_document(document)]
-    return content, documents
+    return content, documents, dropped
 
 
 def task_documents(task: Task, options: DocumentOptions, expected: int | None = None) -> list[str]:
@@ -222,7 +243,9 @@ def read_documents(
         UserError: what `iter_blocks` and `read_block` raise.
     """
     skipped = removed = 0
-    for block in iter_blocks(find_sources(paths, format), field, skip_bad, whole):
+    sources = find_sources(paths, format)
+    refuse_contradictions(sources, format)
+    for block in iter_blocks(sources, field, skip_bad, whole):
         content = read_block(block, field, skip_bad, whole)
         skipped += content.skipped
         removed += content.removed

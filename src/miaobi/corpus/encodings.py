@@ -247,8 +247,7 @@ def _text_with_zeros(sample: bytes, is_whole: bool) -> tuple[str, int] | None:
     if sum(map(rest.count, _CONTROLS)) > len(rest) // 1000:
         return None
     found = detect(rest, is_whole)
-    is_clean = found is not None and found[0] not in UNITS and "\ufffd" not in _reading(rest, found[0])
-    return found if is_clean else None
+    return found if found and found[0] not in UNITS and "\ufffd" not in _reading(rest, found[0]) else None
 
 
 @functools.cache

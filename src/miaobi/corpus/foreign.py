@@ -6,7 +6,9 @@ blanks: a model with it never saw them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ from miaobi.errors import UserError
 from miaobi.files import read_json
 
 Json = dict[str, Any]
+MAX_CONTROL_CHARACTERS = 256
+"""Longest control token: real ones have some forty, and templates look for every part of them."""
+MAX_IDS = 1 << 24
+_MAX_GROWTH = 64
+"""How many times longer a text may become by all `Replace` steps of a tokenizer together, in characters."""
 BERT_SPECIALS = {
     "unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]",
 }  # fmt: skip
@@ -27,9 +34,25 @@ def read_config(directory: Path) -> Json:
     """tokenizer_config.json, with the special tokens that older directories name in special_tokens_map.json, and the
     template of chat_template.jinja.
     """
-    config = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
+    config = _json(directory / "special_tokens_map.json") | _json(directory / "tokenizer_config.json")
     template = directory / "chat_template.jinja"
-    return config | ({"chat_template": template.read_text(encoding="utf-8")} if template.is_file() else {})
+    return config | ({"chat_template": text_of(template)} if template.is_file() else {})
+
+
+def text_of(file: Path) -> str:
+    """The UTF-8 text of one of a tokenizer's files. Raises UserError for other bytes."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 ({error}); copy it again") from error
+
+
+def _json(file: Path) -> Json:
+    """`read_json`. Raises UserError also for what is nested too deeply."""
+    try:
+        return read_json(file)
+    except RecursionError as error:
+        raise UserError(f"{file} is nested too deeply; copy it again") from error
 
 
 def read_foreign(directory: Path) -> tuple[tokenizers.Tokenizer, Json] | None:
@@ -48,14 +71,83 @@ def read_foreign(directory: Path) -> tuple[tokenizers.Tokenizer, Json] | None:
         backend, config = _gpt2(directory, config)
     else:
         return None
-    _add_tokens(backend, config, read_json(directory / "added_tokens.json"), directory)
+    _add_tokens(backend, config, _json(directory / "added_tokens.json"), directory)
     return backend, config
+
+
+def backend_of(text: str) -> tokenizers.Tokenizer:
+    """The tokenizer in the content of a tokenizer.json.
+
+    Raises:
+        ValueError: it is none, or one whose text would grow without end.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, dict) or "model" not in content:
+        raise ValueError("it has no model")
+    _check_growth(content)
+    backend = _guarded(lambda: tokenizers.Tokenizer.from_str(text))
+    ids = _guarded(lambda: backend.get_vocab(with_added_tokens=True)).values()
+    if not ids or max(ids) >= MAX_IDS:
+        raise ValueError(f"it has the id {max(ids):,}; the largest is {MAX_IDS - 1:,}" if ids else "it has no tokens")
+    for token in backend.get_added_tokens_decoder().values():
+        check_control(token.content)
+    _guarded(lambda: backend.encode("a1你\n\U0010fffd", add_special_tokens=False))  # no unknown token, and the like
+    return backend
+
+
+def check_control(name: str) -> None:
+    """Raises ValueError for the name of a control token that breaks the rules by which text is kept apart from it."""
+    if len(name) > MAX_CONTROL_CHARACTERS:
+        raise ValueError(f"a control token has {len(name):,} characters, more than {MAX_CONTROL_CHARACTERS}")
+    if found := re.search("[\ufdd0-\ufdef]", name):
+        raise ValueError(f"a control token has U+{ord(found[0]):04X}, which is not a character")
+
+
+def _guarded(make: Callable[[], Any]) -> Any:
+    """What `make` gives. Raises ValueError for all errors of the library, whose panics are no Exceptions."""
+    try:
+        return make()
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(str(error)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library gives up on it ({error})") from error
+
+
+def _check_growth(content: Json) -> None:
+    """Raises ValueError for steps that would blow up every text: a few `Replace` in a row fill any memory."""
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        growth, waiting = 1.0, [content.get(part)]
+        while waiting:
+            step = waiting.pop()
+            if isinstance(step, list):
+                waiting += step
+            elif isinstance(step, dict):
+                waiting += [step.get(key) for key in ("normalizers", "pretokenizers", "decoders")]
+                growth *= _growth(step)
+        if growth > _MAX_GROWTH:
+            raise ValueError(f"its {part} makes text more than {_MAX_GROWTH} times as long")
+
+
+def _growth(step: Json) -> float:
+    """How many times longer one step makes a text, at most."""
+    written = step.get("content", step.get("prepend"))
+    if step.get("type") not in ("Replace", "Prepend") or not isinstance(written, str):
+        return 1.0
+    pattern = step.get("pattern")
+    searched = pattern.get("String") if isinstance(pattern, dict) else None
+    return max(1.0, len(written.encode("utf-8", "replace")) / max(1, len(searched.encode("utf-8", "replace")))
+               if isinstance(searched, str) else float(len(written)))  # fmt: skip
 
 
 def _bert(file: Path, config: Json) -> tuple[tokenizers.Tokenizer, Json]:
     """As transformers' BertTokenizer: words and single Chinese characters, cut into the longest known pieces."""
     config = {"tokenizer_class": "BertTokenizer"} | BERT_SPECIALS | config
-    lines = file.read_text(encoding="utf-8").split("\n")
+    lines = text_of(file).split("\n")
     vocab = {line.rstrip("\r"): id_ for id_, line in enumerate(lines if lines[-1] else lines[:-1])}
     unknown = _name(config["unk_token"])
     if unknown not in vocab:
@@ -76,12 +168,12 @@ def _bert(file: Path, config: Json) -> tuple[tokenizers.Tokenizer, Json]:
 def _gpt2(directory: Path, config: Json) -> tuple[tokenizers.Tokenizer, Json]:
     """As transformers' GPT2Tokenizer: byte-level BPE."""
     config = {"tokenizer_class": "GPT2Tokenizer"} | GPT2_SPECIALS | config
-    vocab = read_json(directory / "vocab.json")
-    lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+    vocab = _json(directory / "vocab.json")
+    lines = text_of(directory / "merges.txt").split("\n")
     merges = [tuple(line.rstrip("\r").split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
     try:
-        backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    except Exception as error:  # the library raises no narrower one
+        backend = _guarded(lambda: tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges)))
+    except (ValueError, TypeError) as error:
         raise UserError(f"{directory}: vocab.json and merges.txt do not fit together ({error})") from error
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
     backend.decoder = decoders.ByteLevel()
@@ -91,6 +183,9 @@ def _gpt2(directory: Path, config: Json) -> tuple[tokenizers.Tokenizer, Json]:
 def _add_tokens(backend: tokenizers.Tokenizer, config: Json, added: Json, directory: Path) -> None:
     """Mark the special tokens, and append those of added_tokens.json at the ids it gives them."""
     more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    if not all(isinstance(id_, int) for id_ in added.values()) or not isinstance(more, list | dict):
+        raise UserError(f"{directory}: added_tokens.json or tokenizer_config.json does not hold what it should; "
+                        "copy the tokenizer's files again")  # fmt: skip
     named = [config.get(role) for role in (*BERT_SPECIALS, "bos_token", "eos_token")]
     specials = [_name(token) for token in (*named, *more) if token]
     known = [name for name in specials if backend.token_to_id(name) is not None]
@@ -104,7 +199,10 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Json, added: Json, direct
 
 
 def _name(token: str | Json) -> str:
-    return token["content"] if isinstance(token, dict) else token
+    name = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(name, str):
+        raise UserError(f"a special token of the tokenizer is {type(name).__name__}, not text; copy its files again")
+    return name
 
 
 def _spaced(character: str) -> bool:

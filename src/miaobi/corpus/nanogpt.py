@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models
 
 from miaobi.corpus.tokenizer import BYTE_PIECES, Tokenizer
-from miaobi.errors import UserError
+from miaobi.errors import UserError, brief
 from miaobi.files import refuse_pointers, unreadable
 
 DTYPE = "uint16"  # of all its .bin files
@@ -51,7 +51,7 @@ def read_characters(path: Path) -> list[str]:
     for piece in pieces:
         if not isinstance(piece, str) or len(piece) != 1 or "\ud800" <= piece < "\ue000":
             raise UserError(
-                f"{path}: {repr(piece)[:40]} is not one character; only character models have a meta.pkl like that"
+                f"{path}: {brief(piece)} is not one character; only character models have a meta.pkl like that"
             )
     if len(set(pieces)) != len(pieces):
         raise UserError(f"{path}: some characters have two ids; it was altered, get it again")

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 
 from miaobi import console
-from miaobi.corpus import dialogue, encode, folders, selection, store
+from miaobi.corpus import dialogue, encode, folders, overlap, selection, store
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.documents import REMOVED, DocumentOptions
 from miaobi.corpus.folders import LeftOut
 from miaobi.corpus.selection import VAL
-from miaobi.corpus.sources import Source, contradiction, list_sources
+from miaobi.corpus.sources import Source, list_sources, refuse_contradictions
 from miaobi.corpus.store import Encoded
 from miaobi.corpus.survey import Corpus, take_survey
-from miaobi.corpus.template import CHATML_TEMPLATE, ROLES, SEP_TEMPLATE, source_of
+from miaobi.corpus.template import CHATML_TEMPLATE, ROLES, SEP_TEMPLATE, ChatTemplate, source_of, with_thinking
 from miaobi.corpus.tokenizer import DEFAULT_BPE_VOCAB_SIZE, IM_END, IM_START, PAD, SEP, Tokenizer
 from miaobi.corpus.workers import Workers, workers_for
 from miaobi.errors import UserError
@@ -59,7 +59,7 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
     began = time.perf_counter()
     groups, left = list_sources([*sources, *([cfg.val] if cfg.val else [])], cfg.format)
     files = [file for group in groups for file in group]
-    _refuse_contradictions(files, cfg)
+    refuse_contradictions(files, cfg.format)
     if cfg.weights and len(cfg.weights) != len(sources):
         raise UserError(f"{len(cfg.weights)} weights for {len(sources)} sources; give one number for each source")
     sizes = [len(group) for group in groups]
@@ -122,31 +122,36 @@ def settings_of(cfg: PrepareConfig) -> dict[str, Any]:
     return json.loads(json.dumps(settings, default=str))
 
 
-def _refuse_contradictions(files: list[Source], cfg: PrepareConfig) -> None:
-    for file in files:
-        if contradiction(file.inner_name, cfg.format):
-            raise UserError(
-                f"{file.name}: --format={cfg.format} contradicts its name; prepare it with --format=auto, by itself if "
-                "need be, or rename it to .txt if it is text all the same"
-            )
-
-
 def _document_options(files: list[Source], cfg: PrepareConfig) -> DocumentOptions:
     """How documents are made of these files. Raises UserError for settings that do not go together."""
-    way, replies_only = "", False
+    way, replies_only, extras = "", False, frozenset()
     if cfg.format == "dialogue":
-        way = "lines" if _template(files, cfg) == SEP_TEMPLATE else "roles"
+        template = _template(files, cfg)
+        way = "lines" if template == SEP_TEMPLATE else "roles"
+        if way == "lines" and any(file.format == "messages" for file in files):
+            console.log("the sep template knows no roles: system messages are left out, and a line break inside a "
+                        "message becomes a blank (--template=chatml keeps both)")  # fmt: skip
+        elif way == "roles":
+            extras = ChatTemplate(template, _template_tokenizer(cfg)).extras
         replies_only = cfg.loss == "assistant" or (cfg.loss == "auto" and way == "roles")
         if replies_only and way == "lines":
             raise UserError("--loss=assistant needs roles, and in the sep template both speakers are alike; "
                             "use --template=chatml or --loss=all")  # fmt: skip
-    elif cfg.template != "auto" or cfg.loss != "auto":
-        raise UserError("--template and --loss are for dialogues; add --format=dialogue")
+    elif cfg.template != "auto" or cfg.loss != "auto" or cfg.enable_thinking is not None:
+        raise UserError("--template, --loss and --enable_thinking are for dialogues; add --format=dialogue")
     elif cfg.weights and cfg.split == "tail":
         raise UserError("--split=tail takes the text as one stream and knows no weights; use --split=hash")
+    if cfg.without and cfg.split == "tail" and not way:
+        raise UserError(
+            "--split=tail takes the text as one stream and knows no documents; for --without use --split=hash"
+        )
+    if cfg.without:
+        overlap.evaluation_of(cfg.without)  # read before anything else, so that a wrong name is told at once
     return DocumentOptions(
         cfg.field, cfg.skip_bad, cfg.split == "tail" and not way, cfg.normalize, cfg.simplify,
         near=cfg.dedup == "near" and cfg.split == "hash", dialogue=way, replies_only=replies_only,
+        extras=extras | ({"weight"} if replies_only else set()), delimiter=cfg.delimiter,
+        without=tuple(str(Path(file).expanduser().resolve()) for file in cfg.without),
     )  # fmt: skip
 
 
@@ -159,6 +164,12 @@ def _template(files: list[Source], cfg: PrepareConfig) -> str:
         if own is not None:
             return own
     return CHATML_TEMPLATE if any(file.format == "messages" for file in files) else SEP_TEMPLATE
+
+
+def _template_tokenizer(cfg: PrepareConfig) -> Tokenizer:
+    """The tokenizer whose names a template writes; for one that is yet to be made, any of ours will do."""
+    own = cfg.tokenizer in ("char", "bpe")
+    return Tokenizer.train_char({}) if own else Tokenizer.load(Path(cfg.tokenizer).expanduser())
 
 
 # Vocabulary
@@ -186,7 +197,7 @@ def _tokenizer(corpus: Corpus, cfg: PrepareConfig, workers: Workers) -> Tokenize
             f"--vocab_size={cfg.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens; leave it out"
         )
     if corpus.options.dialogue:
-        return _with_template(tokenizer, _template(corpus.sources, cfg))
+        return _with_template(tokenizer, _template(corpus.sources, cfg), cfg.enable_thinking)
     if cfg.split == "hash" and tokenizer.eot_id is None:
         raise UserError(
             f"the tokenizer {cfg.tokenizer} has no end-of-text token to end documents with; use --tokenizer=char"
@@ -194,14 +205,15 @@ def _tokenizer(corpus: Corpus, cfg: PrepareConfig, workers: Workers) -> Tokenize
     return tokenizer
 
 
-def _with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
-    """The tokenizer that carries `template` into every model. Raises UserError when it lacks a control token."""
-    config = {**tokenizer.config, "chat_template": template, "split_special_tokens": False}
+def _with_template(tokenizer: Tokenizer, template: str, enable_thinking: bool | None) -> Tokenizer:
+    """The tokenizer that carries `template` into every model, with the control tokens that ours need."""
+    config = {**tokenizer.config, "split_special_tokens": False}
+    config["chat_template"] = with_thinking(template, enable_thinking)
     if template == SEP_TEMPLATE:
-        dialogue.require(tokenizer, (SEP, PAD), "the sep template")
+        tokenizer = dialogue.with_controls(tokenizer, (SEP, PAD))
         config |= {"eos_token": PAD, "sep_token": SEP}
     elif template == CHATML_TEMPLATE:
-        dialogue.require(tokenizer, (IM_START, IM_END), "the chatml template")
+        tokenizer = dialogue.with_controls(tokenizer, (IM_START, IM_END))
         config |= {"eos_token": IM_END}
     return Tokenizer(tokenizer.backend, config)
 
@@ -260,6 +272,7 @@ def _write(
                 "duplicates_removed": {"exact": corpus.dropped["exact"], "near": corpus.dropped["near"]},
                 "also_in_validation": corpus.dropped["validation"],
                 "left_out_by_weights": corpus.dropped["weights"],
+                "left_out_by_without": sum(survey.shared for survey in corpus.surveys),
                 "empty_removed": sum(survey.empty for survey in corpus.surveys),
                 "skipped": corpus.total("skipped"),
                 "removed": corpus.total("removed"),

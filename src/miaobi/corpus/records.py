@@ -1,268 +1,159 @@
-"""Tables and JSON lines -> the texts in one of their fields."""
+"""Records of JSON lines, JSON arrays and tables -> texts or dialogues: one reader for `prepare`, `eval` and `classify`.
+
+JSON lines are read block by block, in any process; the other kinds in order, in the main process.
+"""
 
 from __future__ import annotations
 
-import csv
-import functools
-import io
+import contextlib
 import json
-from collections import deque
+import os
+import tempfile
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from miaobi import console
 from miaobi.corpus import blocks, encodings
 from miaobi.corpus.blocks import Block, decode_block, text_blocks
-from miaobi.corpus.dialogue import messages_of, packed
-from miaobi.corpus.sources import DAMAGED, Source
+from miaobi.corpus.dialogue import packed
+from miaobi.corpus.messages import ALL_EXTRAS, messages_of
+from miaobi.corpus.sources import FORMAT_BY_NAME, Source
+from miaobi.corpus.tables import (
+    Record,
+    csv_records,
+    lines_of,
+    parquet_records,
+    refuse_repeated,
+    repeated,
+    wrong_width,
+)  # fmt: skip
 from miaobi.errors import UserError
 
-if TYPE_CHECKING:
-    import pyarrow
-
-MAX_PACKED_TABLE = 512 << 20
-"""A packed parquet file is unpacked in memory, up to this many bytes."""
+Take = Callable[[dict[str, Any]], tuple[str, str]]
+"""A record -> (its text, "") or ("", what is wrong with it)."""
+_SKIP = "(--skip_bad leaves such lines out)"
 
 
-def csv_blocks(source: Source, index: int, field: str, skip_bad: bool) -> Iterator[Block]:
-    """Rows of a .csv or .tsv. They may hold line breaks inside quotes, so they are parsed in order, in this process.
+def open_records(
+    source: Source, skip_bad: bool, columns: list[str] | None = None, delimiter: str = ""
+) -> tuple[list[str] | None, Iterator[Record]]:
+    """The columns of a file (None for JSON, where every record has its own), and its records in order.
 
-    Raises:
-        UserError: no such field, a row with too few or too many columns, a quote that is never closed.
-    """
-    encoding, bad = "utf-8", 0
-
-    def lines() -> Iterator[str]:
-        nonlocal encoding, bad
-        for block in text_blocks(source, index, whole=True):
-            text, encoding, replaced = decode_block(block, skip_bad)
-            bad += replaced
-            yield from io.StringIO(text, newline="")  # line breaks inside a field stay as they are
-
-    names, rows = table_rows(source, lines(), skip_bad)
-    if field not in names:
-        raise UserError(_no_field(source, "line 1", field, names))
-    column, records, size = names.index(field), [], 0
-    for place, cells in rows:
-        if cells is not None and column < len(cells):
-            records.append(cells[column])
-            size += len(cells[column])
-        elif skip_bad:
-            bad += 1
-        else:
-            refuse_width(place, cells, names)
-        if size > blocks.BLOCK_BYTES // 3:
-            yield Block(source, index, encoding=encoding, records=tuple(records), skipped=bad)
-            records, size, bad = [], 0, 0
-    yield Block(source, index, encoding=encoding, records=tuple(records), skipped=bad)
-
-
-def lines_of(source: Source, skip_bad: bool) -> Iterator[str]:
-    """Decoded lines with their ends."""
-    for block in text_blocks(source, 0, whole=True):
-        yield from io.StringIO(decode_block(block, skip_bad)[0], newline="")
-
-
-def table_rows(
-    source: Source, lines: Iterator[str], skip_bad: bool
-) -> tuple[list[str], Iterator[tuple[str, list[str] | None]]]:
-    """The columns of a .csv or .tsv, and (place, cells) of each row below them; None for a row that cannot be read.
-
-    There may be fewer cells than columns, but not more. Raises UserError for a bad row unless `skip_bad`.
-    """
-    csv.field_size_limit(blocks.MAX_DOCUMENT_BYTES)
-    header = next(lines, "")
-    is_tsv = source.inner_name.lower().endswith(".tsv") or ("\t" in header and "," not in header)
-    delimiter = "\t" if is_tsv else ","
-    names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
-    quoting = csv.QUOTE_NONE if is_tsv and not _is_quoted(source, skip_bad) else csv.QUOTE_MINIMAL
-
-    def rows() -> Iterator[tuple[str, list[str] | None]]:
-        file = source.name
-        for number, cells in _parsed(lines, delimiter, quoting):
-            place = f"{file}, line {number + 1}"
-            if isinstance(cells, list) and not any(cells[len(names) :]):  # spreadsheets add empty cells at the end
-                if cells:
-                    yield place, cells[: len(names)]
-            elif skip_bad:
-                yield place, None
-            elif isinstance(cells, csv.Error):
-                raise UserError(
-                    f"{place}: {cells}; is a quote not closed? Quotes inside a cell are doubled, and the whole cell is "
-                    'quoted: "他说""好""。" (--skip_bad=True leaves such rows out)'
-                ) from cells
-            else:
-                refuse_width(place, cells, names)
-
-    return names, rows()
-
-
-def refuse_width(place: str, cells: list[str], names: list[str]) -> NoReturn:
-    """Raises UserError: a row has too few or too many cells."""
-    raise UserError(
-        f"{place}: {len(cells)} columns where the header has {len(names)}; quote cells that contain the delimiter, "
-        "or leave such rows out with --skip_bad=True"
-    )
-
-
-def _is_quoted(source: Source, skip_bad: bool) -> bool:
-    """Whether quotes in a .tsv are those of a table; in many they are nothing but text."""
-    for _, cells in _parsed(lines_of(source, skip_bad), "\t", csv.QUOTE_MINIMAL):
-        if isinstance(cells, csv.Error):
-            _say_once(f"{source.name}: quotes do not pair up, they are read as text")
-            return False
-    return True
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    console.log(message)  # though every pass over the text finds it anew
-
-
-def _parsed(lines: Iterator[str], delimiter: str, quoting: int) -> Iterator[tuple[int, list[str] | csv.Error]]:
-    """(number of its first line, cells) of each row, or what is wrong with it.
-
-    Strict: else a quote that is never closed swallows the rest of the file without a word. Of a row that cannot be read
-    only the first line is given up, and what it had swallowed is read anew.
-    """
-    row: list[str] = []
-    again: deque[str] = deque()
-
-    def taken() -> Iterator[str]:
-        while (line := again.popleft() if again else next(lines, None)) is not None:
-            row.append(line)
-            yield line
-
-    number = 1
-    while True:
-        try:
-            for cells in csv.reader(taken(), delimiter=delimiter, quoting=quoting, strict=True):
-                yield number, cells
-                number += len(row)
-                row.clear()
-            return
-        except csv.Error as error:
-            yield number, error
-            again.extendleft(reversed(row[1:]))
-            number += 1
-            row.clear()
-
-
-def parquet_blocks(source: Source, index: int, field: str, skip_bad: bool) -> Iterator[Block]:
-    """Rows of a .parquet file. Raises UserError: no such field, not text, a damaged file."""
-    import pyarrow as pa  # half a second that other formats need not wait for
-    import pyarrow.parquet as pq
-
-    try:
-        with source.open() as stream:  # opened here, as pyarrow knows no names that are not UTF-8
-            table = pq.ParquetFile(_unpacked_table(source, stream) if source.compression else stream)
-            if field not in table.schema_arrow.names:
-                raise UserError(_no_field(source, "the table", field, table.schema_arrow.names))
-            row = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[field]):
-                values = _values(batch.column(0))
-                for offset, value in enumerate(values, start=1):
-                    if not isinstance(value, str) and not skip_bad:
-                        is_encoded = isinstance(value, UnicodeDecodeError)
-                        kind = "in another encoding than UTF-8" if is_encoded else type(value).__name__
-                        raise UserError(
-                            f"{source.name}, row {row + offset}: field {field!r} is {kind}, not text "
-                            "(--skip_bad leaves such rows out)"
-                        )
-                row += len(values)
-                records = tuple(value for value in values if isinstance(value, str))
-                yield Block(source, index, encoding="utf-8", records=records, skipped=len(values) - len(records))
-    except (pa.ArrowException, *DAMAGED) as error:
-        raise UserError(f"{source.name} is not a readable parquet file: {error}") from error
-
-
-def _values(column: pyarrow.Array) -> list[Any]:
-    """The values of a column, with an UnicodeDecodeError in the place of each text that is not UTF-8."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return list(map(_value, column))
-
-
-def _value(scalar: pyarrow.Scalar) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError as error:
-        return error
-
-
-def _unpacked_table(source: Source, stream: BinaryIO) -> io.BytesIO:
-    packed = source.read(stream, MAX_PACKED_TABLE + 1)
-    if len(packed) > MAX_PACKED_TABLE:
-        raise UserError(f"{source.name}: unpack it first; parquet is compressed inside and needs no second packing")
-    return io.BytesIO(packed)
-
-
-def json_records(block: Block, text: str, field: str, skip_bad: bool) -> tuple[list[str], int]:
-    """Texts of the JSON lines in a block, and how many lines were bad (`skip_bad`).
+    Args:
+        columns: what will be asked for; parquet need not read the others.
+        delimiter: see `csv_records`.
 
     Raises:
-        UserError: a line that is no JSON object or has no text in `field`, with file and line.
+        UserError: a file that cannot be read. A bad record has a `problem` instead.
     """
-    return _each_line(block, text, skip_bad, lambda record: _field_text(record, field))
+    kind = kind_of(source)
+    if kind == "csv":
+        return csv_records(source, skip_bad, delimiter)
+    if kind == "parquet":
+        return parquet_records(source, columns)
+    return None, _array_records(source, skip_bad) if is_array(source) else _line_records(source, skip_bad)
 
 
-def json_dialogues(block: Block, text: str, skip_bad: bool) -> tuple[list[str], int]:
-    """Dialogues of the JSON lines in a block, packed, and how many lines were bad (`skip_bad`).
+def kind_of(source: Source) -> str:
+    """How the records lie in the file: jsonl, csv or parquet. A format says what is taken out of them."""
+    if source.format != "messages":
+        return source.format
+    return FORMAT_BY_NAME.get(Path(source.inner_name).suffix.lower(), "jsonl")
 
-    Raises:
-        UserError: a line that is no dialogue in a known shape, with file and line.
+
+def is_array(source: Source) -> bool:
+    """Whether a file of JSON is one array, as Alpaca's is, and not one record a line."""
+    with source.open() as stream:
+        head = source.read(stream, 4096)
+    return head.lstrip(b"\xef\xbb\xbf\xff\xfe\x84\x31\x95\x33\0 \t\r\n")[:1] == b"["
+
+
+def is_in_order(source: Source) -> bool:
+    """Whether the file's records are read in order, by the main process: those of tables and JSON arrays."""
+    kind = kind_of(source)
+    return kind in ("csv", "parquet") or (kind == "jsonl" and is_array(source))
+
+
+def column_of(source: Source, names: list[str], column: str) -> None:
+    """Raises UserError where `column` is none of a table's `names`, or several of them."""
+    if column not in names:
+        listed = ", ".join(map(str, names)) or "none"
+        raise UserError(f"{source.name}: no field {column!r}; the fields are {listed}. Name one with --field")
+    if column in repeated(names):
+        refuse_repeated(source.name, column)
+
+
+# For prepare: blocks of texts
+
+
+def taker(source: Source, field: str, extras: frozenset[str] = ALL_EXTRAS) -> Take:
+    """What is taken out of each record of a source: the text in `field`, or a whole dialogue, packed.
+
+    extras: what the template can render beside roles and words, see `messages_of`.
     """
+    if source.format != "messages":
+        return lambda values: _field_text(values, field)
 
-    def dialogue(record: dict) -> tuple[str, str]:
-        messages, problem = messages_of(record)
+    def dialogue(values: dict[str, Any]) -> tuple[str, str]:
+        messages, problem = messages_of(values, extras)
         return packed(messages), problem
 
-    return _each_line(block, text, skip_bad, dialogue)
+    return dialogue
 
 
-def _each_line(
-    block: Block, text: str, skip_bad: bool, take: Callable[[dict], tuple[str, str]]
-) -> tuple[list[str], int]:
-    records, bad = [], 0
+def record_blocks(
+    source: Source, index: int, field: str, skip_bad: bool,
+    extras: frozenset[str] = ALL_EXTRAS, delimiter: str = "",
+) -> Iterator[Block]:  # fmt: skip
+    """The records of a table or a JSON array, taken in order in this process.
+
+    Raises:
+        UserError: no such field; without `skip_bad`, a record that cannot be taken.
+    """
+    take = taker(source, field, extras)
+    is_dialogue = source.format == "messages"
+    names, records = open_records(source, skip_bad, None if is_dialogue else [field], delimiter)
+    if names is not None and not is_dialogue:
+        column_of(source, names, field)
+    texts, size, bad, encoding = [], 0, 0, "utf-8"
+    for record in records:
+        bad, encoding = bad + record.lost, record.encoding
+        text, problem = ("", record.problem) if record.problem else take(record.values)
+        if problem and names is not None and not record.problem and not is_dialogue and field not in record.values:
+            problem = wrong_width(len(record.values), len(names))
+        if problem and not skip_bad:
+            record.refuse(problem)
+        if problem:
+            bad += 1
+        else:
+            texts.append(text)
+            size += len(text)
+        if size > blocks.BLOCK_BYTES // 3:
+            yield Block(source, index, encoding=encoding, records=tuple(texts), skipped=bad)
+            texts, size, bad = [], 0, 0
+    yield Block(source, index, encoding=encoding, records=tuple(texts), skipped=bad)
+
+
+def line_texts(block: Block, text: str, take: Take, skip_bad: bool) -> tuple[list[str], int]:
+    """What is taken out of the JSON lines in a block, and how many lines were bad (`skip_bad`).
+
+    Raises:
+        UserError: a line that is no JSON object or has nothing to take, with file and line.
+    """
+    texts, bad = [], 0
     for number, line in enumerate(text.split("\n")):
         if not line or line.isspace():
             continue
-        value, problem = _json_line(line, take)
+        values, problem = parsed_line(line)
+        value, problem = ("", problem) if problem else take(values)
         if not problem:
-            records.append(value)
+            texts.append(value)
         elif skip_bad:
             bad += 1
         else:
             place = f"{block.source.name}, line {first_line(block) + number}"
-            raise UserError(f"{place}: {problem} (--skip_bad leaves such lines out)")
-    return records, bad
-
-
-def _json_line(line: str, take: Callable[[dict], tuple[str, str]]) -> tuple[str, str]:
-    """(text, "") or ("", what is wrong)."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return "", f"not JSON ({error}); every line must be one object. An array: jq -c '.[]' FILE > FILE.jsonl"
-    if not isinstance(record, dict):
-        return "", f"{type(record).__name__} instead of an object"
-    value, problem = take(record)
-    if not problem and "\\u" in line:  # the only way for half a character to get through a decoder
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            return "", "it has half a character (a lone surrogate)"
-    return value, problem
-
-
-def _field_text(record: dict, field: str) -> tuple[str, str]:
-    if field not in record:
-        hint = " These are dialogues: --format=dialogue" if {"messages", "conversations"} & record.keys() else ""
-        return "", f"no field {field!r}; the fields are {', '.join(record) or 'none'}. Name one with --field.{hint}"
-    if not isinstance(record[field], str):
-        return "", f"field {field!r} is {type(record[field]).__name__}, not text"
-    return record[field], ""
+            raise UserError(f"{place}: {problem} {_SKIP}")
+    return texts, bad
 
 
 def first_line(block: Block) -> int:
@@ -277,6 +168,160 @@ def first_line(block: Block) -> int:
     return line
 
 
-def _no_field(source: Source, place: str, field: str, names: list[str]) -> str:
-    listed = ", ".join(map(str, names)) or "none"
-    return f"{source.name}, {place}: no field {field!r}; the fields are {listed}. Name one with --field"
+def _field_text(values: dict[str, Any], field: str) -> tuple[str, str]:
+    value = values.get(field)
+    if isinstance(value, str):
+        return (value, "") if is_whole(value) else ("", HALF_A_CHARACTER)
+    if field not in values:
+        hint = " These are dialogues: --format=dialogue" if {"messages", "conversations"} & values.keys() else ""
+        return "", f"no field {field!r}; the fields are {', '.join(values) or 'none'}. Name one with --field.{hint}"
+    kind = "in another encoding than UTF-8" if isinstance(value, UnicodeDecodeError) else type(value).__name__
+    return "", f"field {field!r} is {kind}, not text"
+
+
+# JSON
+
+HALF_A_CHARACTER = "it has half a character (a lone surrogate): cut inside an emoji, or decoded wrongly"
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text has no half of a character, which JSON's \\u escapes can spell."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def parsed_line(line: str) -> tuple[dict[str, Any], str]:
+    """(record, "") of a JSON line, or ({}, what is wrong)."""
+    try:
+        values = json.loads(line, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        return {}, f"not JSON ({error}); every line must be one object, or the whole file one array of objects"
+    if not isinstance(values, dict):
+        return {}, f"{type(values).__name__} instead of an object, so not a JSON object; every line must be one"
+    return values, ""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a key that is there twice: JSON's readers take one of them without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"the key {min(repeated([key for key, _ in pairs]))!r} is there more than once")
+    return values
+
+
+def _line_records(source: Source, skip_bad: bool) -> Iterator[Record]:
+    for number, line in enumerate(lines_of(source, skip_bad), start=1):
+        if line.strip():
+            yield Record(f"{source.name}, line {number}", *parsed_line(line))
+
+
+def _array_records(source: Source, skip_bad: bool) -> Iterator[Record]:
+    """The objects of a JSON array, which is never in memory as a whole."""
+    array = _Array(source, skip_bad)
+    array.take("[")
+    if array.peek() == "]":
+        array.take("]")
+    else:
+        while True:
+            array.peek()
+            place = f"{source.name}, line {array.line}"
+            value = array.value()
+            problem = "" if isinstance(value, dict) else f"{type(value).__name__} instead of an object"
+            yield Record(place, {} if problem else value, problem, array.lost, array.encoding)
+            array.lost = 0
+            if array.peek() != ",":
+                break
+            array.take(",")
+        array.take("]")
+    if array.peek():
+        raise array.error("there is more behind the end of the array")
+
+
+class _Array:
+    """Text of a JSON array, read as far as it is needed."""
+
+    def __init__(self, source: Source, skip_bad: bool) -> None:
+        self.source, self.text, self.at, self.line = source, "", 0, 1
+        self.lost, self.encoding = 0, "utf-8"
+        self._blocks = (decode_block(block, skip_bad) for block in text_blocks(source, 0, whole=True))
+        self._decoder = json.JSONDecoder(object_pairs_hook=_object)
+
+    def peek(self) -> str:
+        """The next character that is not white space, "" at the end; the place is in front of it."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n\ufeff":
+                self.line += self.text[self.at] == "\n"
+                self.at += 1
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._more():
+                return ""
+
+    def take(self, character: str) -> None:
+        """Raises UserError unless `character` comes next."""
+        if (found := self.peek()) != character:
+            raise self.error(f"{character!r} is missing" + (f" before {found!r}" if found else "; is the file whole?"))
+        self.at += 1
+
+    def value(self) -> Any:
+        """Raises UserError for what is not JSON: where the next value begins cannot be told then."""
+        while True:
+            try:
+                found, end = self._decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                if len(self.text) - self.at > blocks.MAX_DOCUMENT_BYTES or not self._more():
+                    raise self.error(f"not JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                raise self.error(f"not JSON ({error})") from error
+            else:
+                self.line += self.text.count("\n", self.at, end)
+                self.at = end
+                return found
+
+    def error(self, problem: str) -> UserError:
+        """What is wrong, and near which line."""
+        return UserError(f"{self.source.name}, line {self.line}: {problem}; the file must be one array of objects, "
+                         "or one object a line")  # fmt: skip
+
+    def _more(self) -> bool:
+        """At least as much again as is left, so that a long value is not tried too often."""
+        rest, needed = [self.text[self.at :]], max(1, len(self.text) - self.at)
+        while needed > 0 and (found := next(self._blocks, None)) is not None:
+            text, self.encoding, lost = found
+            rest.append(text)
+            needed -= len(text)
+            self.lost += lost
+        if len(rest) == 1:
+            return False
+        self.text, self.at = "".join(rest), 0
+        return True
+
+
+# Streams
+
+
+class _Spooled(Source):
+    """A stream that was put into a file, under the stream's own name."""
+
+    @property
+    def name(self) -> str:
+        return self.member
+
+
+@contextlib.contextmanager
+def spooled(stream: BinaryIO, name: str) -> Iterator[Source]:
+    """A stream as a source of text, so that its encoding is found out as a file's is; gone afterwards.
+
+    The whole of it is read first: what its first lines are in may only be told by later ones.
+    """
+    handle, path = tempfile.mkstemp(prefix="miaobi-")
+    try:
+        with open(handle, "wb") as file:
+            while piece := stream.read(1 << 20):
+                file.write(piece)
+        yield _Spooled(Path(path), "text", member=name, size=os.path.getsize(path))
+    finally:
+        os.unlink(path)

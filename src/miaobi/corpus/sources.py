@@ -36,7 +36,7 @@ class Source:
 
     path: Path
     format: str
-    """text, lines, files, dialogue, jsonl, messages (jsonl of dialogues), csv or parquet."""
+    """text, lines, files, dialogue, jsonl, messages (records of dialogues), csv or parquet."""
     compression: str = ""
     """gz, bz2, xz, zst, zip or nothing."""
     member: str = ""
@@ -207,6 +207,16 @@ def contradiction(name: str, format: str) -> bool:
     return format != "auto" and by_name not in (format, "parquet")
 
 
+def refuse_contradictions(sources: list[Source], format: str) -> None:
+    """Raises UserError for a file that is named and is of another format by its name: cells or JSON would be text."""
+    for source in sources:
+        if contradiction(source.inner_name, format):
+            raise UserError(
+                f"{source.name}: --format={format} contradicts its name; prepare it with --format=auto, by itself if "
+                "need be, or rename it to .txt if it is text all the same"
+            )
+
+
 def _head(file: Path) -> bytes:
     """The beginning of a small file, or of one whose name does not say that it is text."""
     try:
@@ -308,6 +318,6 @@ def _member_name(member: zipfile.ZipInfo) -> str:
 
 def _format_of(name: str, format: str) -> str:
     by_name = FORMAT_BY_NAME.get(Path(name).suffix.lower(), "text")
-    if format == "dialogue" and by_name == "jsonl":
+    if format == "dialogue" and by_name in ("jsonl", "parquet"):
         return "messages"
     return by_name if format == "auto" or by_name == "parquet" else format

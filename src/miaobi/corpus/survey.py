@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import mmap
+import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +20,13 @@ from miaobi.corpus.blocks import Block, with_progress
 from miaobi.corpus.characters import N_CODE_POINTS, NONE, Aside
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.documents import DocumentOptions, Task, documents_of, not_blank
+from miaobi.corpus.records import is_in_order
 from miaobi.corpus.scan import Text
 from miaobi.corpus.selection import VAL
 from miaobi.corpus.sources import Source
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.corpus.workers import Workers
 from miaobi.errors import UserError
-from miaobi.files import sha256
 
 MIN_VAL_DOCUMENTS, MIN_VAL_TOKENS = 20, 10 * 256
 """A hash split with less for validation first cuts long documents into pieces."""
@@ -58,6 +59,7 @@ class Survey:
     sketches: np.ndarray | None  # (documents, N_PERMUTATIONS) uint32, for the search for near duplicates
     statistics: list[BlockStatistics]
     empty: int
+    shared: int  # documents left out as they share text with the files of --without
     aside: Aside | None
     choice: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.uint8))
     """(documents,) uint8, see `selection`; empty where the text is one stream."""
@@ -120,45 +122,57 @@ def take_survey(
 
     Raises UserError for unreadable sources and for text too small to split.
     """
-    with _hashing(sources) as hashes:
-        corpus = _first_pass(sources, options, workers, is_val, aside)
-        if not options.whole:
-            _choose(corpus, cfg, weights)
-            if not options.dialogue and not is_val.any() and _val_is_small(corpus):
-                console.log(
-                    f"few documents: long ones are cut at paragraph ends into pieces of about "
-                    f"{clean.PIECE_CHARACTERS:,} characters, so that validation gets some (--split=tail does not cut)"
-                )
-                for abandoned in aside.iterdir() if aside is not None else ():
-                    abandoned.unlink()
-                corpus = _first_pass(sources, dataclasses.replace(options, cut=True), workers, is_val, aside)
-                _choose(corpus, cfg, weights)
-            _check_sides(corpus, weights)
-        for record, source in zip(corpus.records, sources, strict=True):
-            if source.path in hashes:
-                record["sha256"] = hashes[source.path].result()
+    corpus = _first_pass(sources, options, workers, is_val, aside, {})
+    if options.whole:
+        return corpus
+    _choose(corpus, cfg, weights)
+    if not options.dialogue and not is_val.any() and _val_is_small(corpus):
+        console.log(
+            f"few documents: long ones are cut at paragraph ends into pieces of about {clean.PIECE_CHARACTERS:,} "
+            "characters, so that validation gets some (--split=tail does not cut)"
+        )
+        for abandoned in aside.iterdir() if aside is not None else ():
+            abandoned.unlink()
+        hashes = {source.path: record["sha256"] for source, record in zip(sources, corpus.records, strict=True)}
+        corpus = _first_pass(sources, dataclasses.replace(options, cut=True), workers, is_val, aside, hashes)
+        _choose(corpus, cfg, weights)
+    _check_sides(corpus, weights)
     return corpus
 
 
-@contextmanager
-def _hashing(sources: list[Source]) -> Iterator[dict[Path, Future[str]]]:
-    """SHA-256 of the files that no worker reads in one piece, beside the reading."""
-    with ThreadPoolExecutor(1) as thread:  # hashlib lets other threads run
-        paths = {source.path: None for source in sources if not _is_one_block(source)}
-        hashes = {path: thread.submit(sha256, path) for path in paths}
-        try:
-            yield hashes
-        finally:
-            thread.shutdown(cancel_futures=True)
+@contextlib.contextmanager
+def _hashing(sources: list[Source], hashes: dict[Path, str]) -> Iterator[None]:
+    """Puts the SHA-256 of the files that no worker reads in one piece into `hashes`, beside the reading."""
+    wanted = {source.path: None for source in sources if source.path not in hashes and not _is_one_block(source)}
+
+    def work() -> None:
+        with contextlib.suppress(OSError):  # the reading says what is wrong
+            for path in wanted:
+                hashes[path] = _mapped_sha256(path)
+
+    thread = threading.Thread(target=work, daemon=True)  # hashlib lets other threads run
+    thread.start()
+    yield
+    thread.join()
+
+
+def _mapped_sha256(path: Path) -> str:
+    """In one call: to read the file piece by piece would wait for the interpreter's lock at each."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return hashlib.sha256(data).hexdigest()
 
 
 def _is_one_block(source: Source) -> bool:
-    is_text = source.format not in ("csv", "parquet")
-    return is_text and not source.compression and source.size <= blocks.BLOCK_BYTES
+    return not source.compression and source.size <= blocks.BLOCK_BYTES and not is_in_order(source)
 
 
 def _first_pass(
-    sources: list[Source], options: DocumentOptions, workers: Workers, is_val: np.ndarray, aside: Path | None
+    sources: list[Source],
+    options: DocumentOptions,
+    workers: Workers,
+    is_val: np.ndarray,
+    aside: Path | None,
+    hashes: dict[Path, str],
 ) -> Corpus:
     nothing = {"encoding": "skipped", "sha256": "", "documents": 0, "characters": 0, "skipped": 0, "removed": 0}
     records = [{"path": s.name, "format": s.format, "bytes": s.size, **nothing} for s in sources]
@@ -168,7 +182,7 @@ def _first_pass(
     is_there = np.zeros(N_CODE_POINTS, bool)
     jobs = ((task, options, aside) for task in corpus.tasks())
     scan.get_ready(sources)
-    with workers.started() as run:
+    with workers.started() as run, _hashing(sources, hashes):  # the thread begins after processes were forked
         for task, survey in with_progress(run(survey_task, jobs), sources, "reading"):
             survey: Survey
             if survey.aside is not None:
@@ -178,6 +192,11 @@ def _first_pass(
             for block in survey.statistics:
                 _count_block(records[block.source], block, options.whole)
             corpus.surveys.append(survey)
+    for record, source in zip(records, sources, strict=True):
+        record["sha256"] = record["sha256"] or hashes.get(source.path, "")
+    if options.without:
+        shared = sum(survey.shared for survey in corpus.surveys)
+        console.log(f"{shared:,} documents share text with {', '.join(options.without)} and are left out")
     corpus.n_distinct = int(is_there.sum())
     if corpus.total("characters") == 0:
         skipped = corpus.total("skipped")
@@ -231,7 +250,7 @@ def _check_sides(corpus: Corpus, weights: np.ndarray) -> None:
 def survey_task(_: Tokenizer | None, task: Task, options: DocumentOptions, aside: Path | None) -> Survey:
     """The survey of a task; puts its characters into the directory `aside` if there is one."""
     task, hashes = zip(*map(_with_data, task), strict=True)
-    text, statistics, empty = _scanned(task, options) or _read(task, options)
+    text, statistics, empty, shared = _scanned(task, options) or _read(task, options)
     return Survey(
         blocks=(),
         digests=text.digests,
@@ -243,6 +262,7 @@ def survey_task(_: Tokenizer | None, task: Task, options: DocumentOptions, aside
         sketches=near.sketches(characters.wide(text.points, text.beyond), text.lengths) if options.near else None,
         statistics=[block._replace(sha256=digest) for block, digest in zip(statistics, hashes, strict=True)],
         empty=empty,
+        shared=shared,
         aside=None if aside is None else Aside.put(aside, text.points, text.lengths, text.beyond),
     )
 
@@ -256,22 +276,23 @@ def _with_data(block: Block) -> tuple[Block, str]:
     return dataclasses.replace(block, data=data), hashlib.sha256(data).hexdigest()
 
 
-def _scanned(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatistics], int] | None:
+def _scanned(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatistics], int, int] | None:
     """What `_read` gives, by compiled code; None where that does not know how."""
-    if len(task) > 1 or options.changes_text or options.cut:
+    if len(task) > 1 or options.changes_text or options.cut or options.without:
         return None
     scanned = scan.scan(task[0], options.whole)
     if scanned is None:
         return None
     text, encoding, size, removed = scanned
-    return text, [BlockStatistics(task[0].index, encoding, len(text.lengths), size, 0, removed, "")], 0
+    return text, [BlockStatistics(task[0].index, encoding, len(text.lengths), size, 0, removed, "")], 0, 0
 
 
-def _read(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatistics], int]:
-    """The text of a task, `Survey.statistics` and `Survey.empty`; by Python, which reads everything."""
-    texts, raw, statistics, empty = [], [], [], 0
+def _read(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatistics], int, int]:
+    """The text of a task, `Survey.statistics`, `empty` and `shared`; by Python, which reads everything."""
+    texts, raw, statistics, empty, shared = [], [], [], 0, 0
     for block in task:
-        content, found = documents_of(block, options)
+        content, found, dropped = documents_of(block, options)
+        shared += dropped
         kept = found if options.whole else not_blank(found)
         empty += len(found) - len(kept)
         texts += kept
@@ -292,7 +313,7 @@ def _read(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatist
         turns = np.array([sum(map(text.count, dialogue.ROLE_OF)) for text in texts], np.int64)
         sizes = sizes - 2 * turns - 1
     distinct = present if raw == texts else _distinct(raw, counts, options)
-    return Text(points, NONE, lengths, digests, sizes, present, counts[present], distinct), statistics, empty
+    return Text(points, NONE, lengths, digests, sizes, present, counts[present], distinct), statistics, empty, shared
 
 
 def _distinct(raw: list[str], counts: np.ndarray, options: DocumentOptions) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Chat templates: messages -> token ids, the ones that transformers' `apply_chat_template` gives.
 
-A template is Jinja source in the model directory. It is rendered in a sandbox, and what a user typed never becomes a
-control token: control strings inside a message are broken up before rendering and mended after it.
+A template is Jinja source in the model directory. It is rendered in a sandbox with bounds, and what a user typed never
+becomes a control token: control strings inside a message are broken up before rendering and mended after it.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import tokenizers
 
+from miaobi.corpus import rendering
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 
-Messages = list[dict[str, str]]
-"""[{"role": "user", "content": "你好"}, ...]"""
+Messages = list[dict[str, Any]]
+"""[{"role": "user", "content": "你好"}, ...]; `messages.messages_of` says what else there may be."""
 ROLES = ("system", "user", "assistant")
 SEP_TEMPLATE = (
     "{% for message in messages %}"
@@ -45,23 +45,22 @@ NONCHARACTER = re.compile("[\ufdd0-\ufdef]")
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """A dialogue in tokens."""
-
-    ids: list[int]
-    is_reply: np.ndarray
-    """(len(ids),) bool: the assistant's replies, each with the control token that ends it."""
-    turns: list[int]
-    """Where each message begins in ids, with what the template puts in front of it."""
-
-
 class ChatTemplate:
     """A template and the tokenizer whose control tokens it writes."""
 
-    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
-        """Raises UserError when `source` is not a Jinja template."""
-        self._template = _compile(source)
+    def __init__(self, source: str, tokenizer: Tokenizer, enable_thinking: bool | None = None) -> None:
+        """
+        Args:
+            enable_thinking: for templates that ask (Qwen3's): whether the model thinks before it answers. None leaves
+                it to the template.
+
+        Raises:
+            UserError: `source` is not a Jinja template.
+        """
+        self.source = source
+        self.is_ours = source in (SEP_TEMPLATE, CHATML_TEMPLATE)
+        if not self.is_ours:
+            rendering.check(source)
         settings = json.loads(tokenizer.backend.to_str())
         added = [token for token in settings["added_tokens"] if len(token["content"]) > 1]
         letters = [token for token in settings["added_tokens"] if len(token["content"]) == 1]  # no control strings
@@ -77,9 +76,11 @@ class ChatTemplate:
         plain = settings | {"added_tokens": letters, "post_processor": None}
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
         self._values = {role: _content(tokenizer.config[role]) for role in _NAMED if tokenizer.config.get(role)}
+        if enable_thinking is not None:
+            self._values["enable_thinking"] = enable_thinking
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> ChatTemplate:
+    def of(cls, tokenizer: Tokenizer, enable_thinking: bool | None = None) -> ChatTemplate:
         """The template that a model directory brings. Raises UserError when it has none."""
         source = source_of(tokenizer)
         if source is None:
@@ -87,80 +88,95 @@ class ChatTemplate:
                 "this model has no chat template, so it cannot be talked to. A model trained on dialogues "
                 "(miaobi prepare --format=dialogue) has one; a model of plain text continues text: miaobi sample"
             )
-        return cls(source, tokenizer)
+        return cls(source, tokenizer, enable_thinking)
 
     def encode(self, messages: Messages, add_generation_prompt: bool = False) -> list[int]:
         """Ids of a dialogue; with `add_generation_prompt` up to where the assistant begins to speak.
 
         Raises UserError when the template refuses the messages.
         """
-        text = self._text([{**m, "content": self._guarded(m)} for m in messages], add_generation_prompt)
-        return self._tokens(text)[0]
+        (text,) = self.texts([self.call(list(map(self.safe, messages)), add_generation_prompt)])
+        return self.tokens(text)[0]
 
-    def render(self, messages: Messages) -> Rendered:
-        """A whole dialogue for training. Raises UserError when the template refuses the messages."""
-        marks = [REPLY if m["role"] == "assistant" else OPEN for m in messages]
-        contents = [_marked(self._guarded(m), mark) for m, mark in zip(messages, marks, strict=True)]
-        marked = self._text([{**m, "content": c} for m, c in zip(messages, contents, strict=True)], False)
-        found, opens, closes, parts, length = [], [], [], [], 0
-        for part in re.split(f"([{OPEN}{CLOSE}{REPLY}])", marked):
-            if part == CLOSE:
-                closes.append(length)
-            elif part in (OPEN, REPLY):
-                found.append(part)
-                opens.append(length)
+    @functools.cached_property
+    def extras(self) -> frozenset[str]:
+        """What the template renders beside system, user, assistant and their words: tool (a role), tools, tool_calls,
+        reasoning_content."""
+        asked, said = {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}
+        function = {"name": "zeta", "description": "eta", "parameters": {"type": "object", "properties": {}}}
+        tools = [{"type": "function", "function": function}]
+        call = {"type": "function", "function": {"name": "zeta", "arguments": {"kappa": "theta"}}}
+        tried = {
+            "tool": (
+                [asked, said | {"tool_calls": [call]}, {"role": "tool", "name": "zeta", "content": "iota"}],
+                ["iota"],
+            ),
+            "tools": ([asked | {"tools": tools}, said], ["zeta"]),
+            "tool_calls": ([asked, said | {"content": "", "tool_calls": [call]}], ["zeta", "theta"]),
+            "reasoning_content": ([asked, said | {"reasoning_content": "lambda"}], ["lambda"]),
+        }
+        found = set()
+        for name, (messages, expected) in tried.items():
+            try:
+                (text,) = self.texts([self.call(messages, False)])
+            except UserError:
+                continue
+            found |= {name} if all(word in text for word in expected) else set()
+        return frozenset(found)
+
+    def marked(self, messages: Messages, marks: list[str]) -> tuple[str, list[int], list[int]]:
+        """The dialogue's text, and where in it (BREAKs not counted) messages begin and end; no places at all where the
+        marks come out in another order than they went in.
+
+        marks: what stands in front of each message's words: OPEN, REPLY, or nothing. CLOSE stands behind all.
+        """
+        safe = [{**self.safe(m), "content": _marked(self._guarded(m), mark)}
+                for m, mark in zip(messages, marks, strict=True)]  # fmt: skip
+        (text,) = self.texts([self.call(safe, False)])
+        opens, closes, parts, length, order = [], [], [], 0, []
+        for part in re.split(f"([{OPEN}{CLOSE}{REPLY}])", text):
+            if part in (OPEN, REPLY, CLOSE):
+                order.append(part)
+                (closes if part == CLOSE else opens).append(length)
             else:
                 parts.append(part)
-                length += len(part) - part.count(BREAK)
-        if not (found == marks and len(closes) == len(messages)):
-            raise UserError(
-                "the chat template leaves messages out, repeats them or changes their order; it cannot be trained on"
-            )
-        text = "".join(parts)
-        ids, starts, ends, is_control = self._tokens(text)
-        text = text.replace(BREAK, "")
-        is_reply, turns = np.zeros(len(ids), bool), [0]
-        for i, mark in enumerate(marks):
-            first = np.searchsorted(ends, opens[i], side="right")  # the token may begin with the template's blank
-            after = np.searchsorted(starts, closes[i])
-            following = int(np.searchsorted(starts, opens[i + 1])) if i + 1 < len(messages) else len(ids)
-            controls = np.flatnonzero(is_control[after:following])
-            end = after + int(controls[0]) + 1 if len(controls) else int(after)
-            if mark == REPLY:
-                is_reply[first:end] = True
-            if i + 1 < len(messages):
-                while end < following and not is_control[end] and text[starts[end] : ends[end]].isspace():
-                    end += 1  # ChatML's newline belongs to the turn that it ends
-                turns.append(end)
-        return Rendered(ids, is_reply, turns)
+                length += length_of(part)
+        if order != [part for mark in marks for part in (mark, CLOSE) if part]:
+            opens, closes = [], []
+        return "".join(parts), opens, closes
 
-    def _text(self, messages: Messages, add_generation_prompt: bool) -> str:
-        try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._values,
-            )
-        except Exception as e:  # a template is a program of its own and may fail in any way
-            raise UserError(
-                f"the chat template fails to render this dialogue: {e}. Check the order of the roles, or replace "
-                "chat_template.jinja in the model directory"
-            ) from e
+    def call(self, messages: Messages, add_generation_prompt: bool) -> dict[str, Any]:
+        """The variables of a template for some messages."""
+        shown = [{key: value for key, value in m.items() if key not in ("tools", "weight")} for m in messages]
+        return {
+            "messages": shown,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": (messages[0].get("tools") if messages else None) or None,
+            "documents": None,
+            **self._values,
+        }
 
-    def _guarded(self, message: dict[str, str]) -> str:
+    def texts(self, calls: list[dict[str, Any]]) -> list[str]:
+        return rendering.render(self.source, calls, self.is_ours)
+
+    def safe(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message with all control strings in it broken up."""
+        safe = {**message, "content": self._guarded(message)}
+        names = self._special if message["role"] == "assistant" else self._names
+        for key in ("reasoning_content", "tool_calls", "name", "tool_call_id"):
+            if key in message:
+                safe[key] = _each_text(message[key], functools.partial(_broken_up, names=names))
+        if "tools" in message:
+            safe["tools"] = _each_text(message["tools"], functools.partial(_broken_up, names=self._names))
+        return safe
+
+    def _guarded(self, message: dict[str, Any]) -> str:
         """The message's content with its control strings broken up.
 
         The model's own words may hold tokens that are not special, such as `<think>`.
         """
-        content = message["content"]
-        if found := NONCHARACTER.search(content):
-            raise UserError(f"a message contains U+{ord(found[0]):04X}, which is not a character; remove it")
         names = self._special if message["role"] == "assistant" else self._names
-        while names.search(content):
-            content = names.sub(lambda m: m[0][0] + BREAK + m[0][1:], content)
-        return self._fenced(content)
+        return self._fenced(_broken_up(message["content"], names))
 
     def _fenced(self, content: str) -> str:
         """`content`, apart from template text with which it would make a control string."""
@@ -171,7 +187,7 @@ class ChatTemplate:
         after = BREAK if inside or any(core[-n:] in self._heads for n in shortest) else ""
         return content.replace(core, before + core + after, 1) if before or after else content
 
-    def _tokens(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+    def tokens(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
         """ids; where each begins and ends in the text without BREAKs; whether it is a control token."""
         if BREAK not in text:
             found = self._parsing.encode(text, add_special_tokens=False)
@@ -216,12 +232,48 @@ class ChatTemplate:
         return pieces
 
 
+def with_thinking(source: str, enable_thinking: bool | None) -> str:
+    """`source` with `enable_thinking` as its default, so that training, chat and transformers agree on it.
+
+    Raises UserError for a template that does not ask.
+    """
+    if enable_thinking is None:
+        return source
+    if "enable_thinking" not in source:
+        raise UserError("--enable_thinking is for templates that ask for it, and this one does not; leave it out")
+    default = str(enable_thinking).lower()
+    return f"{{% if enable_thinking is not defined %}}{{% set enable_thinking = {default} %}}{{% endif %}}" + source
+
+
 def source_of(tokenizer: Tokenizer) -> str | None:
     """Jinja source of the tokenizer's own template; of several named ones, as some hub models have, the default."""
     source = tokenizer.config.get("chat_template")
     if isinstance(source, list):
         source = next((e.get("template") for e in source if isinstance(e, dict) and e.get("name") == "default"), None)
     return source if isinstance(source, str) and source else None
+
+
+def _broken_up(text: str, names: re.Pattern[str]) -> str:
+    """`text` without the control strings `names` in one piece. Raises UserError for noncharacters."""
+    if found := NONCHARACTER.search(text):
+        raise UserError(f"a message contains U+{ord(found[0]):04X}, which is not a character; remove it")
+    while names.search(text):
+        text = names.sub(lambda m: m[0][0] + BREAK + m[0][1:], text)
+    return text
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every text in it changed, keys too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _each_text(item, change) for key, item in value.items()}
+    return [_each_text(item, change) for item in value] if isinstance(value, list) else value
+
+
+def length_of(text: str) -> int:
+    """Characters of a text, BREAKs not counted."""
+    return len(text) - text.count(BREAK)
 
 
 def _content(token: str | dict) -> str:
@@ -241,38 +293,3 @@ def _marked(content: str, mark: str) -> str:
         return mark + CLOSE + content
     before, after = content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
     return f"{before}{mark}{core}{CLOSE}{after}"
-
-
-def _tojson(value: object, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:  # as HF's
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(source: str):
-    """As transformers compiles a template: sandboxed, blocks trimmed."""
-    import jinja2
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}`, which only marks the assistant's words."""
-
-        tags = {"generation"}  # noqa: RUF012 - Jinja's own spelling
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as e:
-        raise UserError(f"the chat template is not valid Jinja ({e}); replace chat_template.jinja") from e

@@ -15,16 +15,24 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import models
 
-from miaobi.corpus.characters import N_CODE_POINTS, code_points, count_characters
-from miaobi.corpus.foreign import join_word_pieces, read_config, read_foreign
+from miaobi.corpus import vocabulary
+from miaobi.corpus.characters import N_CODE_POINTS, code_points
+from miaobi.corpus.foreign import backend_of, join_word_pieces, read_config, read_foreign
+from miaobi.corpus.vocabulary import (  # noqa: F401 - the names of the specials are found here as well
+    BYTE_PIECES,
+    DEFAULT_BPE_VOCAB_SIZE,
+    EOT,
+    IM_END,
+    IM_START,
+    N_RESERVED,
+    PAD,
+    SEP,
+    SPECIALS,
+)  # fmt: skip
 from miaobi.errors import UserError
 
-EOT, PAD, SEP, IM_START, IM_END = SPECIALS = ("<|endoftext|>", "<pad>", "<sep>", "<|im_start|>", "<|im_end|>")
-BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-N_RESERVED = len(SPECIALS) + len(BYTE_PIECES)
-DEFAULT_BPE_VOCAB_SIZE = 8192
 _OWN_CONFIG = {"eos_token": EOT, "pad_token": PAD}
 _SENTENCE_PIECE = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
 _DROP_FIRST_BLANK = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
@@ -32,10 +40,6 @@ _CONTEXT = 32
 """Ids in front of a continuation that are decoded with it: more than the last word of any text has."""
 _SLICE = 1 << 15
 """Characters looked up at a time: NumPy widens indices to 64 bits, and this many stay in the second-level cache."""
-
-# Pieces that merges never cross: each newline and each digit alone, blanks, Han runs, other letters, the rest.
-# A newline alone means that text cut after a newline gives the same ids as text in one go.
-_PIECES = r"\n|[^\S\n]+|\p{N}|\p{Han}+|[\p{L}\p{M}&&[^\p{Han}]]+|[^\s\p{L}\p{M}\p{N}]+"
 
 
 class Tokenizer:
@@ -68,56 +72,15 @@ class Tokenizer:
 
     @classmethod
     def train_char(cls, counts: Mapping[str, int], vocab_size: int | None = None, min_frequency: int = 1) -> Tokenizer:
-        """One token per character, most frequent first (ties by code point), the rest through byte pieces.
-
-        Args:
-            counts: character -> occurrences.
-            vocab_size: at most this many tokens, specials and bytes included; None keeps every character.
-            min_frequency: characters seen less often become bytes.
-
-        Raises:
-            UserError: `vocab_size` leaves no room beside the specials and bytes.
-        """
-        if vocab_size is not None and vocab_size <= N_RESERVED:
-            raise UserError(_too_small(vocab_size))
-        ordered = sorted((c for c, n in counts.items() if n >= min_frequency), key=lambda c: (-counts[c], c))
-        if vocab_size is not None:
-            ordered = ordered[: vocab_size - N_RESERVED]
-        return cls(_assemble(ordered, merges=[], pre_tokenizer=None), _OWN_CONFIG)
+        """See `vocabulary.of_characters`."""
+        return cls(vocabulary.of_characters(counts, vocab_size, min_frequency), _OWN_CONFIG)
 
     @classmethod
     def train_bpe(
         cls, texts: Iterable[str], vocab_size: int = DEFAULT_BPE_VOCAB_SIZE, min_frequency: int = 2
     ) -> Tokenizer:
-        """Merges learned from `texts`. Half of the vocabulary at most goes to single characters, the rest to merges.
-
-        Raises:
-            UserError: `vocab_size` leaves no room beside the specials and bytes.
-        """
-        if vocab_size <= N_RESERVED:
-            raise UserError(_too_small(vocab_size))
-        room, texts = vocab_size - N_RESERVED, list(texts)
-        alphabet = _commonest(texts, max(1, room // 2))
-        learner = tokenizers.Tokenizer(models.BPE())
-        learner.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), "isolated")
-        learner.train_from_iterator(
-            texts,
-            trainers.BpeTrainer(
-                vocab_size=room,
-                min_frequency=max(min_frequency, 2),
-                limit_alphabet=len(alphabet),  # by itself it takes any of equally rare characters
-                initial_alphabet=alphabet,
-                show_progress=False,
-            ),
-        )
-        model = json.loads(learner.to_str())["model"]
-        pieces = sorted(model["vocab"], key=model["vocab"].get)
-        merges = [tuple(pair) for pair in model["merges"]]
-        # The trainer may exceed its size by a small alphabet; a merge goes with the piece it makes.
-        if len(pieces) > room:
-            kept = set(pieces[:room])
-            pieces, merges = pieces[:room], [pair for pair in merges if "".join(pair) in kept]
-        return cls(_assemble(pieces, merges, learner.pre_tokenizer), _OWN_CONFIG)
+        """See `vocabulary.of_merges`."""
+        return cls(vocabulary.of_merges(texts, vocab_size, min_frequency), _OWN_CONFIG)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -142,15 +105,14 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str, config: Mapping[str, object] | None = None) -> Tokenizer:
-        """From the content of a tokenizer.json. Raises ValueError when it is not one."""
-        content = json.loads(text)
-        if not isinstance(content, dict) or "model" not in content:
-            raise ValueError("it has no model")
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing more special
-            raise ValueError(error) from error
-        return cls(backend, config)
+        """From the content of a tokenizer.json. Raises ValueError when it is not one, or one made to do harm."""
+        return cls(backend_of(text), config)
+
+    def with_added(self, names: Sequence[str]) -> Tokenizer:
+        """The same with more control tokens, behind its last one."""
+        longer = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        longer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
+        return Tokenizer(longer, self.config)
 
     def __reduce__(self) -> tuple:
         return _rebuild, (self.backend.to_str(), self.config)
@@ -262,8 +224,8 @@ class Tokenizer:
             ids[ends - 1] = end_id
         if len(ids) and ids.max() == self._absent:
             missing = np.flatnonzero(ids == self._absent)
-            ids, extra = _spell_in_bytes(ids, missing, points[missing], self._byte_ids, self._absent)
-            ends = ends + _extra_before(missing, extra, ends)
+            ids, extra = vocabulary.spell_in_bytes(ids, missing, points[missing], self._byte_ids, self._absent)
+            ends = ends + vocabulary.extra_before(missing, extra, ends)
         return ids, np.concatenate(([0], ends[:-1]))[: len(ends)]
 
     def _encode_documents_slowly(
@@ -389,32 +351,6 @@ def _rebuild(text: str, config: dict) -> Tokenizer:
     return Tokenizer.from_json(text, config)
 
 
-def _commonest(texts: list[str], n: int) -> list[str]:
-    """The n commonest characters, of equally common ones those that come first in Unicode."""
-    counts = count_characters(code_points("".join(texts)))
-    present = np.flatnonzero(counts)
-    return [chr(c) for c in present[np.argsort(-counts[present], kind="stable")][:n].tolist()]
-
-
-def _assemble(pieces: list[str], merges: list[tuple[str, str]], pre_tokenizer) -> tokenizers.Tokenizer:
-    """Specials, bytes, then `pieces`, as a BPE model that falls back to bytes."""
-    vocab = {token: id_ for id_, token in enumerate((*SPECIALS, *BYTE_PIECES, *pieces))}
-    # The decoder Fuse after ByteFallback joins without spaces; no normalizer, so nothing is lost on the way in.
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True))
-    if pre_tokenizer is not None:
-        backend.pre_tokenizer = pre_tokenizer
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    backend.add_special_tokens(list(SPECIALS))
-    return backend
-
-
-def _too_small(vocab_size: int) -> str:
-    return (
-        f"vocab_size={vocab_size} leaves no room for characters: {len(SPECIALS)} special tokens and 256 bytes come "
-        f"first. Give more than {N_RESERVED}; Chinese text has 3,000 to 8,000 characters"
-    )
-
-
 def _code_points(text: str) -> np.ndarray:
     """`code_points`. Raises UserError on a lone surrogate."""
     points = code_points(text)
@@ -435,25 +371,3 @@ def _surrogate(text: str, error: UnicodeEncodeError) -> str:
         f"the text has half a character (lone surrogate U+{ord(text[error.start]):04X}) at character {error.start}: it "
         "was cut inside an emoji, or decoded wrongly; remove it"
     )
-
-
-def _spell_in_bytes(
-    ids: np.ndarray, missing: np.ndarray, code_points: np.ndarray, byte_ids: np.ndarray, absent: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Replaces ids[missing], whose characters are `code_points`, by the ids of their UTF-8 bytes.
-
-    Returns the longer ids and, per missing character, how many ids more it took than one.
-    """
-    spelled = code_points.astype("<u4").tobytes().decode("utf-32-le").encode("utf-8")
-    extra = (code_points >= 0x80).astype(np.int64) + (code_points >= 0x800) + (code_points >= 0x10000)
-    repeats = np.ones(len(ids), np.int64)
-    repeats[missing] += extra
-    longer = np.repeat(ids, repeats)
-    longer[longer == absent] = byte_ids[np.frombuffer(spelled, np.uint8)]
-    return longer, extra
-
-
-def _extra_before(missing: np.ndarray, extra: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """How many ids byte spelling added before each position of `ends`."""
-    added = np.concatenate(([0], np.cumsum(extra)))
-    return added[np.searchsorted(missing, ends, side="left")]

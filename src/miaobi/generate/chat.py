@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from miaobi.console import warn
+from miaobi.console import log, warn
 from miaobi.corpus.template import ChatTemplate, Messages
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory
@@ -18,6 +20,34 @@ from miaobi.generate.slots import Stream
 from miaobi.model.transformer import Transformer
 
 UNKNOWN = ("<unk>", "[UNK]")  # control tokens that end nothing; a reply made of them says nothing either
+
+MODEL_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""What a model's generation_config.json may say about how it is to be sampled; the names are transformers'."""
+
+
+def model_settings(cfg: ChatConfig, generation: dict[str, Any] | None, given: Collection[str]) -> ChatConfig:
+    """`cfg` with what a model's makers recommend in place of our own defaults; one line on stderr says what that is.
+
+    generation: the content of generation_config.json. given: names of settings that the user chose; these stay.
+    Raises UserError for a value that cannot be.
+    """
+    told = {name: value for name in MODEL_SETTINGS if (value := (generation or {}).get(name)) is not None}
+    if generation and generation.get("do_sample") is False:  # transformers draws nothing then
+        told["temperature"] = 0.0
+    told = {name: value for name, value in told.items() if name not in given and value != getattr(cfg, name)}
+    if not told:
+        return cfg
+    for name, value in told.items():
+        if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else (int, float)):
+            raise UserError(f"generation_config.json of the model: {name} is {value!r:.40}, not a number; mend the "
+                            f"file, or give --{name}=...")  # fmt: skip
+    try:
+        cfg = replace(cfg, **told)
+    except UserError as e:
+        raise UserError(f"generation_config.json of the model: {e}, or give it on the command line") from e
+    said = ", ".join(f"{name}={value}" for name, value in told.items())
+    log(f"sampled as the model's generation_config.json says: {said} (flags win)")
+    return cfg
 
 
 class Chat:

@@ -6,15 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from miaobi.config import Location, ModelChoice, Positional
+from miaobi.config import ModelChoice, Where
 from miaobi.errors import UserError
+from miaobi.kinds import Location, Positional
 
 GREEDY = 1e-5
 """A temperature below this is 0: one token has all of the probability, and logits divided by less overflow."""
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Where):
     """How tokens are drawn, and on what."""
 
     max_new_tokens: int = 500
@@ -31,8 +32,6 @@ class SamplingConfig:
     """Above 1 makes tokens that already occurred less likely (CTRL, arXiv:1909.05858)."""
     seed: int | None = None
     """Same seed, same text; None = another text each time."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     """Precision of the weights; auto = the fastest that loses nothing; int8 = faster still, on a CPU."""
 

@@ -10,6 +10,8 @@
 #include <cstring>
 #include <omp.h>
 #include <sched.h>
+#include <type_traits>
+#include <vector>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -136,6 +138,13 @@ struct Matrix {  // (out, in) row by row, a scale per row where they are int8, a
 enum Kind { FLOAT, BFLOAT16, INT8 };
 enum Mode { SET, ADD, MULTIPLY };
 
+// Puts `value`, row o of a times x, at row o of y's stream b.
+static inline void put(const Matrix& a, float* y, int stride, Mode mode, int b, int o, float value) {
+    value = std::fma(value, a.scale ? a.scale[o] : 1, a.bias ? a.bias[o] : 0);
+    float* at = y + (size_t)b * stride + o;
+    *at = mode == SET ? value : mode == ADD ? *at + value : *at * value;
+}
+
 // Rows `from` to `to` of a times each x (B, K), into, onto or times those columns of y (B, stride): each x as if there
 // were no other, to the last bit, so that a text is the same whoever else is being written.
 template <class T>
@@ -144,31 +153,28 @@ static void product(const Matrix& a, int from, int to, int K, const float* x, in
     constexpr int R = 2, M = 3, N = 3;  // with these sums and their factors 16 registers are full
     constexpr int MANY = 12;  // from here on tiles are faster
     const T* w = (const T*)a.w;
-    auto put = [&](int b, int o, float value) {
-        value = std::fma(value, a.scale ? a.scale[o] : 1, a.bias ? a.bias[o] : 0);
-        float* at = y + (size_t)b * stride + o;
-        *at = mode == SET ? value : mode == ADD ? *at + value : *at * value;
-    };
     for (int o = from; o < to; o += R) {
         const int last = o + R < to ? o + R : to;
         int b = 0;
         for (float out[R * M]; B >= MANY && o + R <= to && b + M <= B; b += M) {
             tile<R, M>(w + (size_t)o * K, x + (size_t)b * K, K, out);
-            for (int j = 0; j < R * M; j++) put(b + j / R, o + j % R, out[j]);
+            for (int j = 0; j < R * M; j++) put(a, y, stride, mode, b + j / R, o + j % R, out[j]);
         }
         for (int r = o, from_b = b; r < last; r++) {
             float out[N];
             for (b = from_b; b + N <= B; b += N) {
                 dots<N>(w + (size_t)r * K, x + (size_t)b * K, K, out);
-                for (int n = 0; n < N; n++) put(b + n, r, out[n]);
+                for (int n = 0; n < N; n++) put(a, y, stride, mode, b + n, r, out[n]);
             }
             for (; b < B; b++) {
                 dots<1>(w + (size_t)r * K, x + (size_t)b * K, K, out);
-                put(b, r, *out);
+                put(a, y, stride, mode, b, r, *out);
             }
         }
     }
 }
+
+#include "cpu_step_avx512.h"
 
 struct Layer {
     Matrix qkv, proj, gate, up, down;  // gate: where there is none, null
@@ -284,7 +290,13 @@ extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, i
     const Model& m = *model;
     const int E = m.width, D = m.head_dim, Q = (m.heads + 2 * m.kv_heads) * D, Y = m.heads * D, F = m.inner;
     float *qkv = scratch, *y = qkv + (size_t)B * Q, *inner = y + (size_t)B * Y, *own = inner + (size_t)B * F;
+#ifdef MIAOBI_AVX512
+    auto multiply = kind == FLOAT      ? product<float>
+                    : kind == BFLOAT16 ? rounded_product<Bfloat16Sums, bfloat16>
+                                       : rounded_product<ByteSums, int8_t>;
+#else
     auto multiply = kind == FLOAT ? product<float> : kind == BFLOAT16 ? product<bfloat16> : product<int8_t>;
+#endif
     auto keep = is_short ? remember<bfloat16> : remember<float>;
     auto attention = is_short ? attend<bfloat16> : attend<float>;
     Barrier barrier;

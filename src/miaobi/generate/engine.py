@@ -19,7 +19,7 @@ from miaobi.generate.config import SampleConfig
 from miaobi.generate.cpu_step import CpuStep, can_step
 from miaobi.generate.cuda_step import CudaStep
 from miaobi.generate.slots import Slots, Step, Stream
-from miaobi.model.checkpoint import load_model
+from miaobi.model.checkpoint import load_model, model_directory
 from miaobi.model.transformer import Transformer
 
 SLOTS = {"cuda": 256, "cpu": 32}  # streams at once; from there on a step takes longer by as much as it does more
@@ -91,16 +91,19 @@ class LanguageModel:
         tokenizer: Tokenizer,
         end_ids: tuple[int, ...] | None = None,
         step: Step | None = None,
+        path: Path | None = None,
     ) -> None:
-        """end_ids: None = the tokenizer's end-of-text. step: the model's fast step, if it has one."""
+        """end_ids: None = the tokenizer's end-of-text. step: the model's fast step, if it has one. path: the model
+        directory that it was read from.
+        """
+        self.path = path
         self.model = model.eval()
         self.step = step
         self.tokenizer = tokenizer
         eot = () if tokenizer.eot_id is None else (tokenizer.eot_id,)
         self.end_ids = eot if end_ids is None else end_ids
-        control = control_ids(tokenizer)
-        ours = {SEP, PAD} <= control.keys()  # a foreign model knows best what it may write
-        self.barred = tuple(id_ for id_ in control.values() if ours and id_ not in self.end_ids)
+        ours = is_ours(tokenizer)  # a foreign model knows best what it may write
+        self.barred = tuple(id_ for id_ in control_ids(tokenizer).values() if ours and id_ not in self.end_ids)
 
     @property
     def device(self) -> torch.device:
@@ -237,6 +240,26 @@ def control_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {token.content: id_ for id_, token in added.items() if token.special}
 
 
+def is_ours(tokenizer: Tokenizer) -> bool:
+    """Whether it is of our own making, with our control tokens."""
+    return {SEP, PAD} <= control_ids(tokenizer).keys()
+
+
+def text_ends(model: Transformer, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end a text of a model just read: those its directory names and has; else, of a foreign model, the
+    tokenizer's own. One of ours that names none saw none.
+    """
+    size = model.cfg.vocab_size
+    ends = tuple(id_ for id_ in model.end_ids if 0 <= id_ < size)
+    if not ends and not is_ours(tokenizer) and tokenizer.eot_id is not None and tokenizer.eot_id < size:
+        ends = (tokenizer.eot_id,)
+    if missing := [id_ for id_ in model.end_ids if id_ not in ends]:
+        instead = tokenizer.backend.id_to_token(ends[-1]) if ends else None
+        warn(f"the model says that token {missing[0]} ends a text, but its vocabulary has {size:,}; "
+             + (f"texts end with {instead}" if instead else "texts end at their length"))  # fmt: skip
+    return ends
+
+
 def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
     """Where the first stop string begins in `text`, or None."""
     found = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
@@ -259,7 +282,8 @@ def load(
     """
     keep_allocations()
     where, wish = pick_device(device or "auto"), dtype or "auto"
-    model, tokenizer = load_model(name, checkpoint)
+    path = model_directory(name, checkpoint)
+    model, tokenizer = load_model(path)
     step: Step | None = None
     if where.type == "cpu" and wish != "float16" and can_compile(where) and can_step(model):
         kind = "bfloat16" if wish == "auto" else wish
@@ -273,7 +297,7 @@ def load(
     model = model.to(where, precision)
     if where.type == "cuda":
         step = CudaStep(model)
-    return LanguageModel(model, tokenizer, model.end_ids, step)
+    return LanguageModel(model, tokenizer, text_ends(model, tokenizer), step, path)
 
 
 def read_prompt(start: str) -> str:

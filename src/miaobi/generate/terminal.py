@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -21,6 +22,7 @@ from miaobi.settings import Origin, find_config, load_config, read_yaml
 
 if TYPE_CHECKING:  # torch is imported after the command line has been understood
     from miaobi.generate.chat import Chat
+    from miaobi.generate.engine import LanguageModel
 
 COMMANDS = {
     "/help": "this list",
@@ -29,7 +31,9 @@ COMMANDS = {
     "/system TEXT": "tell a model with roles how to behave; without TEXT no more",
     "/save FILE": "write the conversation: .jsonl as OpenAI messages, else as text",
     "/exit": "leave (also: exit, Ctrl-D)",
+    "//TEXT": "a message that begins with /; other words behind a / are no commands and are sent as they are",
 }
+TAKE_TEXT = ("/system", "/save")  # the others are commands only when they stand alone
 PROMPT = ">>>"
 
 
@@ -69,12 +73,20 @@ def chat(cfg: ChatRequest, origin: Origin, as_json: bool = False) -> dict[str, A
     given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(ChatConfig) if f.name in origin}
     settings = dataclasses.replace(settings, **given)
     from miaobi.generate import engine
-    from miaobi.generate.chat import Chat
+    from miaobi.generate.chat import MODEL_SETTINGS, Chat, model_settings
 
-    model = cfg.model if run is None else model_of(run)
-    conversation = Chat(engine.load(model, settings.device, settings.dtype, cfg.checkpoint), settings)
+    said = {name for name in MODEL_SETTINGS if getattr(settings, name) != getattr(ChatConfig, name)} | origin.keys()
+    lm = engine.load(cfg.model if run is None else model_of(run), settings.device, settings.dtype, cfg.checkpoint)
+    conversation = Chat(lm, model_settings(settings, lm.model.generation, said))
     talk(conversation, silent=as_json)
     return {"messages": conversation.messages}
+
+
+def about(lm: LanguageModel) -> str:
+    """A line on the model that one talks with: parameters, and the step of a run's checkpoint."""
+    what = f"{lm.model.cfg.family}, {lm.model.num_parameters() / 1e6:.1f}M parameters"
+    step = re.fullmatch(r"step-(\d+)", lm.path.resolve().name) if lm.path is not None else None
+    return f"{what}, step {int(step[1]):,}" if step else what
 
 
 def talk(chat: Chat, silent: bool = False) -> None:
@@ -92,7 +104,7 @@ def talk(chat: Chat, silent: bool = False) -> None:
         warn_of_encoding()
     ask = line_reader(for_humans, out)
     if for_humans:
-        print("/help lists the commands, exit leaves", file=out)
+        print(f"{about(chat.lm)}; /help lists the commands, exit leaves", file=out)
     interrupted = False
     while True:
         try:
@@ -116,15 +128,23 @@ def talk(chat: Chat, silent: bool = False) -> None:
 
 
 def obey(chat: Chat, line: str, out: TextIO, silent: bool) -> bool:
-    """Do what one line says, a message or a command, on `out`, without replies where `silent`; False to leave."""
-    word, _, rest = line.strip().partition(" ")
-    command = f"/{word}" if line.strip() in ("flush", "exit") else word
-    if command == "/exit":
+    """Do what one line says, a message or a command, on `out`, without replies where `silent`; False to leave.
+
+    Only a known command is one: a path, a fraction or a slip of the pen behind a / is a message as any other.
+    """
+    command, _, rest = line.strip().partition(" ")
+    if command in ("flush", "exit") and not rest:
+        command = f"/{command}"
+    known = {name.split()[0] for name in COMMANDS} - {"//TEXT"}
+    if command not in known or (rest.strip() and command not in TAKE_TEXT):
+        say(chat.reply(line.replace("//", "/", 1) if line.lstrip().startswith("//") else line), out, silent)
+        if out.isatty() and (close := difflib.get_close_matches(command, known, n=1, cutoff=0.75)):
+            print(f"miaobi: {command} is no command and was sent as a message. Did you mean {close[0]}?",
+                  file=sys.stderr)  # fmt: skip
+    elif command == "/exit":
         return False
-    if command == "/flush":
+    elif command == "/flush":
         chat.flush()
-    elif not command.startswith("/"):
-        say(chat.reply(line), out, silent)
     elif command == "/retry":
         if not chat.messages or chat.messages[-1]["role"] == "system":
             raise UserError("/retry: there is no reply yet to be told differently; say something first")
@@ -137,10 +157,6 @@ def obey(chat: Chat, line: str, out: TextIO, silent: bool) -> bool:
         chat.save(Path(rest.strip()).expanduser())
     elif command == "/help":
         print("\n".join(f"  {name:<14}{what}" for name, what in COMMANDS.items()), file=out)
-    else:
-        close = difflib.get_close_matches(command, [name.split()[0] for name in COMMANDS], n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise UserError(f"unknown command {command!r}.{hint} /help lists them")
     return True
 
 

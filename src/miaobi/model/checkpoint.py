@@ -14,14 +14,18 @@ from torch.overrides import TorchFunctionMode
 from miaobi.console import warn
 from miaobi.corpus.tokenizer import SPECIALS, Tokenizer
 from miaobi.errors import UserError, brief
-from miaobi.files import pointed, read_json, write_json
+from miaobi.files import pointed, read_json, refuse_pointers, verify_manifest, write_json
 from miaobi.model.families import check_hf, load_hf, to_hf
 from miaobi.model.hf_config import hf_config, model_config
 from miaobi.model.hub import SETTINGS, resolve
-from miaobi.model.tensors import read_tensors, refuse_pointers
+from miaobi.model.tensors import read_tensors
 from miaobi.model.transformer import Transformer
 
 WRITTEN_ANEW = ("eos_token_id", "transformers_version", "_from_model_config")  # of generation_config.json
+
+
+WEIGHED = ("config.json", "model.safetensors", "tokenizer.json")
+"""Files of a checkpoint of ours that are compared with its checksums: who edits one of the others means it."""
 
 
 def save_model(directory: Path, model: Transformer, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> None:
@@ -176,6 +180,7 @@ def load_model(name: str | Path, checkpoint: str = "best") -> tuple[Transformer,
     """
     path = model_directory(name, checkpoint)
     refuse_pointers(path / file for file in SETTINGS)
+    verify_manifest(path, lambda file: file in WEIGHED)
     hf = read_json(path / "config.json")
     try:
         tensors = read_tensors(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return read(path / whole)
         if index.is_file():
             names = read_json(index).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            if not isinstance(names, dict) or not all(map(is_name, names.values())):
                 raise UserError(f"{index.name} is damaged (it has no weight_map of file names); copy it again")
             tensors: dict[str, Tensor] = {}
             for name in sorted(set(names.values())):
@@ -37,6 +38,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                                 "model again")  # fmt: skip
             return tensors
     raise UserError("there is no model.safetensors or pytorch_model.bin")
+
+
+def is_name(value: Any) -> bool:
+    """Whether it could be the name of a file."""
+    return isinstance(value, str) and 0 < len(value.encode("utf-8", "replace")) < 256 and "\0" not in value
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -87,7 +93,9 @@ def load_plain(file: Path, mmap: bool = False) -> Any:
             with zipfile.ZipFile(file) as archive:  # torch stores, never compresses
                 if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
                     raise UserError(f"{file} unpacks to more than it is; torch does not write such files")
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # asks to report things to torch's makers
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except UserError:
         raise
     except Exception as e:  # damaged bytes can raise anything in an unpickler

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from miaobi.config import Location, ModelChoice, Positional
+from miaobi.config import ModelChoice, Where
 from miaobi.errors import UserError
+from miaobi.kinds import Location, Positional
 
 
 @dataclass(frozen=True)
-class EvalConfig(ModelChoice):
+class EvalConfig(ModelChoice, Where):
     """A model, and the text that it is scored on."""
 
     data: Positional[tuple[Location, ...]] = ()
@@ -29,8 +30,6 @@ class EvalConfig(ModelChoice):
     scores), or a number."""
     batch_size: int = 16
     """Windows scored at once."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Arithmetic; float32 makes figures comparable across machines."""
 

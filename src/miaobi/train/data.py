@@ -73,18 +73,11 @@ def open_data(cfg: RunConfig, out: Path, prepares: bool) -> PreparedData:
 
 def prepare_settings(cfg: RunConfig, own: Path) -> PrepareConfig:
     """How the text of a run is prepared."""
-    d, base = cfg.data, cfg.train.base_model
+    base = cfg.train.base_model
     return PrepareConfig(
         out=own,
-        tokenizer=str(model_directory(base)) if base else d.tokenizer,
         vocab_size=None if base else cfg.model.vocab_size,
-        format=d.format,
-        template=d.template,
-        loss=d.loss,
-        field=d.field,
-        dedup=d.dedup,
-        split=d.split,
-        val_fraction=d.val_fraction,
+        **cfg.data.corpus() | ({"tokenizer": str(model_directory(base))} if base else {}),
     )
 
 
@@ -99,7 +92,8 @@ def read_text(out: Path) -> Text | None:
 def describe_text(data: DataConfig, before: Text | None, settings: dict[str, Any]) -> Text:
     """What the run's text is now. Raises UserError where there is none."""
     text = Text(settings, {}, {}, {})
-    for file in sorted({source.path.resolve() for source in find_sources([data.data], data.format)}):
+    given = [data.data, *([data.val] if data.val else [])]
+    for file in sorted({source.path.resolve() for source in find_sources(given, data.format)}):
         name, stat = str(file), file.stat()
         text.sizes[name], text.times[name] = stat.st_size, stat.st_mtime_ns
         same = before is not None and (before.sizes.get(name), before.times.get(name)) == (
