@@ -1,7 +1,5 @@
 """How steps are computed is measured once, remembered, and kept by a run that goes on."""
 
-import json
-
 import pytest
 import torch
 
@@ -143,22 +141,3 @@ def test_compiled_ways_have_the_gradients_of_eager_ones_also_of_a_smaller_last_b
                 each.objective(ids, ids, None, None).backward()
         for ours, theirs in zip(job.objective.parameters(), plain.objective.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_a_run_that_switches_to_compiled_steps_resumes_in_the_same_weights(train, prepared, tmp_path, monkeypatch):
-    if not measured.can_compile(CPU):
-        pytest.skip("no C++ compiler")
-    monkeypatch.setattr(measured, "PIECES", 1)
-    monkeypatch.setattr(measured, "COMPILE_PAYS", 0.0)
-    monkeypatch.setattr(measured, "BACKGROUND", 1e-6)  # the switch is at the first step it can be
-    monkeypatch.setattr(measured, "GAIN", 0.0)  # the last way wins: compiled
-    values = {"data": prepared(), "compile": "auto", "max_iters": 9, "eval_interval": 3,
-              "lr_decay_iters": 9, "warmup_iters": 0}  # fmt: skip
-    train(out_dir=tmp_path / "whole", **values)
-    monkeypatch.setattr(measured, "compare", refuse)  # what was measured is remembered
-    train(out_dir=tmp_path / "parts", **values | {"max_iters": 6})
-    train(out_dir=tmp_path / "parts", **values)
-    last = [tmp_path / name / "checkpoints" / "last" for name in ("whole", "parts")]
-    assert json.loads((last[1] / "train_state" / "progress.json").read_text())["computed"]["compiled"] == "whole"
-    assert (last[0] / "model.safetensors").read_bytes() == (last[1] / "model.safetensors").read_bytes()
