@@ -139,7 +139,7 @@ def test_a_validation_file_of_its_own(start, tmp_path):
     ]  # fmt: skip
     write(val, OTHER + "裁判鸣哨。\n\n")
     with pytest.raises(UserError, match=r"val\.txt has changed"):
-        start(data, val=str(val))
+        start(data, val=str(val), max_iters=2)
 
 
 def test_nanogpts_own_data_is_trained_on_as_it_is(start, tmp_path):
