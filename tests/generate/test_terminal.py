@@ -82,7 +82,7 @@ def test_a_conversation_in_a_terminal(talker, tmp_path):
     assert screen.say("flush") == []
     assert screen.say("我叫什么") == ["我不知道"]
     assert screen.say("/flsh")[-1] == "miaobi: /flsh is no command and was sent as a message. Did you mean /flush?"
-    assert len(screen.say("/home/me/a.txt")) == 1, "a path is a message"
+    assert len(screen.say("/srv/me/a.txt")) == 1, "a path is a message"
     assert screen.say("flush") == []
     assert screen.say("我叫什么") == ["我不知道"]
     assert "no system message" in "".join(screen.say("/system 你是猫"))
@@ -204,8 +204,8 @@ def test_the_end_of_the_input_leaves(miaobi, typed, talker):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("/home/me/a.txt", "/home/me/a.txt"), ("/etc", "/etc"), ("/exot", "/exot"), ("/help me", "/help me"), ("/", "/"),
-     ("//exit", "/exit"), ("//", "/"), ("//home/x", "/home/x"), ("1/2", "1/2"), ("flush it", "flush it"),
+    [("/srv/me/a.txt", "/srv/me/a.txt"), ("/etc", "/etc"), ("/exot", "/exot"), ("/help me", "/help me"), ("/", "/"),
+     ("//exit", "/exit"), ("//", "/"), ("//srv/x", "/srv/x"), ("1/2", "1/2"), ("flush it", "flush it"),
      ("/exit now", "/exit now"), ("  /tmp", "  /tmp")],
 )  # fmt: skip
 def test_what_is_no_command_is_a_message(miaobi, typed, talker, monkeypatch, line, message):

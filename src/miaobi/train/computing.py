@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from subprocess import Popen
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from miaobi.console import log, warn
 from miaobi.device import can_compile, candidate_dtypes
 from miaobi.errors import UserError
 from miaobi.train.layout import is_sharded
-from miaobi.train.measured import Computed, Work, apply, checked, choose_compiled, choose_eager, compile_beside
+from miaobi.train.measured import Computed, Work, apply, checked, choose_eager
 from miaobi.train.run_directory import Progress
 from miaobi.train.world import World
 
@@ -22,16 +21,14 @@ COMPILE_PAYS_AFTER = 200
 
 
 class Computing:
-    """How steps are computed: decided before the first one, and once more when compilers that work beside the run have
-    had their time, always before the same step. `Progress.computed` holds both, so that a resumed run computes as it
-    began. Rank 0 decides for all.
+    """How steps are computed: decided before the first one and kept in `Progress.computed`, so that a resumed run
+    computes as it began. Rank 0 decides for all.
 
     Attributes: now, what is in use.
     """
 
     def __init__(self, cfg: TrainConfig, work: Work, dtype: torch.dtype, progress: Progress, world: World) -> None:
         self.work, self.progress, self.world = work, progress, world
-        self.beside: Popen | None = None
         usual = Computed(str(dtype).removeprefix("torch."))
         # Sharded models answer only together, and adapters are not in the model that another process would build.
         can_measure = work.device.type == "cpu" and not is_sharded(work.objective.model) and cfg.trainable == "full"
@@ -44,36 +41,18 @@ class Computing:
             why = "--compile" if cfg.compile is True else "a long run"
             self.settle(Computed(usual.dtype, compiled="blocks", why=why))
         elif can_measure and progress.step == 0:
-            self.settle(choose_eager(work, dtypes, compile_too=False))
+            self.settle(choose_eager(work, dtypes))
         else:
             self.settle(usual)
         if self.now != usual:
             log(f"computing in {self.now}")
         if not apply(work, self.now):
             self.now = usual
-        if self.now.switch is not None and progress.step < self.now.switch:
-            self.beside = compile_beside(work, self.now)
 
     def settle(self, way: Computed) -> None:
         """Take rank 0's way, and note it down."""
         self.progress.computed = self.world.gather(asdict(way))[0]
         self.now = Computed(**self.progress.computed)
-
-    def before(self, step: int) -> None:
-        """Decide about compilation, if it is to be before this step."""
-        if self.now.switch is None or step < self.now.switch:
-            return
-        way = choose_compiled(self.work, self.now, self.beside)
-        self.beside = None
-        self.settle(way)
-        if self.now != way:
-            apply(self.work, self.now)
-
-    def close(self) -> None:
-        """End what still compiles beside the run."""
-        if self.beside is not None and self.beside.poll() is None:
-            self.beside.terminate()
-            self.beside.wait()
 
 
 def continued(fields: dict[str, Any], dtypes: list[str]) -> Computed:

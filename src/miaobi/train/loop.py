@@ -117,7 +117,6 @@ class Run:
             finally:
                 if self.world.size == 1 or sys.exc_info()[0] is None:  # ranks that are lost cannot finish it
                     self.saver.finish()
-                self.computing.close()
                 self.threads.close()
                 if self.metrics is not None:
                     self.metrics.close()
@@ -139,7 +138,6 @@ class Run:
         if cfg.eval_first and not p.step:
             self.evaluate_first()
         while p.step < self.plan.total_steps and p.stopped is None:
-            self.computing.before(p.step)
             started = time.perf_counter()
             loss, norm, scored = self.step(p.step)
             waiting.append(torch.stack((loss, norm)))
@@ -154,7 +152,7 @@ class Run:
             if losses is not None:
                 figures = self.record(losses, norms, tokens, seconds)
                 waiting, tokens, seconds = [], 0, 0.0
-            self.threads.look(compiling=self.computing.beside is not None)
+            self.threads.look()
             bits = f"  val {p.val_bits_per_char:.3f} bits/char" if p.val_bits_per_char else ""
             bar.update(task, completed=p.step, figures=figures + bits)
             if due and not interrupted:

@@ -35,16 +35,10 @@ class Threads:
         self.seen = (time.monotonic(), cpu_seconds() or 0.0, own_seconds())
         self.looks: list[float] = []
 
-    def look(self, compiling: bool = False) -> None:
-        """Called after every step: twice in a row the same answer changes the number of threads.
-
-        compiling: another process works for this run; what it takes is not told from others.
-        """
+    def look(self) -> None:
+        """Called after every step: twice in a row the same answer changes the number of threads."""
         now = time.monotonic()
         if not self.adapts or now - self.seen[0] < LOOK:
-            return
-        if compiling:
-            self.seen, self.looks = (now, cpu_seconds() or 0.0, own_seconds()), []
             return
         seen = (now, cpu_seconds() or 0.0, own_seconds())
         spent, total, own = (b - a for a, b in zip(self.seen, seen, strict=True))
