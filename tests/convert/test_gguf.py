@@ -182,7 +182,7 @@ def test_rows_that_do_not_fit_a_kind_stay_f16_and_are_named(model_of, tmp_path, 
     result = convert(GGUFConfig(model=str(path), out=tmp_path / "m.gguf", quantize="q8_0"))
     assert "blk.0.attn_q.weight" in result["kept_in_f16"]
     assert "multiple of 32" in capsys.readouterr().err
-    LlamaCpp(tmp_path / "m.gguf")
+    assert LlamaCpp(tmp_path / "m.gguf").encode("中国")
 
 
 def test_the_exact_gelu_is_measured_and_said(model_of, tmp_path, capsys):

@@ -41,7 +41,7 @@ class Corpus:
     split: Literal["hash", "tail"] = "hash"
     """hash = whole documents, chosen by their content, so that adding files moves none;
     tail = nanoGPT's cut: the last part of the characters, no document handling at all (dialogues: the last ones)."""
-    val: Location = ""
+    val: Location | None = None
     """A file, directory or glob whose documents are the validation part, in place of a share of the sources; documents
     of the sources that are in it as well are dropped (not with --split=tail, which knows no documents)."""
     val_fraction: float = 0.1

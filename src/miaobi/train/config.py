@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +31,7 @@ class EvalConfig(ModelChoice, Where):
     scores), or a number."""
     batch_size: int = 16
     """Windows scored at once."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = dataclasses.field(default="float32", kw_only=True)
     """Arithmetic; float32 makes figures comparable across machines."""
 
     def __post_init__(self) -> None:
