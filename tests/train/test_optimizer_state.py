@@ -155,8 +155,11 @@ def test_nothing_in_a_received_run_is_executed(train, half_way, tmp_path, how, w
         settings |= {"eval_only": True}
     elif way == "finished":
         settings |= {"max_iters": 20}
-    with pytest.raises(UserError):
-        train(**settings)
+    if way == "eval_only" and how != "pickles under our names":
+        train(**settings)  # an evaluation needs no optimizer, and reads none
+    else:
+        with pytest.raises(UserError):
+            train(**settings)
     assert not marker.exists()
 
 

@@ -11,7 +11,7 @@ from miaobi.corpus.dialogue import GREETING, first_message
 from miaobi.corpus.examples import TrainingTemplate
 from miaobi.corpus.prepare import prepare
 from miaobi.corpus.prepared import PreparedData
-from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, ChatTemplate
+from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.generate.chat import preview
 
@@ -46,7 +46,7 @@ def test_the_first_message_is_found_in_what_a_template_wrote(template: str, mess
 def test_what_the_system_or_the_assistant_says_before_is_passed_over():
     tokenizer = Tokenizer.train_char(dict.fromkeys("你好是谁妙笔", 1))
     tokenizer.config["chat_template"] = CHATML_TEMPLATE
-    template = ChatTemplate.of(tokenizer)
+    template = TrainingTemplate.of(tokenizer)
     system = {"role": "system", "content": "你是妙笔"}
     assert first_message(tokenizer, template.render([system, *said("谁是你", "妙笔")]).ids) == "谁是你"
     assert first_message(tokenizer, template.render(said("妙笔", "谁是你", first="assistant")).ids) == "谁是你"

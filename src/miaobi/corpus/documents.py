@@ -244,7 +244,8 @@ def read_documents(
     """
     skipped = removed = 0
     sources = find_sources(paths, format)
-    refuse_contradictions(sources, format)
+    if not whole:  # a file that is read as it is may be called anything
+        refuse_contradictions(sources, format)
     for block in iter_blocks(sources, field, skip_bad, whole):
         content = read_block(block, field, skip_bad, whole)
         skipped += content.skipped

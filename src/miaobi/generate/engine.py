@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from miaobi.console import token_bar, warn
+from miaobi.console import log, token_bar, warn
 from miaobi.corpus.tokenizer import PAD, SEP, Tokenizer
 from miaobi.device import can_compile, cpu_has_bf16, explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
@@ -249,14 +249,10 @@ def text_ends(model: Transformer, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Tokens that end a text of a model just read: those its directory names and has; else, of a foreign model, the
     tokenizer's own. One of ours that names none saw none.
     """
-    size = model.cfg.vocab_size
-    ends = tuple(id_ for id_ in model.end_ids if 0 <= id_ < size)
-    if not ends and not is_ours(tokenizer) and tokenizer.eot_id is not None and tokenizer.eot_id < size:
-        ends = (tokenizer.eot_id,)
-    if missing := [id_ for id_ in model.end_ids if id_ not in ends]:
-        instead = tokenizer.backend.id_to_token(ends[-1]) if ends else None
-        warn(f"the model says that token {missing[0]} ends a text, but its vocabulary has {size:,}; "
-             + (f"texts end with {instead}" if instead else "texts end at their length"))  # fmt: skip
+    ends, own = tuple(model.end_ids), tokenizer.eot_id
+    if not ends and not is_ours(tokenizer) and own is not None and own < model.cfg.vocab_size:
+        ends = (own,)
+        log(f"the model names no token that ends a text; texts end with {tokenizer.backend.id_to_token(own)}")
     return ends
 
 
