@@ -17,13 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from miaobi.errors import UserError
 from miaobi.files import pointed
-from miaobi.train import saving, world
+from miaobi.train import rendezvous, saving, world
 from miaobi.train.run_directory import Progress
 
 IP = shutil.which("ip") or shutil.which("ip", path="/usr/sbin:/sbin")
@@ -265,7 +266,7 @@ def test_processes_that_are_started_again_meet_in_a_store_without_the_addresses_
     def meet(rank: int, attempt: int) -> str:
         time.sleep(late * ((rank + attempt) % 2))
         me.store, me.rank = dist.TCPStore("127.0.0.1", kept.port, timeout=patience), rank
-        store = world.fresh_store(patience)
+        store = rendezvous.fresh_store(patience)
         store.set(f"{rank}", f"attempt {attempt}")
         return store.get(f"{1 - rank}").decode()
 
@@ -275,7 +276,7 @@ def test_processes_that_are_started_again_meet_in_a_store_without_the_addresses_
             assert list(ranks.map(meet, range(2), [attempt] * 2)) == [f"attempt {attempt}"] * 2
     me.store, me.rank = kept, 0
     with pytest.raises(dist.DistError, match="rank 1 did not come"):
-        world.fresh_store(timedelta(seconds=0.2))
+        rendezvous.fresh_store(timedelta(seconds=0.2))
 
 
 @pytest.fixture
@@ -293,14 +294,15 @@ def neighbour() -> Iterator[tuple[world.World, world.World]]:
 
 def test_a_rank_that_waits_for_a_slow_disk_waits_on_until_another_rank_is_gone(neighbour, tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "LOOK", 0.01)
-    saver = saving.Saver(tmp_path, neighbour[0], None, (), None, None, (None, None))
+    plan = SimpleNamespace(world=neighbour[0], out=tmp_path, progress=Progress())  # what waiting needs of a plan
+    saver = saving.Saver(plan)
     saver.thread = threading.Thread(target=time.sleep, args=(0.5,), daemon=True)
     saver.thread.start()
-    saver.finish(Progress())
+    saver.finish()
     saver.thread = threading.Thread(target=threading.Event().wait, daemon=True)
     saver.thread.start()
     neighbour[1].leave()
     with pytest.raises(
         UserError, match=r"lost the other ranks: the process of rank 1 on host-1 is gone.*a checkpoint was written"
     ):
-        saver.finish(Progress())
+        saver.finish()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from miaobi.config import ModelConfig, TrainConfig
+from miaobi.device import can_compile
 from miaobi.errors import UserError
 from miaobi.model.transformer import Transformer
 from miaobi.train import computing, measured
@@ -53,33 +54,33 @@ def test_ways_take_turns_and_the_first_turn_does_not_count():
 
 def test_a_short_run_is_not_measured(monkeypatch):
     monkeypatch.setattr(measured, "compare", refuse)
-    assert choose_eager(work(steps=measured.PIECES - 1), ["float32"], True) == Computed("float32")
+    assert choose_eager(work(steps=measured.PIECES - 1), ["float32"]) == Computed("float32")
 
 
 def test_a_shape_is_measured_once_per_machine(monkeypatch):
     job = work()
     weights = [p.clone() for p in job.objective.parameters()]
     state = torch.get_rng_state()
-    first = choose_eager(job, ["float32"], False)
+    first = choose_eager(job, ["float32"])
     assert first.why.startswith("measured")
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(weights, job.objective.parameters(), strict=True))
     monkeypatch.setattr(measured, "compare", refuse)
-    assert choose_eager(work(), ["float32"], False) == first
+    assert choose_eager(work(), ["float32"]) == first
     for other in (work(rows=2), work(family="gpt2")):
         with pytest.raises(AssertionError, match="measured again"):
-            choose_eager(other, ["float32"], False)
+            choose_eager(other, ["float32"])
     monkeypatch.setattr(measured, "cpu_flags", lambda: "flags: avx512f amx_tile")
     with pytest.raises(AssertionError, match="measured again"):
-        choose_eager(work(), ["float32"], False)
+        choose_eager(work(), ["float32"])
 
 
 def test_probabilities_that_would_take_too_much_memory_are_not_tried(monkeypatch):
     monkeypatch.setattr(measured, "KEPT_SHARE", 0.0)
     monkeypatch.setattr(measured, "compare", lambda ways: {way: 0.1 if way.explicit else 1.0 for way in ways})
-    assert not choose_eager(work(), ["float32"], False).explicit
+    assert not choose_eager(work(), ["float32"]).explicit
     monkeypatch.setattr(measured, "KEPT_SHARE", 0.15)
-    assert choose_eager(work(rows=2), ["float32"], False).explicit
+    assert choose_eager(work(rows=2), ["float32"]).explicit
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"eager": 3}', '{"eager": {"dtype": "int8"}}',
@@ -127,7 +128,7 @@ def test_a_precision_that_this_machine_lacks_is_replaced_and_said(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["blocks", "whole"])
 def test_compiled_ways_have_the_gradients_of_eager_ones_also_of_a_smaller_last_batch(part):
-    if not measured.can_compile(CPU):
+    if not can_compile(CPU):
         pytest.skip("no C++ compiler")
     job, plain = work(), work()
     assert compile_as(job.objective, part, lambda: job.once(Computed("float32")))
