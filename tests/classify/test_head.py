@@ -1,12 +1,14 @@
 """The classifier against transformers, against itself without padding, and on the disk."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -166,3 +168,52 @@ def test_damaged_classifiers_are_refused(tmp_path: Path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="cut short or altered"):
         head.load(tmp_path, CPU, torch.float32)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=5,
+)
+SAVED = ("block_size", "long_texts", "before", "after", "pad_id", "pooling", "temperature", "labels")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("classifier")
+    head.save(path, judge_of("gpt2"))
+    return path
+
+
+@settings(max_examples=150)
+@given(key=st.sampled_from((*SAVED, "unheard of")), value=VALUES)
+def test_any_value_in_classifier_json_judges_or_is_an_error_by_name(saved: Path, key: str, value: object):
+    file = saved / "classifier.json"
+    whole = file.read_text(encoding="utf-8")
+    try:
+        file.write_text(json.dumps(json.loads(whole) | {key: value}), encoding="utf-8")
+        figures = head.load(saved, CPU, torch.float32).probabilities(TEXTS)
+    except UserError as e:
+        figures, said = None, str(e)
+    else:
+        said = ""
+    finally:
+        file.write_text(whole, encoding="utf-8")
+    if figures is None:
+        assert key in said or "is damaged" in said
+    else:
+        assert np.isfinite(figures).all()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("pooling", "max"), ("long_texts", "cut"), ("temperature", 0.0), ("temperature", -1), ("temperature", math.nan),
+     ("before", [10**6]), ("after", [-1]), ("pad_id", 10**6), ("pad_id", 1.0), ("block_size", 0), ("block_size", 10**6),
+     ("labels", ["坏", "坏", "好"]), ("labels", "坏中好")],
+)  # fmt: skip
+def test_values_that_no_classifier_has_are_refused(saved: Path, key: str, value: object, tmp_path: Path):
+    shutil.copytree(saved, tmp_path / "c")
+    file = tmp_path / "c" / "classifier.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {key: value}), encoding="utf-8")
+    with pytest.raises(UserError, match=key):
+        head.load(tmp_path / "c", CPU, torch.float32)

@@ -284,6 +284,10 @@ def test_lora_that_does_more_is_refused_by_name(base, settings, tmp_path):
         ("adapter_config.json", b"[]"),
         ("adapter_config.json", b'{"lora_alpha": 6}'),
         ("adapter_config.json", b'{"r": "four", "lora_alpha": 6}'),
+        ("adapter_config.json", b'{"r": 1000000000, "lora_alpha": 6}'),
+        ("adapter_config.json", b'{"r": true, "lora_alpha": 6}'),
+        ("adapter_config.json", b'{"r": 4, "lora_alpha": [6]}'),
+        ("adapter_config.json", b"[" * 100_000),
         ("adapter_model.safetensors", b"half"),
     ],
 )

@@ -137,6 +137,9 @@ def test_a_validation_file_of_its_own(start, tmp_path):
     assert [(Path(source["path"]).name, source.get("split")) for source in sources] == [
         ("a.txt", None), ("val.txt", "val"),
     ]  # fmt: skip
+    write(val, OTHER.replace("前锋", "门将"))
+    with pytest.raises(UserError, match=r"learned from another text: .*val\.txt has changed"):
+        start(data, val=str(val), max_iters=2)
 
 
 def test_nanogpts_own_data_is_trained_on_as_it_is(start, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from miaobi.classify.data import Reading
+from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.errors import UserError
-from miaobi.files import read_json, write_json
+from miaobi.errors import UserError, brief
+from miaobi.files import read_json, read_record, write_json
 from miaobi.model.checkpoint import model_directory, save_tensors
 from miaobi.model.families import check_hf, load_hf, to_hf
 from miaobi.model.hf_config import ARCHITECTURES, hf_config, model_config
@@ -239,6 +240,47 @@ def save(directory: Path, judge: Judge) -> None:
     wrapping(judge.tokenizer, reading).save(directory, model_max_length=reading.block_size)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What `classifier.json` says: how texts are read (`Reading`), and what is made of the scores.
+
+    Raises UserError for values that no classifier has.
+    """
+
+    block_size: int
+    long_texts: str
+    before: list[int]
+    after: list[int]
+    pad_id: int
+    pooling: str
+    temperature: float
+    labels: list[str]
+
+    def __post_init__(self) -> None:
+        for key, known in (("long_texts", ("chunks", "truncate")), ("pooling", ("mask", "no_mask", "mean"))):
+            if getattr(self, key) not in known:
+                raise UserError(
+                    f"{SETTINGS} has {key}={brief(getattr(self, key))}; it must be one of {', '.join(known)}"
+                )
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"{SETTINGS} has temperature={self.temperature}; it must be positive and finite")
+        if len(set(self.labels)) < max(2, len(self.labels)):
+            raise UserError(f"{SETTINGS} has labels={brief(self.labels)}; they must be two or more, each once")
+        if self.block_size <= len(self.before) + len(self.after):
+            raise UserError(f"{SETTINGS} has block_size={self.block_size}, which leaves no room for a text")
+
+    def reading(self, decoder: ModelConfig) -> Reading:
+        """How texts are read for `decoder`. Raises UserError for ids or lengths that it does not have."""
+        for key, ids in (("before", self.before), ("after", self.after), ("pad_id", [self.pad_id])):
+            if not all(0 <= id_ < decoder.vocab_size for id_ in ids):
+                raise UserError(
+                    f"{SETTINGS} has {key}={brief(ids)}, but the model's ids go to {decoder.vocab_size - 1}"
+                )
+        if self.block_size > decoder.block_size:
+            raise UserError(f"{SETTINGS} has block_size={self.block_size}, but the model has {decoder.block_size}")
+        return Reading(self.block_size, self.long_texts, tuple(self.before), tuple(self.after), self.pad_id)
+
+
 def wrapping(tokenizer: Tokenizer, reading: Reading) -> Tokenizer:
     """A tokenizer that, in transformers, puts what stands around a text there by itself."""
     copy = Tokenizer.from_json(tokenizer.backend.to_str(), tokenizer.config)
@@ -260,21 +302,24 @@ def load(name: str | Path, device: torch.device, dtype: torch.dtype) -> Judge:
     if not (path / SETTINGS).is_file():
         raise UserError(f"{path} is no classifier of miaobi (it has no {SETTINGS}); "
                         "train one with miaobi classify train --base_model=...")  # fmt: skip
-    settings, config = read_json(path / SETTINGS), read_json(path / "config.json")
+    config = read_json(path / "config.json")
     try:
-        kinds = {field.name: settings[field.name] for field in dataclasses.fields(Reading)}
-        reading = Reading(**kinds | {"before": tuple(kinds["before"]), "after": tuple(kinds["after"])})
+        settings = read_record(path / SETTINGS, Settings)
+    except UserError as e:
+        raise UserError(f"{path} is damaged ({e}); copy it again, or train it again") from e
+    try:
         tensors = read_tensors(path)
         score = tensors.pop("score.weight")
         decoder = model_config(config.get("decoder", config), tensors)
+        reading = settings.reading(decoder)
         tensors = check_hf(decoder, tensors, "its weights")
         model = Transformer(decoder)
         load_hf(model, tensors)
-        classifier = Classifier(model, len(settings["labels"]), settings["pooling"])
+        classifier = Classifier(model, len(settings.labels), settings.pooling)
         classifier.score.weight.data.copy_(score)
-        judge = Judge(classifier.to(device), Tokenizer.load(path), reading, settings["labels"],
-                      float(settings["temperature"]), dtype)  # fmt: skip
-    except (KeyError, TypeError, ValueError, RuntimeError, json.JSONDecodeError) as e:
+        judge = Judge(classifier.to(device), Tokenizer.load(path), reading, settings.labels,
+                      float(settings.temperature), dtype)  # fmt: skip
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); copy it again, or train it again") from e
     except UserError as e:
         raise UserError(f"{path}: {e}") from e

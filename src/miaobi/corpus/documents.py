@@ -257,4 +257,4 @@ def read_documents(
         warn(REMOVED.format(removed))
 
 
-REMOVED = "{:,} characters U+0000 and U+FEFF were taken out: padding, and byte order marks where files were joined"
+REMOVED = "taken out: {:,} of the characters U+0000 and U+FEFF (padding, and byte order marks where files were joined)"

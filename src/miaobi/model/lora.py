@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from miaobi.config import LoraConfig, ModelConfig
-from miaobi.errors import UserError
+from miaobi.errors import UserError, brief
 from miaobi.files import write_json
 from miaobi.model.checkpoint import save_tensors
 from miaobi.model.families import qkv_widths
@@ -185,9 +185,12 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
             if peft.get(key, plain[0]) not in plain:
                 raise UserError(f"{config} has {key}={peft[key]!r}; only plain LoRA is read: merge the adapter with "
                                 "PEFT's merge_and_unload() and use the model it saves")  # fmt: skip
+        ranks = {len(tensor) for name, tensor in tensors.items() if ".lora_A." in name and tensor.ndim == 2}
+        if type(peft["r"]) is not int or ranks != {peft["r"]}:  # before anything of that size is made
+            raise ValueError(f"adapter_config.json has r={brief(peft['r'])}, its matrices have {sorted(ranks)}")
         targets = "all" if any(".mlp." in name for name in tensors) else "attention"
         return LoraConfig(peft["r"], peft["lora_alpha"], peft.get("lora_dropout") or 0.0, targets), tensors
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
         raise UserError(f"{directory} is not a PEFT adapter that can be read ({e}): adapter_config.json and "
                         "adapter_model.safetensors must both be there, whole; copy them again") from e  # fmt: skip
 
