@@ -65,7 +65,7 @@ class Saving:
             self.run.progress.step += 1
         loss.item()
         started = time.perf_counter()
-        self.run.save()
+        self.run.saver.save()
         if wait:
             self.run.saver.finish()
         stood_still = time.perf_counter() - started

@@ -8,7 +8,7 @@ from miaobi.device import can_compile
 from miaobi.errors import UserError
 from miaobi.model.transformer import Transformer
 from miaobi.train import computing, measured
-from miaobi.train.computing import Computing
+from miaobi.train.computing import choose_computing
 from miaobi.train.layout import Objective, compile_as, is_compiled, no_recompilation
 from miaobi.train.measured import Computed, Work, choose_eager, compare, fastest, recall, remember
 from miaobi.train.run_directory import Progress
@@ -97,11 +97,11 @@ def test_a_run_that_goes_on_computes_as_it_began(monkeypatch):
     monkeypatch.setattr(measured, "compare", refuse)
     progress = Progress(step=7, computed={"dtype": "float32", "explicit": True, "why": "another machine"})
     job = work()
-    decided = Computing(TrainConfig(), job, torch.float32, progress, World())
-    assert decided.now == Computed("float32", explicit=True, why="another machine")
+    decided = choose_computing(TrainConfig(), job, torch.float32, progress, World())
+    assert decided == Computed("float32", explicit=True, why="another machine")
     assert all(block.attn.explicit for block in job.objective.model.blocks)
     old = Progress(step=7)  # of a version that did not measure
-    assert Computing(TrainConfig(), work(), torch.float32, old, World()).now == Computed("float32")
+    assert choose_computing(TrainConfig(), work(), torch.float32, old, World()) == Computed("float32")
 
 
 def test_the_first_rank_decides_for_all(monkeypatch):
@@ -111,18 +111,18 @@ def test_the_first_rank_decides_for_all(monkeypatch):
 
     monkeypatch.setattr(computing, "choose_eager", lambda *_, **__: Computed("float32", why="slower here"))
     job = work()
-    assert Computing(TrainConfig(), job, torch.float32, Progress(), Two()).now.explicit
+    assert choose_computing(TrainConfig(), job, torch.float32, Progress(), Two()).explicit
     assert job.objective.model.blocks[0].attn.explicit
 
 
 def test_a_precision_that_this_machine_lacks_is_replaced_and_said(capsys):
     progress = Progress(step=7, computed={"dtype": "bfloat16", "explicit": True})
-    decided = Computing(TrainConfig(), work(), torch.float32, progress, World())
-    assert decided.now == Computed("float32", explicit=True)
+    decided = choose_computing(TrainConfig(), work(), torch.float32, progress, World())
+    assert decided == Computed("float32", explicit=True)
     assert capsys.readouterr().err.count("warning:") == 1
     damaged = Progress(step=7, computed={"dtype": "int8"})
     with pytest.raises(UserError, match="damaged"):
-        Computing(TrainConfig(), work(), torch.float32, damaged, World())
+        choose_computing(TrainConfig(), work(), torch.float32, damaged, World())
 
 
 @pytest.mark.slow

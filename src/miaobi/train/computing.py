@@ -20,39 +20,29 @@ COMPILE_PAYS_AFTER = 200
 """Steps from which on a run compiles before the first of them, in about twenty seconds; fp32 on a CPU gains nothing."""
 
 
-class Computing:
-    """How steps are computed: decided before the first one and kept in `Progress.computed`, so that a resumed run
-    computes as it began. Rank 0 decides for all.
-
-    Attributes: now, what is in use.
+def choose_computing(cfg: TrainConfig, work: Work, dtype: torch.dtype, progress: Progress, world: World) -> Computed:
+    """How the steps of this run are computed, from here on: decided before the first one and kept in
+    `Progress.computed`, so that a resumed run computes as it began. Rank 0 decides for all.
     """
-
-    def __init__(self, cfg: TrainConfig, work: Work, dtype: torch.dtype, progress: Progress, world: World) -> None:
-        self.work, self.progress, self.world = work, progress, world
-        usual = Computed(str(dtype).removeprefix("torch."))
-        # Sharded models answer only together, and adapters are not in the model that another process would build.
-        can_measure = work.device.type == "cpu" and not is_sharded(work.objective.model) and cfg.trainable == "full"
-        fp32_cpu = work.device.type == "cpu" and dtype == torch.float32  # all but products is 3% of a step there
-        pays = work.steps >= COMPILE_PAYS_AFTER and can_compile(work.device) and not fp32_cpu
-        dtypes = candidate_dtypes(cfg.dtype, work.device, dtype)
-        if progress.computed:
-            self.now = continued(progress.computed, dtypes)
-        elif cfg.compile is True or (cfg.compile == "auto" and pays):
-            why = "--compile" if cfg.compile is True else "a long run"
-            self.settle(Computed(usual.dtype, compiled="blocks", why=why))
+    usual = Computed(str(dtype).removeprefix("torch."))
+    # Sharded models answer only together, and adapters are left alone.
+    can_measure = work.device.type == "cpu" and not is_sharded(work.objective.model) and cfg.trainable == "full"
+    fp32_cpu = work.device.type == "cpu" and dtype == torch.float32  # all but products is 3% of a step there
+    pays = work.steps >= COMPILE_PAYS_AFTER and can_compile(work.device) and not fp32_cpu
+    dtypes = candidate_dtypes(cfg.dtype, work.device, dtype)
+    if progress.computed:
+        way = continued(progress.computed, dtypes)
+    else:
+        way = usual
+        if cfg.compile is True or (cfg.compile == "auto" and pays):
+            way = Computed(usual.dtype, compiled="blocks", why="--compile" if cfg.compile is True else "a long run")
         elif can_measure and progress.step == 0:
-            self.settle(choose_eager(work, dtypes))
-        else:
-            self.settle(usual)
-        if self.now != usual:
-            log(f"computing in {self.now}")
-        if not apply(work, self.now):
-            self.now = usual
-
-    def settle(self, way: Computed) -> None:
-        """Take rank 0's way, and note it down."""
-        self.progress.computed = self.world.gather(asdict(way))[0]
-        self.now = Computed(**self.progress.computed)
+            way = choose_eager(work, dtypes)
+        progress.computed = world.gather(asdict(way))[0]
+        way = Computed(**progress.computed)
+    if way != usual:
+        log(f"computing in {way}")
+    return way if apply(work, way) else usual
 
 
 def continued(fields: dict[str, Any], dtypes: list[str]) -> Computed:

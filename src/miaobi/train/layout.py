@@ -169,3 +169,12 @@ def is_compiled(objective: nn.Module) -> bool:
 def no_recompilation(objective: nn.Module) -> AbstractContextManager:
     """What is compiled for other shapes runs eagerly: compiling again would take longer than that ever does."""
     return torch.compiler.set_stance("eager_on_recompile") if is_compiled(objective) else nullcontext()
+
+
+def reducing(objective: nn.Module, model: Transformer, last: bool) -> AbstractContextManager:
+    """Gradients are reduced over the ranks with the last micro-batch only."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(last)
+    elif hasattr(objective, "no_sync") and not last:  # DDP's
+        return objective.no_sync()
+    return nullcontext()

@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -19,22 +18,21 @@ from miaobi.console import console, log, progress, warn
 from miaobi.corpus.dataset import IGNORE, derive
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory, keep_allocations, peak_flops, pick_dtype
-from miaobi.errors import UserError
 from miaobi.model.transformer import Transformer
 from miaobi.settings import Origin, flatten
-from miaobi.train.computing import COMPILE_PAYS_AFTER, Computing
+from miaobi.train.computing import COMPILE_PAYS_AFTER, choose_computing
 from miaobi.train.data import opening
 from miaobi.train.evaluate import bits_per_char, eager, mean_loss, place
-from miaobi.train.layout import Objective, is_sharded, no_recompilation, whole
+from miaobi.train.layout import Objective, is_sharded, no_recompilation, reducing, whole
 from miaobi.train.measured import Work
 from miaobi.train.optimizer import rate, set_rate
-from miaobi.train.recipe import micro_batch
+from miaobi.train.recipe import memory_advice, micro_batch
 from miaobi.train.rendezvous import join, rank_device
 from miaobi.train.run_directory import one_writer
-from miaobi.train.saving import Saver, checkpoint_before
+from miaobi.train.saving import Saver
 from miaobi.train.setup import Plan, set_up
 from miaobi.train.threads import Threads
-from miaobi.train.watch import Metrics, on_signals, overfitting, since_best, time_left
+from miaobi.train.watch import Metrics, not_finite, on_signals, overfitting, since_best, time_left
 from miaobi.train.world import check_batch, explain_lost
 
 Preview = Callable[[Transformer, Tokenizer, str, int, tuple[int, ...], bool], str]
@@ -57,12 +55,7 @@ def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None 
         dtype = pick_dtype(cfg.train.dtype, device)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32, as nanoGPT allows
-        micro = micro_batch(cfg, device, world.size)
-        advice = (
-            f"micro-batches of {micro} x {cfg.model.block_size} tokens were too large. "
-            f"Try --micro_batch_size={max(1, micro // 2)} (same step, less memory), "
-            "then --activation_checkpointing=True, then a smaller --block_size or model"
-        )
+        advice = memory_advice(micro_batch(cfg, device, world.size), cfg.model.block_size)
         with explain_memory(device, advice), explain_lost(world), one_writer(cfg, world.is_first):
             return Run(set_up(cfg, origin or {}, world, device, dtype)).go(preview)
     finally:
@@ -120,10 +113,7 @@ class Run:
                 self.threads.close()
                 if self.metrics is not None:
                     self.metrics.close()
-        if self.saver.lost:
-            raise UserError(f"the last checkpoint, of step {p.step}, could not be written; "
-                            f"{checkpoint_before(self.saver.root)}. Free some space: the same command again goes on "
-                            "from there")  # fmt: skip
+        self.saver.refuse_lost()
         log(f"curves: tensorboard --logdir={plan.out}")
         return plan.result(p.stopped or "max_iters")
 
@@ -134,7 +124,7 @@ class Run:
         self.model.train()
         if p.step and self.is_due(p.step) and p.evaluated != p.step:  # interrupted just before it
             self.evaluate(preview)
-            self.save()
+            self.saver.save()
         if cfg.eval_first and not p.step:
             self.evaluate_first()
         while p.step < self.plan.total_steps and p.stopped is None:
@@ -160,7 +150,7 @@ class Run:
             if interrupted:
                 log(f"{interrupted}: saving step {p.step} (Ctrl-C again stops at once)")
             if save:
-                self.save()
+                self.saver.save()
             if interrupted:
                 self.saver.finish()
                 p.stopped = interrupted
@@ -210,7 +200,7 @@ class Run:
             x, y, positions, mask = place(batch, slice(i, i + plan.micro), plan.device, self.flex)
             if self.model.cfg.dropout or plan.cfg.lora.lora_dropout:
                 torch.manual_seed(derive(cfg.seed, "dropout", step, micro, world.rank))
-            with self.reducing(micro == len(starts) - 1):
+            with reducing(self.objective, self.model, micro == len(starts) - 1):
                 autocast = torch.autocast(plan.device.type, dtype=plan.dtype, enabled=plan.dtype != torch.float32)
                 with autocast, no_recompilation(self.objective):
                     loss = self.objective(x, y, positions, mask) / scored
@@ -228,14 +218,6 @@ class Run:
             optimizer.zero_grad(set_to_none=True)
         plan.scaler.update()
         return total, norm, scored
-
-    def reducing(self, last: bool) -> AbstractContextManager:
-        """Gradients are reduced over the ranks with the last micro-batch only."""
-        if is_sharded(self.model):
-            self.model.set_requires_gradient_sync(last)
-        elif self.world.size > 1 and not last:
-            return self.objective.no_sync()
-        return nullcontext()
 
     def validation_loss(self) -> float:
         """Nats per scored token over the validation windows."""
@@ -286,10 +268,6 @@ class Run:
             log("  " + text.replace("\n", "\n  "))
             self.model.train()
 
-    def save(self) -> None:
-        """Begin a checkpoint; it is written while training goes on."""
-        self.saver.save()
-
     def interrupt(self, reason: str) -> None:
         """Ask the loop to save after the step at hand; Ctrl-C once more stops at once.
 
@@ -303,24 +281,18 @@ class Run:
     def fail_not_finite(self, what: str, step: int) -> None:
         """Raise UserError: the loss or the gradient, which all ranks share, is NaN or infinite."""
         self.saver.finish()
-        last = self.plan.out / "checkpoints" / "last"
-        there = f"The last good checkpoint is {last}." if last.exists() else "No checkpoint was written yet."
-        raise UserError(
-            f"the {what} is not finite at step {step}. {there} "
-            f"Try a lower --learning_rate (now {self.plan.optim.learning_rate:g}), a longer --warmup_iters, "
-            "or --dtype=float32, in another --out_dir"
-        )
+        raise not_finite(what, step, self.saver.root / "last", self.plan.optim.learning_rate)
 
     def choose_computing(self) -> None:
         """Decide, or go on with, precision, attention and compilation."""
         plan, cfg, steps = self.plan, self.cfg, self.plan.total_steps
-        # FlexAttention knows no dropout, and needs the compiler to be fast.
         compiles = cfg.compile is True or (cfg.compile == "auto" and steps >= COMPILE_PAYS_AFTER)
+        # FlexAttention knows no dropout, and needs the compiler to be fast.
         self.flex = plan.device.type == "cuda" and self.model.cfg.dropout == 0.0 and compiles
         example = place(plan.blocks.fixed(plan.micro), slice(None), plan.device, self.flex)
         self.model.train()
         pieces = math.ceil(cfg.global_batch / self.world.size / plan.micro)
         work = Work(self.objective, example, plan.device, steps - self.progress.step, pieces)
-        self.computing = Computing(cfg, work, plan.dtype, self.progress, self.world)
-        self.plan = replace(plan, dtype=getattr(torch, self.computing.now.dtype))
-        self.flex = self.flex and bool(self.computing.now.compiled)
+        way = choose_computing(cfg, work, plan.dtype, self.progress, self.world)
+        self.plan = replace(plan, dtype=getattr(torch, way.dtype))
+        self.flex = self.flex and bool(way.compiled)

@@ -77,3 +77,12 @@ def micro_batch(cfg: RunConfig, device: torch.device, ranks: int) -> int:
         return micro
     pieces = -(-rows // max(1, min(micro, CPU_TOKENS // cfg.model.block_size)))
     return -(-rows // pieces)
+
+
+def memory_advice(micro: int, block_size: int) -> str:
+    """What to try when `micro` sequences at once were too many."""
+    return (
+        f"micro-batches of {micro} x {block_size} tokens were too large. "
+        f"Try --micro_batch_size={max(1, micro // 2)} (same step, less memory), "
+        "then --activation_checkpointing=True, then a smaller --block_size or model"
+    )

@@ -17,6 +17,7 @@ from threading import Thread
 import torch
 
 from miaobi.console import warn
+from miaobi.errors import UserError
 from miaobi.files import point, pointed, sha256, write_manifest, write_text, written_whole
 from miaobi.model.checkpoint import Unfilled, save_model
 from miaobi.model.lora import adapters, merged, save_adapter
@@ -57,6 +58,13 @@ class Saver:
         # a daemon: a rank that lost the others must be able to leave
         self.thread = Thread(target=self._run, args=(plain, state, copy.deepcopy(plan.progress)), daemon=True)
         self.thread.start()
+
+    def refuse_lost(self) -> None:
+        """Raise UserError where the last checkpoint could not be written."""
+        if self.lost:
+            raise UserError(f"the last checkpoint, of step {self.plan.progress.step}, could not be written; "
+                            f"{checkpoint_before(self.root)}. Free some space: the same command again goes on "
+                            "from there")  # fmt: skip
 
     def finish(self) -> None:
         """Wait for the checkpoint under way; where it was lost, so is a best model in it.

@@ -147,3 +147,13 @@ def on_signals(interrupt: Callable[[str], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def not_finite(what: str, step: int, last: Path, learning_rate: float) -> UserError:
+    """The error for a loss or gradient, which all ranks share, that is NaN or infinite. last: the latest checkpoint."""
+    there = f"The last good checkpoint is {last}." if last.exists() else "No checkpoint was written yet."
+    return UserError(
+        f"the {what} is not finite at step {step}. {there} "
+        f"Try a lower --learning_rate (now {learning_rate:g}), a longer --warmup_iters, "
+        "or --dtype=float32, in another --out_dir"
+    )
