@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import mmap
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -140,6 +141,10 @@ def take_survey(
     return corpus
 
 
+HASHED_AT_ONCE = 16 << 20
+"""Bytes; a multiple of every system's granularity of maps."""
+
+
 @contextlib.contextmanager
 def _hashing(sources: list[Source], hashes: dict[Path, str]) -> Iterator[None]:
     """Puts the SHA-256 of the files that no worker reads in one piece into `hashes`, beside the reading."""
@@ -157,9 +162,16 @@ def _hashing(sources: list[Source], hashes: dict[Path, str]) -> Iterator[None]:
 
 
 def _mapped_sha256(path: Path) -> str:
-    """In one call: to read the file piece by piece would wait for the interpreter's lock at each."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return hashlib.sha256(data).hexdigest()
+    """SHA-256 of a file, a long piece at a time: for each the thread must win the interpreter back from the reader, and
+    what is mapped counts as memory of this process."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        for start in range(0, size, HASHED_AT_ONCE):
+            length = min(HASHED_AT_ONCE, size - start)
+            with mmap.mmap(file.fileno(), length, offset=start, access=mmap.ACCESS_READ) as data:
+                digest.update(data)
+    return digest.hexdigest()
 
 
 def _is_one_block(source: Source) -> bool:
