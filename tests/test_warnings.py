@@ -1,15 +1,24 @@
 """No warning of a library reaches a user: every verb runs with them as errors, and stderr is searched for the rest."""
 
-import os
+import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests import processes
 
-LOUD = "error::UserWarning,error::FutureWarning,error::RuntimeWarning,error::ResourceWarning:miaobi"
-"""As errors, in a process of its own: those that Python shows to a user (others it shows to nobody by default)."""
+import miaobi
+
+LOUD = """
+import warnings
+for category in (UserWarning, FutureWarning, RuntimeWarning):
+    warnings.simplefilter("error", category)
+warnings.filterwarnings("error", category=ResourceWarning, module="miaobi")
+"""
+"""As errors: those that Python shows to a user (others it shows to nobody by default)."""
+VERB = f"{LOUD}\nimport runpy, sys\nsys.argv[0] = 'miaobi'\nrunpy.run_module('miaobi', run_name='__main__')"
 OF_A_LIBRARY = re.compile(
     r"Warning:|warnings?\.warn|^\[[WE]\d{3,}|^[WE]\d{4} |\bWARNING\b|Traceback|deprecated|^.*\.py:\d+: ", re.MULTILINE
 )
@@ -20,9 +29,7 @@ def run(*arguments: object, stdin: str = "", cwd: Path | None = None) -> str:
     """A command as a user types it, in a process of its own; returns stdout. It must succeed and be silent but for
     what miaobi itself says.
     """
-    env = os.environ | {"PYTHONWARNINGS": LOUD, "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run([sys.executable, "-m", "miaobi", *map(str, arguments)], input=stdin, capture_output=True,
-                          encoding="utf-8", env=env, cwd=cwd, timeout=500)  # fmt: skip
+    done = processes.run(["-c", VERB, *arguments], input=stdin, cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert OF_A_LIBRARY.findall(done.stderr) == [], done.stderr
     return done.stdout
@@ -45,6 +52,24 @@ def test_what_libraries_print_is_found(line: str):
 def test_what_miaobi_says_is_not_mistaken_for_it():
     said = "warning: this CPU has no bfloat16 arithmetic and would crawl; using float32\nstep 1/2  loss 3.2  9 tok/s\n"
     assert not OF_A_LIBRARY.search(said)
+
+
+def test_importing_is_silent():
+    """In a fresh Python; the commands below run where everything is imported already."""
+    names = [module.name for module in pkgutil.walk_packages(miaobi.__path__, "miaobi.")]
+    assert {"miaobi.train.loop", "miaobi.classify.predict", "miaobi.demo"} <= set(names)
+    code = f"{LOUD}\nimport importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    wanted = [name for name in names if not name.endswith("__main__")]
+    done = subprocess.run([sys.executable, "-c", code, *wanted], capture_output=True, text=True, timeout=500)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_warning_in_a_command_is_found(tmp_path: Path):
+    """The net below has no hole: a process like theirs ends with an error, and what a library prints is seen."""
+    loud = processes.run(["-c", f"{LOUD}\nwarnings.warn('of a library', UserWarning)"])
+    assert loud.returncode == 1
+    assert OF_A_LIBRARY.search(loud.stderr)
+    assert OF_A_LIBRARY.search(processes.run(["-c", "import os; os.write(2, b'[W1130 06:51:16.1 x.cpp:1] y')"]).stderr)
 
 
 def auto(*without: str, **values: object) -> list[str]:
