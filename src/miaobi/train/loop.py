@@ -101,7 +101,8 @@ class Run:
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
         if self.world.is_first:
             wandb = {"project": cfg.wandb_project, "name": cfg.wandb_run_name, "id": p.run, "config": flatten(plan.cfg)}
-            self.metrics = Metrics(plan.out, first, wandb if cfg.wandb_log else None, p.evaluated == first)
+            self.metrics = Metrics(plan.out, first, wandb if cfg.wandb_log else None, p.evaluated == first,
+                                   cfg.tensorboard_path)  # fmt: skip
         with on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
             task = bar.add_task("train", total=plan.total_steps, completed=first, figures="",
                                 visible=console.is_terminal)  # fmt: skip
@@ -114,7 +115,7 @@ class Run:
                 if self.metrics is not None:
                     self.metrics.close()
         self.saver.refuse_lost()
-        log(f"curves: tensorboard --logdir={plan.out}")
+        log(f"curves: tensorboard --logdir={cfg.tensorboard_path or plan.out}")
         return plan.result(p.stopped or "max_iters")
 
     def steps(self, bar: Bar, task, preview: Preview | None) -> None:
