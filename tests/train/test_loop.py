@@ -211,7 +211,7 @@ def test_small_gpts_tensorboard_path_gets_the_curves(train, prepared, tmp_path, 
     for name in ("run", "board", "other"):
         board = EventAccumulator(str(tmp_path / name))
         board.Reload()
-        found[name] = [(e.step, e.value) for e in board.Scalars("val_loss")]
+        found[name] = sorted((e.step, e.value) for e in board.Scalars("val_loss"))
     wanted = [(row["step"], pytest.approx(row["val_loss"])) for row in rows(tmp_path / "run") if "val_loss" in row]
     assert found["run"] == wanted
     assert found["board"] == wanted[:3]

@@ -27,7 +27,7 @@ LAYER = {
 MASK = "attn.bias"
 """Kept by the code path without flash attention."""
 MOST_FOR_SPARE_ROWS = 0.01
-"""Of its probability a model that has learned gives less to rows that no text has: other text's tokens would get more."""
+"""A model that has learned gives rows that no text has less of its probability; another text's tokens get more."""
 
 
 def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) 
 
 
 def doubt(model: Transformer, known: int, path: Path, source: str) -> str | None:
-    """Why a vocabulary of `known` tokens is probably not the model's, whose other rows it expects; None if it does not."""
+    """Why a vocabulary of `known` tokens is probably not the model's: it expects other rows. None if it does not."""
     share = float(expected(model, known)[known:].sum())
     if share <= MOST_FOR_SPARE_ROWS:
         return None

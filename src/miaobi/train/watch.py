@@ -113,11 +113,14 @@ def since_best(history: list[list[float]]) -> int:
 
 def time_left(seconds: float) -> str:
     """How long a run will still take, in words; empty beyond 30 days: an endless max_epochs is no plan."""
-    if seconds > 30 * 86400:
-        return ""
+    return "" if seconds > 30 * 86400 else f"{duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
     if seconds < 90:
-        return f"{seconds:.0f} s left"
-    return f"{seconds / 60:.0f} min left" if seconds < 5400 else f"{seconds / 3600:.1f} h left"
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def overfitting(history: list[list[float]], dropout: float, learning_rate: float) -> str | None:
