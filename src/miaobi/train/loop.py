@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from rich.progress import Progress as Bar
@@ -20,7 +21,7 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory, keep_allocations, peak_flops, pick_dtype
 from miaobi.model.transformer import Transformer
 from miaobi.settings import Origin, flatten
-from miaobi.train.computing import COMPILE_PAYS_AFTER, choose_computing
+from miaobi.train.computing import choose_computing
 from miaobi.train.data import opening
 from miaobi.train.evaluate import bits_per_char, eager, mean_loss, place
 from miaobi.train.layout import Objective, is_sharded, no_recompilation, reducing, whole
@@ -101,7 +102,8 @@ class Run:
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
         if self.world.is_first:
             wandb = {"project": cfg.wandb_project, "name": cfg.wandb_run_name, "id": p.run, "config": flatten(plan.cfg)}
-            self.metrics = Metrics(plan.out, first, wandb if cfg.wandb_log else None, p.evaluated == first)
+            self.metrics = Metrics(plan.out, first, wandb if cfg.wandb_log else None, p.evaluated == first,
+                                   cfg.tensorboard_path)  # fmt: skip
         with on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
             task = bar.add_task("train", total=plan.total_steps, completed=first, figures="",
                                 visible=console.is_terminal)  # fmt: skip
@@ -114,7 +116,7 @@ class Run:
                 if self.metrics is not None:
                     self.metrics.close()
         self.saver.refuse_lost()
-        log(f"curves: tensorboard --logdir={plan.out}")
+        log(f"curves: tensorboard --logdir={cfg.tensorboard_path or plan.out}")
         return plan.result(p.stopped or "max_iters")
 
     def steps(self, bar: Bar, task, preview: Preview | None) -> None:
@@ -286,13 +288,12 @@ class Run:
     def choose_computing(self) -> None:
         """Decide, or go on with, precision, attention and compilation."""
         plan, cfg, steps = self.plan, self.cfg, self.plan.total_steps
-        compiles = cfg.compile is True or (cfg.compile == "auto" and steps >= COMPILE_PAYS_AFTER)
         # FlexAttention knows no dropout, and needs the compiler to be fast.
-        self.flex = plan.device.type == "cuda" and self.model.cfg.dropout == 0.0 and compiles
-        example = place(plan.blocks.fixed(plan.micro), slice(None), plan.device, self.flex)
+        can_flex = plan.device.type == "cuda" and self.model.cfg.dropout == 0.0
+        example = partial(place, plan.blocks.fixed(plan.micro), slice(None), plan.device)
         self.model.train()
         pieces = math.ceil(cfg.global_batch / self.world.size / plan.micro)
-        work = Work(self.objective, example, plan.device, steps - self.progress.step, pieces)
-        way = choose_computing(cfg, work, plan.dtype, self.progress, self.world)
+        work = Work(self.objective, example(), plan.device, steps - self.progress.step, pieces)
+        way = choose_computing(cfg, work, plan.dtype, self.progress, self.world, partial(example, flex=can_flex))
         self.plan = replace(plan, dtype=getattr(torch, way.dtype))
-        self.flex = self.flex and bool(way.compiled)
+        self.flex = can_flex and bool(way.compiled)
