@@ -46,6 +46,7 @@ from miaobi.corpus.prepare import prepare
 from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.template import ChatTemplate
 from miaobi.corpus.tokenizer import Tokenizer
+from miaobi.errors import UserError
 from miaobi.files import pointed, sha256, write_json
 from miaobi.generate.config import SampleRequest
 from miaobi.generate.engine import LanguageModel
@@ -356,22 +357,29 @@ def _by_line(draw: random.Random, data: bytes) -> bytes:
 
 def _yaml() -> str:
     return ("# a run\ndata:\n  data: data\nmodel: &m\n  n_layer: 2\n  n_head: 2\n  n_embd: 32\noptim:\n  learning_rate: 1e-3\n"
-            "  betas: [0.9, 0.95]\ntrain:\n  max_iters: 20\n  out_dir: out\n  eval_interval: 10\n  device: cpu\nseed: 1\n")  # fmt: skip
+            "  beta2: 0.95\ntrain:\n  max_iters: 20\n  out_dir: out\n  eval_interval: 10\n  device: cpu\n  seed: 1\n")  # fmt: skip
 
 
 def _words() -> str:
-    return "\n".join(["train", "config.yaml", "--n_layer=2", "--dropout", "0.1", "--compile=False", "--learning_rate=2e-5",
-                      "--json", "--betas=0.9,0.95", "--init_from=scratch", "--seed=1"])  # fmt: skip
+    return "\n".join(["config.yaml", "--n_layer=2", "--dropout", "0.1", "--compile=False", "--learning_rate=2e-5",
+                      "--json", "--init_from=scratch", "--seed=1"])  # fmt: skip
 
 
 def _parse(file: Path) -> object:
-    """A command line as `cli.run` reads it, up to its settings; its words are the lines of a file."""
-    words = file.read_bytes().decode("utf-8", "surrogateescape").split("\n")
-    draw = random.Random(len(words) * 7 + len(words[-1]))
-    verb = cli.VERBS[draw.choice([*cli.VERBS])]
-    kind, names = cli.imported(verb.settings), getattr(seeds, verb.names)
-    line = command_line.split(kind, names, words)
-    if verb.load:
-        line.words = [str(file.parent / "config.yaml") if word == "config.yaml" else word for word in line.words if word != "train"]
-        return cli.imported(verb.load)(command_line.take_config(line.words), line.given)
-    return settings.load(kind, names, "miaobi", command_line.place_words(kind, names, line))
+    """The words of a command line, a line each, as every verb reads them, up to its settings; the last verb's error."""
+    words, found = file.read_bytes().decode("utf-8", "surrogateescape").split("\n"), None
+    for verb in cli.VERBS.values():
+        kind, names = cli.imported(verb.settings), getattr(seeds, verb.names)
+        try:
+            line = command_line.split(kind, names, words)
+            if not verb.load:
+                found = settings.load(kind, names, "miaobi", command_line.place_words(kind, names, line))
+            elif line.words != ["config.yaml"]:
+                found = cli.imported(verb.load)(command_line.take_config(line.words), line.given)
+            else:
+                found = cli.imported(verb.load)(file.parent / "config.yaml", line.given)
+        except UserError as e:
+            error = e
+    if found is None:
+        raise error
+    return found
