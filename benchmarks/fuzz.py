@@ -3,9 +3,9 @@
     python -m benchmarks.fuzz --minutes 10
 
 Valid files are changed at random with their structure in view (`mutations`) and read by the code that reads them in a
-command (`fuzz_formats`), in a process of its own, so that one that dies is seen too. A case that ends in anything but a
-result or a UserError, runs longer than ten seconds, takes a gigabyte, or has an error as long as a page, is kept in
---keep with what it raised. The same --seed gives the same cases.
+command (`fuzz_models`, `fuzz_texts`), in a process of its own, so that one that dies is seen too. A case that ends in
+anything but a result or a UserError, runs longer than ten seconds, takes a gigabyte, or has an error as long as a page,
+is kept in --keep with what it raised. The same --seed gives the same cases.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import fuzz_models, fuzz_texts
 from benchmarks.common import machine, parse, report
-from benchmarks.fuzz_formats import Format, formats
+from benchmarks.fuzz_models import Format, sentences, written
 from miaobi import console
 from miaobi.console import log
+from miaobi.corpus.config import PrepareConfig
+from miaobi.corpus.prepare import prepare
 from miaobi.errors import UserError
 
 SLOW = 10.0
@@ -78,13 +81,23 @@ class Tally:
     """Bytes that one case took at most."""
 
 
+def formats(work: Path) -> list[Format]:
+    """Make one of everything in `work`; the formats, each with the file in it that is to be changed."""
+    text, data = written(work / "text.txt", "\n\n".join(sentences(60))), work / "data"
+    prepare([str(text)], PrepareConfig(out=data, workers=1))
+    return [
+        *fuzz_models.models(work, data), *fuzz_models.runs(work, data), *fuzz_texts.other_projects(work),
+        *fuzz_texts.labelled(work, work / "model"), *fuzz_texts.sources(work), *fuzz_texts.settings_of_commands(work),
+    ]  # fmt: skip
+
+
 def case(format: Format, valid: bytes, seed: int) -> bytes:
     """The file of one case."""
     return format.mutate(random.Random(seed), valid)
 
 
 def outcome(format: Format) -> str:
-    """"" for a result, "UserError" for a clear one, else what was raised and where."""
+    """ "" for a result, "UserError" for a clear one, else what was raised and where."""
     try:
         format.read()
     except UserError as e:
@@ -158,7 +171,11 @@ def fuzz(format: Format, seconds: float, seed: int, keep: Path) -> Tally:
         os.close(reader)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
-            how = "stuck" if time.monotonic() - answered > STUCK else f"died of {signal.Signals(os.WTERMSIG(status)).name}"
+            how = (
+                "stuck"
+                if time.monotonic() - answered > STUCK
+                else f"died of {signal.Signals(os.WTERMSIG(status)).name}"
+            )
             note(tally, format, valid, next_seed, f"{how}\n", STUCK if how == "stuck" else 0.0, 0, keep)
             next_seed += 1
     format.file.write_bytes(valid)
@@ -211,8 +228,21 @@ def main() -> None:
         for format in chosen:
             tallies[format.name] = tally = fuzz(format, 60 * args.minutes / len(chosen), args.seed, keep)
             bad = sum(tally.failures.values())
-            rows.append([format.name, tally.cases, tally.results, tally.user_errors, bad, f"{tally.slowest:.2f}", tally.growth >> 20])
-            log("  ".join(map(str, rows[-1])) + "".join(f"\n    {count} x {what}" for what, count in tally.failures.items()))
+            rows.append(
+                [
+                    format.name,
+                    tally.cases,
+                    tally.results,
+                    tally.user_errors,
+                    bad,
+                    f"{tally.slowest:.2f}",
+                    tally.growth >> 20,
+                ]
+            )
+            log(
+                "  ".join(map(str, rows[-1]))
+                + "".join(f"\n    {count} x {what}" for what, count in tally.failures.items())
+            )
     total = {key: sum(getattr(t, key) for t in tallies.values()) for key in ("cases", "results", "user_errors")}
     failed = sum(sum(t.failures.values()) for t in tallies.values())
     columns = ["format", "cases", "results", "UserErrors", "failures", "slowest, s of CPU", "most memory, MiB"]

@@ -1,4 +1,4 @@
-"""Valid files made invalid: bytes, lines, JSON values, and what is inside safetensors and zip files, are changed at random.
+"""Valid files made invalid: bytes, lines, JSON values and what is inside safetensors and zip files change at random.
 
 Each function takes a `random.Random` and the bytes of a valid file, and returns others; the same draw, the same bytes.
 """
@@ -16,11 +16,65 @@ from typing import Any
 Mutation = Callable[[random.Random, bytes], bytes]
 
 DEEP = 100_000
-WORDS = ("", "0", "-1", "1e999", "nan", "null", "~", "!!int abc", "!!python/object/apply:os.system ['true']", "<<: *a",
-         "&a [*a, *a]", "2024-13-45", "\0", "\x1b]0;x\x07", "[bold]x[/bold]", "\ud800", "../../x", "/etc/passwd", "{{ x",
-         "9" * 5000, "妙" * 3000, "\u202e", "=cmd", "<unk>", "\ufdd0", "step-1\n", "*", "{}", "[", '"', "CON", "%s%n")  # fmt: skip
-NUMBERS = (0, -1, 1, 2, 255, 65_536, 2**31 - 1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 0.0, -0.0, 0.5,
-           1e-320, 1e300, 1e308, float("inf"), float("-inf"), float("nan"))  # fmt: skip
+WORDS = (
+    "",
+    "0",
+    "-1",
+    "1e999",
+    "nan",
+    "null",
+    "~",
+    "!!int abc",
+    "!!python/object/apply:os.system ['true']",
+    "<<: *a",
+    "&a [*a, *a]",
+    "2024-13-45",
+    "\0",
+    "\x1b]0;x\x07",
+    "[bold]x[/bold]",
+    "\ud800",
+    "../../x",
+    "/etc/passwd",
+    "{{ x",
+    "9" * 5000,
+    "妙" * 3000,
+    "\u202e",
+    "=cmd",
+    "<unk>",
+    "\ufdd0",
+    "step-1\n",
+    "*",
+    "{}",
+    "[",
+    '"',
+    "CON",
+    "%s%n",
+)
+NUMBERS = (
+    0,
+    -1,
+    1,
+    2,
+    255,
+    65_536,
+    2**31 - 1,
+    2**31,
+    2**53,
+    2**63 - 1,
+    2**63,
+    2**64,
+    -(2**63),
+    10**30,
+    0.0,
+    -0.0,
+    0.5,
+    1e-320,
+    1e300,
+    1e308,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+)
 
 
 def value(draw: random.Random, depth: int = 0) -> Any:
@@ -79,7 +133,9 @@ def json_changed(draw: random.Random, data: bytes) -> bytes:
     if kind == 0:
         return bytes_changed(draw, data)
     if kind == 1:
-        return draw.choice((b"[" * DEEP, b'{"a":' * DEEP, b"9" * 100_000, b"", b"null", b"[]", b'"\\ud800"', b"\xff\xfe{}"))
+        return draw.choice(
+            (b"[" * DEEP, b'{"a":' * DEEP, b"9" * 100_000, b"", b"null", b"[]", b'"\\ud800"', b"\xff\xfe{}")
+        )
     try:
         tree = tree_changed(draw, json.loads(data))
     except IndexError:
@@ -114,7 +170,9 @@ def bytes_changed(draw: random.Random, data: bytes) -> bytes:
         elif kind == 5:
             found[at:at] = found[at : at + 50] * draw.choice((1, 3, 100))
         elif at < len(found):
-            found[at : at + 8] = struct.pack("<q", int(draw.choice([n for n in NUMBERS if type(n) is int and abs(n) < 2**63])))
+            found[at : at + 8] = struct.pack(
+                "<q", int(draw.choice([n for n in NUMBERS if type(n) is int and abs(n) < 2**63]))
+            )
     if draw.randrange(8) == 0:
         del found[draw.randrange(len(found) + 1) :]
     return bytes(found)
@@ -150,7 +208,9 @@ def text_changed(draw: random.Random, data: bytes) -> bytes:
 def recoded(draw: random.Random, data: bytes) -> bytes:
     """UTF-8 text in another encoding, with or without a byte order mark, cut or mixed, then changed."""
     text = data.decode("utf-8", "replace")
-    name = draw.choice(("gb18030", "gbk", "big5", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "latin-1", "hz"))
+    name = draw.choice(
+        ("gb18030", "gbk", "big5", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig", "latin-1", "hz")
+    )
     found = text.encode(name, "replace")
     if draw.randrange(3) == 0:
         found = found[: draw.randrange(len(found) + 1)] + data
@@ -201,4 +261,3 @@ def packed_changed(draw: random.Random, data: bytes, pack: Callable[[bytes], byt
     if kind == 1:
         return data + bytes_changed(draw, data)
     return bytes_changed(draw, data)
-

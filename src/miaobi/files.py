@@ -245,7 +245,7 @@ def read_record(file: Path, kind: type[Record]) -> Record:
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON is of a declared type: str, bool, int (of 64 bits), float (finite), None, lists, dicts."""
+    """Whether a value from JSON is of a declared type: str, bool, 64-bit int, finite float, None, lists and dicts."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return True
