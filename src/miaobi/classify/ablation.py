@@ -165,7 +165,7 @@ class Run:
         found, cfg, data = [], self.experiment.cfg, self.experiment.data
         for seed in sorted(seeds):
             path = self.out / "baselines" / f"{seed}.json"
-            saved = read_result(path)
+            saved = read_result(path, "rows")
             if saved is None or changed(saved["settings"], self.identity) is not None:
                 _, tokenizer, reading = prepare_base(cfg, self.experiment.base, seed)
                 split = make_split(data, cfg, seed, reading, tokenizer)

@@ -26,7 +26,7 @@ from miaobi.train.data import opening
 from miaobi.train.evaluate import bits_per_char, eager, mean_loss, place
 from miaobi.train.layout import Objective, is_sharded, no_recompilation, reducing, whole
 from miaobi.train.measured import Work
-from miaobi.train.optimizer import rate, set_rate
+from miaobi.train.optimizer import move, rate, set_rate
 from miaobi.train.recipe import memory_advice, micro_batch
 from miaobi.train.rendezvous import join, rank_device
 from miaobi.train.run_directory import one_writer
@@ -212,11 +212,9 @@ class Run:
             plan.scaler.unscale_(optimizer)
         limit = plan.optim.grad_clip or math.inf
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        if plan.device.type == "cpu" and not math.isfinite(norm):  # a GPU would have to be waited for: see `record`
-            return total, norm, scored
         set_rate(plan.optimizers, rate(step, plan.optim))
+        move(plan.optimizers, norm)
         for optimizer in plan.optimizers:
-            plan.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         plan.scaler.update()
         return total, norm, scored
