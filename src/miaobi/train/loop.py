@@ -20,7 +20,7 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory, keep_allocations, peak_flops, pick_dtype
 from miaobi.model.transformer import Transformer
 from miaobi.settings import Origin, flatten
-from miaobi.train.computing import COMPILE_PAYS_AFTER, choose_computing
+from miaobi.train.computing import COMPILE_PAYS_AFTER, choose_computing, note
 from miaobi.train.data import opening
 from miaobi.train.evaluate import bits_per_char, eager, mean_loss, place
 from miaobi.train.layout import Objective, is_sharded, no_recompilation, reducing, whole
@@ -289,10 +289,13 @@ class Run:
         compiles = cfg.compile is True or (cfg.compile == "auto" and steps >= COMPILE_PAYS_AFTER)
         # FlexAttention knows no dropout, and needs the compiler to be fast.
         self.flex = plan.device.type == "cuda" and self.model.cfg.dropout == 0.0 and compiles
-        example = place(plan.blocks.fixed(plan.micro), slice(None), plan.device, self.flex)
         self.model.train()
-        pieces = math.ceil(cfg.global_batch / self.world.size / plan.micro)
-        work = Work(self.objective, example, plan.device, steps - self.progress.step, pieces)
+        work = Work(self.objective, lambda rows: place(plan.blocks.fixed(rows), slice(None), plan.device, self.flex),
+                    plan.device, steps - self.progress.step, cfg.global_batch // self.world.size, plan.micro,
+                    bound=cfg.micro_batch_size is not None)  # fmt: skip
         way = choose_computing(cfg, work, plan.dtype, self.progress, self.world)
-        self.plan = replace(plan, dtype=getattr(torch, way.dtype))
+        micro = plan.micro if work.bound else way.micro or plan.micro
+        self.plan = replace(plan, dtype=getattr(torch, way.dtype), micro=micro)
         self.flex = self.flex and bool(way.compiled)
+        if self.world.is_first:
+            note(plan.out / "config.yaml", way)
