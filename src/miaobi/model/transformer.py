@@ -318,6 +318,12 @@ class Transformer(nn.Module):
             S = start + T
             mask = torch.ones(T, S, dtype=torch.bool, device=ids.device).tril(S - T)
         x, rope = self.embed(ids, position_ids)
+        return self.after_embedding(x, rope, mask, caches)
+
+    def after_embedding(
+        self, x: Tensor, rope: Tensor | None, mask: Tensor | None = None, caches: list[KVCache] | None = None
+    ) -> Tensor:
+        """The blocks and the last norm, of what `embed` gave; the other arguments as in `hidden`. Returns (B, T, C)."""
         for i, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from rich.progress import Progress as Bar
@@ -21,7 +20,7 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory, keep_allocations, peak_flops, pick_dtype
 from miaobi.model.transformer import Transformer
 from miaobi.settings import Origin, flatten
-from miaobi.train.computing import choose_computing
+from miaobi.train.computing import choose_computing, note
 from miaobi.train.data import opening
 from miaobi.train.evaluate import bits_per_char, eager, mean_loss, place
 from miaobi.train.layout import Objective, is_sharded, no_recompilation, reducing, whole
@@ -285,13 +284,17 @@ class Run:
 
     def choose_computing(self) -> None:
         """Decide, or go on with, precision, attention and compilation."""
-        plan, cfg, steps = self.plan, self.cfg, self.plan.total_steps
+        plan, cfg = self.plan, self.cfg
         # FlexAttention knows no dropout, and needs the compiler to be fast.
         can_flex = plan.device.type == "cuda" and self.model.cfg.dropout == 0.0
-        example = partial(place, plan.blocks.fixed(plan.micro), slice(None), plan.device)
         self.model.train()
-        pieces = math.ceil(cfg.global_batch / self.world.size / plan.micro)
-        work = Work(self.objective, example(), plan.device, steps - self.progress.step, pieces)
-        way = choose_computing(cfg, work, plan.dtype, self.progress, self.world, partial(example, flex=can_flex))
-        self.plan = replace(plan, dtype=getattr(torch, way.dtype))
+        work = Work(self.objective, lambda rows, compiled: place(plan.blocks.fixed(rows), slice(None), plan.device,
+                                                                 can_flex and compiled),
+                    plan.device, plan.total_steps - self.progress.step, cfg.global_batch // self.world.size, plan.micro,
+                    bound=cfg.micro_batch_size is not None)  # fmt: skip
+        way = choose_computing(cfg, work, plan.dtype, self.progress, self.world)
+        micro = plan.micro if work.bound else way.micro or plan.micro
+        self.plan = replace(plan, dtype=getattr(torch, way.dtype), micro=micro)
         self.flex = can_flex and bool(way.compiled)
+        if self.world.is_first:
+            note(plan.out / "config.yaml", way)
