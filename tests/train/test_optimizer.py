@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from miaobi.config import ModelConfig, OptimConfig
 from miaobi.model.transformer import Transformer
 from miaobi.train import optimizer
+from miaobi.train import optimizer as optimizer_module
 from miaobi.train.optimizer import Muon, make_optimizers, move, orthogonalize, rate, set_rate
 from miaobi.train.recipe import resolve_optim
 
@@ -132,6 +133,16 @@ def test_singular_values_end_near_one(shape, scale):
     values = torch.linalg.svdvals(orthogonalize(g).float())
     assert values.min() > 0.6
     assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-7, 1e4])
+def test_iterations_in_float16_keep_gradients_of_any_size(monkeypatch, scale):
+    """What GPUs without bf16 units run: a gradient of 1e-7 would be 0 in float16, one of 1e5 infinite."""
+    torch.manual_seed(0)
+    g = torch.randn(3, 48, 32)
+    exact = orthogonalize(g * scale)
+    monkeypatch.setattr(optimizer_module, "iteration_dtype", lambda device: torch.float16)
+    torch.testing.assert_close(orthogonalize(g * scale), exact, atol=0.02, rtol=0)
 
 
 def test_orthogonalize_turns_each_matrix_towards_its_polar_factor():
