@@ -132,13 +132,18 @@ def keep_allocations() -> None:
     libc.mallopt(m_top_pad, 64 << 20)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch ran out of memory: torch.OutOfMemoryError is one; the CPU's allocator raises a plain one."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def explain_memory(device: torch.device, advice: str) -> Iterator[None]:
     """Turn running out of memory, on a GPU or the CPU, into a UserError that ends in `advice`."""
     try:
         yield
-    except RuntimeError as e:  # torch.OutOfMemoryError is one; the CPU's allocator raises a plain one
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
             raise
         raise UserError(f"out of memory on {device}: {advice}") from e
 

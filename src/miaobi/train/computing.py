@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from miaobi.config import TrainConfig
 from miaobi.console import log, warn
 from miaobi.device import can_compile, candidate_dtypes
 from miaobi.errors import UserError
+from miaobi.train.evaluate import place
 from miaobi.train.layout import is_sharded
 from miaobi.train.measured import Computed, Work, apply, checked, choose_eager
+from miaobi.train.micro import find
 from miaobi.train.run_directory import Progress
+from miaobi.train.setup import Plan
 from miaobi.train.world import World
 
 COMPILE_PAYS_AFTER = 200
 """Steps from which on a run compiles before the first of them, in about twenty seconds; fp32 on a CPU gains nothing."""
+
+
+def choose(plan: Plan, objective: nn.Module) -> tuple[Plan, bool]:
+    """Decide, or go on with, micro-batch, precision, attention and compilation. Returns the plan with them, and whether
+    masks are those of FlexAttention.
+    """
+    cfg, steps, model = plan.cfg.train, plan.total_steps, plan.model
+    compiles = cfg.compile is True or (cfg.compile == "auto" and steps >= COMPILE_PAYS_AFTER)
+    # FlexAttention knows no dropout, and needs the compiler to be fast.
+    flex = plan.device.type == "cuda" and model.cfg.dropout == 0.0 and compiles
+    model.train()
+
+    def work(micro: int) -> Work:
+        example = place(plan.blocks.fixed(micro), slice(None), plan.device, flex)
+        pieces = math.ceil(cfg.global_batch / plan.world.size / micro)
+        return Work(objective, example, plan.device, steps - plan.progress.step, pieces)
+
+    usual = str(plan.dtype).removeprefix("torch.")
+    plan = find(plan, work, usual)
+    way = choose_computing(cfg, work(plan.micro), plan.dtype, plan.progress, plan.world)
+    return replace(plan, dtype=getattr(torch, way.dtype)), flex and bool(way.compiled)
 
 
 def choose_computing(cfg: TrainConfig, work: Work, dtype: torch.dtype, progress: Progress, world: World) -> Computed:
