@@ -54,7 +54,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the fullest moment of a step, by part; what a checkpoint and a generation take beside it."""
+    """Bytes of a step by part, and at its fullest moment; what a checkpoint and a generation take beside it."""
 
     weights: int
     gradients: int
@@ -69,7 +69,8 @@ class Memory:
     kv_cache: int
     """Keys and values of one stream of block_size tokens, when the model generates."""
     peak: int
-    """Of a step: the sum of the first five."""
+    """Of a step. The first five may add up to more: where a step is one micro-batch, gradients come as activations go.
+    """
 
 
 class Alive(TorchDispatchMode):
@@ -127,10 +128,10 @@ def step_memory(work: Work) -> Memory:
         alive.peak = 0
         kept = forward_backward(objective, work, alive) - before
         peak = max(peak, alive.peak)
-    in_peak = min(kept, max(0, peak - weights - gradients - optimizer))
+    there = weights + optimizer + kept + (gradients if work.pieces > 1 else 0)
     return Memory(
-        weights, gradients, optimizer, in_peak, peak - weights - gradients - optimizer - in_peak,
-        weights + optimizer, kv_cache(work.shape, work.dtype), peak,
+        weights, gradients, optimizer, kept, max(0, peak - there), weights + optimizer,
+        kv_cache(work.shape, work.dtype), peak,
     )  # fmt: skip
 
 
