@@ -22,18 +22,18 @@ from miaobi.config import RunConfig
 from miaobi.seeds import TRAIN
 
 CONFIGS = {
-    "gpt2 6x384": "--family=gpt2 --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=16",
-    "gpt2 6x384 dropout": "--family=gpt2 --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=8 "
+    "gpt2 6x256": "--family=gpt2 --n_layer=6 --n_head=4 --n_embd=256 --block_size=256 --batch_size=16",
+    "gpt2 6x256 dropout": "--family=gpt2 --n_layer=6 --n_head=4 --n_embd=256 --block_size=256 --batch_size=8 "
                           "--dropout=0.2",
-    "qwen3 8x512": "--n_layer=8 --n_head=8 --n_embd=512 --block_size=256 --batch_size=8",
-    "qwen3 4x256 dropout": "--n_layer=4 --n_head=4 --n_embd=256 --block_size=512 --batch_size=8 --dropout=0.1",
-    "qwen3 6x384 recompute": "--n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=32 "
-                             "--micro_batch_size=32 --activation_checkpointing=True",
-    "gpt2 12x256 dropout recompute": "--family=gpt2 --n_layer=12 --n_head=4 --n_embd=256 --block_size=256 "
-                                     "--batch_size=32 --micro_batch_size=16 --dropout=0.1 "
-                                     "--activation_checkpointing=True",
+    "qwen3 6x320": "--n_layer=6 --n_head=5 --n_embd=320 --block_size=256 --batch_size=8",
+    "qwen3 4x256 dropout": "--n_layer=4 --n_head=4 --n_embd=256 --block_size=512 --batch_size=4 --dropout=0.1",
+    "qwen3 6x256 recompute": "--n_layer=6 --n_head=4 --n_embd=256 --block_size=256 --batch_size=16 "
+                             "--micro_batch_size=16 --activation_checkpointing=True",
+    "gpt2 8x256 dropout recompute": "--family=gpt2 --n_layer=8 --n_head=4 --n_embd=256 --block_size=256 "
+                                    "--batch_size=16 --micro_batch_size=8 --dropout=0.1 "
+                                    "--activation_checkpointing=True",
 }  # fmt: skip
-COMMON = "--max_iters=6 --eval_interval=3 --eval_iters=1 --sample_tokens=0 --device=cpu --dtype=float32 --compile=False"
+COMMON = "--max_iters=4 --eval_interval=2 --eval_iters=1 --sample_tokens=0 --device=cpu --dtype=float32 --compile=False"
 
 
 @dataclass(frozen=True)
