@@ -199,6 +199,8 @@ class OptimConfig(Optim):
     """False: the rate is at its peak from the first step to the last, without warm-up; schedule=constant warms up."""
     momentum: float = 0.95
     """Muon's Nesterov momentum."""
+    muon_weight_decay: float | None = None
+    """Muon's decoupled decay of its matrices; default 0, and more where the text is repeated."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,7 +208,7 @@ class OptimConfig(Optim):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < float("inf"):
                 raise UserError(f"{name} is {rate}; it must be positive and finite, such as 1e-3")
-        for name in ("min_lr", "warmup_iters", "lr_decay_iters"):
+        for name in ("min_lr", "warmup_iters", "lr_decay_iters", "muon_weight_decay"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be finite and cannot be negative")
         if not 0.0 <= self.momentum < 1.0:
@@ -244,6 +246,9 @@ class TrainConfig(Where):
     """Steps of the whole run."""
     max_epochs: int | None = None
     """Stop after this many passes over the data; with max_iters as well, what comes first."""
+    max_minutes: float | None = None
+    """End within this many minutes, the last evaluation included, with the schedule of the learning rate finished: as
+    many steps as the speed allows; with max_iters as well, what comes first."""
     eval_interval: int = 250
     """Steps between evaluations, checkpoints and printed samples."""
     eval_iters: int = 20
@@ -296,6 +301,8 @@ class TrainConfig(Where):
         for name in ("eval_interval", "eval_iters", "log_interval", "save_interval", "fsdp_shard_size", "comm_timeout"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_minutes is not None and not 0 < self.max_minutes < float("inf"):
+            raise UserError(f"max_minutes is {self.max_minutes}; give minutes, such as 3 or 0.5")
         if self.fsdp_shard_size is not None and self.parallel != "fsdp":
             raise UserError("fsdp_shard_size is for --parallel=fsdp; add that, or leave fsdp_shard_size out")
         if self.parallel == "fsdp" and self.trainable == "lora":

@@ -54,6 +54,41 @@ def trained(result: dict[str, Any], cfg: Any) -> None:
     print(f"next: miaobi {trying(result['run'], checkpoints / 'best', checkpoints / 'last')}")
 
 
+def planned(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi plan`."""
+    model, text, run, memory = (result[key] for key in ("model", "text", "run", "memory"))
+    parts = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in result["parameters"].items() if name != "total")
+    print(f"model: {result['parameters']['total'] / 1e6:.2f}M parameters ({model['family']}: {parts})")
+    print(
+        f"text: {count(text['train_tokens'], 'training token')} of {count(text['characters'], 'character')}, "
+        f"vocabulary {text['vocab_size']:,}: {run['distinct_tokens_per_parameter']:.2f} tokens per parameter"
+    )
+    print(f"run: {count(run['steps'], 'step')} of {run['batch_size']} x {model['block_size']} tokens, "
+          f"{run['epochs']:.1f} passes over the text")  # fmt: skip
+    names = ("weights", "gradients", "optimizer", "activations", "working")
+    told = ", ".join(f"{name} {size_in_words(memory[name])}" for name in names)
+    print(
+        f"memory: {size_in_words(memory['run'])} at micro-batches of {memory['micro_batch']} ({told}; "
+        f"a checkpoint being written {size_in_words(memory['checkpoint'])}, "
+        f"keys and values of a sample {size_in_words(memory['kv_cache'])})"
+    )
+    device, largest = result["device"], memory["largest_micro_batch"]
+    if largest is not None:
+        fits = f"micro-batches of up to {largest} fit" if largest else "not even one sequence at once fits"
+        print(f"{device['name']}, {device['dtype']}: {size_in_words(memory['free'])} can be used, {fits}")
+    if "measured" in memory:
+        print(f"measured: {size_in_words(memory['measured'])}")
+    told = [duration(result["time"]["seconds"])]
+    told += [f"{result['energy_kwh']:.2f} kWh"] if result["energy_kwh"] is not None else []
+    told += [f"costs {result['cost']:.2f}"] if result["cost"] is not None else []
+    print(f"time: {', '.join(told)} ({result['time']['basis']})")
+
+
+def size_in_words(n: int) -> str:
+    """Bytes: `640 MiB`, `8.3 GiB`."""
+    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+
+
 def samples(result: dict[str, Any], cfg: Any) -> None:
     """`miaobi sample`; the speed goes to stderr."""
     from miaobi.console import log

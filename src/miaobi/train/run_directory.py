@@ -69,6 +69,14 @@ class Progress:
     """LoRA: fingerprint of that MODEL's weights."""
     warned: bool = False
     """The overfitting hint was given."""
+    laid: list[list[float]] = field(default_factory=list)
+    """max_minutes: how the steps were laid over the time (`schedule.Deadline`)."""
+    wall: float = 0.0
+    """max_minutes: seconds that the run had taken, evaluations included, when this was written."""
+    micro: int = 0
+    """Sequences at once, where memory did not hold as many as asked for; 0 = as asked."""
+    slowed: float = 1.0
+    """Rates are multiplied by this since the run went back from a loss that was not finite."""
     run: str = field(default_factory=lambda: uuid4().hex)
     """Tells runs apart that share a mirror."""
 

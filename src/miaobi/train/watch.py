@@ -8,11 +8,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from miaobi.console import warn
 from miaobi.errors import UserError
 from miaobi.files import write_text
+from miaobi.settings import flatten
+
+if TYPE_CHECKING:
+    from miaobi.train.setup import Plan
 
 
 class Metrics:
@@ -45,6 +49,13 @@ class Metrics:
                 self.boards.append(SummaryWriter(str(directory), purge_step=start + 1))
         if wandb_settings is not None:
             self.wandb = start_wandb(out, wandb_settings)
+
+    @classmethod
+    def of(cls, plan: Plan) -> Metrics:
+        """Those of a run, going on from where it stands."""
+        cfg, p = plan.cfg.train, plan.progress
+        wandb = {"project": cfg.wandb_project, "name": cfg.wandb_run_name, "id": p.run, "config": flatten(plan.cfg)}
+        return cls(plan.out, p.step, wandb if cfg.wandb_log else None, p.evaluated == p.step, cfg.tensorboard_path)
 
     def log(self, step: int, **values: float | None) -> None:
         """One line of metrics.jsonl, one point of every curve."""
@@ -159,13 +170,3 @@ def on_signals(interrupt: Callable[[str], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def not_finite(what: str, step: int, last: Path, learning_rate: float) -> UserError:
-    """The error for a loss or gradient, which all ranks share, that is NaN or infinite. last: the latest checkpoint."""
-    there = f"The last good checkpoint is {last}." if last.exists() else "No checkpoint was written yet."
-    return UserError(
-        f"the {what} is not finite at step {step}. {there} "
-        f"Try a lower --learning_rate (now {learning_rate:g}), a longer --warmup_iters, "
-        "or --dtype=float32, in another --out_dir"
-    )
