@@ -43,6 +43,8 @@ VERBS = {
                  "generate.terminal:chat", names="MODEL", also=("origin", "as_json")),
     "eval": Verb("loss, perplexity, bits per character and per byte", "train.config:EvalConfig", "train.score:score",
                  "scores", "MODEL"),
+    "report": Verb("one page of a run, or of several: curves, samples, text, the verdict and what to try next",
+                   "report.config:ReportConfig", "report.page:report", "reported"),
     "classify train": Verb("tune a model on labelled texts", "classify.config:ClassifyConfig",
                            "classify.ablation:train", "classifier", "CLASSIFY", "classify.config:load_config",
                            ("origin",)),
@@ -135,9 +137,12 @@ def train(cfg: Any, origin: dict[str, str]) -> dict[str, Any]:
     """`miaobi train`: from a checkpoint of small-gpt if resume_from names one, with samples written at evaluations."""
     from miaobi.convert.small_gpt import start_from_checkpoint
     from miaobi.generate.chat import preview
+    from miaobi.report.page import reported
     from miaobi.train.loop import train as train_run
 
-    return train_run(*start_from_checkpoint(cfg, origin), preview)
+    cfg, origin = start_from_checkpoint(cfg, origin)
+    with reported(cfg.train.out_dir):
+        return train_run(cfg, origin, preview)
 
 
 def imported(name: str) -> Any:

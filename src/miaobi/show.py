@@ -54,6 +54,13 @@ def trained(result: dict[str, Any], cfg: Any) -> None:
     print(f"next: miaobi {trying(result['run'], checkpoints / 'best', checkpoints / 'last')}")
 
 
+def reported(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi report`."""
+    for run in result["runs"]:
+        print(f"{run['run']}: {run['verdict']}")
+    print(f"{result['out']}: open it in a browser ({result['bytes'] / 1000:,.0f} kB, nothing is fetched)")
+
+
 def samples(result: dict[str, Any], cfg: Any) -> None:
     """`miaobi sample`; the speed goes to stderr."""
     from miaobi.console import log

@@ -31,6 +31,7 @@ from miaobi.train.rendezvous import join, rank_device
 from miaobi.train.run_directory import one_writer
 from miaobi.train.saving import Saver
 from miaobi.train.setup import Plan, set_up
+from miaobi.train.summary import summarized
 from miaobi.train.threads import Threads
 from miaobi.train.watch import Metrics, not_finite, on_signals, overfitting, since_best, time_left
 from miaobi.train.world import check_batch, explain_lost
@@ -102,7 +103,7 @@ class Run:
         if self.world.is_first:
             wandb = {"project": cfg.wandb_project, "name": cfg.wandb_run_name, "id": p.run, "config": flatten(plan.cfg)}
             self.metrics = Metrics(plan.out, first, wandb if cfg.wandb_log else None, p.evaluated == first)
-        with on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
+        with summarized(plan), on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
             task = bar.add_task("train", total=plan.total_steps, completed=first, figures="",
                                 visible=console.is_terminal)  # fmt: skip
             try:
@@ -266,6 +267,8 @@ class Run:
             with eager(self.model):
                 text = preview(self.model, plan.tokenizer, prompt, cfg.sample_tokens, data.end_ids, data.is_dialogue)
             log("  " + text.replace("\n", "\n  "))
+            if self.metrics is not None:
+                self.metrics.sample(p.step, text)
             self.model.train()
 
     def interrupt(self, reason: str) -> None:
