@@ -45,6 +45,7 @@ VERBS = {
                  "scores", "MODEL"),
     "report": Verb("one page of a run, or of several: curves, samples, text, the verdict and what to try next",
                    "report.config:ReportConfig", "report.page:report", "reported"),
+    "doctor": Verb("what this machine has and lacks, with remedies", "doctor:DoctorConfig", "doctor:doctor", "doctor"),
     "classify train": Verb("tune a model on labelled texts", "classify.config:ClassifyConfig",
                            "classify.ablation:train", "classifier", "CLASSIFY", "classify.config:load_config",
                            ("origin",)),
@@ -70,7 +71,9 @@ SIGNALLED = {"interrupted": 130, "terminated": 143}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 1 a bug, 2 the user's mistake, 130 interrupted, 143 terminated."""
+    """Entry point. Exit codes: 0 done, 1 a bug (`doctor`: something needed is missing), 2 the user's mistake, 130
+    interrupted, 143 terminated.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     if debug := "--debug" in args:
         args.remove("--debug")
@@ -130,6 +133,8 @@ def run(args: list[str]) -> int:
     how = "as_json" if line.as_json else verb.show
     if how and result is not None and os.environ.get("RANK", "0") == "0":  # of several processes the first one tells it
         getattr(show, how)(result, cfg)
+    if not (result or {}).get("healthy", True):
+        return 1
     return SIGNALLED.get((result or {}).get("stopped"), 0)
 
 

@@ -61,6 +61,23 @@ def reported(result: dict[str, Any], cfg: Any) -> None:
     print(f"{result['out']}: open it in a browser ({result['bytes'] / 1000:,.0f} kB, nothing is fetched)")
 
 
+def doctor(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi doctor`: a line for each look, and below it what to do."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    looks = {"ok": "green", "note": "yellow", "missing": "bold red"}
+    table = Table.grid(padding=(0, 2))
+    for check in result["checks"]:
+        found = Text(check["found"])
+        if check["remedy"]:
+            found.append(f"\n-> {check['remedy']}", style="dim")
+        table.add_row(Text(check["status"], style=looks[check["status"]]), Text(check["name"]), found)
+    Console(highlight=False).print(table)
+    print("nothing that is needed is missing" if result["healthy"] else "what is marked missing is needed")
+
+
 def samples(result: dict[str, Any], cfg: Any) -> None:
     """`miaobi sample`; the speed goes to stderr."""
     from miaobi.console import log

@@ -27,7 +27,9 @@ MASK = "attn.bias"
 """Kept by the code path without flash attention."""
 
 
-def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) -> dict[str, Any]:
+def convert(
+    path: Path, meta: str | None, tokenizer_dir: str | None, out: Path, license: str | None = None
+) -> dict[str, Any]:
     """Write the model directory `out` from a checkpoint and either its meta.pkl or a directory with GPT-2's tokenizer.
 
     Returns out, parameters, vocab_size, spare_rows, step. Raises UserError for files that are missing, damaged, of
@@ -56,7 +58,7 @@ def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) 
         reading.append_rows(model, least_expected(model), len(BYTE_PIECES))
     record = {"project": "nanoGPT", "checkpoint": reading.fingerprint(path)}
     end_ids = () if tokenizer.eot_id is None else (tokenizer.eot_id,)
-    reading.write(out, model, tokenizer, end_ids, record)
+    reading.write(out, model, tokenizer, end_ids, record, license)
     return {
         "out": str(out),
         "parameters": model.num_parameters(),
@@ -68,7 +70,7 @@ def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) 
 
 def convert_checkpoint(cfg: NanoGPTConfig) -> dict[str, Any]:
     """`miaobi convert nanogpt`; see `convert`."""
-    return convert(cfg.checkpoint, cfg.meta, cfg.tokenizer, cfg.directory)
+    return convert(cfg.checkpoint, cfg.meta, cfg.tokenizer, cfg.directory, cfg.license)
 
 
 def read(path: Path) -> dict[str, Any]:
