@@ -54,6 +54,9 @@ VERBS = {
                             "ablation", "CLASSIFY", "classify.config:load_config", ("origin",)),
     "classify predict": Verb("labels of new texts", "classify.config:PredictConfig", "classify.predict:predict",
                              also=("as_json",)),
+    "data list": Verb("public texts that have names", "datasets:ListConfig", "datasets:data_list", "public_texts"),
+    "data get": Verb("a public text by name, or a data set of a hub: resumed, verified, ready for prepare",
+                     "datasets:GetConfig", "datasets:data_get", "downloaded"),
     "convert small-gpt": Verb("a .pth of small-gpt, with the text it was trained on", "convert.config:SmallGPTConfig",
                               "convert.small_gpt:convert_checkpoint", "converted"),
     "convert nanogpt": Verb("a ckpt.pt of nanoGPT, with its meta.pkl or GPT-2's tokenizer",
@@ -63,6 +66,7 @@ VERBS = {
 }  # fmt: skip
 GROUPS = {
     "classify": "labels out of a model: sentiment, or any others",
+    "data": "public texts by name, with their licenses",
     "convert": "checkpoints of other projects -> model directories, and those -> GGUF",
 }
 """Verbs of several kinds."""

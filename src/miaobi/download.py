@@ -49,21 +49,21 @@ def fetch(
     Raises AlteredError; AnswerError; what `broken` lists after TRIES; OSError.
     """
     part, idle = target.with_name(f"{target.name}.part"), 0
+    if size == 0:
+        part.touch()
     with bar(name, size) as came:
-        while True:
-            before = part.stat().st_size if part.exists() else 0
-            if size is not None and before == size:
-                break
+        while length(part) != size:
+            before = length(part)
             try:
                 if receive(url, part, headers or {}, came):
                     break
-                raise broken()[0](f"the connection broke after {part.stat().st_size:,} bytes")
+                raise broken()[0](f"the connection broke after {length(part):,} bytes")
             except broken():
-                idle = 0 if part.exists() and part.stat().st_size > before else idle + 1
+                idle = 0 if length(part) > before else idle + 1
                 if idle >= TRIES:
                     raise
                 time.sleep(min(8, 2**idle / 2))
-    if (size is not None and part.stat().st_size != size) or (sha256 and sha256_of(part) != sha256):
+    if size not in (None, length(part)) or (sha256 and sha256_of(part) != sha256):
         part.unlink()
         tag_of(part).unlink(missing_ok=True)
         raise AlteredError(name)
@@ -75,7 +75,7 @@ def receive(url: str, part: Path, headers: dict[str, str], came: Any) -> bool:
     """One try, from where `part` ends; whether all came. A file that changed on the server since begins anew."""
     from huggingface_hub import get_session
 
-    start, tag = part.stat().st_size if part.exists() else 0, tag_of(part)
+    start, tag = length(part), tag_of(part)
     asked = {**headers, "Accept-Encoding": "identity"}  # bytes as they lie there: their places count
     if start:
         asked["Range"] = f"bytes={start}-"
@@ -91,16 +91,21 @@ def receive(url: str, part: Path, headers: dict[str, str], came: Any) -> bool:
             raise AnswerError(answer.status_code, url)
         goes_on = answer.status_code == 206 and start > 0
         first = start if goes_on else 0
-        length = answer.headers.get("Content-Length")
+        told = answer.headers.get("Content-Length")
         etag = answer.headers.get("ETag", "")
         if etag and not etag.startswith("W/"):
             tag.write_text(etag, encoding="utf-8")
-        came(first, first + int(length) if length else None)
+        came(first, first + int(told) if told else None)
         with part.open("ab" if goes_on else "wb") as file:
             for piece in answer.iter_raw():
                 file.write(piece)
                 came(file.tell(), None)
-        return length is None or part.stat().st_size == first + int(length)
+        return told is None or length(part) == first + int(told)
+
+
+def length(part: Path) -> int:
+    """Bytes that are there."""
+    return part.stat().st_size if part.exists() else 0
 
 
 def tag_of(part: Path) -> Path:

@@ -78,6 +78,20 @@ def doctor(result: dict[str, Any], cfg: Any) -> None:
     print("nothing that is needed is missing" if result["healthy"] else "what is marked missing is needed")
 
 
+def public_texts(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi data list`."""
+    for text in result["sets"]:
+        print(f"{text['name']:<15} {text['what']}\n{'':<15} license: {text['license']}")
+    print("and hf:OWNER/NAME[:SPLIT], modelscope:OWNER/NAME. next: miaobi data get NAME")
+
+
+def downloaded(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi data get`."""
+    for file in result["files"]:
+        print(f"{file['path']}: {file['bytes']:,} bytes, SHA-256 {file['sha256']}")
+    print(f"license: {result['license']}\nnext: {result['next']}")
+
+
 def samples(result: dict[str, Any], cfg: Any) -> None:
     """`miaobi sample`; the speed goes to stderr."""
     from miaobi.console import log
