@@ -290,6 +290,8 @@ class TrainConfig(Where):
     """Seed of initialisation, data order and dropout."""
     license: str | None = None
     """License of the model, for its card, by the hub's id: apache-2.0, mit, cc-by-4.0, ..."""
+    tensorboard_path: Location | None = None
+    """Directory that gets the TensorBoard events as well; out_dir has them in any case."""
     wandb_log: bool = False
     """Log to Weights & Biases as well (pip install 'miaobi[track]')."""
     wandb_project: str = "miaobi"

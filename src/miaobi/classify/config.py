@@ -91,6 +91,9 @@ class ClassifyConfig(Where, Optim, LoraConfig):
     """License of the classifiers, for their cards, by the hub's id: apache-2.0, mit, cc-by-4.0, ..."""
     out_dir: Location = "classify_run"
     """Run directory."""
+    tensorboard_path: Location | None = None
+    """Directory that gets the TensorBoard events as well, of several classifiers one directory each; out_dir has them
+    in any case."""
 
     def __post_init__(self) -> None:
         for name in ("max_epoch", "batch_size", "seeds", "block_size", "micro_tokens", "eval_interval"):
@@ -162,5 +165,5 @@ def load_config(path: Path | None, given: list[tuple[str, Any]]) -> tuple[Classi
 def settings_of(cfg: ClassifyConfig) -> dict[str, Any]:
     """What decides the figures of a cell, besides its pooling, its trainable part and its seed."""
     elsewhere = {"pooling", "trainable", "seed", "seeds", "baselines", "out_dir", "device", "micro_tokens",
-                 "license"}  # fmt: skip
+                 "tensorboard_path", "license"}  # fmt: skip
     return {key: value for key, value in dataclasses.asdict(cfg).items() if key not in elsewhere}

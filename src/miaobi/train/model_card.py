@@ -13,7 +13,16 @@ from miaobi.settings import flatten
 from miaobi.train.run_directory import Progress
 from miaobi.train.setup import Plan
 
-PRIVATE = {"out_dir", "mirror", "wandb_project", "wandb_run_name", "init_from", "resume_from", "license"}
+PRIVATE = {
+    "out_dir",
+    "mirror",
+    "tensorboard_path",
+    "wandb_project",
+    "wandb_run_name",
+    "init_from",
+    "resume_from",
+    "license",
+}
 """Settings that tell of the machine, or stand elsewhere in the card."""
 PLACES = {"data", "val", "without", "tokenizer"}
 """Settings of which only the last part of the path is told."""
