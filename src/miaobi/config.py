@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from miaobi.corpus.config import Corpus
-from miaobi.errors import UserError
+from miaobi.errors import UserError, brief
 from miaobi.kinds import Location, Positional
+
+
+def check_license(license: str | None) -> None:
+    """Raises UserError for what cannot be the hub's id of a license."""
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,60}", license):
+        raise UserError(f"license is {brief(license)}; give the hub's id of it, in small letters: apache-2.0, mit, "
+                        "cc-by-4.0, other")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -285,6 +293,8 @@ class TrainConfig(Where):
     URL, such as s3://bucket/run (pip install s3fs) or oss://bucket/run (ossfs)."""
     seed: int = 1337
     """Seed of initialisation, data order and dropout."""
+    license: str | None = None
+    """License of the model, for its card, by the hub's id: apache-2.0, mit, cc-by-4.0, ..."""
     tensorboard_path: Location | None = None
     """Directory that gets the TensorBoard events as well; out_dir has them in any case."""
     wandb_log: bool = False
@@ -312,6 +322,7 @@ class TrainConfig(Where):
             raise UserError(f"seed is {self.seed}; give a whole number of at most 64 bits")
         if self.patience < 0 or self.sample_tokens < 0:
             raise UserError("patience and sample_tokens cannot be negative; 0 switches them off")
+        check_license(self.license)
         if self.trainable == "lora" and self.init_from == "scratch" and self.resume_from is None:
             raise UserError("trainable=lora tunes a model that is there already: name it with --init_from=MODEL "
                             "(a run or model directory), or use --trainable=full")  # fmt: skip

@@ -33,6 +33,7 @@ from miaobi.train.run_directory import one_writer
 from miaobi.train.saving import Saver
 from miaobi.train.schedule import Deadline, clock, share_of_rate
 from miaobi.train.setup import Plan, set_up
+from miaobi.train.summary import summarized
 from miaobi.train.threads import Threads
 from miaobi.train.watch import Metrics, on_signals, time_left
 from miaobi.train.world import check_batch, explain_lost
@@ -110,7 +111,7 @@ class Run:
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
         if self.world.is_first:
             self.metrics = Metrics.of(plan)
-        with on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
+        with summarized(plan), on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
             task = bar.add_task("train", total=plan.total_steps, completed=first, figures="",
                                 visible=console.is_terminal)  # fmt: skip
             try:
@@ -287,7 +288,10 @@ class Run:
             prompt = cfg.sample_start or opening(plan.data, plan.tokenizer)
             told = plan.tokenizer, prompt, cfg.sample_tokens, plan.data.end_ids, plan.data.is_dialogue
             with evaluating(self.model):
-                log("  " + preview(self.model, *told).replace("\n", "\n  "))
+                text = preview(self.model, *told)
+            log("  " + text.replace("\n", "\n  "))
+            if self.metrics is not None:
+                self.metrics.sample(p.step, text)
 
     def interrupt(self, reason: str) -> None:
         """Ask the loop to save after the step at hand; Ctrl-C once more stops at once.
