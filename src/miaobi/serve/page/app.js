@@ -91,6 +91,7 @@ async function start() {
   translate();
   const asked = location.hash.slice(1);
   show(TABS.includes(asked) ? asked : "chat");
+  document.getElementById("broken").remove();
   root.classList.remove("starting");
   const found = await info();
   const { model, classifier, runs } = found;

@@ -8,5 +8,9 @@
   } catch { /* storage is forbidden: nothing was chosen */ }
   if (theme === "light" || theme === "dark") root.dataset.theme = theme;
   const chinese = language ? language === "zh" : (navigator.languages ?? []).some((l) => l.startsWith("zh"));
+  root.classList.add("starting");
+  addEventListener("error", (event) => { // a module that did not come or is not understood
+    if (event.target?.tagName === "SCRIPT") root.classList.remove("starting");
+  }, true);
   root.lang = chinese ? "zh-CN" : "en";
 })();

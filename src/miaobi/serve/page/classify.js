@@ -4,7 +4,7 @@ import { button, composing, download, el, failure, growing, grouped, percent } f
 import { csv, read, textColumn } from "./table.js";
 import { say, visible } from "./words.js";
 
-const BATCH = 32; // rows in one request
+const BATCH = 32, LETTERS = 200_000; // rows and characters of one request, at most
 const panel = document.getElementById("classify");
 const form = panel.querySelector("form"), area = panel.querySelector("#judged"), verdict = panel.querySelector(".verdict");
 const fileBox = panel.querySelector("[data-file]"), drop = panel.querySelector(".drop"), chooser = panel.querySelector("#table");
@@ -117,6 +117,10 @@ async function judgeFile(name, header, rows, column) {
     try {
       while (done < full.length) {
         const batch = full.slice(done, done + BATCH);
+        for (let letters = 0, i = 0; i < batch.length; i += 1) {
+          letters += rows[batch[i]][column].length;
+          if (letters > LETTERS && i) batch.length = i;
+        }
         const { data } = await fetchJson("classify", { body: { input: batch.map((i) => rows[i][column]) }, signal: controller.signal });
         for (const found of data) {
           answers.set(batch[found.index], [found.label, (found.probs[found.label] ?? found.score).toFixed(4)]);

@@ -3,7 +3,7 @@ import { button, compact, el, grouped } from "./dom.js";
 
 const STORE = "miaobi.sampling";
 const FIELDS = {
-  max_tokens: { min: 1, max: 8192, step: 1 },
+  max_tokens: { min: 1, max: 4096, step: 1 },
   temperature: { min: 0, max: 2, step: 0.05, slide: true },
   top_p: { min: 0.01, max: 1, step: 0.01, slide: true },
   top_k: { min: 0, max: 100000, step: 1 },
