@@ -101,7 +101,7 @@ async function start() {
   if (model?.chat) startChat(model);
   else if (model) {
     empty("chat", "empty.chat", ["miaobi serve CHAT_MODEL"]);
-    document.querySelector("#chat [data-empty]").append(button("empty.continue", () => show("continue", true)));
+    document.querySelector("#chat [data-empty]").append(button("empty.continue", () => show("continue", true), { class: "main" }));
   } else empty("chat", "empty.model", ["miaobi serve MODEL"]);
   if (classifier) startClassify(classifier);
   else empty("classify", "empty.classify", ["miaobi classify train --base_model=MODEL --data=reviews.csv --out_dir=DIR", "miaobi serve MODEL --classifier=DIR"]);
@@ -112,6 +112,7 @@ async function start() {
     if (root.dataset.tab === "chat") show(best);
   }
   root.classList.add("ready");
+  performance.mark("usable");
 }
 
 start();

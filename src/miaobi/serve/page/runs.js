@@ -59,28 +59,44 @@ function drawSamples() {
 
 const address = (name) => `api/runs/${encodeURIComponent(name)}`;
 
-function take(run, row) {
-  if ("text" in row && "step" in row) run.samples.push(row);
-  else run.rows.push(row);
+async function load(run) {
+  const found = await fetchJson(address(run.name));
+  run.rows = found.metrics;
+  run.samples = found.samples;
 }
 
-/** Follow a run while it trains; a broken stream is taken up again where it stood. */
+/** Follow a run while it trains: all that there is once the stream stands, then what is new in it. */
 async function follow(run) {
   const controller = new AbortController();
   run.live = controller;
   while (!controller.signal.aborted) {
+    let seen = new Set();
+    const opened = async () => {
+      await load(run);
+      seen = new Set(run.rows.slice(-200).map((row) => JSON.stringify(row)));
+      draw();
+    };
     try {
-      for await (const row of events(`${address(run.name)}/stream?after=${run.rows.length}`, { signal: controller.signal })) {
-        take(run, row);
+      for await (const row of events(`${address(run.name)}/stream`, { signal: controller.signal, opened })) {
+        if (!seen.has(JSON.stringify(row))) run.rows.push(row);
+        if ("val_loss" in row) setTimeout(() => news(run), 1500); // its sample is written a little later
         draw();
       }
     } catch (error) {
       if (aborted(error)) return;
     }
     await new Promise((resolve) => { setTimeout(resolve, 3000); });
-    if (known.find(({ name }) => name === run.name)?.state !== "running") break;
+    if (known.find(({ name }) => name === run.name)?.state !== "training") break;
   }
   if (run.live === controller) run.live = null;
+}
+
+/** The samples of a run anew. */
+async function news(run) {
+  try {
+    run.samples = (await fetchJson(`${address(run.name)}?after=${run.rows.at(-1)?.step ?? -1}`)).samples;
+    draw();
+  } catch { /* the next evaluation brings them */ }
 }
 
 async function choose(name) {
@@ -89,14 +105,12 @@ async function choose(name) {
   const run = { name, slot, rows: [], samples: [], live: null };
   chosen.set(name, run);
   try {
-    const found = await fetchJson(address(name));
-    run.rows = found.metrics;
-    run.samples = found.samples;
+    await load(run);
   } catch (error) {
     chosen.delete(name);
     none.after(failure(error, () => choose(name)));
   }
-  if (known.find((one) => one.name === name)?.state === "running" && chosen.has(name)) follow(run);
+  if (known.find((one) => one.name === name)?.state === "training" && chosen.has(name)) follow(run);
   drawList();
   draw();
 }
@@ -108,7 +122,7 @@ function forget(name) {
   draw();
 }
 
-const WORDS = { running: "runs.running", finished: "runs.finished", stopped: "runs.stopped", failed: "runs.failed" };
+const WORDS = { training: "runs.training", finished: "runs.finished", stopped: "runs.stopped" };
 
 function item(name) {
   const box = el("input", { type: "checkbox" });
@@ -153,11 +167,11 @@ async function refresh() {
     drawList();
     if (!began) {
       began = true;
-      const first = known.find((run) => run.state === "running") ?? known[0];
+      const first = known.find((run) => run.state === "training") ?? known[0];
       choose(first.name);
     }
     for (const run of chosen.values()) {
-      if (!run.live && known.find(({ name }) => name === run.name)?.state === "running") follow(run);
+      if (!run.live && known.find(({ name }) => name === run.name)?.state === "training") follow(run);
     }
   }
   timer = setTimeout(refresh, LIST_EVERY);
