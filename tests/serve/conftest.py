@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,14 +54,14 @@ def write_model(place: Path, template: str = CHATML_TEMPLATE, block_size: int = 
     return place
 
 
-def write_classifier(place: Path) -> Path:
+def write_classifier(place: Path, labels: Sequence[str] = ("差评", "好评")) -> Path:
     """A classifier's directory."""
     torch.manual_seed(1)
     tokenizer = Tokenizer.train_char(dict.fromkeys(LETTERS, 9))
     classifier = head.Classifier(random_model(tokenizer.vocab_size, seed=1), 2, "mean")
     reading = Reading(BLOCK, "chunks", (), (), tokenizer.pad_id)
     place.mkdir(parents=True)
-    head.save(place, head.Judge(classifier, tokenizer, reading, ["差评", "好评"]))
+    head.save(place, head.Judge(classifier, tokenizer, reading, list(labels)))
     return place
 
 
@@ -108,6 +108,26 @@ def running(cfg: Serve, served: Served) -> Iterator[Address]:
         stopping.set()
         made.should_exit = True
         thread.join(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def judge() -> Callable[[Path, Sequence[str]], Path]:
+    """`judge(place, labels)`: a classifier's directory."""
+    return write_classifier
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable:
+    """`with serving(cfg) as address`: models loaded, a server that answers."""
+
+    @contextlib.contextmanager
+    def serve(cfg: Serve) -> Iterator[Address]:
+        served = load(cfg)
+        with running(cfg, served) as address:
+            yield address
+        served.close()
+
+    return serve
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import random
 import re
 import shutil
 import threading
@@ -12,9 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from miaobi import serve
 from miaobi.serve.config import Serve
@@ -26,7 +25,13 @@ if CHROMIUM is None and not os.environ.get("MIAOBI_REQUIRE_CHROMIUM"):
     pytest.skip("no Chromium here: apt install chromium", allow_module_level=True)
 
 SCRIPT = "<script>document.title='oops'</script>"
-REPLIES = {"你好": "你好呀", "你是谁": "我叫妙笔", "写代码": SCRIPT, "生僻字": "龘龘", "数数": "一二三四五六七八九十" * 20}
+REPLIES = {
+    "你好": "你好呀",
+    "你是谁": "我叫妙笔",
+    "写代码": SCRIPT,
+    "生僻字": "生僻的龘龘真难写",
+    "数数": "一二三四五六七八九十" * 20,
+}
 RUN = "<b>run\x1b[31m"  # of files: what may stand in their names
 LABELS = ["差<i>评\x07", "好评"]
 MAX_BYTES = 150_000
@@ -40,25 +45,24 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from miaobi.train.loop import train
 
     place = tmp_path_factory.mktemp("runs")
-    asked = [words for turn in REPLIES.items() for words in ("\n".join(turn), "\n".join(turn))]
-    (place / "said.txt").write_text("\n\n".join(asked * 8) + "\n", encoding="utf-8")
-    letters = set("".join([*REPLIES, *REPLIES.values()]))
+    (place / "said.txt").write_text("\n\n".join(map("\n".join, [*REPLIES.items()] * 16)) + "\n", encoding="utf-8")
     config = PrepareConfig(out=place / "data", format="dialogue", dedup="none", workers=1)
     known = prepare([str(place / "said.txt")], config)["vocab_size"]
-    assert "龘" in letters
     shutil.rmtree(place / "data")
     prepare([str(place / "said.txt")], PrepareConfig(**vars(config) | {"vocab_size": known - 3}))
     values = {
         "data": place / "data", "out_dir": place / RUN, "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64,
-        "batch_size": 8, "max_iters": 150, "eval_interval": 50, "eval_iters": 2, "log_interval": 1, "sample_tokens": 0,
+        "batch_size": 8, "max_iters": 80, "eval_interval": 40, "eval_iters": 2, "log_interval": 1, "sample_tokens": 0,
         "device": "cpu", "dtype": "float32", "compile": False,
     }  # fmt: skip
     train(*load_config(None, [(key, str(value)) for key, value in values.items()]))
+    samples = [{"step": 40, "text": "一二"}, {"step": 80, "text": "龘<script>"}]
+    (place / RUN / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples), encoding="utf-8")
     return place / RUN
 
 
 @pytest.fixture(scope="module")
-def site(talker: Path, serving: Callable, judge: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(talker: Path, serving: Callable, judge: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server with all that the page shows."""
     classifier = judge(tmp_path_factory.mktemp("judge") / "judge", LABELS)
     with serving(Serve(model=str(talker), classifier=str(classifier), runs=str(talker.parent), device="cpu")) as found:
@@ -75,11 +79,11 @@ def chromium() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def visit(chromium: Browser, site: str) -> Iterator[Callable[..., Page]]:
+def visit(chromium: Browser, url: str) -> Iterator[Callable[..., Page]]:
     """`visit("chat", color_scheme="dark")`: the page as a new visitor sees it; nothing may go wrong in it, or leave."""
     contexts, wrong = [], []
 
-    def go(tab: str = "chat", address: str = site, fails: bool = False, **how: object) -> Page:
+    def go(tab: str = "chat", address: str = url, fails: bool = False, until: str = "html.ready", **how) -> Page:
         context = chromium.new_context(**{"locale": "zh-CN", "viewport": {"width": 1200, "height": 800}} | how)
         context.set_default_timeout(15_000)
         page = context.new_page()
@@ -88,7 +92,7 @@ def visit(chromium: Browser, site: str) -> Iterator[Callable[..., Page]]:
         page.on("pageerror", lambda e: wrong.append(str(e)))
         page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") and not fails else None)
         page.goto(f"{address}/#{tab}")
-        page.wait_for_selector("html.ready")
+        page.wait_for_selector(until)
         return page
 
     yield go
@@ -119,7 +123,7 @@ def answered(page: Page, turns: int) -> list[str]:
     return page.locator(".turn .words").all_inner_texts()
 
 
-def test_chat_replies_is_edited_and_tried_again(visit, site):
+def test_chat_replies_is_edited_and_tried_again(visit, url):
     page = visit(permissions=["clipboard-read", "clipboard-write"])
     greedy(page)
     ask(page, "你好")
@@ -154,9 +158,10 @@ def test_chat_stops_and_what_was_said_is_exported_for_prepare(visit, tmp_path, m
     with page.expect_download() as download:
         page.get_by_text("导出").click()
     download.value.save_as(tmp_path / "said.jsonl")
-    told = json.loads((tmp_path / "said.jsonl").read_text(encoding="utf-8"))
-    assert [turn["content"] for turn in told["messages"]] == said
-    made = miaobi("prepare", tmp_path / "said.jsonl", f"--out={tmp_path / 'data'}", "--json")
+    line = (tmp_path / "said.jsonl").read_text(encoding="utf-8")
+    assert [turn["content"] for turn in json.loads(line)["messages"]] == said
+    (tmp_path / "said.jsonl").write_text(line * 30, encoding="utf-8")
+    made = miaobi("prepare", tmp_path / "said.jsonl", "--format=dialogue", "--dedup=none", f"--out={tmp_path / 'data'}")
     assert made.code == 0, made.err
 
 
@@ -174,11 +179,11 @@ def test_what_a_model_a_run_and_a_label_say_is_text(visit):
     assert page.locator("main script, main b:not(.values b), main i").count() == 0
 
 
-def completion(site: str, prompt: str, **how: object) -> dict:
+def completion(url: str, prompt: str, **how: object) -> dict:
     """What the API writes behind a prompt, greedily."""
-    name = httpx.get(f"{site}/v1/models").json()["data"][0]["id"]
+    name = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
     body = {"model": name, "prompt": prompt, "temperature": 0, "top_p": 0.9, "repetition_penalty": 1} | how
-    return httpx.post(f"{site}/v1/completions", json=body).json()["choices"][0]
+    return httpx.post(f"{url}/v1/completions", json=body).json()["choices"][0]
 
 
 def written(page: Page, column: int = 0) -> str:
@@ -188,15 +193,15 @@ def written(page: Page, column: int = 0) -> str:
         "cells => cells.map((c) => c.textContent.replace('↵', '')).join('')")  # fmt: skip
 
 
-def test_continuations_side_by_side_and_another_character_goes_on_from_there(visit, site):
+def test_continuations_side_by_side_and_another_character_goes_on_from_there(visit, url):
     page = visit("continue")
     greedy(page)
-    page.fill("#prompt", "你好")
+    page.fill("#prompt", "一二三")
     page.fill("#continue [name=n]", "2")
     page.fill("#continue [name=tokens]", "12")
     page.press("#prompt", "Control+Enter")
     expect(page.locator(".column")).to_have_count(2)
-    told = completion(site, "你好", max_tokens=12, logprobs=1)
+    told = completion(url, "一二三", max_tokens=12, logprobs=1)
     assert written(page, 0) == written(page, 1) == told["text"]
     first = page.locator(".column").first.locator(".cell")
     first.nth(1).click()
@@ -206,7 +211,7 @@ def test_continuations_side_by_side_and_another_character_goes_on_from_there(vis
     letter = other.locator(".token").inner_text().replace("↵", "\n")
     other.click()
     kept = told["text"][:1] + letter
-    assert written(page, 0) == kept + completion(site, "你好" + kept, max_tokens=12)["text"]
+    assert written(page, 0) == kept + completion(url, "一二三" + kept, max_tokens=12)["text"]
     assert written(page, 1) == told["text"], "the other column stays"
     expect(first.nth(1)).to_have_class(re.compile("chosen"))
     page.locator(".column").first.get_by_text("撤销").click()
@@ -215,14 +220,14 @@ def test_continuations_side_by_side_and_another_character_goes_on_from_there(vis
     assert written(page, 0).startswith(told["text"])
 
 
-def test_bytes_are_joined_into_their_character_and_shaded_by_its_probability(visit, site):
+def test_bytes_are_joined_into_their_character_and_shaded_by_its_probability(visit, url):
     page = visit("continue")
     greedy(page)
-    page.fill("#prompt", "生僻字")
+    page.fill("#prompt", "生僻的")
     page.fill("#continue [name=n]", "1")
     page.fill("#continue [name=tokens]", "8")
     page.click("#continue [data-do=write]")
-    told = completion(site, "生僻字", max_tokens=8, logprobs=1)
+    told = completion(url, "生僻的", max_tokens=8, logprobs=1)
     text = written(page)
     assert "龘" in text
     assert text == told["text"].rstrip("\ufffd"), "half a character at the end waits to be written"
@@ -237,12 +242,12 @@ def test_bytes_are_joined_into_their_character_and_shaded_by_its_probability(vis
     expect(page.locator(".alternatives")).to_contain_text("3 个字节片")
 
 
-def test_a_text_is_judged_and_what_mattered_is_marked(visit, site):
+def test_a_text_is_judged_and_what_mattered_is_marked(visit, url):
     page = visit("classify")
     text = "皇马赢得比赛，球迷期待。"
     page.fill("#judged", text)
     page.press("#judged", "Enter")
-    told = httpx.post(f"{site}/classify", json={"input": text, "explain": True}).json()["data"][0]
+    told = httpx.post(f"{url}/classify", json={"input": text, "explain": True}).json()["data"][0]
     seen = told["label"].replace("\x07", "␇")
     expect(page.locator(".verdict .label strong")).to_have_text(seen)
     for label, p in told["probs"].items():
@@ -258,7 +263,7 @@ def test_a_text_is_judged_and_what_mattered_is_marked(visit, site):
     expect(page.locator(".verdict")).to_contain_text("留一法")
 
 
-def test_a_dropped_csv_comes_back_labelled(visit, site, tmp_path):
+def test_a_dropped_csv_comes_back_labelled(visit, url, tmp_path):
     page = visit("classify")
     rows = [[str(i), f'第{i}条："皇马，赢"\n比赛{"国" * (i % 5)}'] for i in range(70)] + [["70", "  "]]
     sheet = io.StringIO()
@@ -268,7 +273,8 @@ def test_a_dropped_csv_comes_back_labelled(visit, site, tmp_path):
         """data => {
           const transfer = new DataTransfer();
           transfer.items.add(new File([new Uint8Array(data)], "表.csv"));
-          document.querySelector(".drop").dispatchEvent(new DragEvent("drop", { bubbles: true, dataTransfer: transfer }));
+          const drop = new DragEvent("drop", { bubbles: true, dataTransfer: transfer });
+          document.querySelector(".drop").dispatchEvent(drop);
         }""",
         list(data),
     )
@@ -282,8 +288,233 @@ def test_a_dropped_csv_comes_back_labelled(visit, site, tmp_path):
     back = list(csv.reader((tmp_path / "out.csv").open(encoding="utf-8-sig", newline="")))
     assert back[0] == ["编号", "评论", "predicted_label", "probability"]
     assert [row[:2] for row in back[1:]] == rows
-    told = httpx.post(f"{site}/classify", json={"input": [text for _, text in rows[:70]]}).json()["data"]
+    told = httpx.post(f"{url}/classify", json={"input": [text for _, text in rows[:70]]}).json()["data"]
     assert [row[2] for row in back[1:71]] == [one["label"] for one in told]
     assert [float(row[3]) for row in back[1:71]] == pytest.approx([one["score"] for one in told], abs=1e-3)
     assert back[71][2:] == ["", ""]
     expect(page.locator("#classify .file")).to_contain_text("1 行是空的")
+
+
+def test_runs_are_laid_over_each_other_live_with_their_samples(visit, talker):
+    from miaobi.train.loop import train
+
+    page = visit("runs")
+    place, figure = talker.parent, page.locator(".chart:not([hidden])")
+    assert figure.locator("h2").all_inner_texts() == ["验证集，每字比特", "学习率", "每秒词元"]
+    shown = page.locator("[data-runs] .name")
+    expect(shown).to_have_text([RUN.replace("\x1b", "␛")])
+    expect(page.locator(".samples li h3")).to_have_text(["第 80 步", "第 40 步"])
+    expect(page.locator(".samples .text").first).to_have_text("龘<script>")
+    values = {
+        "data": place / "data", "out_dir": place / "live", "n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 64,
+        "batch_size": 2, "max_iters": 60, "eval_interval": 30, "eval_iters": 1, "log_interval": 1, "sample_tokens": 0,
+        "device": "cpu", "dtype": "float32", "compile": False,
+    }  # fmt: skip
+    given = load_config(None, [(key, str(value)) for key, value in values.items()])
+    training = threading.Thread(target=train, args=given)
+    training.start()
+    page.get_by_label("live").check(timeout=30_000)
+    expect(page.locator("[data-runs] li").filter(has_text="live")).to_contain_text("60 / 60 步", timeout=60_000)
+    training.join()
+    rows = [json.loads(line) for line in (place / "live" / "metrics.jsonl").read_text().splitlines()]
+    last = [row["val_bits_per_char"] for row in rows if "val_bits_per_char" in row][-1]
+    mine = figure.first.locator(".values > span").filter(has_text="live")
+    expect(mine).to_contain_text(f"{last:.4g}"[:4], timeout=30_000)
+    expect(mine).to_contain_text("第 60 步")
+    assert figure.first.locator("polyline.line:not(.pale)").count() == 2
+    figure.first.locator("svg").focus()
+    page.keyboard.press("Home")
+    expect(figure.first.locator(".values")).to_contain_text("第 40 步")
+
+
+def tab_to(page: Page, wanted: str, key: str = "Tab") -> None:
+    """Press Tab until something that matches is focused; what is focused on the way can be seen to be."""
+    for _ in range(40):
+        page.keyboard.press(key)
+        assert page.evaluate(
+            """() => { let node = document.activeElement;
+              for (let i = 0; node && i < 3; i += 1, node = node.parentElement) {
+                const style = getComputedStyle(node);
+                if (style.outlineStyle !== "none" || style.boxShadow !== "none") return true;
+              } return false; }"""
+        ), page.evaluate("document.activeElement.outerHTML")
+        if page.evaluate("wanted => document.activeElement.matches(wanted)", wanted):
+            return
+    pytest.fail(f"Tab does not lead to {wanted}")
+
+
+def test_everything_is_done_with_the_keyboard_alone(visit):
+    page = visit()
+    press, focus = page.keyboard.press, "document.activeElement.id"
+    tab_to(page, ".skip")
+    tab_to(page, "#tab-chat")
+    tab_to(page, "[data-settings]")
+    press("Enter")
+    tab_to(page, "#set-temperature")
+    page.keyboard.type("0")
+    press("Escape")
+    assert page.evaluate("document.activeElement.matches('[data-settings]')"), "focus returns to where it was"
+    tab_to(page, "#say")
+    page.keyboard.type("你好")
+    press("Enter")
+    assert answered(page, 2)[1] == "你好呀"
+    tab_to(page, "[data-t='chat.edit']", "Shift+Tab")
+    press("Enter")
+    press("Control+A")
+    page.keyboard.type("你是谁")
+    press("Enter")
+    assert answered(page, 2) == ["你是谁", "我叫妙笔"]
+    tab_to(page, "#tab-chat", "Shift+Tab")
+    press("ArrowRight")
+    assert page.evaluate(focus) == "tab-continue"
+    tab_to(page, "#prompt")
+    page.keyboard.type("一二三")
+    press("Control+Enter")
+    before = written(page)
+    tab_to(page, ".cell")
+    for key in ("ArrowRight", "ArrowRight", "Enter", "Enter"):
+        press(key)
+    expect(page.locator(".cell.chosen")).to_have_count(1)
+    assert written(page)[:2] == before[:2]
+    assert written(page)[2] != before[2]
+    tab_to(page, "#tab-continue", "Shift+Tab")
+    press("ArrowRight")
+    tab_to(page, "#judged")
+    page.keyboard.type("皇马赢得比赛")
+    press("Enter")
+    expect(page.locator(".verdict .label")).to_be_visible()
+    tab_to(page, "#table")
+    tab_to(page, "#tab-classify", "Shift+Tab")
+    press("End")
+    page.locator("#runs .line").first.wait_for()
+    tab_to(page, "[data-runs] input")
+    press("Space")
+    expect(page.locator(".chart:not([hidden])")).to_have_count(0)
+
+
+def test_on_a_phone_nothing_is_wider_than_it(visit):
+    page = visit(viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
+    ask(page, "写代码")
+    answered(page, 2)
+    page.tap("#tab-continue")
+    page.fill("#prompt", "一二三" * 30)
+    page.tap("#continue [data-do=write]")
+    written(page)
+    page.tap("#tab-classify")
+    page.fill("#judged", "皇马" * 100)
+    page.tap("#classify [type=submit]")
+    expect(page.locator(".verdict .label")).to_be_visible()
+    for tab in ("chat", "continue", "classify", "runs"):
+        page.tap(f"#tab-{tab}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, tab
+        small = "nodes => nodes.filter((n) => n.offsetParent && n.getBoundingClientRect().height < 24).length"
+        assert page.locator("button").evaluate_all(small) == 0
+    page.tap("#tab-continue")
+    page.locator(".cell").last.tap()
+    box = page.locator(".alternatives").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 360
+
+
+def luminance(page: Page, of: str) -> float:
+    """0 = black, 255 = white: the background or the letters of the page."""
+    found = page.evaluate(f"getComputedStyle(document.body).{of}")
+    return sum(map(float, re.findall(r"[\d.]+", found)[:3])) / 3
+
+
+def test_dark_and_light_and_both_languages(visit):
+    page = visit(color_scheme="dark", locale="en-US")
+    assert luminance(page, "backgroundColor") < 40 < 200 < luminance(page, "color")
+    for tab in ("chat", "continue", "classify", "runs"):
+        page.click(f"#tab-{tab}")
+        own = page.locator(f"#{tab} [data-t]:visible, .top [data-t]:not(#language)").all_inner_texts()
+        assert own
+        assert not [words for words in own if re.search("[\u4e00-\u9fff]", words)]
+    page.click("#theme")
+    page.click("#language")
+    page.reload()
+    assert luminance(page, "color") < 60 < 200 < luminance(page, "backgroundColor")
+    expect(page.locator("#tab-runs")).to_have_text("训练")
+    assert page.evaluate("document.documentElement.lang") == "zh-CN"
+
+
+def test_a_lost_server_and_a_request_that_is_refused_are_told_in_words(visit):
+    page = visit(fails=True)
+    page.context.set_offline(True)
+    ask(page, "你好")
+    expect(page.get_by_role("alert")).to_contain_text("连不上服务器")
+    page.context.set_offline(False)
+    greedy(page)
+    page.get_by_text("再试一次").click()
+    assert answered(page, 2)[1] == "你好呀"
+    page.click("#tab-continue")
+    page.fill("#prompt", "一")
+    page.locator("[name=tokens]").evaluate("input => { input.max = ''; }")
+    page.fill("[name=tokens]", "99999")
+    page.click("#continue [data-do=write]")
+    expect(page.get_by_role("alert").first).to_contain_text("max_tokens is too large")
+
+
+def test_without_a_model_it_says_how_to_serve_one_and_a_key_is_asked_for(visit, serving, talker):
+    with serving(Serve(runs=str(talker.parent), api_key="s3cret")) as keyed:
+        page = visit("runs", address=keyed.url, fails=True, until="#key[open]")
+        page.keyboard.type("wrong")
+        page.keyboard.press("Enter")
+        expect(page.locator("#key .error")).to_have_text("这个密钥不对。")
+        page.keyboard.type("s3cret")
+        page.keyboard.press("Enter")
+        expect(page.locator("[data-runs] .name").first).to_be_visible()
+        for tab, line in {"chat": "miaobi serve MODEL", "classify": "miaobi serve MODEL --classifier=DIR"}.items():
+            page.click(f"#tab-{tab}")
+            expect(page.locator(f"#{tab} code").last).to_have_text(line)
+
+
+def test_the_policy_lets_nothing_in_and_is_obeyed(visit, url):
+    policy = httpx.get(url).headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert not re.search(r"unsafe|\*|http:|https:", policy)
+    page = visit(fails=True)
+    page.evaluate(
+        """() => {
+          const script = document.createElement("script");
+          script.textContent = "document.title = 'oops'";
+          document.body.append(script);
+          document.body.setAttribute("style", "display: none");
+        }"""
+    )
+    assert page.title() == "妙笔 miaobi"
+    assert page.locator("#say").is_visible()
+
+
+def test_files_are_few_and_small_and_never_parse_a_text_as_html():
+    files = {path.name: path.read_text(encoding="utf-8") for path in PAGE.iterdir()}
+    assert sum(len(text.encode()) for text in files.values()) <= MAX_BYTES
+    for name, text in files.items():
+        assert text.count("\n") <= 350, name
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|DOMParser", text), name
+        addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.[a-z]{2,}[^\s\"')]*", text)) - {
+            "http://www.w3.org/2000/svg"
+        }
+        assert not addresses, name
+    assert not re.search(r"<script(?! [^>]*src=)|<style|\sstyle=|\son\w+=", files["index.html"])
+    code = "".join(text for name, text in files.items() if name != "words.js")
+    for key in re.findall(r'^  "([\w.]+)": \[', files["words.js"], re.MULTILINE):
+        used = f'"{key}"' in code or f"{key.rpartition('.')[0]}.$" in code or key.endswith((".how", ".why"))
+        assert used, f"{key} is said nowhere"
+
+
+def test_tables_are_read_as_python_reads_them(visit):
+    draw, tables = random.Random(0), []
+    for _ in range(200):
+        rows = [["".join(draw.choices('a字,"\n\r; \t', k=draw.randint(0, 6))) for _ in range(3)] for _ in range(4)]
+        sheet = io.StringIO()
+        csv.writer(sheet, lineterminator=draw.choice(["\n", "\r\n"])).writerows(rows)
+        tables.append((sheet.getvalue(), rows))
+    page = visit()
+    read = page.evaluate("async texts => { const { parse } = await import('/page/table.js');"
+                         " return texts.map((text) => parse(text, ',')); }", [text for text, _ in tables])  # fmt: skip
+    assert read == [rows for _, rows in tables]
+    back = page.evaluate("async tables => { const { csv } = await import('/page/table.js');"
+                         " return tables.map((rows) => csv(rows)); }", [rows for _, rows in tables])  # fmt: skip
+    for text, (_, rows) in zip(back, tables, strict=True):
+        assert list(csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""))) == rows

@@ -4,7 +4,8 @@ import { Chart, figure } from "./chart.js";
 import { el, failure, grouped } from "./dom.js";
 import { say } from "./words.js";
 
-const SLOTS = 8, LIST_EVERY = 4000;
+const SLOTS = 8, LIST_EVERY = 4000; // colours; milliseconds
+const STREAMS = 3; // a browser opens six connections to a server, and a chat needs one
 const panel = document.getElementById("runs");
 const list = panel.querySelector("[data-runs]"), none = panel.querySelector("[data-none]"), samples = panel.querySelector(".samples");
 const picker = samples.querySelector("select"), told = samples.querySelector("ol");
@@ -83,10 +84,9 @@ async function follow(run) {
         draw();
       }
     } catch (error) {
-      if (aborted(error)) return;
+      if (aborted(error)) break;
     }
     await new Promise((resolve) => { setTimeout(resolve, 3000); });
-    if (known.find(({ name }) => name === run.name)?.state !== "training") break;
   }
   if (run.live === controller) run.live = null;
 }
@@ -110,7 +110,7 @@ async function choose(name) {
     chosen.delete(name);
     none.after(failure(error, () => choose(name)));
   }
-  if (known.find((one) => one.name === name)?.state === "training" && chosen.has(name)) follow(run);
+  if (chosen.has(name)) keepUp(run);
   drawList();
   draw();
 }
@@ -151,6 +151,19 @@ function drawList() {
   if (nodes.some((node, i) => list.children[i] !== node) || nodes.length !== list.children.length) list.replaceChildren(...nodes);
 }
 
+/** Follow a run that trains, up to STREAMS at once; others are read anew. One that has ended is read once more. */
+function keepUp(run) {
+  const trains = known.find(({ name }) => name === run.name)?.state === "training";
+  const followed = [...chosen.values()].filter((one) => one.live).length;
+  if (run.live && trains) return;
+  if (trains && followed < STREAMS) follow(run);
+  else if (trains || run.live) {
+    run.live?.abort();
+    run.live = null;
+    load(run).then(draw, () => {}); // the next look may succeed
+  }
+}
+
 async function refresh() {
   clearTimeout(timer);
   try {
@@ -170,9 +183,7 @@ async function refresh() {
       const first = known.find((run) => run.state === "training") ?? known[0];
       choose(first.name);
     }
-    for (const run of chosen.values()) {
-      if (!run.live && known.find(({ name }) => name === run.name)?.state === "training") follow(run);
-    }
+    for (const run of chosen.values()) keepUp(run);
   }
   timer = setTimeout(refresh, LIST_EVERY);
   return undefined;
@@ -182,8 +193,10 @@ export function startRuns(emptyNow) {
   whenNone = emptyNow;
   picker.addEventListener("change", drawSamples);
   const look = () => {
-    if (panel.hidden || document.hidden) clearTimeout(timer);
-    else refresh();
+    if (!panel.hidden && !document.hidden) return refresh();
+    clearTimeout(timer);
+    for (const run of chosen.values()) run.live?.abort();
+    return undefined;
   };
   document.addEventListener("tab", look);
   document.addEventListener("visibilitychange", look);

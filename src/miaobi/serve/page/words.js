@@ -155,7 +155,7 @@ const WORDS = {
   "runs.of": ["哪次训练的样例", "Samples of which run"],
   "runs.step": ["第 {step} 步", "Step {step}"],
   "runs.steps": ["{step} / {max} 步", "step {step} of {max}"],
-  "runs.best": ["最好 {best}", "best {best}"],
+  "runs.best": ["最好验证损失 {best}", "best validation loss {best}"],
   "runs.training": ["训练中", "training"],
   "runs.finished": ["已完成", "finished"],
   "runs.stopped": ["已停下", "stopped"],
