@@ -67,8 +67,6 @@ const WORDS = {
   "chat.length": ["到了长度上限", "reached the length limit"],
   "chat.figures": ["{tokens} 个词元 · {speed} 个/秒", "{tokens} tokens · {speed}/s"],
   "chat.nothing": ["（没有说话）", "(said nothing)"],
-  "chat.forget": ["清掉这段对话？", "Forget this conversation?"],
-  "chat.forgotten": ["对话已清空", "Conversation cleared"],
 
   "set.system": ["系统提示", "System prompt"],
   "set.system.why": ["对话前先告诉模型的话；训练时没见过的，多半没有用", "Told to the model before the conversation; of little use if it saw none in training"],
@@ -111,15 +109,11 @@ const WORDS = {
   "continue.undo": ["撤销", "Undo"],
   "continue.more": ["继续写", "More"],
   "continue.ended": ["写完了", "ended"],
-  "continue.cell": ["{text}，{p}", "{text}, {p}"],
-  "continue.newline": ["换行", "line end"],
   "continue.chance": ["概率 {p}", "probability {p}"],
   "continue.pieces": ["由 {n} 个字节片拼成", "made of {n} byte pieces"],
   "continue.instead": ["换成", "Instead"],
   "continue.half": ["半个字", "half a character"],
-  "continue.written": ["已写", "written"],
   "continue.other": ["其余", "all others"],
-  "continue.end": ["（结束）", "(end)"],
 
   "classify.text": ["要判断的话", "Text to judge"],
   "classify.placeholder": ["房间很干净，下次还来。", "房间很干净，下次还来。"],
@@ -129,7 +123,6 @@ const WORDS = {
   "classify.for": ["支持“{label}”", "for “{label}”"],
   "classify.against": ["反对", "against it"],
   "classify.how": ["算法：逐个遮掉（留一法），看“{label}”的概率降多少；降得越多，颜色越深。", "How: each piece is left out in turn (leave-one-out); the more the probability of “{label}” falls, the darker it is."],
-  "classify.score": ["{text}：去掉它，概率变 {d}", "{text}: without it the probability changes by {d}"],
 
   "file.title": ["整个文件", "A whole file"],
   "file.drop": ["把 CSV 拖到这里，或点一下选文件", "Drop a CSV here, or click to choose one"],
@@ -159,7 +152,6 @@ const WORDS = {
   "runs.training": ["训练中", "training"],
   "runs.finished": ["已完成", "finished"],
   "runs.stopped": ["已停下", "stopped"],
-  "runs.updated": ["{when}更新", "updated {when}"],
   "runs.bits": ["验证集，每字比特", "Validation, bits per character"],
   "runs.bits.why": ["越低越好；淡线是训练集", "lower is better; the faint line is the training text"],
   "runs.rate": ["学习率", "Learning rate"],
@@ -167,9 +159,7 @@ const WORDS = {
   "runs.loss": ["验证损失", "Validation loss"],
   "runs.accuracy": ["验证准确率", "Validation accuracy"],
   "runs.chart": ["{title}。{values}。← → 键逐点读数。", "{title}. {values}. ← → keys read it point by point."],
-  "runs.config": ["配置", "Configuration"],
   "runs.nosamples": ["这次训练没有留下样例。", "This run kept no samples."],
-  "runs.waiting": ["还没有数据。", "No data yet."],
 };
 
 export const LANGUAGES = ["zh-CN", "en"];
