@@ -12,6 +12,7 @@ from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import PlainTextResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
@@ -130,7 +131,7 @@ def add_others(app: FastAPI, is_stopping: Callable[[], bool]) -> None:
             raise APIError(503, "the thread that writes has ended; start the server again", "dead")
         return json_response({"status": "ok"})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:
         return Response(request.app.state.metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -151,7 +152,7 @@ def add_others(app: FastAPI, is_stopping: Callable[[], bool]) -> None:
         run = await asyncio.to_thread(runs.found, served.runs, name)
         return json_response(await asyncio.to_thread(runs.run_of, name, run, after))
 
-    @app.get("/api/runs/{name}/stream", responses={200: {"content": STREAM}})
+    @app.get("/api/runs/{name}/stream", response_class=EventStream)
     async def run_stream(name: str, served: Current) -> Response:
         run = await asyncio.to_thread(runs.found, served.runs, name)
         return EventStream(runs.live(run, is_stopping), lambda: None)

@@ -77,14 +77,14 @@ def of_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> APIError:
     if any(error["type"] == "json_invalid" for error in errors):
         return APIError(400, "the body is not JSON: " + str(errors[0].get("ctx", {}).get("error", ""))[:200],
                         "invalid_json")  # fmt: skip
-    error = max(errors, key=lambda e: len(place(e["loc"], body)))
+    error = max(errors, key=lambda e: (len(place(e["loc"], body)), not e["type"].endswith("_type")))
     where, kind = place(error["loc"], body), error["type"]
     param = ".".join(map(str, where)) or None
     if not where and kind != "missing":
         return APIError(400, "the body must be a JSON object, sent with Content-Type: application/json", "invalid_type")
     if kind == "missing":
         return refused(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
-    is_type = kind.endswith(("_type", "_parsing", "_attributes_type")) or kind in ("int_from_float", "string_type")
+    is_type = kind.endswith(("_type", "_parsing")) or kind == "int_from_float"
     value = brief(error.get("input"))
     return refused(f"Invalid {'type' if is_type else 'value'} for '{param}': {error['msg']}, but it is {value}.", param,
                    "invalid_type" if is_type else "invalid_value")  # fmt: skip

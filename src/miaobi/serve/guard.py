@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+import traceback
 import uuid
 from collections.abc import Collection
 
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from miaobi.console import log
 from miaobi.serve.errors import APIError
 from miaobi.serve.metrics import Metrics
+from miaobi.serve.sse import GoneError
 
 MAX_BODY = 4 << 20
 BODY_SECONDS = 30.0  # in which a body must have come
@@ -54,6 +56,13 @@ class Guard:
             await self.app(scope, Body(receive), tell)
         except APIError as error:
             await error.response()(scope, receive, tell)
+        except GoneError:  # nobody to answer
+            pass
+        except Exception as error:
+            log("".join(traceback.format_exception(error)))
+            if not status:
+                failure = APIError(500, "an error of the server's own; its log says which", "internal_error")
+                await failure.response()(scope, receive, tell)
         finally:
             path = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(path, str(status)).inc()

@@ -23,12 +23,6 @@ async def classify(told: ClassifyRequest, served: Served) -> dict[str, Any]:
     texts = [told.input] if isinstance(told.input, str) else told.input
     if told.explain and len(texts) > EXPLAINED:
         raise refused(f"explain is for {EXPLAINED} texts at a time; send fewer", "input")
-    for i, text in enumerate(texts):
-        try:
-            text.encode()
-        except UnicodeEncodeError as e:
-            where = "input" if isinstance(told.input, str) else f"input.{i}"
-            raise refused("a text has half a character (a lone surrogate); remove it", where) from e
     return {"model": served.judge_name, "data": await asyncio.to_thread(judged, served, texts, bool(told.explain))}
 
 

@@ -14,7 +14,7 @@ from miaobi.console import shown
 from miaobi.errors import UserError
 from miaobi.serve.errors import APIError
 from miaobi.serve.sse import STILL_HERE, frame
-from miaobi.settings import read_yaml
+from miaobi.settings import as_number, read_yaml
 from miaobi.yaml_file import Mapping
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -66,7 +66,8 @@ def about(name: str, run: Path) -> dict[str, Any]:
     """One line of the list."""
     measured, _ = rows(run / METRICS)
     last = max((row["step"] for row in measured if isinstance(row.get("step"), int)), default=0)
-    planned = as_number(config_of(run).get("max_iters"))
+    planned = config_of(run).get("max_iters")
+    planned = planned if isinstance(planned, int) else None
     values = [row["val_loss"] for row in measured if isinstance(row.get("val_loss"), (int, float))]
     updated = (run / METRICS).stat().st_mtime
     return {"name": name, "state": state_of(run, last, planned, updated), "step": last, "max_iters": planned,
@@ -78,14 +79,6 @@ def state_of(run: Path, step: int, planned: int | None, updated: float) -> str:
     if planned is not None and step >= planned:
         return "finished"
     return "training" if time.time() - updated < ALIVE else "stopped"
-
-
-def as_number(value: Any) -> int | None:
-    """A whole number as YAML has it."""
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        return None
 
 
 def config_of(run: Path) -> dict[str, Any]:
@@ -104,7 +97,13 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [plain(item) for item in value]
-    return str(value)
+    if getattr(value, "quoted", False):
+        return str(value)
+    words = {"true": True, "false": False, "null": None, "~": None, "": None}
+    if value.lower() in words:
+        return words[value.lower()]
+    number = as_number(value, float)
+    return str(value) if number is None else int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
 def found(place: Path | None, name: str) -> Path:

@@ -7,11 +7,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from miaobi.serve.errors import refused
 
-Text = Annotated[str, Field(description="Text.")]
+
+def whole(text: str) -> str:
+    """`text`, which JSON may have cut inside a character. Raises ValueError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"half a character (a lone surrogate) at {e.start}; remove it") from e
+    return text
+
+
+Text = Annotated[str, AfterValidator(whole)]
 Id = Annotated[int, Field(ge=0)]
 Bias = dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
 MOST = 128  # texts of one request
@@ -32,7 +42,7 @@ class StreamOptions(Body):
 class Sampling(Body):
     """What completions and chats have in common."""
 
-    model: str
+    model: Text
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=1 << 31)
@@ -43,7 +53,7 @@ class Sampling(Body):
     logit_bias: Bias | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     n: int | None = Field(None, ge=1, le=MOST)
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -57,8 +67,8 @@ class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST)]
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST)]
         | Annotated[list[Id], Field(min_length=1)]
         | Annotated[list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1, max_length=MOST)]
         | None
@@ -72,14 +82,14 @@ class TextPart(Body):
     """A part of a message."""
 
     type: Literal["text", "input_text", "output_text"]
-    text: str
+    text: Text
 
 
 class Message(Body):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
 
     @property
     def words(self) -> str:
@@ -109,9 +119,9 @@ class InputMessage(Message):
 class ResponseRequest(Body):
     """POST /v1/responses."""
 
-    model: str
-    input: str | Annotated[list[InputMessage], Field(min_length=1)]
-    instructions: str | None = None
+    model: Text
+    input: Text | Annotated[list[InputMessage], Field(min_length=1)]
+    instructions: Text | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
@@ -119,7 +129,7 @@ class ResponseRequest(Body):
     include: list[str] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     stream: bool | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[Text, Text] | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1, description="ours: same seed, same text")
 
 
@@ -164,8 +174,8 @@ def _listed(value: Any) -> list[str]:
 class TokenizeRequest(Body):
     """POST /tokenize: a prompt, or a conversation as the chat template writes it."""
 
-    model: str | None = None
-    prompt: str | None = None
+    model: Text | None = None
+    prompt: Text | None = None
     messages: list[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
@@ -175,15 +185,15 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """POST /detokenize."""
 
-    model: str | None = None
+    model: Text | None = None
     tokens: list[Id]
 
 
 class ClassifyRequest(Body):
     """POST /classify."""
 
-    model: str | None = None
-    input: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
+    model: Text | None = None
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
     explain: bool | None = Field(None, description="what each character adds to the label's probability: what the "
                                                    "probability loses without it (leave-one-out)")  # fmt: skip
 
