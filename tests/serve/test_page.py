@@ -3,26 +3,23 @@
 import csv
 import io
 import json
-import os
-import random
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import expect
 
-from miaobi import serve
 from miaobi.serve.config import Serve
 from miaobi.settings import load_config
 
-PAGE = Path(serve.__file__).parent / "page"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None and not os.environ.get("MIAOBI_REQUIRE_CHROMIUM"):
-    pytest.skip("no Chromium here: apt install chromium", allow_module_level=True)
+sys.path.insert(0, str(Path(__file__).parent))
+
+from browsing import answered, ask, greedy, tab_to, written
 
 SCRIPT = "<script>document.title='oops'</script>"
 REPLIES = {
@@ -34,7 +31,6 @@ REPLIES = {
 }
 RUN = "<b>run\x1b[31m"  # of files: what may stand in their names
 LABELS = ["差<i>评\x07", "好评"]
-MAX_BYTES = 150_000
 
 
 @pytest.fixture(scope="module")
@@ -69,62 +65,8 @@ def url(talker: Path, serving: Callable, judge: Callable, tmp_path_factory: pyte
         yield found.url
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    """One browser for all."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(chromium: Browser, url: str) -> Iterator[Callable[..., Page]]:
-    """`visit("chat", color_scheme="dark")`: the page as a new visitor sees it; nothing may go wrong in it, or leave."""
-    contexts, wrong = [], []
-
-    def go(tab: str = "chat", address: str = url, fails: bool = False, until: str = "html.ready", **how) -> Page:
-        context = chromium.new_context(**{"locale": "zh-CN", "viewport": {"width": 1200, "height": 800}} | how)
-        context.set_default_timeout(15_000)
-        page = context.new_page()
-        contexts.append(context)
-        page.on("request", lambda r: None if r.url.startswith((address, "blob:", "data:")) else wrong.append(r.url))
-        page.on("pageerror", lambda e: wrong.append(str(e)))
-        page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") and not fails else None)
-        page.goto(f"{address}/#/{tab}")
-        page.wait_for_selector(until)
-        return page
-
-    yield go
-    for context in contexts:
-        context.close()
-    assert not wrong
-
-
-def greedy(page: Page, tokens: int | None = None) -> None:
-    """Set the temperature to 0 in the drawer, as a person does."""
-    page.locator("[data-settings]:visible").click()
-    page.fill("#set-temperature", "0")
-    page.fill("#set-repetition_penalty", "1")
-    if tokens:
-        page.fill("#set-max_tokens", str(tokens))
-    page.keyboard.press("Escape")
-
-
-def ask(page: Page, text: str) -> None:
-    page.fill("#say", text)
-    page.press("#say", "Enter")
-
-
-def answered(page: Page, turns: int) -> list[str]:
-    """The turns, once the last is whole."""
-    expect(page.locator(".turn")).to_have_count(turns)
-    expect(page.locator("#chat [data-do=send]")).to_be_visible()
-    return page.locator(".turn .words").all_inner_texts()
-
-
 def test_chat_replies_is_edited_and_tried_again(visit, url):
-    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    page = visit(url, permissions=["clipboard-read", "clipboard-write"])
     greedy(page)
     ask(page, "你好")
     assert answered(page, 2) == ["你好", "你好呀"]
@@ -146,8 +88,8 @@ def test_chat_replies_is_edited_and_tried_again(visit, url):
     expect(page.locator(".turn")).to_have_count(0)
 
 
-def test_chat_stops_and_what_was_said_is_exported_for_prepare(visit, tmp_path, miaobi):
-    page = visit()
+def test_chat_stops_and_what_was_said_is_exported_for_prepare(visit, url, tmp_path, miaobi):
+    page = visit(url)
     greedy(page, tokens=4000)
     ask(page, "数数")
     expect(page.locator(".turn.assistant .words")).to_contain_text("一二三")
@@ -165,8 +107,8 @@ def test_chat_stops_and_what_was_said_is_exported_for_prepare(visit, tmp_path, m
     assert made.code == 0, made.err
 
 
-def test_what_a_model_a_run_and_a_label_say_is_text(visit):
-    page = visit()
+def test_what_a_model_a_run_and_a_label_say_is_text(visit, url):
+    page = visit(url)
     greedy(page)
     ask(page, "写代码")
     assert answered(page, 2)[1] == SCRIPT
@@ -186,15 +128,8 @@ def completion(url: str, prompt: str, **how: object) -> dict:
     return httpx.post(f"{url}/v1/completions", json=body).json()["choices"][0]
 
 
-def written(page: Page, column: int = 0) -> str:
-    """What a column holds behind its prompt, once it is whole."""
-    expect(page.locator(".column.writing")).to_have_count(0)
-    return page.locator(".column").nth(column).locator(".cell").evaluate_all(
-        "cells => cells.map((c) => c.textContent.replace('↵', '')).join('')")  # fmt: skip
-
-
 def test_continuations_side_by_side_and_another_character_goes_on_from_there(visit, url):
-    page = visit("continue")
+    page = visit(url, "continue")
     greedy(page)
     page.fill("#prompt", "一二三")
     page.fill("#continue [name=n]", "2")
@@ -221,7 +156,7 @@ def test_continuations_side_by_side_and_another_character_goes_on_from_there(vis
 
 
 def test_bytes_are_joined_into_their_character_and_shaded_by_its_probability(visit, url):
-    page = visit("continue")
+    page = visit(url, "continue")
     greedy(page)
     page.fill("#prompt", "生僻的")
     page.fill("#continue [name=n]", "1")
@@ -243,7 +178,7 @@ def test_bytes_are_joined_into_their_character_and_shaded_by_its_probability(vis
 
 
 def test_a_text_is_judged_and_what_mattered_is_marked(visit, url):
-    page = visit("classify")
+    page = visit(url, "classify")
     text = "皇马赢得比赛，球迷期待。"
     page.fill("#judged", text)
     page.press("#judged", "Enter")
@@ -264,7 +199,7 @@ def test_a_text_is_judged_and_what_mattered_is_marked(visit, url):
 
 
 def test_a_dropped_csv_comes_back_labelled(visit, url, tmp_path):
-    page = visit("classify")
+    page = visit(url, "classify")
     rows = [[str(i), f'第{i}条："皇马，赢"\n比赛{"国" * (i % 5)}'] for i in range(70)] + [["70", "  "]]
     sheet = io.StringIO()
     csv.writer(sheet).writerows([["编号", "评论"], *rows])
@@ -295,12 +230,12 @@ def test_a_dropped_csv_comes_back_labelled(visit, url, tmp_path):
     expect(page.locator("#classify .file")).to_contain_text("1 行是空的")
 
 
-def test_runs_are_laid_over_each_other_live_with_their_samples(visit, talker):
+def test_runs_are_laid_over_each_other_live_with_their_samples(visit, url, talker):
     from miaobi.train.loop import train
 
-    page = visit("runs")
+    page = visit(url, "runs")
     place, figure = talker.parent, page.locator(".chart:not([hidden])")
-    assert figure.locator("h2").all_inner_texts() == ["验证集，每字比特", "学习率", "每秒词元"]
+    expect(figure.locator("h2")).to_have_text(["验证集，每字比特", "学习率", "每秒词元"])
     shown = page.locator("[data-runs] .name")
     expect(shown).to_have_text([RUN.replace("\x1b", "␛")])
     expect(page.locator(".samples li h3")).to_have_text(["第 80 步", "第 40 步"])
@@ -327,24 +262,8 @@ def test_runs_are_laid_over_each_other_live_with_their_samples(visit, talker):
     expect(figure.first.locator(".values")).to_contain_text("第 40 步")
 
 
-def tab_to(page: Page, wanted: str, key: str = "Tab") -> None:
-    """Press Tab until something that matches is focused; what is focused on the way can be seen to be."""
-    for _ in range(40):
-        page.keyboard.press(key)
-        assert page.evaluate(
-            """() => { let node = document.activeElement;
-              for (let i = 0; node && i < 3; i += 1, node = node.parentElement) {
-                const style = getComputedStyle(node);
-                if (style.outlineStyle !== "none" || style.boxShadow !== "none") return true;
-              } return false; }"""
-        ), page.evaluate("document.activeElement.outerHTML")
-        if page.evaluate("wanted => document.activeElement.matches(wanted)", wanted):
-            return
-    pytest.fail(f"Tab does not lead to {wanted}")
-
-
-def test_everything_is_done_with_the_keyboard_alone(visit):
-    page = visit()
+def test_everything_is_done_with_the_keyboard_alone(visit, url):
+    page = visit(url)
     press, focus = page.keyboard.press, "document.activeElement.id"
     tab_to(page, ".skip")
     tab_to(page, "#tab-chat")
@@ -392,8 +311,8 @@ def test_everything_is_done_with_the_keyboard_alone(visit):
     expect(page.locator(".chart:not([hidden])")).to_have_count(0)
 
 
-def test_on_a_phone_nothing_is_wider_than_it(visit):
-    page = visit(viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
+def test_on_a_phone_nothing_is_wider_than_it(visit, url):
+    page = visit(url, viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
     ask(page, "写代码")
     answered(page, 2)
     page.tap("#tab-continue")
@@ -416,30 +335,8 @@ def test_on_a_phone_nothing_is_wider_than_it(visit):
     assert box["x"] + box["width"] <= 360
 
 
-def luminance(page: Page, of: str) -> float:
-    """0 = black, 255 = white: the background or the letters of the page."""
-    found = page.evaluate(f"getComputedStyle(document.body).{of}")
-    return sum(map(float, re.findall(r"[\d.]+", found)[:3])) / 3
-
-
-def test_dark_and_light_and_both_languages(visit):
-    page = visit(color_scheme="dark", locale="en-US")
-    assert luminance(page, "backgroundColor") < 40 < 200 < luminance(page, "color")
-    for tab in ("chat", "continue", "classify", "runs"):
-        page.click(f"#tab-{tab}")
-        own = page.locator(f"#{tab} [data-t]:visible, .top [data-t]:not(#language)").all_inner_texts()
-        assert own
-        assert not [words for words in own if re.search("[\u4e00-\u9fff]", words)]
-    page.click("#theme")
-    page.click("#language")
-    page.reload()
-    assert luminance(page, "color") < 60 < 200 < luminance(page, "backgroundColor")
-    expect(page.locator("#tab-runs")).to_have_text("训练")
-    assert page.evaluate("document.documentElement.lang") == "zh-CN"
-
-
-def test_a_lost_server_and_a_request_that_is_refused_are_told_in_words(visit):
-    page = visit(fails=True)
+def test_a_lost_server_and_a_request_that_is_refused_are_told_in_words(visit, url):
+    page = visit(url, fails=True)
     page.context.set_offline(True)
     ask(page, "你好")
     expect(page.get_by_role("alert")).to_contain_text("连不上服务器")
@@ -453,68 +350,3 @@ def test_a_lost_server_and_a_request_that_is_refused_are_told_in_words(visit):
     page.fill("[name=tokens]", "99999")
     page.click("#continue [data-do=write]")
     expect(page.get_by_role("alert").first).to_contain_text("max_tokens is too large")
-
-
-def test_without_a_model_it_says_how_to_serve_one_and_a_key_is_asked_for(visit, serving, talker):
-    with serving(Serve(runs=str(talker.parent), api_key="s3cret")) as keyed:
-        page = visit("runs", address=keyed.url, fails=True, until="#key[open]")
-        page.keyboard.type("wrong")
-        page.keyboard.press("Enter")
-        expect(page.get_by_text("这个密钥不对。")).to_be_visible()
-        page.keyboard.type("s3cret")
-        page.keyboard.press("Enter")
-        expect(page.locator("[data-runs] .name").first).to_be_visible()
-        for tab, line in {"chat": "miaobi serve MODEL", "classify": "miaobi serve MODEL --classifier=DIR"}.items():
-            page.click(f"#tab-{tab}")
-            expect(page.locator(f"#{tab} code").last).to_have_text(line)
-
-
-def test_the_policy_lets_nothing_in_and_is_obeyed(visit, url):
-    policy = httpx.get(url).headers["content-security-policy"]
-    assert "default-src 'none'" in policy
-    assert not re.search(r"unsafe|\*|http:|https:", policy)
-    page = visit(fails=True)
-    page.evaluate(
-        """() => {
-          const script = document.createElement("script");
-          script.textContent = "document.title = 'oops'";
-          document.body.append(script);
-          document.body.setAttribute("style", "display: none");
-        }"""
-    )
-    assert page.title() == "妙笔 miaobi"
-    assert page.locator("#say").is_visible()
-
-
-def test_files_are_few_and_small_and_never_parse_a_text_as_html():
-    files = {path.name: path.read_text(encoding="utf-8") for path in PAGE.iterdir()}
-    assert sum(len(text.encode()) for text in files.values()) <= MAX_BYTES
-    for name, text in files.items():
-        assert text.count("\n") <= 350, name
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|DOMParser", text), name
-        addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.[a-z]{2,}[^\s\"')]*", text)) - {
-            "http://www.w3.org/2000/svg"
-        }
-        assert not addresses, name
-    assert not re.search(r"<script(?! [^>]*src=)|<style|\sstyle=|\son\w+=", files["index.html"])
-    code = "".join(text for name, text in files.items() if name != "words.js")
-    for key in re.findall(r'^  "([\w.]+)": \[', files["words.js"], re.MULTILINE):
-        used = f'"{key}"' in code or f"{key.rpartition('.')[0]}.$" in code or key.endswith((".how", ".why"))
-        assert used, f"{key} is said nowhere"
-
-
-def test_tables_are_read_as_python_reads_them(visit):
-    draw, tables = random.Random(0), []
-    for _ in range(200):
-        rows = [["".join(draw.choices('a字,"\n\r; \t', k=draw.randint(0, 6))) for _ in range(3)] for _ in range(4)]
-        sheet = io.StringIO()
-        csv.writer(sheet, lineterminator="\r\n").writerows(rows)
-        tables.append((sheet.getvalue(), rows))
-    page = visit()
-    read = page.evaluate("async texts => { const { parse } = await import('/page/table.js');"
-                         " return texts.map((text) => parse(text, ',')); }", [text for text, _ in tables])  # fmt: skip
-    assert read == [rows for _, rows in tables]
-    back = page.evaluate("async tables => { const { csv } = await import('/page/table.js');"
-                         " return tables.map((rows) => csv(rows)); }", [rows for _, rows in tables])  # fmt: skip
-    for text, (_, rows) in zip(back, tables, strict=True):
-        assert list(csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""))) == rows
