@@ -5,21 +5,17 @@ import io
 import json
 import re
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from browsing import answered, ask, greedy, tab_to, written
 from playwright.sync_api import expect
 
 from miaobi.serve.config import Serve
 from miaobi.settings import load_config
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from browsing import answered, ask, greedy, tab_to, written
 
 SCRIPT = "<script>document.title='oops'</script>"
 REPLIES = {
