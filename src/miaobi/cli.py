@@ -44,6 +44,8 @@ VERBS = {
                    also=("as_json",)),
     "chat": Verb("talk with a model that learned from dialogues", "generate.config:ChatRequest",
                  "generate.terminal:chat", names="MODEL", also=("origin", "as_json")),
+    "serve": Verb("OpenAI's API and a page in the browser, from a model, a classifier, runs", "serve.config:Serve",
+                  "serve.server:serve", names="MODEL", also=("origin",)),
     "eval": Verb("loss, perplexity, bits per character and per byte", "train.config:EvalConfig", "train.score:score",
                  "scores", "MODEL"),
     "report": Verb("one page of a run, or of several: curves, samples, text, the verdict and what to try next",
