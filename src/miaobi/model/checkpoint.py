@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from miaobi.console import warn
 from miaobi.corpus.tokenizer import SPECIALS, Tokenizer
-from miaobi.errors import UserError, brief
+from miaobi.errors import UserError, brief, names_listed
 from miaobi.files import pointed, read_json, refuse_pointers, verify_manifest, write_json
 from miaobi.model.families import check_hf, load_hf, to_hf
 from miaobi.model.hf_config import hf_config, model_config
@@ -73,7 +73,7 @@ def model_directory(name: str | Path, checkpoint: str = "best") -> Path:
         if found is not None:
             return found
         there = sorted(p.name for p in (path / "checkpoints").iterdir() if not p.name.startswith("."))
-        raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has: {', '.join(there) or 'none yet'}")
+        raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has: {names_listed(there)}")
     if not path.exists():
         raise UserError(f"no model at {path}: no such directory. Give a run directory (out_dir of `miaobi train`), "
                         "a Hugging Face model directory, or a model of the hub as OWNER/NAME")  # fmt: skip
