@@ -100,7 +100,8 @@ def test_small_gpts_yaml_runs_unchanged(tmp_path, capsys, extra):
     assert (values["out_dir"], values["save_interval"], values["resume_from"]) == ("./checkpoints", 4000, None)
     assert (values["seed"], values["weight_decay"], values["family"]) == (114514, 0.1, "gpt2")
     said = capsys.readouterr().err
-    for key in ["tensorboard_path", "test_batch", *(line.split(":")[0] for line in extra.splitlines())]:
+    assert values["tensorboard_path"] == "./tensorboard"
+    for key in ["test_batch", *(line.split(":")[0] for line in extra.splitlines())]:
         assert re.search(rf"\b{key}\b[^;]* \(", said), key
     assert said.count("\n") == said.count("not needed: ") == 1, "one line for all"
 

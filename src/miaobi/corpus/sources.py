@@ -217,10 +217,12 @@ def _open_archive(path: Path, *_: int) -> zipfile.ZipFile:
 
 def _missing(given: str, path: Path) -> str:
     parent = path.parent
+    if path.is_symlink():
+        return f"{printable(given)} is a link that leads nowhere, to {printable(os.readlink(path))}"
     if not parent.is_dir():
         return f"{printable(given)}: no such file; its directory {printable(parent)} does not exist either"
     names = [entry.name for entry in parent.iterdir()]
-    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(path.name, [name for name in names if name != path.name], n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(printable(parent / name) for name in close)}?" if close else ""
     return f"{printable(given)}: no such file or directory{hint}"
 
