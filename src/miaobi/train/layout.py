@@ -106,7 +106,10 @@ def shard(model: Transformer, world: World, cfg: TrainConfig, device: torch.devi
     else:
         mesh = init_device_mesh(device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
     reduced = torch.float32 if dtype != torch.float32 else None
-    policy = MixedPrecisionPolicy(param_dtype=dtype if reduced else None, reduce_dtype=reduced)
+    # States between blocks and the rotary table stay fp32, as they do under DDP: autocast casts what a product takes.
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype if reduced else None, reduce_dtype=reduced, cast_forward_inputs=False
+    )
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -170,7 +173,7 @@ def compile_as(objective: Objective, part: str, autotuned: bool, once: Callable[
             once()
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as e:  # BackendCompilerFailed, InductorError and the like derive from it
+    except Exception as e:  # the compiler's own, and what Triton, ptxas and their subprocesses raise
         warn(f"torch.compile does not work here ({type(e).__name__}); going on without (--compile=False says so)")
         use_compiled(objective, before)
         return False

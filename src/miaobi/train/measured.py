@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from miaobi.cache import private_cache
-from miaobi.console import warn
+from miaobi.console import log, warn
 from miaobi.device import cpu_flags, peak_memory, reset_peak_memory
 from miaobi.train.layout import EAGER, Objective, compile_as, compiled_parts, use_compiled
+from miaobi.train.watch import duration
 
 PIECES = 400
 """Micro-batches of a run from which on ways are compared: eager ones take as long as about ten of them."""
@@ -34,7 +35,7 @@ LARGER = 4
 GAIN = 1.03
 """A way must be this much faster than the one before it in the list: less is noise."""
 ROUNDS = 3
-COMPILING = {"blocks": 30.0, "whole": 30.0, "autotuned": 120.0}
+COMPILING = {"blocks": 20.0, "whole": 30.0, "autotuned": 120.0}
 """Seconds that compiling takes on two cores, roughly; of the whole, for each six layers (docs/lab-notes.md)."""
 WORTH = 0.03
 """Share of a run that trying compiled ways may cost."""
@@ -69,8 +70,8 @@ class Work:
     """What is to be computed how often."""
 
     objective: Objective
-    example: Callable[[int], tuple]
-    """Arguments of the objective for so many sequences."""
+    example: Callable[[int, bool], tuple]
+    """Arguments of the objective for so many sequences, and whether it is compiled: FlexAttention has another mask."""
     device: torch.device
     steps: int
     """Left in this run."""
@@ -92,6 +93,7 @@ class Work:
         elif known in self.ready:
             use_compiled(self.objective, self.ready[known])
         else:
+            log(f"compiling now, which takes some {compiling_seconds(self, way):.0f} s: {way.why}")
             if not compile_as(self.objective, way.compiled, way.autotuned, lambda: self.once(way)):
                 return False
             self.ready[known] = compiled_parts(self.objective)
@@ -102,7 +104,7 @@ class Work:
         found; what is compiled, and attention, are as `set` has made them.
         """
         dtype = getattr(torch, way.dtype)
-        example = self.example(way.micro or self.micro)
+        example = self.example(way.micro or self.micro, bool(way.compiled))
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             self.wait()
             started = time.perf_counter()
@@ -126,7 +128,7 @@ class Work:
 
     def key(self, way: Computed) -> str:
         """Of this machine, its threads and versions, and everything that the speed depends on."""
-        model, (ids, _, _, mask) = self.objective.model, self.example(self.micro)
+        model, (ids, _, _, mask) = self.objective.model, self.example(self.micro, False)
         device = cpu_flags() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         told = (
             device, torch.__version__, torch.get_num_threads(), asdict(model.cfg), model.recompute, way.dtype,
@@ -134,6 +136,13 @@ class Work:
             [tuple(p.shape) for p in model.parameters()],
         )  # fmt: skip
         return hashlib.sha256(repr(told).encode()).hexdigest()[:24]
+
+
+def compiling_seconds(work: Work, way: Computed) -> float:
+    """What compiling the way takes before its first step, roughly."""
+    if way.compiled == "blocks":
+        return COMPILING["blocks"]
+    return COMPILING["autotuned" if way.autotuned else "whole"] * math.ceil(len(work.objective.model.blocks) / 6)
 
 
 def compare(ways: dict[Computed, Callable[[], float]]) -> dict[Computed, float]:
@@ -167,11 +176,11 @@ def compared(work: Work, ways: list[Computed], before: str = "") -> Computed:
     return replace(best, seconds=seconds[best], why=f"{before or 'measured, a sequence each'}; {told}")
 
 
-def choose(work: Work, dtypes: list[str], compiles: bool, anyway: bool) -> Computed:
+def choose(work: Work, dtypes: list[str], compiles: bool, why: str) -> Computed:
     """The fastest way for a run of PIECES micro-batches or more; the usual one, not measured, for a shorter.
 
     dtypes: precisions that make sense, the usual one first. compiles: compiled ways are tried too, as many as the
-    length of the run pays for; anyway: the blocks are, whatever it pays for.
+    length of the run pays for. why: the blocks are in any case, and this is what to say of it; "" = they are not.
     """
     usual = Computed(dtypes[0])
     if not is_long(work):
@@ -182,8 +191,8 @@ def choose(work: Work, dtypes: list[str], compiles: bool, anyway: bool) -> Compu
         best = recall(key).get("eager") or remember(key, "eager", choose_eager(work, dtypes))
     if not compiles:
         return best
-    name = f"compiled for {work.steps} steps{', blocks anyway' if anyway else ''}"
-    return recall(key).get(name) or remember(key, name, choose_compiled(work, best, dtypes[0], anyway))
+    name = f"compiled for {work.steps} steps{', blocks anyway' if why else ''}"
+    return recall(key).get(name) or remember(key, name, choose_compiled(work, best, dtypes[0], why))
 
 
 def is_long(work: Work) -> bool:
@@ -222,28 +231,25 @@ def explicit_fits(work: Work) -> bool:
     """Whether the attention probabilities that explicit attention keeps for the backward pass take little memory,
     compared with the most that was held so far.
     """
-    rows, length = work.example(work.micro)[0].shape
+    rows, length = work.example(work.micro, False)[0].shape
     cfg = work.objective.model.cfg
     kept = 4 * rows * cfg.n_head * length * length * (1 if work.objective.model.recompute else cfg.n_layer)
     return kept <= KEPT_SHARE * peak_memory(work.device)
 
 
-def choose_compiled(work: Work, best: Computed, usual: str, anyway: bool) -> Computed:
+def choose_compiled(work: Work, best: Computed, usual: str, why: str) -> Computed:
     """`best`, or a compiled way that is faster: they are tried one by one for as long as the run pays for it.
 
     Compiled, the usual precision may win although it lost by its conversions; and so may explicit attention.
     """
-    plain = replace(best, dtype=usual, seconds=0.0, why="")
-    layers = math.ceil(len(work.objective.model.blocks) / 6)
+    run_seconds = work.steps * work.rows * best.seconds
+    tried = why or f"a run of {duration(run_seconds)} pays for trying whether that is faster"
+    plain = replace(best, dtype=usual, compiled="blocks", seconds=0.0, why=tried)
+    whole = replace(plain, compiled="whole")
     spent = 0.0
-    for way, seconds in (
-        (replace(plain, compiled="blocks"), COMPILING["blocks"]),
-        (replace(plain, compiled="whole"), COMPILING["whole"] * layers),
-        (replace(plain, compiled="whole", explicit=not plain.explicit), COMPILING["whole"] * layers),
-        (replace(plain, compiled="whole", autotuned=True), COMPILING["autotuned"] * layers),
-    ):
-        spent += seconds
-        if spent > WORTH * work.steps * work.rows * best.seconds and not (anyway and way.compiled == "blocks"):
+    for way in (plain, whole, replace(whole, explicit=not plain.explicit), replace(whole, autotuned=True)):
+        spent += compiling_seconds(work, way)
+        if spent > WORTH * run_seconds and not (why and way.compiled == "blocks"):
             break
         if way.explicit and not plain.explicit and (work.device.type != "cpu" or not explicit_fits(work)):
             continue
