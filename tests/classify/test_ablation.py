@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from review_tables import reviews, write
 from sklearn.metrics import f1_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.processes import Process
 from transformers import pipeline
 
@@ -256,7 +257,22 @@ def test_small_gpts_checkpoint_and_yaml_train_as_they_are(miaobi: Callable, tmp_
     chunks = sum(max(1, -(-len(text or "nan") // 30)) for _, text in [*rows, ("1", "")])
     assert result["data"]["as_published"]["chunks"] == chunks
     assert row["test_units"] == chunks - int(0.8 * chunks)
+    assert "train_loss" in curves("tensorboard/x")
     assert answer.err.count("not needed:") == 1
+
+
+def curves(directory: str | Path) -> list[str]:
+    """Names of the curves that TensorBoard shows of a directory."""
+    board = EventAccumulator(str(directory))
+    board.Reload()
+    return board.Tags()["scalars"]
+
+
+def test_each_of_several_classifiers_has_curves_of_its_own(ask: Callable, tmp_path: Path):
+    ask("train", "--seeds=2", "--trainable=head", f"--tensorboard_path={tmp_path / 'board'}", "--baselines=False")
+    assert sorted(p.name for p in (tmp_path / "board").iterdir()) == ["mask-head-1337", "mask-head-1338"]
+    for name in ("mask-head-1337", "mask-head-1338"):
+        assert curves(tmp_path / "board" / name) == curves(tmp_path / "run" / "logs" / name) != []
 
 
 def test_small_gpts_three_files_end_in_one_table_that_grows(miaobi, table: Path, trained, tmp_path: Path, monkeypatch):

@@ -17,6 +17,7 @@ from tests.processes import Process
 
 from miaobi.errors import UserError
 from miaobi.files import pointed
+from miaobi.train import optimizer
 from miaobi.train.loop import Run
 
 
@@ -109,8 +110,11 @@ def test_weights_that_are_not_finite_are_never_saved(train, prepared, tmp_path, 
     assert pointed(tmp_path / "run" / "checkpoints" / "last").name == "step-10"
 
 
+@pytest.mark.parametrize("waiting", [True, False])
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_gradients_that_are_not_finite_move_no_optimizer(train, prepared, tmp_path, monkeypatch, family):
+def test_gradients_that_are_not_finite_move_no_optimizer(train, prepared, tmp_path, monkeypatch, family, waiting):
+    """Also where nobody waits for the device to hear of it, as on a GPU."""
+    monkeypatch.setattr(optimizer, "WITHOUT_WAITING", () if waiting else ("cpu",))
     runs = []
     init = Run.__init__
 

@@ -20,12 +20,12 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory, keep_allocations, peak_flops, pick_dtype
 from miaobi.model.transformer import Transformer
 from miaobi.settings import Origin, flatten
-from miaobi.train.computing import COMPILE_PAYS_AFTER, choose_computing
+from miaobi.train.computing import choose_computing, note
 from miaobi.train.data import opening
 from miaobi.train.evaluate import bits_per_char, eager, mean_loss, place
 from miaobi.train.layout import Objective, is_sharded, no_recompilation, reducing, whole
 from miaobi.train.measured import Work
-from miaobi.train.optimizer import rate, set_rate
+from miaobi.train.optimizer import move, rate, set_rate
 from miaobi.train.recipe import memory_advice, micro_batch
 from miaobi.train.rendezvous import join, rank_device
 from miaobi.train.run_directory import one_writer
@@ -101,7 +101,8 @@ class Run:
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
         if self.world.is_first:
             wandb = {"project": cfg.wandb_project, "name": cfg.wandb_run_name, "id": p.run, "config": flatten(plan.cfg)}
-            self.metrics = Metrics(plan.out, first, wandb if cfg.wandb_log else None, p.evaluated == first)
+            self.metrics = Metrics(plan.out, first, wandb if cfg.wandb_log else None, p.evaluated == first,
+                                   cfg.tensorboard_path)  # fmt: skip
         with on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
             task = bar.add_task("train", total=plan.total_steps, completed=first, figures="",
                                 visible=console.is_terminal)  # fmt: skip
@@ -114,7 +115,7 @@ class Run:
                 if self.metrics is not None:
                     self.metrics.close()
         self.saver.refuse_lost()
-        log(f"curves: tensorboard --logdir={plan.out}")
+        log(f"curves: tensorboard --logdir={cfg.tensorboard_path or plan.out}")
         return plan.result(p.stopped or "max_iters")
 
     def steps(self, bar: Bar, task, preview: Preview | None) -> None:
@@ -210,11 +211,9 @@ class Run:
             plan.scaler.unscale_(optimizer)
         limit = plan.optim.grad_clip or math.inf
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        if plan.device.type == "cpu" and not math.isfinite(norm):  # a GPU would have to be waited for: see `record`
-            return total, norm, scored
         set_rate(plan.optimizers, rate(step, plan.optim))
+        move(plan.optimizers, norm)
         for optimizer in plan.optimizers:
-            plan.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         plan.scaler.update()
         return total, norm, scored
@@ -285,14 +284,17 @@ class Run:
 
     def choose_computing(self) -> None:
         """Decide, or go on with, precision, attention and compilation."""
-        plan, cfg, steps = self.plan, self.cfg, self.plan.total_steps
-        compiles = cfg.compile is True or (cfg.compile == "auto" and steps >= COMPILE_PAYS_AFTER)
+        plan, cfg = self.plan, self.cfg
         # FlexAttention knows no dropout, and needs the compiler to be fast.
-        self.flex = plan.device.type == "cuda" and self.model.cfg.dropout == 0.0 and compiles
-        example = place(plan.blocks.fixed(plan.micro), slice(None), plan.device, self.flex)
+        can_flex = plan.device.type == "cuda" and self.model.cfg.dropout == 0.0
         self.model.train()
-        pieces = math.ceil(cfg.global_batch / self.world.size / plan.micro)
-        work = Work(self.objective, example, plan.device, steps - self.progress.step, pieces)
+        work = Work(self.objective, lambda rows, compiled: place(plan.blocks.fixed(rows), slice(None), plan.device,
+                                                                 can_flex and compiled),
+                    plan.device, plan.total_steps - self.progress.step, cfg.global_batch // self.world.size, plan.micro,
+                    bound=cfg.micro_batch_size is not None)  # fmt: skip
         way = choose_computing(cfg, work, plan.dtype, self.progress, self.world)
-        self.plan = replace(plan, dtype=getattr(torch, way.dtype))
-        self.flex = self.flex and bool(way.compiled)
+        micro = plan.micro if work.bound else way.micro or plan.micro
+        self.plan = replace(plan, dtype=getattr(torch, way.dtype), micro=micro)
+        self.flex = can_flex and bool(way.compiled)
+        if self.world.is_first:
+            note(plan.out / "config.yaml", way)
