@@ -106,9 +106,9 @@ def encode_roles(tokenizer: Tokenizer, documents: Sequence[str], replies_only: b
             ids += example.ids
             scored.append(example.is_reply)
             position += len(example.ids)
-    places = np.union1d(np.array(starts, np.int64), np.array(turns, np.int64))
+    cuts = np.union1d(np.array(starts, np.int64), np.array(turns, np.int64))
     flags = np.concatenate(scored) if scored else np.empty(0, bool)
-    return Encoded(np.array(ids, np.uint32), np.array(starts, np.int64), places, flags if replies_only else None)
+    return Encoded(np.array(ids, np.uint32), np.array(starts, np.int64), cuts, flags if replies_only else None)
 
 
 def _refuse_lost(messages: Messages, template: ChatTemplate) -> None:
@@ -146,8 +146,8 @@ def first_message(tokenizer: Tokenizer, ids: list[int]) -> str:
     before, after = one[:start], one[start + 1 :]
     marks = [i for i, id_ in enumerate(before) if tokenizer.is_control(id_)]
     before = before[marks[-1] :] if marks else before  # without a system message that the template adds
-    found = (i + len(before) for i in range(len(ids)) if ids[i : i + len(before)] == before)
-    begin = next(found, len(ids))
+    starts = (i + len(before) for i in range(len(ids)) if ids[i : i + len(before)] == before)
+    begin = next(starts, len(ids))
     message = itertools.takewhile(lambda id_: not tokenizer.is_control(id_) and id_ not in after[:1], ids[begin:])
     return tokenizer.decode(list(message)).strip() or GREETING
 

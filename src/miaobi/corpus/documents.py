@@ -208,10 +208,10 @@ def documents_of(block: Block, options: DocumentOptions) -> tuple[Content, list[
         documents = [dialogue.as_lines(document) for document in documents]
     elif options.dialogue:
         documents = [dialogue.packed(dialogue.unpacked(document)) for document in documents]
-    found = len(documents)
+    count = len(documents)
     if options.without:
         documents = overlap.without(documents, options.without)
-    dropped = found - len(documents)
+    dropped = count - len(documents)
     if options.cut:
         documents = [piece for document in documents for piece in clean.cut_document(document)]
     return content, documents, dropped

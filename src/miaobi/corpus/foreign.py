@@ -102,8 +102,8 @@ def check_control(name: str) -> None:
     """Raises ValueError for the name of a control token that breaks the rules by which text is kept apart from it."""
     if len(name) > MAX_CONTROL_CHARACTERS:
         raise ValueError(f"a control token has {len(name):,} characters, more than {MAX_CONTROL_CHARACTERS}")
-    if found := re.search("[\ufdd0-\ufdef]", name):
-        raise ValueError(f"a control token has U+{ord(found[0]):04X}, which is not a character")
+    if match := re.search("[\ufdd0-\ufdef]", name):
+        raise ValueError(f"a control token has U+{ord(match[0]):04X}, which is not a character")
 
 
 def _guarded(make: Callable[[], Any]) -> Any:

@@ -117,9 +117,9 @@ class _Array:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Those at [start, stop)."""
         width = self.dtype.itemsize
-        wanted = max(0, stop - start) * width
-        data = self._bytes(start * width, wanted) if wanted else b""
-        if len(data) != wanted:
+        size = max(0, stop - start) * width
+        data = self._bytes(start * width, size) if size else b""
+        if len(data) != size:
             raise UserError(f"{self.path} was cut short while it was in use; prepare the data again")
         return np.frombuffer(data, self.dtype)
 

@@ -262,15 +262,16 @@ class _Array:
 
     def take(self, character: str) -> None:
         """Raises UserError unless `character` comes next."""
-        if (found := self.peek()) != character:
-            raise self.error(f"{character!r} is missing" + (f" before {found!r}" if found else "; is the file whole?"))
+        if (actual := self.peek()) != character:
+            where = f" before {actual!r}" if actual else "; is the file whole?"
+            raise self.error(f"{character!r} is missing{where}")
         self.at += 1
 
     def value(self) -> Any:
         """Raises UserError for what is not JSON: where the next value begins cannot be told then."""
         while True:
             try:
-                found, end = self._decoder.raw_decode(self.text, self.at)
+                value, end = self._decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 if len(self.text) - self.at > blocks.MAX_DOCUMENT_BYTES or not self._more():
                     raise self.error(f"not JSON ({error.msg})") from error
@@ -279,7 +280,7 @@ class _Array:
             else:
                 self.line += self.text.count("\n", self.at, end)
                 self.at = end
-                return found
+                return value
 
     def error(self, problem: str) -> UserError:
         """What is wrong, and near which line."""
@@ -289,8 +290,8 @@ class _Array:
     def _more(self) -> bool:
         """At least as much again as is left, so that a long value is not tried too often."""
         rest, needed = [self.text[self.at :]], max(1, len(self.text) - self.at)
-        while needed > 0 and (found := next(self._blocks, None)) is not None:
-            text, self.encoding, lost = found
+        while needed > 0 and (block := next(self._blocks, None)) is not None:
+            text, self.encoding, lost = block
             rest.append(text)
             needed -= len(text)
             self.lost += lost

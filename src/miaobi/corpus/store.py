@@ -214,10 +214,10 @@ def clear_leftovers(out: Path) -> None:
         return
     name = re.compile(re.escape(_beside(out, "KIND", 0).name[:-1]).replace("KIND", "(tmp|aside|old)") + r"(\d+)")
     for path in list(out.parent.iterdir()):
-        found = name.fullmatch(path.name)
-        if not found or _is_running(int(found[2])):
+        match = name.fullmatch(path.name)
+        if not match or _is_running(int(match[2])):
             continue
-        if found[1] == "old" and not out.exists():
+        if match[1] == "old" and not out.exists():
             os.replace(path, out)
         shutil.rmtree(path, ignore_errors=True)
 

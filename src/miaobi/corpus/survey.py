@@ -148,11 +148,11 @@ HASHED_AT_ONCE = 16 << 20
 @contextlib.contextmanager
 def _hashing(sources: list[Source], hashes: dict[Path, str]) -> Iterator[None]:
     """Puts the SHA-256 of the files that no worker reads in one piece into `hashes`, beside the reading."""
-    wanted = {source.path: None for source in sources if source.path not in hashes and not _is_one_block(source)}
+    paths = {source.path: None for source in sources if source.path not in hashes and not _is_one_block(source)}
 
     def work() -> None:
         with contextlib.suppress(OSError):  # the reading says what is wrong
-            for path in wanted:
+            for path in paths:
                 hashes[path] = _mapped_sha256(path)
 
     thread = threading.Thread(target=work, daemon=True)  # hashlib lets other threads run
@@ -303,13 +303,13 @@ def _read(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatist
     """The text of a task, `Survey.statistics`, `empty` and `shared`; by Python, which reads everything."""
     texts, raw, statistics, empty, shared = [], [], [], 0, 0
     for block in task:
-        content, found, dropped = documents_of(block, options)
+        content, documents, dropped = documents_of(block, options)
         shared += dropped
-        kept = found if options.whole else not_blank(found)
-        empty += len(found) - len(kept)
-        texts += kept
+        filled = documents if options.whole else not_blank(documents)
+        empty += len(documents) - len(filled)
+        texts += filled
         raw.append(content.raw)
-        statistics.append(BlockStatistics(block.index, content.encoding, len(kept), len(content.raw), content.skipped,
+        statistics.append(BlockStatistics(block.index, content.encoding, len(filled), len(content.raw), content.skipped,
                                           content.removed, content.reason))  # fmt: skip
     if options.whole:
         texts = ["".join(texts)]

@@ -72,8 +72,8 @@ def of_merges(
     merges = [tuple(pair) for pair in model["merges"]]
     # The trainer may exceed its size by a small alphabet; a merge goes with the piece it makes.
     if len(pieces) > room:
-        kept = set(pieces[:room])
-        pieces, merges = pieces[:room], [pair for pair in merges if "".join(pair) in kept]
+        vocabulary = set(pieces[:room])
+        pieces, merges = pieces[:room], [pair for pair in merges if "".join(pair) in vocabulary]
     return _assemble(pieces, merges, learner.pre_tokenizer)
 
 

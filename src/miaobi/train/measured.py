@@ -130,12 +130,12 @@ class Work:
         """Of this machine, its threads and versions, and everything that the speed depends on."""
         model, (ids, _, _, mask) = self.objective.model, self.example(self.micro, False)
         device = cpu_flags() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
-        told = (
+        facts = (
             device, torch.__version__, torch.get_num_threads(), asdict(model.cfg), model.recompute, way.dtype,
             tuple(ids.shape), None if mask is None else tuple(mask.shape), self.rows, self.bound,
             [tuple(p.shape) for p in model.parameters()],
         )  # fmt: skip
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:24]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
 
 def compiling_seconds(work: Work, way: Computed) -> float:
@@ -153,7 +153,7 @@ def compare(ways: dict[Computed, Callable[[], float]]) -> dict[Computed, float]:
             took = once()
             if number:
                 turns[way].append(took)
-    return {way: statistics.median(each) for way, each in turns.items()}
+    return {way: statistics.median(times) for way, times in turns.items()}
 
 
 def fastest(seconds: dict[Computed, float]) -> Computed:
@@ -266,8 +266,8 @@ def choose_compiled(work: Work, best: Computed, usual: str, why: str) -> Compute
 def recall(key: str) -> dict[str, Computed]:
     """What was remembered of a shape, by name; {} where nothing can be read."""
     try:
-        found = json.loads(memory_file(key).read_text(encoding="utf-8"))
-        return {name: checked(fields) for name, fields in found.items()}
+        stored = json.loads(memory_file(key).read_text(encoding="utf-8"))
+        return {name: checked(fields) for name, fields in stored.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
@@ -277,9 +277,9 @@ def remember(key: str, name: str, way: Computed) -> Computed:
     file = memory_file(key)
     known = {each: asdict(other) for each, other in recall(key).items()}
     try:
-        aside = file.with_name(f".{file.name}.{os.getpid()}")
-        aside.write_text(json.dumps(known | {name: asdict(way)}), encoding="utf-8")
-        os.replace(aside, file)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(known | {name: asdict(way)}), encoding="utf-8")
+        os.replace(temporary, file)
     except OSError as e:
         warn(f"{file} cannot be written ({e.strerror}); the next run measures again")
     return way

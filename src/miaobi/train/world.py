@@ -110,23 +110,23 @@ class World:
 
     def unreachable(self) -> list[str]:
         """What is wrong with the other ranks, as far as a new connection to each can tell."""
-        found: dict[str, None] = {}
+        problems: dict[str, None] = {}
         for rank, (host, address, port) in enumerate(self.hosts):
             no_way = f"host {host} ({address}) cannot be reached"
-            if rank == self.rank or no_way in found:
+            if rank == self.rank or no_way in problems:
                 continue
             try:
                 socket.create_connection((address, port), timeout=3).close()
             except ConnectionRefusedError:
-                found[f"the process of rank {rank} on {host} is gone"] = None
+                problems[f"the process of rank {rank} on {host} is gone"] = None
             except OSError:
-                found[no_way] = None
-        return list(found)
+                problems[no_way] = None
+        return list(problems)
 
     def lost_ranks_error(self, why: str) -> UserError:
         """The error that the other ranks do not answer any more: which of them, as far as can be told."""
-        found = "; ".join(self.unreachable()) or "all processes still answer: one of them is stuck, or was too slow"
-        return UserError(f"{socket.gethostname()} lost the other ranks: {found} ({why}). "
+        problems = "; ".join(self.unreachable()) or "all processes still answer: one of them is stuck, or was too slow"
+        return UserError(f"{socket.gethostname()} lost the other ranks: {problems} ({why}). "
                          "docs/cluster.md says what to try")  # fmt: skip
 
     def answer(self) -> None:
