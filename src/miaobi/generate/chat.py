@@ -16,7 +16,7 @@ from miaobi.device import explain_memory
 from miaobi.errors import UserError
 from miaobi.generate.config import ChatConfig, SampleConfig
 from miaobi.generate.engine import LanguageModel, control_ids
-from miaobi.generate.slots import Stream
+from miaobi.generate.stream import Stream
 from miaobi.model.transformer import Transformer
 
 UNKNOWN = ("<unk>", "[UNK]")  # control tokens that end nothing; a reply made of them says nothing either

@@ -26,7 +26,7 @@ class Recorded:
 
 
 class CudaStep:
-    """A `Step` (see slots.py), recorded when it is first needed: one for each power of two of rows, so that few serve
+    """A `Step` (see step.py), recorded when it is first needed: one for each power of two of rows, so that few serve
     all.
 
     Attributes:

@@ -9,7 +9,7 @@ from miaobi.model.transformer import KVCache, RowCache, Transformer
 
 
 class EagerStep:
-    """A `Step` (see slots.py) that needs nothing but the model."""
+    """A `Step` (see step.py) that needs nothing but the model."""
 
     ready = True
     can_verify = False

@@ -18,7 +18,9 @@ from miaobi.errors import UserError
 from miaobi.generate.config import SampleConfig
 from miaobi.generate.cpu_step import CpuStep, can_step
 from miaobi.generate.cuda_step import CudaStep
-from miaobi.generate.slots import Slots, Step, Stream
+from miaobi.generate.slots import Slots
+from miaobi.generate.step import Step
+from miaobi.generate.stream import Stream
 from miaobi.model.checkpoint import load_model, model_directory
 from miaobi.model.transformer import Transformer
 
@@ -147,7 +149,7 @@ class LanguageModel:
         while True:
             for number, prompt in islice(coming, slots.free):
                 stream = self.open(prompt, cfg, number)
-                drafts[stream] = number, Draft(self, prompt, self.ids_before(prompt, stream), cfg.stop)
+                drafts[stream] = number, Draft(self, prompt, self.ids_before(prompt, stream.ids), cfg.stop)
                 slots.add(stream)
             if not drafts:
                 return
@@ -170,7 +172,7 @@ class LanguageModel:
         """
         cfg = replace(cfg or SampleConfig(), **overrides, num_samples=1)
         stream = self.open(prompt, cfg)
-        before = self.ids_before(prompt, stream)
+        before = self.ids_before(prompt, stream.ids)
         return self.pieces(self.slots().write(stream), self.end_ids, cfg.stop, before)
 
     def pieces(
@@ -213,12 +215,12 @@ class LanguageModel:
         seed = None if cfg.seed is None else cfg.seed + number
         return Stream(ids, cfg, self.generator(seed), self.end_ids, self.barred)
 
-    def ids_before(self, prompt: str, stream: Stream) -> list[int]:
-        """Ids that the text of a stream just opened goes on from: the prompt's, but none where the text begins anew, or
+    def ids_before(self, prompt: str, ids: list[int]) -> list[int]:
+        """Ids that the text behind a prompt goes on from: the prompt's own, but none where the text begins anew, or
         behind a blank that the ids do not have.
         """
         blank = self.tokenizer.forgets_blanks and prompt[-1:].isspace()
-        return list(stream.ids) if prompt and not blank else []
+        return list(ids) if prompt and not blank else []
 
     def generator(self, seed: int | None) -> torch.Generator:
         """Randomness for drawing; from nowhere where there is no seed."""
