@@ -65,7 +65,7 @@ class Progress:
     base: str = ""
     """MODEL that is tuned: directory or hub name; empty from scratch."""
     computed: dict = field(default_factory=dict)
-    """How steps are computed (`measured.Computed`); empty before it was decided."""
+    """How steps are computed (`measured.ExecutionMode`); empty before it was decided."""
     base_weights: str = ""
     """LoRA: fingerprint of that MODEL's weights."""
     warned: bool = False
