@@ -91,7 +91,7 @@ def end(out: Path, result: dict, seconds: float) -> str:
         out: f"a model that writes like the newspaper: {result['val_bits_per_char']:.2f} bits/char",
         out / "chat": f"a model that knows the {len(chatterbot())} dialogues by heart",
         out / "sentiment": f"a classifier of reviews: {judged['accuracy']:.1%} right",
-        out / "data": "the newspaper as tokens; the texts themselves lie beside it",
+        out / "data": "the newspaper as tokens; the texts themselves are next to it",
     }
     things = {
         f"miaobi sample {out} --start=北京": "",
@@ -165,7 +165,7 @@ def write_on(out: Path, quick: bool) -> dict:
 
 
 def talk(out: Path, quick: bool) -> tuple[list[dict[str, str]], str]:
-    """Train on the dialogues and say GREETINGS, each to a model that has heard nothing before.
+    """Train on the dialogues and say GREETINGS, each in a new conversation.
 
     Returns [{user, assistant}, ...], empty where the training was interrupted, and why the training stopped.
     """

@@ -1,6 +1,6 @@
 """Files that are written whole or not at all, pointers between siblings, JSON, and SHA-256: the only place for them.
 
-What is written never follows a link: it is made beside its place, under a name of its own, and renamed.
+What is written never follows a link: it is made in the same directory, under a temporary name, and renamed.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def build(source: Path) -> Path | None:
         return None
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line for line in info if line.startswith(("flags", "Features"))), os.uname().machine)
-    version = Path(program).stat()  # a mended compiler is another one
+    version = Path(program).stat()  # a repaired compiler is another one
     code = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
     identity = (*code, program, f"{version.st_size} {version.st_mtime_ns}", FLAGS, cpu)
     key = hashlib.sha256("\n".join(identity).encode()).hexdigest()

@@ -75,7 +75,7 @@ def ablate(cfg: ClassifyConfig, origin: Origin | None = None) -> dict[str, Any]:
 
 
 class Run:
-    """A run directory: checkpoints/<cell>/result.json, with the classifier beside it where models are kept."""
+    """A run directory: checkpoints/<cell>/result.json, with the classifier next to it where models are saved."""
 
     def __init__(self, cfg: ClassifyConfig, origin: Origin, keep_models: bool) -> None:
         self.keep_models, self.origin = keep_models, origin

@@ -69,7 +69,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a text becomes rows of token ids; saved beside a classifier."""
+    """How a text becomes rows of token ids; saved with a classifier."""
 
     block_size: int
     """Tokens of a row at most, `before` and `after` included."""

@@ -293,7 +293,7 @@ def differences(model: Transformer, tokenizer: Tokenizer, vocabulary: Vocabulary
 
 
 def write_modelfile(out: Path, tokenizer: Tokenizer, model: Transformer) -> Path:
-    """Ollama's Modelfile beside the file. Returns its path."""
+    """Ollama's Modelfile next to the file. Returns its path."""
     template = source_of(tokenizer)
     lines = [f"FROM ./{out.name}"]
     if template in OLLAMA_TEMPLATES:

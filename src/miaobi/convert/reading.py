@@ -1,4 +1,4 @@
-"""Other projects' GPT checkpoints: read without executing anything, their weights put into our decoder, and kept."""
+"""Other projects' GPT checkpoints: read without executing anything, converted to our decoder, and saved."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def convert_checkpoint(cfg: SmallGPTConfig) -> dict[str, Any]:
 
 
 def converted(path: Path, corpus: str | None) -> Path:
-    """The model directory beside `path`, X.miaobi for X.pth, made anew where the checkpoint or the corpus changed.
+    """The model directory next to `path`, X.miaobi for X.pth, converted anew if checkpoint or corpus changed.
 
     Raises what `convert` raises.
     """

@@ -45,7 +45,7 @@ class DocumentOptions:
     replies_only: bool = False
     """Dialogues with roles: only the assistant's turns are learned."""
     extras: frozenset[str] = ALL_EXTRAS
-    """What a dialogue may have beside roles and words, see `messages.messages_of`."""
+    """What a dialogue may have besides roles and text, see `messages.messages_of`."""
     without: tuple[str, ...] = ()
     """Files with whose texts a document may share nothing, see `overlap`."""
     delimiter: str = ""

@@ -295,7 +295,7 @@ def _foreign_passages(data: bytes, bounds: list[int], encoding: str) -> Iterator
 
 
 def _by_encoding(data: bytes, encoding: str) -> Iterator[tuple[bytes, str]]:
-    """(piece, its encoding): line by line where something does not fit, and beside it, where one encoding ends."""
+    """(piece, its encoding): line by line where something does not fit and next to it, where one encoding ends."""
     position = 0
     if encoding in ("utf-8", "utf-8-sig", *_ALIKE):
         bounds = _passages(data)

@@ -65,7 +65,7 @@ def read_foreign(directory: Path) -> tuple[tokenizers.Tokenizer, Json] | None:
         backend, config = _bert(directory / "vocab.txt", config)
     elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         kind = str(config.get("tokenizer_class", "GPT2Tokenizer"))
-        if not kind.startswith("GPT2"):  # Qwen's and others cut words in their own ways, told only by tokenizer.json
+        if not kind.startswith("GPT2"):  # Qwen's and others split words as only their tokenizer.json says
             raise UserError(f"{directory}: a {kind} needs its tokenizer.json; write it with "
                             "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)")  # fmt: skip
         backend, config = _gpt2(directory, config)

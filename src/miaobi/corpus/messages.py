@@ -11,7 +11,7 @@ from typing import Any
 from miaobi.corpus.template import NONCHARACTER, ROLES, Messages
 
 ALL_EXTRAS = frozenset(("tool", "tools", "tool_calls", "reasoning_content", "weight"))
-"""What a record may have beside system, user, assistant and their words, where the template can render it."""
+"""What a record may have besides system, user, assistant and their text, where the template can render it."""
 _SPEAKERS = {  # ShareGPT's names and their relatives
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bot": "assistant", "model": "assistant", "system": "system", "developer": "system", "tool": "tool",
@@ -108,14 +108,14 @@ def _strings(value: Any) -> list[str]:
 
 
 def _with_system(system: object, messages: Messages) -> Messages:
-    """`messages` with the system message that stands beside them in a record."""
+    """`messages` with the system message that a record holds next to them."""
     if system is None or (isinstance(system, str) and not system.strip()):
         return messages
     if not isinstance(system, str):
         raise _RefusedError(f"`system` is {type(system).__name__}, not text")
     inside = [m["content"] for m in messages if m["role"] == "system"]
     if inside and inside != [system.strip()]:
-        raise _RefusedError("`system` stands beside the turns and in them, and the two differ; remove one of them")
+        raise _RefusedError("`system` stands next to the turns and in them, and the two differ; remove one of them")
     return messages if inside else [{"role": "system", "content": system.strip()}, *messages]
 
 

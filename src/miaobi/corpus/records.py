@@ -89,7 +89,7 @@ def column_of(source: Source, names: list[str], column: str) -> None:
 def taker(source: Source, field: str, extras: frozenset[str] = ALL_EXTRAS) -> Take:
     """What is taken out of each record of a source: the text in `field`, or a whole dialogue, packed.
 
-    extras: what the template can render beside roles and words, see `messages_of`.
+    extras: what the template can render besides roles and text, see `messages_of`.
     """
     if source.format != "messages":
         return lambda values: _field_text(values, field)
@@ -268,7 +268,7 @@ class _Array:
         self.at += 1
 
     def value(self) -> Any:
-        """Raises UserError for what is not JSON: where the next value begins cannot be told then."""
+        """Raises UserError for what is not JSON: the start of the next value is unknown then."""
         while True:
             try:
                 value, end = self._decoder.raw_decode(self.text, self.at)
@@ -316,7 +316,7 @@ class _Spooled(Source):
 def spooled(stream: BinaryIO, name: str) -> Iterator[Source]:
     """A stream as a source of text, so that its encoding is found out as a file's is; gone afterwards.
 
-    The whole of it is read first: what its first lines are in may only be told by later ones.
+    The whole is read first: only later lines may show the encoding of the first ones.
     """
     handle, path = tempfile.mkstemp(prefix="miaobi-")
     try:

@@ -147,7 +147,7 @@ HASHED_AT_ONCE = 16 << 20
 
 @contextlib.contextmanager
 def _hashing(sources: list[Source], hashes: dict[Path, str]) -> Iterator[None]:
-    """Puts the SHA-256 of the files that no worker reads in one piece into `hashes`, beside the reading."""
+    """Puts the SHA-256 of the files that no worker reads in one piece into `hashes`, while others are read."""
     paths = {source.path: None for source in sources if source.path not in hashes and not _is_one_block(source)}
 
     def work() -> None:
@@ -250,7 +250,7 @@ def _check_sides(corpus: Corpus, weights: np.ndarray) -> None:
     if not corpus.is_val.any():
         selection.fill_empty_side(choice, digests, int(corpus.joined("lengths").sum()))
     elif not (choice == VAL).any() or not (choice == selection.TRAIN).any():
-        side = "--val" if not (choice == VAL).any() else "the sources, beside what is in --val as well"
+        side = "--val" if not (choice == VAL).any() else "the sources, besides what is in --val as well"
         raise UserError(f"there is no document in {side}; give more text")
     selection.repeat(choice, digests, weights[corpus.joined("owners")])
     corpus.set_choice(choice)

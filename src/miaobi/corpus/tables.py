@@ -53,7 +53,7 @@ def repeated(names: list[str]) -> frozenset[str]:
 
 def refuse_repeated(name: str, column: str) -> NoReturn:
     """Raises UserError: a column that is asked for is there several times."""
-    raise UserError(f"{name}: several columns are called {column!r}, and which one is meant cannot be told; "
+    raise UserError(f"{name}: several columns are called {column!r}, and which one is meant is unclear; "
                     "rename all but one, or name another column")  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def refuse_repeated(name: str, column: str) -> NoReturn:
 
 
 class Dialect(NamedTuple):
-    """How the cells of a table are told apart."""
+    """How the cells of a table are separated and quoted."""
 
     delimiter: str
     blanks: bool

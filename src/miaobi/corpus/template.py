@@ -1,7 +1,7 @@
 """Chat templates: messages -> token ids, the ones that transformers' `apply_chat_template` gives.
 
 A template is Jinja source in the model directory. It is rendered in a sandbox with bounds, and what a user typed never
-becomes a control token: control strings inside a message are broken up before rendering and mended after it.
+becomes a control token: control strings inside a message are broken up before rendering and restored after it.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def extras(self) -> frozenset[str]:
-        """What the template renders beside system, user, assistant and their words: tool (a role), tools, tool_calls,
+        """What the template renders besides system, user, assistant and their text: tool (a role), tools, tool_calls,
         reasoning_content."""
         user, assistant = {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}
         function = {"name": "zeta", "description": "eta", "parameters": {"type": "object", "properties": {}}}

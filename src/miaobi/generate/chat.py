@@ -19,7 +19,7 @@ from miaobi.generate.engine import LanguageModel, control_ids
 from miaobi.generate.stream import Stream
 from miaobi.model.transformer import Transformer
 
-UNKNOWN = ("<unk>", "[UNK]")  # control tokens that end nothing; a reply made of them says nothing either
+UNKNOWN = ("<unk>", "[UNK]")  # control tokens that do not end a reply; a reply of them alone would be empty
 
 MODEL_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """What a model's generation_config.json may say about how it is to be sampled; the names are transformers'."""
@@ -39,7 +39,7 @@ def model_settings(cfg: ChatConfig, generation: dict[str, Any] | None, given: Co
         return cfg
     for name, value in advice.items():
         if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else (int, float)):
-            raise UserError(f"generation_config.json of the model: {name} is {value!r:.40}, not a number; mend the "
+            raise UserError(f"generation_config.json of the model: {name} is {value!r:.40}, not a number; correct the "
                             f"file, or give --{name}=...")  # fmt: skip
     try:
         cfg = replace(cfg, **advice)
@@ -131,7 +131,7 @@ class Chat:
     def prompt(self, messages: Messages) -> list[int]:
         """Ids of a conversation that ends in a message of the user, at most `room` of them.
 
-        The oldest exchanges that do not fit are left out; of a last message too long by itself the end is kept.
+        The oldest exchanges that do not fit are left out; a last message that is too long by itself is cut to its end.
         """
         system = messages[: int(messages[0]["role"] == "system")]
         turns = messages[len(system) :]
@@ -153,7 +153,7 @@ class Chat:
 
         length = bisect.bisect_right(range(1, len(text) + 1), self.room, key=lambda n: len(ids(n)))
         if not length:
-            raise UserError(f"not even one character fits into {self.room} tokens beside the chat template; "
+            raise UserError(f"not even one character fits into {self.room} tokens besides the chat template; "
                             "use a model with a larger block_size")  # fmt: skip
         if not self._told:
             self._told = True

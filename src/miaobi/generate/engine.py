@@ -137,7 +137,7 @@ class LanguageModel:
         """One continuation of each prompt, in their order and as many at a time as go well together; where one ends,
         the next begins. `prompts` are taken when there is room for them. The nth has the seed `seed + n`.
 
-        wrote: is told after each step how many tokens it wrote.
+        wrote: called after each step with the number of tokens it wrote.
         """
         cfg = replace(cfg or SampleConfig(), **overrides)
         queue = enumerate(prompts)
@@ -223,7 +223,7 @@ class LanguageModel:
         return list(ids) if prompt and not blank else []
 
     def generator(self, seed: int | None) -> torch.Generator:
-        """Randomness for drawing; from nowhere where there is no seed."""
+        """The generator of the draws; seeded by the system where there is no seed."""
         generator = torch.Generator(self.device)
         if seed is None:
             generator.seed()

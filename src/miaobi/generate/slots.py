@@ -1,4 +1,4 @@
-"""Streams decoded together, each at a place of its own and with settings of its own.
+"""Streams decoded together, each at its own position and with its own sampling settings.
 
 A stream takes a row of the KV caches when it comes and gives it back when it ends, so that none waits for the longest
 (continuous batching: Yu et al., Orca, OSDI 2022). What a prompt has in common with a row is copied, not computed.

@@ -149,7 +149,7 @@ def obey(chat: Chat, line: str, out: TextIO, silent: bool) -> bool:
         chat.flush()
     elif command == "/retry":
         if not chat.messages or chat.messages[-1]["role"] == "system":
-            raise UserError("/retry: there is no reply yet to be told differently; say something first")
+            raise UserError("/retry: there is no reply yet that could be tried again; say something first")
         say(chat.retry(), out, silent)
     elif command == "/system":
         chat.system(rest.strip())

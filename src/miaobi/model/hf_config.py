@@ -1,4 +1,4 @@
-"""config.json of Hugging Face <-> ModelConfig. What a stranger's file says is checked before anything is made of it."""
+"""config.json of Hugging Face <-> ModelConfig. A file from elsewhere is checked before anything is built from it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LONGEST_CONTEXT = 1 << 17
 def hf_config(cfg: ModelConfig, end_ids: tuple[int, ...]) -> dict:
     """config.json of the family.
 
-    `rope_theta` and `rope_scaling` are written beside `rope_parameters`: transformers 4 reads those, 5 this.
+    `rope_theta` and `rope_scaling` are written next to `rope_parameters`: transformers 4 reads those, 5 this.
     """
     common = {
         "architectures": [ARCHITECTURES[cfg.family]],

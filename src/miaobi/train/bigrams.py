@@ -50,7 +50,7 @@ def initial_weights(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> d
 
 
 def wanted(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> bool:
-    """Whether a new model of `shape` starts from the pairs of its text: as told, or by the length of the run.
+    """Whether a new model of `shape` starts from the pairs of its text: by bigram_init, or the length of the run.
 
     Raises UserError where that is asked for and the model has no room for it.
     """

@@ -65,7 +65,7 @@ def open_data(cfg: RunConfig, out: Path, prepares: bool) -> PreparedData:
     if begun:
         log(f"{own} is prepared anew: {change if was is not None else 'of what it was made is not known'}")
     log(f"preparing {source} into {own}")
-    (out / TEXT).unlink(missing_ok=True)  # it must not stand beside data that a kill left between the two
+    (out / TEXT).unlink(missing_ok=True)  # it must not describe data that a kill left half replaced
     prepare([cfg.data.data], settings)
     write_json(out / TEXT, asdict(now))
     return PreparedData.open(own)

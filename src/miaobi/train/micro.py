@@ -34,7 +34,7 @@ def fitting(peaks: dict[int, int], free: int, asked: int) -> int:
 
 
 def find(plan: Plan, works: Callable[[int], Work], dtype: str) -> Plan:
-    """The plan with a micro-batch that the GPU's memory holds. A run that has begun, or was told, keeps what it has.
+    """The plan with a micro-batch that the GPU's memory holds. Kept as it is in a resumed run, or if it was set.
 
     works: sequences -> what a pass of so many is.
     """

@@ -97,17 +97,17 @@ def fresh_store(timeout: timedelta) -> dist.Store:
     if rank:
         store.set(f"question/{rank}", name)
         name = store.get(f"answer/{name}").decode()
-        store.set(f"{name}/heard/{rank}", "")
+        store.set(f"{name}/joined/{rank}", "")
         return dist.PrefixStore(name, store)
     missing, give_up = set(range(1, size)), time.monotonic() + timeout.total_seconds()
     while missing:
         if time.monotonic() > give_up:
             raise dist.DistStoreError(f"rank {min(missing)} did not come within {timeout.total_seconds():.0f} s")
         for other in missing:
-            if store.check([f"question/{other}"]):  # perhaps that of a dead process: answered again until heard
+            if store.check([f"question/{other}"]):  # perhaps that of a dead process: answered again until it joins
                 store.set(f"answer/{store.get(f'question/{other}').decode()}", name)
         time.sleep(0.02)
-        missing = {other for other in missing if not store.check([f"{name}/heard/{other}"])}
+        missing = {other for other in missing if not store.check([f"{name}/joined/{other}"])}
     return dist.PrefixStore(name, store)
 
 

@@ -172,7 +172,7 @@ def move_aside(out: Path) -> None:
 
 
 def step_directories(checkpoints: Path) -> dict[int, Path]:
-    """The checkpoints in a run's directory by their step. What users put beside them, step-10.bak, is theirs."""
+    """The checkpoints in a run's directory by their step. What users put next to them, step-10.bak, is theirs."""
     found_steps = checkpoints.glob("step-*")
     return {int(path.name[5:]): path for path in found_steps
             if re.fullmatch("step-(0|[1-9][0-9]{0,17})", path.name) and path.is_dir()}  # fmt: skip
