@@ -101,21 +101,21 @@ class Saver:
         path = self.root / f"step-{progress.step}"
         try:
             with ExitStack() as stack:
-                aside, error = None, None
+                temporary, error = None, None
                 try:
                     if plain is not None:
                         refuse_not_finite(plain)
-                        aside = stack.enter_context(written_whole(path))
+                        temporary = stack.enter_context(written_whole(path))
                 except OSError as e:
                     error = str(e)
-                place, error = self.world.gather([str(aside) if aside else None, error], self.world.slow)[0]
+                directory, error = self.world.gather([str(temporary) if temporary else None, error], self.world.slow)[0]
                 if error:
                     raise OSError(error)
                 checksums = stack.enter_context(Checksums())
-                self._write_state(state, Path(place), checksums)
+                self._write_state(state, Path(directory), checksums)
                 if plain is not None:
-                    self._write_plain(Path(place), plain, progress)
-                    checksums.write(Path(place))
+                    self._write_plain(Path(directory), plain, progress)
+                    checksums.write(Path(directory))
             if plain is not None:
                 self._show(path, progress)
         except OSError as e:
