@@ -74,6 +74,7 @@ def test_every_verb_explains_its_options(miaobi, verb):
         "chat": ["--temperature", "--repetition_penalty", "CONFIG.yaml"],
         "prepare": ["--vocab_size", "--simplify", "Convert Traditional to Simplified"],
         "demo": ["--quick"],
+        "serve": ["--classifier", "--runs", "--api_key", "Origins whose pages", "--max_queue", "--temperature"],
         "convert": ["small-gpt", "nanogpt"],
         "classify": ["train", "ablate", "predict"],
     }[verb]
