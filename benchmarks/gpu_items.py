@@ -30,6 +30,7 @@ from miaobi.generate.cuda_step import CudaStep
 from miaobi.generate.slots import Slots, Stream
 from miaobi.model.transformer import Transformer
 from miaobi.settings import load_config
+from miaobi.train.computing import decide
 from miaobi.train.loop import Run
 from miaobi.train.setup import set_up
 from miaobi.train.world import World
@@ -88,7 +89,7 @@ class Bench:
         cfg, origin = load_config(None, [(key, str(value)) for key, value in told.items()])
         device = self.there
         run = Run(set_up(cfg, origin, World(), device, pick_dtype(cfg.train.dtype, device)))
-        run.choose_computing()
+        run.plan, run.flex = decide(run.plan, run.objective)
         run.model.train()
         return run
 

@@ -165,15 +165,20 @@ def keep_allocations() -> None:
     libc.mallopt(m_top_pad, 64 << 20)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch ran out of memory: torch.OutOfMemoryError is one; other allocators raise plain ones."""
+    plain = ("can't allocate memory", "MPS backend out of memory", "HIP out of memory", "CUDNN_STATUS_ALLOC_FAILED",
+             "CUBLAS_STATUS_ALLOC_FAILED")  # fmt: skip
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in plain)
+
+
 @contextmanager
 def explain_memory(device: torch.device, advice: str) -> Iterator[None]:
     """Turn running out of memory, on a GPU or the CPU, into a UserError that ends in `advice`."""
     try:
         yield
-    except RuntimeError as e:  # torch.OutOfMemoryError is one; the CPU's allocator raises a plain one
-        plain = ("can't allocate memory", "MPS backend out of memory", "HIP out of memory", "CUDNN_STATUS_ALLOC_FAILED",
-                 "CUBLAS_STATUS_ALLOC_FAILED")  # fmt: skip
-        if not isinstance(e, torch.OutOfMemoryError) and not any(words in str(e) for words in plain):
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
             raise
         raise UserError(f"out of memory on {device}: {advice}") from e
 

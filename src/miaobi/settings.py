@@ -275,8 +275,9 @@ def load_config(path: Path | None, given: list[tuple[str, Any]]) -> tuple[RunCon
     from miaobi.config import RunConfig
 
     values, origin, written = collect(RunConfig, TRAIN, "miaobi train", path, given)
-    if values.get("max_epochs") is not None and "max_iters" not in values:
-        values["max_iters"], origin["max_iters"] = UNLIMITED, "max_epochs decides"
+    for key in ("max_epochs", "max_minutes"):
+        if values.get(key) is not None and "max_iters" not in values:
+            values["max_iters"], origin["max_iters"] = UNLIMITED, f"{key} decides"
     if values.get("family", "auto") == "auto":
         seed_keys = sorted(written & (PRETRAINING | {"bias"}))
         values["family"] = "gpt2" if seed_keys else "qwen3"

@@ -30,7 +30,9 @@ MOST_FOR_SPARE_ROWS = 0.01
 """A model that has learned gives rows that no text has less of its probability; another text's tokens get more."""
 
 
-def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) -> dict[str, Any]:
+def convert(
+    path: Path, meta: str | None, tokenizer_dir: str | None, out: Path, license: str | None = None
+) -> dict[str, Any]:
     """Write the model directory `out` from a checkpoint and either its meta.pkl or a directory with GPT-2's tokenizer.
 
     nanoGPT pads GPT-2's 50,257 tokens to 50,304, takes those also where train.py found no meta.pkl, and its users pad
@@ -64,7 +66,7 @@ def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) 
         reading.append_rows(model, least_expected(model), len(BYTE_PIECES))
     record = {"project": "nanoGPT", "checkpoint": reading.fingerprint(path), "doubt": doubts}
     end_ids = () if tokenizer.eot_id is None else (tokenizer.eot_id,)
-    reading.write(out, model, tokenizer, end_ids, record)
+    reading.write(out, model, tokenizer, end_ids, record, license)
     return {
         "out": str(out),
         "parameters": model.num_parameters(),
@@ -89,7 +91,7 @@ def doubt(model: Transformer, known: int, path: Path, source: str) -> str | None
 
 def convert_checkpoint(cfg: NanoGPTConfig) -> dict[str, Any]:
     """`miaobi convert nanogpt`; see `convert`."""
-    return convert(cfg.checkpoint, cfg.meta, cfg.tokenizer, cfg.directory)
+    return convert(cfg.checkpoint, cfg.meta, cfg.tokenizer, cfg.directory, cfg.license)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -14,9 +14,12 @@ from miaobi.console import log, warn
 from miaobi.device import can_compile, candidate_dtypes
 from miaobi.errors import UserError
 from miaobi.files import write_text
-from miaobi.train.layout import is_sharded
+from miaobi.train.evaluate import place
+from miaobi.train.layout import Objective, is_sharded
 from miaobi.train.measured import COMPILING, Computed, Work, checked, choose, is_long
+from miaobi.train.micro import find
 from miaobi.train.run_directory import Progress
+from miaobi.train.setup import Plan
 from miaobi.train.watch import duration
 from miaobi.train.world import World
 
@@ -25,6 +28,30 @@ SAVED = {"cpu": 0.1, "cuda": 0.25}
 CPU it is SAVED_IN_FP32: that is left alone, unless the run is so long that its ways are timed."""
 SAVED_IN_FP32 = 0.04
 NOTED = "# How its steps are computed: decided before the first of them, and kept when the run goes on."
+
+
+def decide(plan: Plan, objective: Objective) -> tuple[Plan, bool]:
+    """Decide, or go on with, micro-batch, precision, attention and compilation. Returns the plan with them, and whether
+    masks are those of FlexAttention.
+    """
+    cfg, model = plan.cfg.train, plan.model
+    can_flex = plan.device.type == "cuda" and model.cfg.dropout == 0.0  # it is only fast compiled
+    model.train()
+
+    def work(micro: int) -> Work:
+        return Work(objective, example, plan.device, plan.total_steps - plan.progress.step,
+                    cfg.global_batch // plan.world.size, micro, cfg.micro_batch_size is not None)  # fmt: skip
+
+    def example(rows: int, compiled: bool) -> tuple:
+        return place(plan.blocks.fixed(rows), slice(None), plan.device, can_flex and compiled)
+
+    plan = find(plan, work, str(plan.dtype).removeprefix("torch."))
+    way = choose_computing(cfg, work(plan.micro), plan.dtype, plan.progress, plan.world)
+    told = cfg.micro_batch_size is not None or plan.progress.micro  # by the user, or by the memory
+    plan = replace(plan, dtype=getattr(torch, way.dtype), micro=plan.micro if told else way.micro or plan.micro)
+    if plan.world.is_first:
+        note(plan.out / "config.yaml", way)
+    return plan, can_flex and bool(way.compiled)
 
 
 def choose_computing(cfg: TrainConfig, work: Work, dtype: torch.dtype, progress: Progress, world: World) -> Computed:

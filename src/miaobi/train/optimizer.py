@@ -32,8 +32,11 @@ class Muon(torch.optim.Optimizer):
     found_inf: Tensor | None = None
     """A number on the parameters' device: 1 = leave everything as it is. As in torch's fused optimizers."""
 
-    def __init__(self, groups: list[dict], lr: float, momentum: float) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum})
+    def __init__(self, groups: list[dict], lr: float, momentum: float, weight_decay: float = 0.0) -> None:
+        """weight_decay: decoupled, as AdamW's (arXiv:1711.05101): a step takes lr x weight_decay of every weight, so
+        that it follows the schedule of lr.
+        """
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -48,10 +51,10 @@ class Muon(torch.optim.Optimizer):
                 # sharded matrices are whole for a moment: only as many at once as there are ranks to work on them
                 at_once = world_size() if is_sharded(alike[0][0]) else len(alike)
                 for i in range(0, len(alike), at_once):
-                    self._move(alike[i : i + at_once], group["lr"], group["momentum"])
+                    self._move(alike[i : i + at_once], group["lr"], group["momentum"], group["weight_decay"])
         return loss
 
-    def _move(self, alike: list[tuple[Tensor, list[int]]], lr: float, momentum: float) -> None:
+    def _move(self, alike: list[tuple[Tensor, list[int]]], lr: float, momentum: float, weight_decay: float) -> None:
         """Update parameters of one shape, each split into the same parts."""
         updates = []
         for p, _ in alike:
@@ -74,6 +77,8 @@ class Muon(torch.optim.Optimizer):
             for i, o in zip(indices, orthogonal.split(len(alike)), strict=True):
                 moved[i] = o * (scale if self.found_inf is None else scale * (1 - self.found_inf))
         for (p, _), update in zip(alike, torch.cat(moved, dim=1), strict=True):
+            if weight_decay:
+                p.mul_(1 - lr * weight_decay * (1 if self.found_inf is None else 1 - self.found_inf))
             p.add_(part_of(update, p), alpha=-lr)
 
 
@@ -150,7 +155,7 @@ def make_optimizers(model: Transformer, cfg: OptimConfig, kind: str) -> list[tor
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if matrices:
         group = {"params": [p for p, _ in matrices], "parts": [parts for _, parts in matrices]}
-        optimizers.append(Muon([group], lr=cfg.muon_learning_rate, momentum=cfg.momentum))
+        optimizers.append(Muon([group], cfg.muon_learning_rate, cfg.momentum, cfg.muon_weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -172,10 +177,11 @@ def move(optimizers: list[torch.optim.Optimizer], norm: Tensor) -> None:
         optimizer.step()
 
 
-def rate(step: int, cfg: OptimConfig) -> float:
+def rate(step: int, cfg: OptimConfig, at: float | None = None) -> float:
     """Learning rate of `step` (0-based) as a share of the peak; `cfg` is resolved.
 
     cosine is nanoGPT's get_lr; wsd (warm-up, stable, decay; arXiv:2404.06395) falls linearly at the end.
+    at: the step of the schedule that counts after the warm-up, where it is not `step` (`schedule.share_of_rate`).
     """
     floor = cfg.min_lr / cfg.learning_rate
     if not cfg.decay_lr:  # nanoGPT's: neither decay nor warm-up
@@ -184,13 +190,14 @@ def rate(step: int, cfg: OptimConfig) -> float:
         return (step + 1) / (cfg.warmup_iters + 1)
     if cfg.schedule == "constant":
         return 1.0
-    if step >= cfg.lr_decay_iters:
+    at = step if at is None else at
+    if at >= cfg.lr_decay_iters:
         return floor
     if cfg.schedule == "cosine":
-        done = (step - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
+        done = (at - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
         return floor + 0.5 * (1.0 + math.cos(math.pi * done)) * (1.0 - floor)
     decay_iters = max(1, round(cfg.decay_fraction * cfg.lr_decay_iters))
-    left = (cfg.lr_decay_iters - step) / decay_iters
+    left = (cfg.lr_decay_iters - at) / decay_iters
     return floor + min(1.0, left) * (1.0 - floor)
 
 
