@@ -152,7 +152,7 @@ def add_others(app: FastAPI, is_stopping: Callable[[], bool]) -> None:
         run = await asyncio.to_thread(runs.found, served.runs, name)
         return json_response(await asyncio.to_thread(runs.run_of, name, run, after))
 
-    @app.get("/api/runs/{name}/stream", response_class=EventStream)
+    @app.get("/api/runs/{name}/stream", response_class=PlainTextResponse, responses={200: {"content": STREAM}})
     async def run_stream(name: str, served: Current) -> Response:
         run = await asyncio.to_thread(runs.found, served.runs, name)
         return EventStream(runs.live(run, is_stopping), lambda: None)
