@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 HERE = Path(__file__).parent
-DESKTOP = {"viewport": {"width": 1200, "height": 760}}
+DESKTOP = {"viewport": {"width": 1200, "height": 880}}
 PHONE = {"viewport": {"width": 360, "height": 720}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 JUDGED = "房间很干净，前台也热情，就是早餐一般，晚上有点吵。不过离地铁近，下次还来。"
 
@@ -24,7 +24,7 @@ def chat(page: Page) -> None:
     page.locator("#chat [data-settings]").click()
     page.fill("#set-temperature", "0")
     page.keyboard.press("Escape")
-    for text in ("你好吗？", "你是机器人吗", "你喜欢吃什么"):
+    for text in ("你好", "你好吗？", "很高兴认识你。"):
         page.fill("#say", text)
         page.press("#say", "Enter")
         page.wait_for_selector("#chat [data-do=send]:visible")
@@ -35,11 +35,11 @@ def continuation(page: Page) -> None:
     page.locator("#continue [data-settings]").click()
     page.fill("#set-seed", "7")
     page.keyboard.press("Escape")
-    page.fill("#prompt", "新华社北京")
+    page.fill("#prompt", "今年春天，")
     page.fill("#continue [name=tokens]", "110")
     page.click("#continue [data-do=write]")
     page.wait_for_selector("#continue [data-do=write]:visible")
-    cell = page.locator(".column").nth(0).locator(".cell").nth(24)
+    cell = page.locator(".column").nth(0).locator(".cell").nth(12)
     cell.scroll_into_view_if_needed()
     cell.click()
 
