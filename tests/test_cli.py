@@ -69,12 +69,16 @@ def test_every_verb_explains_its_options(miaobi, verb):
     words = " ".join(answer.out.split())
     expected = {
         "train": ["--n_layer", "--learning_rate", "Context in tokens", "--save_interval", "--patience"],
+        "plan": ["--gpu", "--price_per_hour", "--measure", "--n_layer", "Run 20 steps here"],
         "sample": ["--start", "--top_k", "Keep only this many likeliest tokens", "--repetition_penalty", "--stop"],
         "eval": ["--stride", "Windows scored at once"],
         "chat": ["--temperature", "--repetition_penalty", "CONFIG.yaml"],
         "prepare": ["--vocab_size", "--simplify", "Convert Traditional to Simplified"],
         "demo": ["--quick"],
         "serve": ["--classifier", "--runs", "--api_key", "Origins whose pages", "--max_queue", "--temperature"],
+        "report": ["RUNS ...", "--out", "several are compared"],
+        "doctor": ["--json"],
+        "data": ["list", "get"],
         "convert": ["small-gpt", "nanogpt"],
         "classify": ["train", "ablate", "predict"],
     }[verb]

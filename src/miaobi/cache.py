@@ -80,7 +80,7 @@ def private_cache() -> Path:
     """
     place = None
     try:
-        place = _wished()
+        place = wished_cache()
         return private_directory(place)
     except (NotPrivateError, RuntimeError, KeyError) as e:  # no home, or a user that the system does not know
         fresh = tempfile.mkdtemp(prefix="miaobi-")
@@ -92,7 +92,8 @@ def private_cache() -> Path:
         return Path(fresh)
 
 
-def _wished() -> Path:
+def wished_cache() -> Path:
+    """Where the cache is to be, checked or not. Raises RuntimeError or KeyError where there is no home."""
     if named := os.environ.get(OURS):
         return Path(named).absolute()
     xdg = os.environ.get("XDG_CACHE_HOME", "")

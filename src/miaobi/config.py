@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from miaobi.corpus.config import Corpus
-from miaobi.errors import UserError
+from miaobi.errors import UserError, brief
 from miaobi.kinds import Location, Positional
+
+
+def check_license(license: str | None) -> None:
+    """Raises UserError for what cannot be the hub's id of a license."""
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,60}", license):
+        raise UserError(f"license is {brief(license)}; give the hub's id of it, in small letters: apache-2.0, mit, "
+                        "cc-by-4.0, other")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -199,6 +207,8 @@ class OptimConfig(Optim):
     """False: the rate is at its peak from the first step to the last, without warm-up; schedule=constant warms up."""
     momentum: float = 0.95
     """Muon's Nesterov momentum."""
+    muon_weight_decay: float | None = None
+    """Muon's decoupled decay of its matrices; default 0, and more where the text is repeated."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,7 +216,7 @@ class OptimConfig(Optim):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < float("inf"):
                 raise UserError(f"{name} is {rate}; it must be positive and finite, such as 1e-3")
-        for name in ("min_lr", "warmup_iters", "lr_decay_iters"):
+        for name in ("min_lr", "warmup_iters", "lr_decay_iters", "muon_weight_decay"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be finite and cannot be negative")
         if not 0.0 <= self.momentum < 1.0:
@@ -244,6 +254,9 @@ class TrainConfig(Where):
     """Steps of the whole run."""
     max_epochs: int | None = None
     """Stop after this many passes over the data; with max_iters as well, what comes first."""
+    max_minutes: float | None = None
+    """End within this many minutes, the last evaluation included, with the schedule of the learning rate finished: as
+    many steps as the speed allows; with max_iters as well, what comes first."""
     eval_interval: int = 250
     """Steps between evaluations, checkpoints and printed samples."""
     eval_iters: int = 20
@@ -280,6 +293,10 @@ class TrainConfig(Where):
     URL, such as s3://bucket/run (pip install s3fs) or oss://bucket/run (ossfs)."""
     seed: int = 1337
     """Seed of initialisation, data order and dropout."""
+    license: str | None = None
+    """License of the model, for its card, by the hub's id: apache-2.0, mit, cc-by-4.0, ..."""
+    tensorboard_path: Location | None = None
+    """Directory that gets the TensorBoard events as well; out_dir has them in any case."""
     wandb_log: bool = False
     """Log to Weights & Biases as well (pip install 'miaobi[track]')."""
     wandb_project: str = "miaobi"
@@ -294,6 +311,8 @@ class TrainConfig(Where):
         for name in ("eval_interval", "eval_iters", "log_interval", "save_interval", "fsdp_shard_size", "comm_timeout"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_minutes is not None and not 0 < self.max_minutes < float("inf"):
+            raise UserError(f"max_minutes is {self.max_minutes}; give minutes, such as 3 or 0.5")
         if self.fsdp_shard_size is not None and self.parallel != "fsdp":
             raise UserError("fsdp_shard_size is for --parallel=fsdp; add that, or leave fsdp_shard_size out")
         if self.parallel == "fsdp" and self.trainable == "lora":
@@ -303,6 +322,7 @@ class TrainConfig(Where):
             raise UserError(f"seed is {self.seed}; give a whole number of at most 64 bits")
         if self.patience < 0 or self.sample_tokens < 0:
             raise UserError("patience and sample_tokens cannot be negative; 0 switches them off")
+        check_license(self.license)
         if self.trainable == "lora" and self.init_from == "scratch" and self.resume_from is None:
             raise UserError("trainable=lora tunes a model that is there already: name it with --init_from=MODEL "
                             "(a run or model directory), or use --trainable=full")  # fmt: skip

@@ -137,12 +137,14 @@ def write_on(out: Path, quick: bool) -> dict:
     """Train on the articles and continue PROMPTS; returns train's figures with samples and trigram_share."""
     from miaobi.generate.chat import preview
     from miaobi.generate.engine import load
+    from miaobi.report.page import reported
     from miaobi.train.loop import train
 
     given = {"data": str(out / "data"), "out_dir": str(out)} | SAME_EVERYWHERE | (QUICK if quick else {})
     cfg, origin = load_config(shipped_config("demo.yaml"), [(key, str(value)) for key, value in given.items()])
     log("3. training (Ctrl-C saves; the same command goes on)")
-    result = train(cfg, origin, preview)
+    with reported(out):
+        result = train(cfg, origin, preview)
     if result["stopped"] in STOPPED:
         return result
     lm = load(out)
@@ -170,13 +172,15 @@ def talk(out: Path, quick: bool) -> tuple[list[dict[str, str]], str]:
     """
     from miaobi.generate.chat import Chat, preview
     from miaobi.generate.engine import load
+    from miaobi.report.page import reported
     from miaobi.train.loop import train
 
     run = out / "chat"
     given = {"data": str(run / "data"), "out_dir": str(run)} | SAME_EVERYWHERE | (QUICK_CHAT if quick else {})
     cfg, origin = load_config(shipped_config("demo-chat.yaml"), [(key, str(value)) for key, value in given.items()])
     log("\n6. training a second model, on the dialogues; there are few of them, it learns them by heart")
-    stopped = train(cfg, origin, preview)["stopped"]
+    with reported(run):
+        stopped = train(cfg, origin, preview)["stopped"]
     if stopped in STOPPED:
         return [], stopped
     chat = Chat(load(run), ChatConfig(temperature=0.0))

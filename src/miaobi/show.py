@@ -54,6 +54,79 @@ def trained(result: dict[str, Any], cfg: Any) -> None:
     print(f"next: miaobi {trying(result['run'], checkpoints / 'best', checkpoints / 'last')}")
 
 
+def planned(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi plan`."""
+    model, text, run, memory = (result[key] for key in ("model", "text", "run", "memory"))
+    parts = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in result["parameters"].items() if name != "total")
+    print(f"model: {result['parameters']['total'] / 1e6:.2f}M parameters ({model['family']}: {parts})")
+    print(
+        f"text: {count(text['train_tokens'], 'training token')} of {count(text['characters'], 'character')}, "
+        f"vocabulary {text['vocab_size']:,}: {run['distinct_tokens_per_parameter']:.2f} tokens per parameter"
+    )
+    print(f"run: {count(run['steps'], 'step')} of {run['batch_size']} x {model['block_size']} tokens, "
+          f"{run['epochs']:.1f} passes over the text")  # fmt: skip
+    names = ("weights", "gradients", "optimizer", "activations", "working")
+    told = ", ".join(f"{name} {size_in_words(memory[name])}" for name in names)
+    print(
+        f"memory: {size_in_words(memory['run'])} at micro-batches of {memory['micro_batch']} ({told}; "
+        f"a checkpoint being written {size_in_words(memory['checkpoint'])}, "
+        f"keys and values of a sample {size_in_words(memory['kv_cache'])})"
+    )
+    device, largest = result["device"], memory["largest_micro_batch"]
+    if largest is not None:
+        fits = f"micro-batches of up to {largest} fit" if largest else "not even one sequence at once fits"
+        print(f"{device['name']}, {device['dtype']}: {size_in_words(memory['free'])} can be used, {fits}")
+    if "measured" in memory:
+        print(f"measured: {size_in_words(memory['measured'])}")
+    told = [duration(result["time"]["seconds"])]
+    told += [f"{result['energy_kwh']:.2f} kWh"] if result["energy_kwh"] is not None else []
+    told += [f"costs {result['cost']:.2f}"] if result["cost"] is not None else []
+    print(f"time: {', '.join(told)} ({result['time']['basis']})")
+
+
+def size_in_words(n: int) -> str:
+    """Bytes: `640 MiB`, `8.3 GiB`."""
+    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+
+
+def reported(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi report`."""
+    for run in result["runs"]:
+        print(f"{run['run']}: {run['verdict']}")
+    print(f"{result['out']}: open it in a browser ({result['bytes'] / 1000:,.0f} kB, nothing is fetched)")
+
+
+def doctor(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi doctor`: a line for each look, and below it what to do."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    looks = {"ok": "green", "note": "yellow", "missing": "bold red"}
+    table = Table.grid(padding=(0, 2))
+    for check in result["checks"]:
+        found = Text(check["found"])
+        if check["remedy"]:
+            found.append(f"\n-> {check['remedy']}", style="dim")
+        table.add_row(Text(check["status"], style=looks[check["status"]]), Text(check["name"]), found)
+    Console(highlight=False).print(table)
+    print("nothing that is needed is missing" if result["healthy"] else "what is marked missing is needed")
+
+
+def public_texts(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi data list`."""
+    for text in result["sets"]:
+        print(f"{text['name']:<15} {text['what']}\n{'':<15} license: {text['license']}")
+    print("and hf:OWNER/NAME[:SPLIT], modelscope:OWNER/NAME. next: miaobi data get NAME")
+
+
+def downloaded(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi data get`."""
+    for file in result["files"]:
+        print(f"{file['path']}: {file['bytes']:,} bytes, SHA-256 {file['sha256']}")
+    print(f"license: {result['license']}\nnext: {result['next']}")
+
+
 def samples(result: dict[str, Any], cfg: Any) -> None:
     """`miaobi sample`; the speed goes to stderr."""
     from miaobi.console import log

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
@@ -26,6 +29,9 @@ from miaobi.serve import server as server_module
 from miaobi.serve.app import make_app
 from miaobi.serve.config import Serve
 from miaobi.serve.served import Served, load
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 LETTERS = (
     "皇马曼联国家队主教练球迷裁判门将前锋赢得输掉期待谈到错过准备比赛联赛冠军转会训练。，！\n 你好吗我是abcdefghijklmno"
@@ -54,14 +60,14 @@ def write_model(place: Path, template: str = CHATML_TEMPLATE, block_size: int = 
     return place
 
 
-def write_classifier(place: Path) -> Path:
+def write_classifier(place: Path, labels: Sequence[str] = ("差评", "好评")) -> Path:
     """A classifier's directory."""
     torch.manual_seed(1)
     tokenizer = Tokenizer.train_char(dict.fromkeys(LETTERS, 9))
     classifier = head.Classifier(random_model(tokenizer.vocab_size, seed=1), 2, "mean")
     reading = Reading(BLOCK, "chunks", (), (), tokenizer.pad_id)
     place.mkdir(parents=True)
-    head.save(place, head.Judge(classifier, tokenizer, reading, ["差评", "好评"]))
+    head.save(place, head.Judge(classifier, tokenizer, reading, list(labels)))
     return place
 
 
@@ -111,6 +117,26 @@ def running(cfg: Serve, served: Served) -> Iterator[Address]:
 
 
 @pytest.fixture(scope="session")
+def judge() -> Callable[[Path, Sequence[str]], Path]:
+    """`judge(place, labels)`: a classifier's directory."""
+    return write_classifier
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable:
+    """`with serving(cfg) as address`: models loaded, a server that answers."""
+
+    @contextlib.contextmanager
+    def serve(cfg: Serve) -> Iterator[Address]:
+        served = load(cfg)
+        with running(cfg, served) as address:
+            yield address
+        served.close()
+
+    return serve
+
+
+@pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("served") / "tiny")
 
@@ -146,3 +172,40 @@ def talk_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def http(site: Address) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=site.url, timeout=30) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """One browser for all."""
+    from playwright.sync_api import sync_playwright
+
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None and not os.environ.get("MIAOBI_REQUIRE_CHROMIUM"):
+        pytest.skip("no Chromium here: apt install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium: Browser) -> Iterator[Callable[..., Page]]:
+    """`visit(url, "chat", color_scheme="dark")`: the page as a new visitor has it; nothing goes wrong in it, or out."""
+    contexts, wrong = [], []
+
+    def go(url: str, tab: str = "chat", fails: bool = False, until: str = "html.ready", **how) -> Page:
+        context = chromium.new_context(**{"locale": "zh-CN", "viewport": {"width": 1200, "height": 800}} | how)
+        context.set_default_timeout(30_000)
+        page = context.new_page()
+        contexts.append(context)
+        page.on("request", lambda r: None if r.url.startswith((url, "blob:", "data:")) else wrong.append(r.url))
+        page.on("pageerror", lambda e: wrong.append(str(e)))
+        page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") and not fails else None)
+        page.goto(f"{url}/#/{tab}")
+        page.wait_for_selector(until)
+        return page
+
+    yield go
+    for context in contexts:
+        context.close()
+    assert not wrong

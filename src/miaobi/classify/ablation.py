@@ -11,6 +11,7 @@ from typing import Any
 
 from miaobi.classify import head
 from miaobi.classify.base import open_base, prepare_base
+from miaobi.classify.card import card_of
 from miaobi.classify.config import ClassifyConfig
 from miaobi.classify.data import Labelled, differences, make_split, read_labelled
 from miaobi.classify.evaluation import baselines, paired_interval
@@ -20,6 +21,8 @@ from miaobi.console import log
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.files import point, write_json, written_whole
+from miaobi.fonts import plot_fonts
+from miaobi.model.card import write_card
 from miaobi.settings import Origin, with_origins, write_yaml
 from miaobi.train.watch import on_signals
 
@@ -96,12 +99,13 @@ class Run:
         """
         refuse_others(self.out, cells, self.identity)
         self.enter()
+        events = self.experiment.cfg.tensorboard_path
         with on_signals(self.interrupt):
             for cell in cells:
                 row = self.finished(cell)
                 if row is None:
                     try:
-                        row = self.train(cell)
+                        row = self.train(cell, events and Path(events, cell.name if len(cells) > 1 else ""))
                     except Interrupted:
                         log(f"{self.stopped}: finished cells are kept; the same command again goes on after them")
                         break
@@ -136,13 +140,15 @@ class Run:
         log(f"{cell.name}: finished earlier, accuracy {saved['row']['accuracy']:.2%}")
         return saved["row"]
 
-    def train(self, cell: Cell) -> Row:
-        """Train a cell and write it down, whole or not at all."""
+    def train(self, cell: Cell, events: Path | None) -> Row:
+        """Train a cell and write it down, whole or not at all. events: where TensorBoard's go as well."""
         logs = self.out / "logs" / cell.name
-        judge, _, row = finetune(self.experiment, cell, logs, lambda: self.stopped is not None)
-        with written_whole(self.out / "checkpoints" / cell.name) as aside:
+        judge, _, row = finetune(self.experiment, cell, logs, lambda: self.stopped is not None, events)
+        place = self.out / "checkpoints" / cell.name
+        with written_whole(place) as aside:
             if self.keep_models:
                 head.save(aside, judge)
+                write_card(aside, card_of(self.experiment, judge, row, self.identity), place)
             write_json(aside / RESULT, {"settings": self.identity, "row": row})
         log(f"{cell.name}: accuracy {row['accuracy']:.2%}, macro-F1 {row['macro_f1']:.4f}, "
             f"calibration error {row['calibration_error']:.4f}, {row['seconds']:.0f} s")  # fmt: skip
@@ -164,7 +170,7 @@ class Run:
         found, cfg, data = [], self.experiment.cfg, self.experiment.data
         for seed in sorted(seeds):
             path = self.out / "baselines" / f"{seed}.json"
-            saved = read_result(path)
+            saved = read_result(path, "rows")
             if saved is None or changed(saved["settings"], self.identity) is not None:
                 _, tokenizer, reading = prepare_base(cfg, self.experiment.base, seed)
                 split = make_split(data, cfg, seed, reading, tokenizer)
@@ -242,6 +248,13 @@ def write_csv(path: Path, rows: list[Row], simple: list[Row]) -> None:
 
 def plot(path: Path, rows: list[Row], simple: list[Row], cfg: ClassifyConfig) -> None:
     """Accuracy of every cell as bars with deviations, the SVM as a line."""
+    from matplotlib import rc_context
+
+    with rc_context(plot_fonts()):
+        _plot(path, rows, simple, cfg)
+
+
+def _plot(path: Path, rows: list[Row], simple: list[Row], cfg: ClassifyConfig) -> None:
     from matplotlib.figure import Figure
 
     cells = by_cell(rows)

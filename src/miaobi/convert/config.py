@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from miaobi.config import ModelChoice
+from miaobi.config import ModelChoice, check_license
 from miaobi.kinds import Location, Positional
 
 
@@ -18,6 +18,12 @@ class ConvertConfig:
     """The .pth or .pt file."""
     out: Path | None = None
     """Model directory to write; default: the checkpoint's name with .miaobi, beside it."""
+
+    license: str | None = field(default=None, kw_only=True)
+    """License of the model, for its card, by the hub's id: apache-2.0, mit, cc-by-4.0, ..."""
+
+    def __post_init__(self) -> None:
+        check_license(self.license)
 
     @property
     def directory(self) -> Path:

@@ -17,6 +17,7 @@ from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, brief
 from miaobi.files import sha256, write_json, written_whole
+from miaobi.model.card import USAGE, Card, write_card
 from miaobi.model.checkpoint import save_model
 from miaobi.model.tensors import is_plain, load_plain
 from miaobi.model.transformer import VOCAB_MULTIPLE, Transformer
@@ -152,13 +153,36 @@ def check_out(out: Path) -> None:
 
 
 def write(
-    out: Path, model: Transformer, tokenizer: Tokenizer, end_ids: tuple[int, ...], record: dict[str, Any]
+    out: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    end_ids: tuple[int, ...],
+    record: dict[str, Any],
+    license: str | None = None,
 ) -> None:
-    """The model directory, whole or not at all. end_ids: as `save_model` takes them."""
+    """The model directory with its card, whole or not at all. end_ids: as `save_model` takes them."""
     check_out(out)
     with written_whole(out) as aside:
         save_model(aside, model, tokenizer, end_ids)
         write_json(aside / RECORD, record | {"miaobi": __version__})
+        write_card(aside, card_of(out, model, record, license), out)
+
+
+def card_of(out: Path, model: Transformer, record: dict[str, Any], license: str | None) -> Card:
+    """What the README of a converted model says."""
+    size = f"{model.num_parameters() / 1e6:.1f}M"
+    made = {what: found for what, found in record.items() if isinstance(found, dict) and "sha256" in found}
+    names = {what: f"{found['name']} ({found['sha256']})" for what, found in made.items()}
+    return Card(
+        name=out.resolve().name,
+        summary=f"A language model 语言模型 of {size} parameters, converted from a checkpoint of {record['project']} "
+        "by miaobi 妙笔.",
+        tags=(model.cfg.family,),
+        license=license,
+        usage=USAGE,
+        facts={"converted from": record["project"], **{f"{what} (SHA-256)": name for what, name in names.items()}},
+        settings={key: getattr(model.cfg, key) for key in ("family", *SIZES, "bias", "activation")},
+    )
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

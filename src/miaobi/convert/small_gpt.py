@@ -45,13 +45,16 @@ DIALOGUES_SCORED, TOKENS_SCORED = 8, 64
 """Enough to tell the right vocabulary from a wrong one, and seconds on a model of 300M."""
 
 
-def convert(path: Path, corpus: str | None, out: Path, exact: bool = False) -> dict[str, Any]:
+def convert(
+    path: Path, corpus: str | None, out: Path, exact: bool = False, license: str | None = None
+) -> dict[str, Any]:
     """Write the model directory `out` from a checkpoint and the text it was trained on.
 
     exact: no byte tokens; a character that the vocabulary lacks becomes `<unk>`, as in small-gpt.
 
-    Returns out, parameters, vocab_size, characters (in the vocabulary), spare_rows, step, and loss: nats per token
-    on the first dialogues of the corpus. Raises UserError for files that are missing, damaged or of something else.
+    Returns out, parameters, vocab_size, characters (in the vocabulary), spare_rows, step, loss (nats per token on the
+    first dialogues of the corpus), and doubt: why the corpus may be another one, or None. Raises UserError for files
+    that are missing, damaged or of something else.
     """
     checkpoint, text = read(path), find_corpus(corpus, path)
     reading.check_out(out)
@@ -78,7 +81,7 @@ def convert(path: Path, corpus: str | None, out: Path, exact: bool = False) -> d
         "checkpoint": reading.fingerprint(path),
         "corpus": reading.fingerprint(text),
     }
-    reading.write(out, model, tokenizer, (tokenizer.sep_id, tokenizer.pad_id), record)
+    reading.write(out, model, tokenizer, (tokenizer.sep_id, tokenizer.pad_id), record, license)
     return {
         "out": str(out),
         "parameters": model.num_parameters(),
@@ -87,6 +90,7 @@ def convert(path: Path, corpus: str | None, out: Path, exact: bool = False) -> d
         "spare_rows": spare,
         "step": checkpoint.get("global_step"),
         "loss": round(loss, 4),
+        "doubt": doubts,
     }
 
 
@@ -109,7 +113,7 @@ def doubt(loss: float, entropy: float, spare: int, text: Path, dataset: Any) -> 
 
 def convert_checkpoint(cfg: SmallGPTConfig) -> dict[str, Any]:
     """`miaobi convert small-gpt`; see `convert`."""
-    return convert(cfg.checkpoint, cfg.corpus, cfg.directory, cfg.exact)
+    return convert(cfg.checkpoint, cfg.corpus, cfg.directory, cfg.exact, cfg.license)
 
 
 def converted(path: Path, corpus: str | None) -> Path:

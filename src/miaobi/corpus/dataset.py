@@ -83,15 +83,9 @@ def batch(
     if M < T:
         raise UserError(f"the training text has {M + 1} tokens, less than one block of {T}; "
                         f"add text or use --block_size={max(1, M // 4)}")  # fmt: skip
-    W = windows_per_epoch(M + 1, T)
     inputs, targets = [], []
     for n in range(step * batch_size, (step + 1) * batch_size)[rows]:
-        epoch, i = divmod(n, W)
-        w = int(permute(np.array([i]), W, derive(seed, "order", epoch))[0])
-        tail = M % T or T
-        shift = tail + derive(seed, "shift", epoch) % (T - tail + 1)  # in [tail, T]: the count of windows stays W
-        low = 0 if w == 0 else shift + (w - 1) * T
-        high = min(shift + w * T, M)
+        low, high = window(M + 1, T, seed, n)
         start = min(low, M - T)
         tokens = stream.read(start, start + T + 1)
         target = tokens[1:].copy()
@@ -100,6 +94,17 @@ def batch(
         inputs.append(tokens[:-1])
         targets.append(target)
     return np.stack(inputs), np.stack(targets)
+
+
+def window(tokens: int, block_size: int, seed: int, n: int) -> tuple[int, int]:
+    """Inputs low to high, exclusive, of a stream of `tokens` that the n-th window since the run began learns from."""
+    T, M = block_size, tokens - 1
+    W = windows_per_epoch(tokens, T)
+    epoch, i = divmod(n, W)
+    w = int(permute(np.array([i]), W, derive(seed, "order", epoch))[0])
+    tail = M % T or T
+    shift = tail + derive(seed, "shift", epoch) % (T - tail + 1)  # in [tail, T]: the count of windows stays W
+    return 0 if w == 0 else shift + (w - 1) * T, min(shift + w * T, M)
 
 
 def fixed_windows(stream: TokenStream, block_size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -133,6 +138,15 @@ class TextWindows:
     def batch(self, batch_size: int, seed: int, step: int, rows: slice = slice(None)) -> Batch:
         """The windows of `step`; see the function `batch`."""
         return Batch(*batch(self.stream, self.block_size, batch_size, seed, step, rows))
+
+    def documents(self, batch_size: int, seed: int, step: int) -> np.ndarray:
+        """Numbers of the documents, counted from 0, that the windows of `step` are cut from: int64, ascending."""
+        found = set()
+        for n in range(step * batch_size, (step + 1) * batch_size):
+            low, high = window(len(self.stream), self.block_size, seed, n)
+            first, last = np.searchsorted(self.stream.starts, (low, high), side="right") - 1
+            found.update(range(int(first), int(last) + 1))
+        return np.array(sorted(found))
 
     def fixed(self, count: int) -> Batch:
         """The same `count` windows at every call; see `fixed_windows`."""

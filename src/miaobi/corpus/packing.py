@@ -68,6 +68,16 @@ class PackedDialogues:
             blocks.append(self._block(pack, self._deal(seed, epoch), joined))
         return Batch(*(np.stack(part) for part in zip(*blocks, strict=True)))
 
+    def documents(self, batch_size: int, seed: int, step: int) -> np.ndarray:
+        """Numbers of the dialogues, counted from 0, that are in the blocks of `step`: int64, ascending."""
+        pieces = []
+        for n in range(step * batch_size, (step + 1) * batch_size):
+            epoch, i = divmod(n, len(self))
+            pack = int(permute(np.array([i]), len(self), derive(seed, "order", epoch))[0])
+            pieces.append(self._deal(seed, epoch)[self._packs[pack] : self._packs[pack + 1]])
+        starts = self.starts[np.concatenate(pieces)]
+        return np.unique(np.searchsorted(self.stream.starts, starts, side="right") - 1)
+
     def fixed(self, count: int) -> Batch:
         """`count` blocks, always the same ones, spread evenly; fewer where there are not so many."""
         return self.take(np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64)))

@@ -105,6 +105,14 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dro
     return (shares.view(B, k.shape[1], -1, T) @ v).view(B, H, T, D)
 
 
+def as_rows(q: Tensor, n_kv_head: int) -> Tensor:
+    """Queries of one position, those that share a key as positions of one head: (B, H, 1, D) -> (B, H_kv, H/H_kv, D).
+
+    Nothing is masked among them, so attention gives for each what it gives alone.
+    """
+    return q.reshape(len(q), n_kv_head, -1, q.shape[-1])
+
+
 def head_dim(cfg: ModelConfig) -> int:
     """Width of one attention head."""
     return cfg.head_dim or cfg.n_embd // cfg.n_head
@@ -167,7 +175,9 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         grouped = self.n_kv_head != self.n_head
         dropout = self.dropout if self.training else 0.0
-        if self.explicit and self.training and cache is None and (mask is None or isinstance(mask, Tensor)):
+        if grouped and T == 1 and q.is_cuda:  # heads of one key as rows: kernels that know a mask know no groups
+            y = F.scaled_dot_product_attention(as_rows(q, self.n_kv_head), k, v, mask).reshape(B, self.n_head, 1, -1)
+        elif self.explicit and self.training and cache is None and (mask is None or isinstance(mask, Tensor)):
             y = explicit_attention(q, k, v, mask, dropout)
         elif mask is None or isinstance(mask, Tensor):
             y = F.scaled_dot_product_attention(
@@ -318,6 +328,12 @@ class Transformer(nn.Module):
             S = start + T
             mask = torch.ones(T, S, dtype=torch.bool, device=ids.device).tril(S - T)
         x, rope = self.embed(ids, position_ids)
+        return self.after_embedding(x, rope, mask, caches)
+
+    def after_embedding(
+        self, x: Tensor, rope: Tensor | None, mask: Tensor | None = None, caches: list[KVCache] | None = None
+    ) -> Tensor:
+        """The blocks and the last norm, of what `embed` gave; the other arguments as in `hidden`. Returns (B, T, C)."""
         for i, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +13,45 @@ from miaobi.config import TrainConfig
 from miaobi.console import log, warn
 from miaobi.device import can_compile, candidate_dtypes
 from miaobi.errors import UserError
-from miaobi.train.layout import is_sharded
-from miaobi.train.measured import Computed, Work, apply, checked, choose_eager
+from miaobi.files import write_text
+from miaobi.train.evaluate import place
+from miaobi.train.layout import Objective, is_sharded
+from miaobi.train.measured import COMPILING, Computed, Work, checked, choose, is_long
+from miaobi.train.micro import find
 from miaobi.train.run_directory import Progress
+from miaobi.train.setup import Plan
+from miaobi.train.watch import duration
 from miaobi.train.world import World
 
-COMPILE_PAYS_AFTER = 200
-"""Steps from which on a run compiles before the first of them, in about twenty seconds; fp32 on a CPU gains nothing."""
+SAVED = {"cpu": 0.1, "cuda": 0.25}
+"""Share of an eager step in half precision that compiling its blocks saves, at least (docs/lab-notes.md). In fp32 on a
+CPU it is SAVED_IN_FP32: that is left alone, unless the run is so long that its ways are timed."""
+SAVED_IN_FP32 = 0.04
+NOTED = "# How its steps are computed: decided before the first of them, and kept when the run goes on."
+
+
+def decide(plan: Plan, objective: Objective) -> tuple[Plan, bool]:
+    """Decide, or go on with, micro-batch, precision, attention and compilation. Returns the plan with them, and whether
+    masks are those of FlexAttention.
+    """
+    cfg, model = plan.cfg.train, plan.model
+    can_flex = plan.device.type == "cuda" and model.cfg.dropout == 0.0  # it is only fast compiled
+    model.train()
+
+    def work(micro: int) -> Work:
+        return Work(objective, example, plan.device, plan.total_steps - plan.progress.step,
+                    cfg.global_batch // plan.world.size, micro, cfg.micro_batch_size is not None)  # fmt: skip
+
+    def example(rows: int, compiled: bool) -> tuple:
+        return place(plan.blocks.fixed(rows), slice(None), plan.device, can_flex and compiled)
+
+    plan = find(plan, work, str(plan.dtype).removeprefix("torch."))
+    way = choose_computing(cfg, work(plan.micro), plan.dtype, plan.progress, plan.world)
+    told = cfg.micro_batch_size is not None or plan.progress.micro  # by the user, or by the memory
+    plan = replace(plan, dtype=getattr(torch, way.dtype), micro=plan.micro if told else way.micro or plan.micro)
+    if plan.world.is_first:
+        note(plan.out / "config.yaml", way)
+    return plan, can_flex and bool(way.compiled)
 
 
 def choose_computing(cfg: TrainConfig, work: Work, dtype: torch.dtype, progress: Progress, world: World) -> Computed:
@@ -26,23 +60,45 @@ def choose_computing(cfg: TrainConfig, work: Work, dtype: torch.dtype, progress:
     """
     usual = Computed(str(dtype).removeprefix("torch."))
     # Sharded models answer only together, and adapters are left alone.
-    can_measure = work.device.type == "cpu" and not is_sharded(work.objective.model) and cfg.trainable == "full"
-    fp32_cpu = work.device.type == "cpu" and dtype == torch.float32  # all but products is 3% of a step there
-    pays = work.steps >= COMPILE_PAYS_AFTER and can_compile(work.device) and not fp32_cpu
+    can_measure = work.device.type != "mps" and not is_sharded(work.objective.model) and cfg.trainable == "full"
     dtypes = candidate_dtypes(cfg.dtype, work.device, dtype)
     if progress.computed:
         way = continued(progress.computed, dtypes)
     else:
-        way = usual
-        if cfg.compile is True or (cfg.compile == "auto" and pays):
-            way = Computed(usual.dtype, compiled="blocks", why="--compile" if cfg.compile is True else "a long run")
-        elif can_measure and progress.step == 0:
-            way = choose_eager(work, dtypes)
+        why = f"--compile says so; it saves some {saved(work, usual):.0%} of a step" if cfg.compile is True else ""
+        if cfg.compile == "auto":
+            why = why_compile(work, usual, world)
+        way = replace(usual, compiled="blocks", why=why) if why else usual
+        if can_measure and progress.step == 0 and is_long(work):
+            compiles = cfg.compile is True or (cfg.compile == "auto" and can_compile(work.device))
+            way = choose(work, dtypes, compiles, why)
         progress.computed = world.gather(asdict(way))[0]
         way = Computed(**progress.computed)
-    if way != usual:
+    if replace(way, seconds=0.0, why=usual.why) != usual:
         log(f"computing in {way}")
-    return way if apply(work, way) else usual
+    return way if work.set(way) else usual
+
+
+def saved(work: Work, usual: Computed) -> float:
+    """The share of an eager step that compiling its blocks saves."""
+    is_fp32_cpu = work.device.type == "cpu" and usual.dtype == "float32"
+    return SAVED_IN_FP32 if is_fp32_cpu else SAVED.get(work.device.type, 0.0)
+
+
+def why_compile(work: Work, usual: Computed, world: World) -> str:
+    """What compiling the blocks will win of the time that the run would take without; "" where it does not win its own
+    time back, or cannot be done.
+
+    Two eager passes tell: the first one warms up. All ranks make them, those of a sharded model together.
+    """
+    share = saved(work, usual)
+    if not all(world.gather(can_compile(work.device) and share > SAVED_IN_FP32)):
+        return ""
+    work.timed(usual)
+    seconds = work.steps * work.rows * work.timed(usual)
+    if seconds * share < COMPILING["blocks"]:
+        return ""
+    return f"the run would take {duration(seconds)} without, and it saves about {duration(seconds * share)} of that"
 
 
 def continued(fields: dict[str, Any], dtypes: list[str]) -> Computed:
@@ -59,3 +115,10 @@ def continued(fields: dict[str, Any], dtypes: list[str]) -> Computed:
         return way
     warn(f"this run was computed in {way.dtype}; on this machine it goes on in {dtypes[0]}, with other roundings")
     return replace(way, dtype=dtypes[0])
+
+
+def note(config: Path, way: Computed) -> None:
+    """Write below a run's config.yaml, as comments, how it is computed and why."""
+    told = textwrap.wrap(f"{way} ({way.why})", 112, break_on_hyphens=False)
+    before = config.read_text(encoding="utf-8").partition(NOTED)[0]
+    write_text(config, "\n".join([before.rstrip("\n"), NOTED, *(f"#   {line}" for line in told), ""]))

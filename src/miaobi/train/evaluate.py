@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -58,16 +58,22 @@ def eager(model: Transformer) -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager")
 
 
-def validation_nats(model: Transformer, windows: Batch, batch_size: int, dtype: torch.dtype) -> float:
-    """Sum of nats over the scored tokens of the windows; the model's mode is restored."""
+@contextmanager
+def evaluating(model: Transformer) -> Iterator[None]:
+    """Without dropout, eagerly; the model's mode is restored."""
     was_training = model.training
     model.eval()
     with eager(model):
-        total = sum(
+        yield
+    model.train(was_training)
+
+
+def validation_nats(model: Transformer, windows: Batch, batch_size: int, dtype: torch.dtype) -> float:
+    """Sum of nats over the scored tokens of the windows; the model's mode is restored."""
+    with evaluating(model):
+        return sum(
             nats(model, windows, dtype, slice(i, i + batch_size)) for i in range(0, len(windows.inputs), batch_size)
         )
-    model.train(was_training)
-    return total
 
 
 def given_and_scored(windows: Batch) -> tuple[np.ndarray, np.ndarray]:

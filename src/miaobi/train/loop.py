@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,25 +13,29 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from miaobi.config import RunConfig
-from miaobi.console import console, log, progress, warn
-from miaobi.corpus.dataset import IGNORE, derive
+from miaobi.console import console, log, progress
+from miaobi.corpus.dataset import IGNORE, Batch, derive
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory, keep_allocations, peak_flops, pick_dtype
 from miaobi.model.transformer import Transformer
-from miaobi.settings import Origin, flatten
-from miaobi.train.computing import COMPILE_PAYS_AFTER, choose_computing
+from miaobi.settings import Origin
+from miaobi.train.alarms import Alarms
+from miaobi.train.computing import decide
 from miaobi.train.data import opening
-from miaobi.train.evaluate import bits_per_char, eager, mean_loss, place
+from miaobi.train.evaluate import bits_per_char, evaluating, mean_loss, place
 from miaobi.train.layout import Objective, is_sharded, no_recompilation, reducing, whole
-from miaobi.train.measured import Work
-from miaobi.train.optimizer import rate, set_rate
+from miaobi.train.micro import lowered
+from miaobi.train.optimizer import move, set_rate
 from miaobi.train.recipe import memory_advice, micro_batch
+from miaobi.train.recovery import NotFiniteError, recovering
 from miaobi.train.rendezvous import join, rank_device
 from miaobi.train.run_directory import one_writer
 from miaobi.train.saving import Saver
+from miaobi.train.schedule import Deadline, clock, share_of_rate
 from miaobi.train.setup import Plan, set_up
+from miaobi.train.summary import summarized
 from miaobi.train.threads import Threads
-from miaobi.train.watch import Metrics, not_finite, on_signals, overfitting, since_best, time_left
+from miaobi.train.watch import Metrics, on_signals, time_left
 from miaobi.train.world import check_batch, explain_lost
 
 Preview = Callable[[Transformer, Tokenizer, str, int, tuple[int, ...], bool], str]
@@ -47,6 +50,7 @@ def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None 
     Raises UserError for settings and data that do not fit, a loss that is not finite, too little memory, a run that
     another process is writing.
     """
+    started = clock()
     keep_allocations()
     world = join(cfg.train)
     try:
@@ -57,7 +61,8 @@ def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None 
             torch.set_float32_matmul_precision("high")  # TF32, as nanoGPT allows
         advice = memory_advice(micro_batch(cfg, device, world.size), cfg.model.block_size)
         with explain_memory(device, advice), explain_lost(world), one_writer(cfg, world.is_first):
-            return Run(set_up(cfg, origin or {}, world, device, dtype)).go(preview)
+            plan = set_up(cfg, origin or {}, world, device, dtype)
+            return recovering(plan, origin or {}, lambda plan: Run(plan, started).go(preview))
     finally:
         world.leave()
 
@@ -68,7 +73,8 @@ class Run:
     Attributes: plan, what it is made of; progress, where it stands; objective, the model as the ranks train it.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, started: float | None = None) -> None:
+        """started: by `schedule.clock`, when the command began; now, if not given."""
         self.plan, self.progress, self.cfg, self.world = plan, plan.progress, plan.cfg.train, plan.world
         self.model = plan.model
         self.objective: nn.Module = Objective(plan.model)
@@ -76,6 +82,9 @@ class Run:
         self.metrics: Metrics | None = None
         self.interrupted: str | None = None
         self.flex, self.peak = False, math.inf
+        self.alarms = Alarms(plan)
+        self.deadline = Deadline.of(plan, clock() if started is None else started)
+        self.fetching = 0.0  # seconds spent on reading batches, since the last line of metrics
 
     def go(self, preview: Preview | None) -> dict:
         """Train to the end, to early stopping, or to an interruption."""
@@ -90,32 +99,32 @@ class Run:
             p.stopped, p.history = None, [min(p.history, key=lambda row: row[2])]
         p.planned = plan.total_steps
         if (p.step >= plan.total_steps and p.evaluated == p.step) or p.stopped:
-            log(f"this run is finished ({p.stopped or 'max_iters'}, step {p.step}); a larger --max_iters extends it")
-            return plan.result(p.stopped or "max_iters")
+            end = p.stopped or plan.end
+            log(f"this run is finished ({end}, step {p.step})" + "; a larger --max_iters extends it" * (not p.laid))
+            return plan.result(end)
         if first:
             log(f"continuing from step {first}")
-        self.choose_computing()
+        self.plan, self.flex = decide(plan, self.objective)
         plan, self.threads = self.plan, Threads(alone=self.world.size == 1)
         self.peak = peak_flops(plan.device, plan.dtype)
         if self.world.size > 1 and not is_sharded(self.model):
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
         if self.world.is_first:
-            wandb = {"project": cfg.wandb_project, "name": cfg.wandb_run_name, "id": p.run, "config": flatten(plan.cfg)}
-            self.metrics = Metrics(plan.out, first, wandb if cfg.wandb_log else None, p.evaluated == first)
-        with on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
+            self.metrics = Metrics.of(plan)
+        with summarized(plan), on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
             task = bar.add_task("train", total=plan.total_steps, completed=first, figures="",
                                 visible=console.is_terminal)  # fmt: skip
             try:
                 self.steps(bar, task, preview)
             finally:
-                if self.world.size == 1 or sys.exc_info()[0] is None:  # ranks that are lost cannot finish it
+                if self.world.size == 1 or sys.exc_info()[0] in (None, NotFiniteError):  # lost ranks cannot finish it
                     self.saver.finish()
                 self.threads.close()
                 if self.metrics is not None:
                     self.metrics.close()
         self.saver.refuse_lost()
-        log(f"curves: tensorboard --logdir={plan.out}")
-        return plan.result(p.stopped or "max_iters")
+        log(f"curves: tensorboard --logdir={cfg.tensorboard_path or plan.out}")
+        return plan.result(p.stopped or plan.end)
 
     def steps(self, bar: Bar, task, preview: Preview | None) -> None:
         """The loop itself."""
@@ -128,29 +137,38 @@ class Run:
         if cfg.eval_first and not p.step:
             self.evaluate_first()
         while p.step < self.plan.total_steps and p.stopped is None:
-            started = time.perf_counter()
+            if self.deadline is not None and self.deadline.is_due(p.step):
+                p.planned = self.deadline.lay(p.step)
+                self.plan = replace(self.plan, total_steps=p.planned)
+                bar.update(task, total=p.planned)
+            started = clock()
             loss, norm, scored = self.step(p.step)
             waiting.append(torch.stack((loss, norm)))
             p.step, p.tokens, tokens = p.step + 1, p.tokens + scored, tokens + scored
             due, interrupted = self.is_due(p.step), self.world.agree(self.interrupted)  # a signal may come at any time
             save = due or interrupted or bool(cfg.save_interval and p.step % cfg.save_interval == 0)
             losses = None
-            if save or p.step % cfg.log_interval == 0:
+            if save or p.step % cfg.log_interval == 0 or (self.deadline and self.deadline.is_due(p.step)):
                 losses, norms = torch.stack(waiting).cpu().double().unbind(1)  # the only wait for the device
                 losses = self.world.sum(losses.contiguous())
-            seconds += time.perf_counter() - started
+            seconds += clock() - started
             if losses is not None:
                 figures = self.record(losses, norms, tokens, seconds)
                 waiting, tokens, seconds = [], 0, 0.0
             self.threads.look()
             bits = f"  val {p.val_bits_per_char:.3f} bits/char" if p.val_bits_per_char else ""
             bar.update(task, completed=p.step, figures=figures + bits)
+            started = clock()
             if due and not interrupted:
                 self.evaluate(preview)
             if interrupted:
                 log(f"{interrupted}: saving step {p.step} (Ctrl-C again stops at once)")
             if save:
+                self.alarms.disk()
+                p.wall = self.deadline.elapsed() if self.deadline else 0.0
                 self.saver.save()
+                if self.deadline is not None:
+                    self.deadline.note_evaluation(clock() - started)
             if interrupted:
                 self.saver.finish()
                 p.stopped = interrupted
@@ -161,29 +179,32 @@ class Run:
     def record(self, losses: Tensor, norms: Tensor, tokens: int, seconds: float) -> str:
         """Write down the last steps, their losses and gradients' norms (steps,) float64; returns the figures to show.
 
-        Raises UserError for one that is not finite.
+        Raises NotFiniteError where too many are not finite.
         """
         p, plan = self.progress, self.plan
         if plan.scaler.is_enabled():  # float16 leaves such steps out, and goes on with a smaller scale
             norms = torch.zeros_like(norms)
-        for what, values in ("loss", losses), ("gradient", norms):
-            if not bool(torch.isfinite(values).all()):
-                self.fail_not_finite(what, p.step - len(values) + int((~torch.isfinite(values)).nonzero()[0]) + 1)
+        speed, per_step = tokens / seconds, seconds / len(losses)
+        losses = self.alarms.finite(p.step - len(losses), losses, norms)
+        self.alarms.speed(speed, self.fetching / seconds)
+        self.fetching = 0.0
+        if self.deadline is not None:
+            self.deadline.note_steps(per_step)
         p.loss_sum, p.loss_steps = p.loss_sum + losses.sum().item(), p.loss_steps + len(losses)
         p.seconds += seconds
-        speed, per_step = tokens / seconds, seconds / len(losses)
+        mean = losses.mean().item() if len(losses) else math.nan
         mfu = speed * plan.flops_per_token() / (self.peak * self.world.size)
         if self.metrics is not None:
             self.metrics.log(
                 p.step,
-                train_loss=losses.mean().item(),
-                learning_rate=rate(p.step - 1, plan.optim) * plan.optim.learning_rate,
-                grad_norm=norms[-1].item(),
+                train_loss=mean if len(losses) else None,
+                learning_rate=share_of_rate(p.step - 1, plan.optim, p) * plan.optim.learning_rate,
+                grad_norm=norms[-1].item() if norms[-1].isfinite() else None,
                 tokens_per_second=speed,
                 mfu=mfu,
                 epoch=p.step * self.cfg.global_batch / len(plan.blocks),
             )
-        figures = f"loss {losses.mean():.3f}  {speed:,.0f} tok/s  {1000 * per_step:,.0f} ms/step  mfu {mfu:.1%}"
+        figures = f"loss {mean:.3f}  {speed:,.0f} tok/s  {1000 * per_step:,.0f} ms/step  mfu {mfu:.1%}"
         left = time_left((plan.total_steps - p.step) * per_step)
         if not console.is_terminal:
             log(f"step {p.step}{f'/{plan.total_steps}' if left else ''}  {figures}  {left}".rstrip())
@@ -191,9 +212,31 @@ class Run:
 
     def step(self, step: int) -> tuple[Tensor, Tensor, int]:
         """One optimizer step: (this rank's share of the mean loss in nats, gradient norm, tokens scored by all)."""
-        cfg, world, plan = self.cfg, self.world, self.plan
+        cfg, world, plan, started = self.cfg, self.world, self.plan, clock()
         batch = plan.blocks.batch(cfg.global_batch, cfg.seed, step, world.rows(cfg.global_batch))
         scored = int(world.sum(torch.tensor((batch.targets != IGNORE).sum())))
+        self.fetching += clock() - started
+        total = None
+        while total is None:
+            try:
+                total = self.gradients(step, batch, scored)
+            except RuntimeError as e:  # with a smaller micro-batch again, if it was for memory
+                self.plan = plan = lowered(plan, e)
+        for optimizer in plan.optimizers:
+            plan.scaler.unscale_(optimizer)
+        limit = plan.optim.grad_clip or math.inf
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        set_rate(plan.optimizers, share_of_rate(step, plan.optim, self.progress))
+        move(
+            plan.optimizers, norm + total if world.size == 1 else norm
+        )  # of several ranks each knows its own loss only
+        self.model.zero_grad(set_to_none=True)
+        plan.scaler.update()
+        return total, norm, scored
+
+    def gradients(self, step: int, batch: Batch, scored: int) -> Tensor:
+        """Add up the gradients of the micro-batches of a step; this rank's share of the mean loss in nats."""
+        cfg, world, plan = self.cfg, self.world, self.plan
         total = torch.zeros((), device=plan.device)
         starts = range(0, len(batch.inputs), plan.micro)
         for micro, i in enumerate(starts):
@@ -206,18 +249,7 @@ class Run:
                     loss = self.objective(x, y, positions, mask) / scored
                 plan.scaler.scale(loss * world.size).backward()  # DDP and FSDP average over the ranks
             total += loss.detach()
-        for optimizer in plan.optimizers:
-            plan.scaler.unscale_(optimizer)
-        limit = plan.optim.grad_clip or math.inf
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        if plan.device.type == "cpu" and not math.isfinite(norm):  # a GPU would have to be waited for: see `record`
-            return total, norm, scored
-        set_rate(plan.optimizers, rate(step, plan.optim))
-        for optimizer in plan.optimizers:
-            plan.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        plan.scaler.update()
-        return total, norm, scored
+        return total
 
     def validation_loss(self) -> float:
         """Nats per scored token over the validation windows."""
@@ -241,7 +273,7 @@ class Run:
         self.saver.finish()
         p.val_loss = self.validation_loss()
         if not math.isfinite(p.val_loss):
-            self.fail_not_finite("loss", p.step)
+            raise NotFiniteError("loss of the validation text", p.step)
         p.val_bits_per_char = bits_per_char(plan, p.val_loss)
         p.note_evaluation()
         now = mean_loss(plan, plan.train_windows) if plan.train_windows is not None else None
@@ -251,22 +283,15 @@ class Run:
         log(f"step {p.step}: train loss {before}{f' (now {now:.4f})' if now is not None else ''}, "
             f"val loss {p.val_loss:.4f}, {p.val_bits_per_char:.3f} bits/char"
             f"{', best so far' if p.best_step == p.step else ''}")  # fmt: skip
-        hint = overfitting(p.history, self.model.cfg.dropout, plan.optim.learning_rate)
-        if hint is not None and not p.warned:
-            warn(hint)
-            p.warned = True
-        if cfg.patience and since_best(p.history) >= cfg.patience and p.step < plan.total_steps:
-            p.stopped = "patience"
-            log(f"stopped: no better validation loss for {cfg.patience} evaluations. "
-                f"The best model is step {p.best_step} (val {p.best_val_loss:.4f})")  # fmt: skip
+        self.alarms.evaluated()
         if preview is not None and cfg.sample_tokens and self.world.is_first and not is_sharded(self.model):
-            data = plan.data
-            prompt = cfg.sample_start or opening(data, plan.tokenizer)
-            self.model.eval()
-            with eager(self.model):
-                text = preview(self.model, plan.tokenizer, prompt, cfg.sample_tokens, data.end_ids, data.is_dialogue)
+            prompt = cfg.sample_start or opening(plan.data, plan.tokenizer)
+            told = plan.tokenizer, prompt, cfg.sample_tokens, plan.data.end_ids, plan.data.is_dialogue
+            with evaluating(self.model):
+                text = preview(self.model, *told)
             log("  " + text.replace("\n", "\n  "))
-            self.model.train()
+            if self.metrics is not None:
+                self.metrics.sample(p.step, text)
 
     def interrupt(self, reason: str) -> None:
         """Ask the loop to save after the step at hand; Ctrl-C once more stops at once.
@@ -277,22 +302,3 @@ class Run:
         if self.interrupted and reason == "interrupted":
             raise KeyboardInterrupt
         self.interrupted = reason
-
-    def fail_not_finite(self, what: str, step: int) -> None:
-        """Raise UserError: the loss or the gradient, which all ranks share, is NaN or infinite."""
-        self.saver.finish()
-        raise not_finite(what, step, self.saver.root / "last", self.plan.optim.learning_rate)
-
-    def choose_computing(self) -> None:
-        """Decide, or go on with, precision, attention and compilation."""
-        plan, cfg, steps = self.plan, self.cfg, self.plan.total_steps
-        compiles = cfg.compile is True or (cfg.compile == "auto" and steps >= COMPILE_PAYS_AFTER)
-        # FlexAttention knows no dropout, and needs the compiler to be fast.
-        self.flex = plan.device.type == "cuda" and self.model.cfg.dropout == 0.0 and compiles
-        example = place(plan.blocks.fixed(plan.micro), slice(None), plan.device, self.flex)
-        self.model.train()
-        pieces = math.ceil(cfg.global_batch / self.world.size / plan.micro)
-        work = Work(self.objective, example, plan.device, steps - self.progress.step, pieces)
-        way = choose_computing(cfg, work, plan.dtype, self.progress, self.world)
-        self.plan = replace(plan, dtype=getattr(torch, way.dtype))
-        self.flex = self.flex and bool(way.compiled)

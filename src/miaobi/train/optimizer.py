@@ -9,11 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from miaobi.config import OptimConfig
-from miaobi.device import cpu_has_bf16
+from miaobi.device import cpu_has_bf16, gpu_has_bf16
 from miaobi.model.families import qkv_widths
 from miaobi.model.transformer import Transformer
 from miaobi.train.layout import is_sharded, part_of, whole
 
+WITHOUT_WAITING = ("cuda",)
+"""Devices that compute while Python goes on: to ask one for a number is to wait for all that it was given."""
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of Jordan et al. 2024
 
 
@@ -27,8 +29,14 @@ class Muon(torch.optim.Optimizer):
     Param groups carry `parts`: for each parameter, the row counts to split it into.
     """
 
-    def __init__(self, groups: list[dict], lr: float, momentum: float) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum})
+    found_inf: Tensor | None = None
+    """A number on the parameters' device: 1 = leave everything as it is. As in torch's fused optimizers."""
+
+    def __init__(self, groups: list[dict], lr: float, momentum: float, weight_decay: float = 0.0) -> None:
+        """weight_decay: decoupled, as AdamW's (arXiv:1711.05101): a step takes lr x weight_decay of every weight, so
+        that it follows the schedule of lr.
+        """
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -43,18 +51,21 @@ class Muon(torch.optim.Optimizer):
                 # sharded matrices are whole for a moment: only as many at once as there are ranks to work on them
                 at_once = world_size() if is_sharded(alike[0][0]) else len(alike)
                 for i in range(0, len(alike), at_once):
-                    self._move(alike[i : i + at_once], group["lr"], group["momentum"])
+                    self._move(alike[i : i + at_once], group["lr"], group["momentum"], group["weight_decay"])
         return loss
 
-    def _move(self, alike: list[tuple[Tensor, list[int]]], lr: float, momentum: float) -> None:
+    def _move(self, alike: list[tuple[Tensor, list[int]]], lr: float, momentum: float, weight_decay: float) -> None:
         """Update parameters of one shape, each split into the same parts."""
         updates = []
         for p, _ in alike:
             state = self.state[p]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
-            buffer = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-            updates.append(whole(p.grad.lerp(buffer, momentum)))
+            buffer, grad = state["momentum_buffer"], p.grad
+            if self.found_inf is not None:  # towards itself the buffer does not move, and what follows is finite
+                grad = torch.where(self.found_inf.bool(), buffer, grad)
+            buffer.lerp_(grad, 1 - momentum)
+            updates.append(whole(grad.lerp(buffer, momentum)))
         pieces = torch.stack(updates).split(alike[0][1], dim=1)  # (N, rows, C) each
         by_shape: dict[torch.Size, list[int]] = {}
         for i, piece in enumerate(pieces):
@@ -64,8 +75,10 @@ class Muon(torch.optim.Optimizer):
             scale = math.sqrt(max(1.0, shape[1] / shape[2]))
             orthogonal = shared_orthogonalize(torch.cat([pieces[i] for i in indices]))
             for i, o in zip(indices, orthogonal.split(len(alike)), strict=True):
-                moved[i] = o * scale
+                moved[i] = o * (scale if self.found_inf is None else scale * (1 - self.found_inf))
         for (p, _), update in zip(alike, torch.cat(moved, dim=1), strict=True):
+            if weight_decay:
+                p.mul_(1 - lr * weight_decay * (1 if self.found_inf is None else 1 - self.found_inf))
             p.add_(part_of(update, p), alpha=-lr)
 
 
@@ -93,16 +106,26 @@ def shared_orthogonalize(g: Tensor) -> Tensor:
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrices of g (N, R, C), roughly: singular values end between 0.7 and 1.2."""
     a, b, c = QUINTIC
-    fast_bf16 = g.device.type == "cuda" or (g.device.type == "cpu" and cpu_has_bf16())
-    x = g.to(torch.bfloat16 if fast_bf16 else torch.float32)
-    transposed = x.shape[-2] > x.shape[-1]
-    if transposed:
-        x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = g.mT if g.shape[-2] > g.shape[-1] else g
+    dtype = iteration_dtype(g.device)
+    if dtype == torch.float16:  # gradients may be smaller than its least number; shares of their norm are not
+        x = (x.float() / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
+    else:
+        x = x.to(dtype)
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
-    return (x.mT if transposed else x).to(g.dtype)
+    return (x.mT if g.shape[-2] > g.shape[-1] else x).to(g.dtype)
+
+
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """What the iterations run in: bf16 where the hardware has units for it; on GPUs before them (Volta, Turing) fp16,
+    since no singular value leaves [0, 1.3]; else fp32.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if gpu_has_bf16(device) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
 
 
 def make_optimizers(model: Transformer, cfg: OptimConfig, kind: str) -> list[torch.optim.Optimizer]:
@@ -132,17 +155,33 @@ def make_optimizers(model: Transformer, cfg: OptimConfig, kind: str) -> list[tor
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if matrices:
         group = {"params": [p for p, _ in matrices], "parts": [parts for _, parts in matrices]}
-        optimizers.append(Muon([group], lr=cfg.muon_learning_rate, momentum=cfg.momentum))
+        optimizers.append(Muon([group], cfg.muon_learning_rate, cfg.momentum, cfg.muon_weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def rate(step: int, cfg: OptimConfig) -> float:
+def move(optimizers: list[torch.optim.Optimizer], norm: Tensor) -> None:
+    """One step of all optimizers, or of none where `norm`, of all gradients and all ranks, is not finite.
+
+    On a GPU nobody waits to know that: the optimizers get the answer as a tensor (torch's own `found_inf`).
+    """
+    found_inf = None
+    if norm.device.type in WITHOUT_WAITING:
+        found_inf = (~norm.isfinite()).float()
+    elif not bool(norm.isfinite()):
+        return
+    for optimizer in optimizers:
+        optimizer.found_inf = found_inf
+        optimizer.step()
+
+
+def rate(step: int, cfg: OptimConfig, at: float | None = None) -> float:
     """Learning rate of `step` (0-based) as a share of the peak; `cfg` is resolved.
 
     cosine is nanoGPT's get_lr; wsd (warm-up, stable, decay; arXiv:2404.06395) falls linearly at the end.
+    at: the step of the schedule that counts after the warm-up, where it is not `step` (`schedule.share_of_rate`).
     """
     floor = cfg.min_lr / cfg.learning_rate
     if not cfg.decay_lr:  # nanoGPT's: neither decay nor warm-up
@@ -151,13 +190,14 @@ def rate(step: int, cfg: OptimConfig) -> float:
         return (step + 1) / (cfg.warmup_iters + 1)
     if cfg.schedule == "constant":
         return 1.0
-    if step >= cfg.lr_decay_iters:
+    at = step if at is None else at
+    if at >= cfg.lr_decay_iters:
         return floor
     if cfg.schedule == "cosine":
-        done = (step - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
+        done = (at - cfg.warmup_iters) / max(1, cfg.lr_decay_iters - cfg.warmup_iters)
         return floor + 0.5 * (1.0 + math.cos(math.pi * done)) * (1.0 - floor)
     decay_iters = max(1, round(cfg.decay_fraction * cfg.lr_decay_iters))
-    left = (cfg.lr_decay_iters - step) / decay_iters
+    left = (cfg.lr_decay_iters - at) / decay_iters
     return floor + min(1.0, left) * (1.0 - floor)
 
 

@@ -55,6 +55,7 @@ def resolve_optim(
         schedule=schedule,
         learning_rate=learning_rate,
         muon_learning_rate=cfg.muon_learning_rate or (0.005 if bigrams else 0.02),
+        muon_weight_decay=cfg.muon_weight_decay or 0.0,
         min_lr=min_lr,
         warmup_iters=warmup,
         lr_decay_iters=cfg.lr_decay_iters or max_iters,

@@ -41,7 +41,8 @@ def join(cfg: TrainConfig) -> World:
                         "leave --parallel out, or start miaobi train without torchrun")  # fmt: skip
     if rank:
         quiet()
-    backend = "cpu:gloo,cuda:nccl" if pick_device(cfg.device).type == "cuda" else "gloo"
+    on_gpus = pick_device(cfg.device).type == "cuda" and dist.is_nccl_available()  # Windows has none: gloo moves both
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     timeout = timedelta(seconds=cfg.comm_timeout)
     address, store, restarted = "127.0.0.1", dist.HashStore(), False
     try:

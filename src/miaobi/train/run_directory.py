@@ -21,9 +21,10 @@ from miaobi.train.mirror import Mirror
 
 # How a run is entered, where it lies and how its memory is used, not what it is.
 STEERING = {"init_from", "resume_from", "eval_only", "eval_first", "out_dir", "micro_batch_size", "parallel",
-            "fsdp_shard_size", "activation_checkpointing", "comm_timeout", "mirror"}  # fmt: skip
+            "fsdp_shard_size", "activation_checkpointing", "comm_timeout", "mirror", "tensorboard_path",
+            "license"}  # fmt: skip
 # What a run writes besides its checkpoints; `data` only where TEXT says that the run prepared it.
-OWN = ("metrics.jsonl", "report.html", "wandb", "config.yaml")
+OWN = ("metrics.jsonl", "samples.jsonl", "summary.json", "report.html", "wandb", "config.yaml")
 TEXT = "text.json"
 """Which text a run prepared for itself: see train/data.py."""
 # What users may edit in a model directory: it says how to sample, and changes nothing in training.
@@ -69,6 +70,14 @@ class Progress:
     """LoRA: fingerprint of that MODEL's weights."""
     warned: bool = False
     """The overfitting hint was given."""
+    laid: list[list[float]] = field(default_factory=list)
+    """max_minutes: how the steps were laid over the time (`schedule.Deadline`)."""
+    wall: float = 0.0
+    """max_minutes: seconds that the run had taken, evaluations included, when this was written."""
+    micro: int = 0
+    """Sequences at once, where memory did not hold as many as asked for; 0 = as asked."""
+    slowed: float = 1.0
+    """Rates are multiplied by this since the run went back from a loss that was not finite."""
     run: str = field(default_factory=lambda: uuid4().hex)
     """Tells runs apart that share a mirror."""
 

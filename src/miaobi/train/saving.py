@@ -19,11 +19,13 @@ import torch
 from miaobi.console import warn
 from miaobi.errors import UserError
 from miaobi.files import point, pointed, sha256, write_manifest, write_text, written_whole
+from miaobi.model.card import write_card
 from miaobi.model.checkpoint import Unfilled, save_model
 from miaobi.model.lora import adapters, merged, save_adapter
 from miaobi.model.transformer import Transformer
 from miaobi.train import optimizer_state
 from miaobi.train.layout import is_sharded, whole
+from miaobi.train.model_card import card_of
 from miaobi.train.run_directory import Progress, step_directories
 from miaobi.train.setup import Plan
 from miaobi.train.world import World
@@ -146,6 +148,7 @@ class Saver:
         if progress.base_weights:
             (aside / "adapter").mkdir()
             save_adapter(aside / "adapter", plain, progress.base)
+        write_card(aside, card_of(self.plan, progress), pointed(self.root / "last"), pointed(self.root / "best"))
         for file in aside.rglob("*.safetensors"):  # the library makes them 0600
             file.chmod((aside / "config.json").stat().st_mode & 0o777)
         write_text(aside / "train_state" / "progress.json", json.dumps(asdict(progress), ensure_ascii=False))

@@ -31,6 +31,7 @@ from miaobi.train.optimizer import make_optimizers
 from miaobi.train.optimizer_state import load as load_optimizers
 from miaobi.train.recipe import micro_batch, resolve_model, resolve_optim, total_steps
 from miaobi.train.run_directory import Progress, grown, load_progress, only_reads, open_run, start_run
+from miaobi.train.schedule import lay_first
 from miaobi.train.world import World, check_same
 
 SIZES = ("family", "n_layer", "n_head", "n_embd", "block_size")
@@ -75,6 +76,11 @@ class Plan:
     def out(self) -> Path:
         """The run directory."""
         return Path(self.cfg.train.out_dir)
+
+    @property
+    def end(self) -> str:
+        """What ends it, if nothing else does."""
+        return "max_minutes" if self.progress.laid else "max_iters"
 
     def flops_per_token(self) -> float:
         """Forward and backward: 6N + 12 L H D T (PaLM, arXiv:2204.02311, appendix B); 4N where N is frozen."""
@@ -121,14 +127,20 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
     checkpoint, data = enter(cfg, origin, world, mirror)
     tokenizer = data.tokenizer
     progress = start_or_continue(cfg, data, checkpoint)
-    place = partial(placed, cfg.train, world, device, dtype)
-    model = build_model(cfg, origin, Start(data, tokenizer, checkpoint, progress), place).to(device)
+    make = partial(placed, cfg.train, world, device, dtype)
+    model = build_model(cfg, origin, Start(data, tokenizer, checkpoint, progress), make).to(device)
     model.recompute = cfg.train.activation_checkpointing
     shape = model.cfg
     blocks, val_blocks = open_blocks(cfg.data, data, shape.block_size)
-    steps = total_steps(cfg, len(blocks))
-    if progress.step > steps and not cfg.train.eval_only:
-        raise UserError(f"{checkpoint} is at step {progress.step}, beyond the {steps} steps of this run: "
+    steps, micro = total_steps(cfg, len(blocks)), micro_batch(cfg, device, world.size)
+    if cfg.train.max_minutes is not None and not cfg.train.eval_only:
+        steps = lay_first(cfg, progress, world, model, blocks.fixed(micro), dtype, steps)
+        cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr_decay_iters=steps))
+        total = int(progress.laid[-1][1])
+    else:
+        total = steps
+    if progress.step > total and not cfg.train.eval_only:
+        raise UserError(f"{checkpoint} is at step {progress.step}, beyond the {total} steps of this run: "
                         "nothing is left to train; give a larger --max_iters")  # fmt: skip
     tuning = cfg.train.trainable if progress.base else None
     short = progress.bigrams and bigrams.is_short(cfg, shape, data)  # it may have been extended
@@ -142,7 +154,7 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
     parameters = model.num_parameters() - adapted
     return Plan(
         cfg, world, device, dtype, data, tokenizer, model, optim, optimizers, scaler, progress, blocks, val_windows,
-        train_windows, steps, micro_batch(cfg, device, world.size), mirror, parameters, adapted or parameters,
+        train_windows, total, micro, mirror, parameters, adapted or parameters,
     )  # fmt: skip
 
 

@@ -8,34 +8,63 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from miaobi.console import warn
 from miaobi.errors import UserError
 from miaobi.files import write_text
+from miaobi.settings import flatten
+
+if TYPE_CHECKING:
+    from miaobi.train.setup import Plan
 
 
 class Metrics:
-    """metrics.jsonl, TensorBoard events, and wandb where asked for. Failing to write them never ends a run."""
+    """metrics.jsonl, samples.jsonl, TensorBoard events, and wandb where asked for.
 
-    def __init__(self, out: Path, start: int, wandb_settings: dict[str, Any] | None, evaluated: bool = True) -> None:
-        """start: steps that are done. evaluated: whether `start` was before it was saved, where it was to be."""
+    Failing to write them never ends a run.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        start: int,
+        wandb_settings: dict[str, Any] | None,
+        evaluated: bool = True,
+        events: str | Path | None = None,
+    ) -> None:
+        """start: steps that are done. evaluated: whether `start` was before it was saved, where it was to be. events:
+        a directory that gets the TensorBoard events as well."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
 
-        self.warned, self.file, self.board, self.wandb = False, None, None, None
+        self.warned, self.file, self.samples, self.boards, self.wandb = False, None, None, [], None
         with self.going_on():
-            path, kept = out / "metrics.jsonl", []
-            if start and path.is_file():  # a killed run may have logged steps that are now run, or evaluated, again
-                for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                    step, is_evaluation = _read(line)
-                    if step < start or (step == start and (evaluated or not is_evaluation)):
-                        kept.append(line)
-            write_text(path, "".join(f"{line}\n" for line in kept))  # in place of a link, not through it
-            self.file = path.open("a", encoding="utf-8")
-        with self.going_on():
-            self.board = SummaryWriter(str(out), purge_step=start + 1)
+            self.file = self.continued(out / "metrics.jsonl", start, evaluated)
+            self.samples = self.continued(out / "samples.jsonl", start, evaluated)
+        for directory in {Path(place).resolve() for place in (out, events) if place is not None}:
+            with self.going_on():
+                self.boards.append(SummaryWriter(str(directory), purge_step=start + 1))
         if wandb_settings is not None:
             self.wandb = start_wandb(out, wandb_settings)
+
+    @classmethod
+    def of(cls, plan: Plan) -> Metrics:
+        """Those of a run, going on from where it stands."""
+        cfg, p = plan.cfg.train, plan.progress
+        wandb = {"project": cfg.wandb_project, "name": cfg.wandb_run_name, "id": p.run, "config": flatten(plan.cfg)}
+        return cls(plan.out, p.step, wandb if cfg.wandb_log else None, p.evaluated == p.step, cfg.tensorboard_path)
+
+    @staticmethod
+    def continued(path: Path, start: int, evaluated: bool) -> TextIO:
+        """A file of lines to append to, without those of steps that are now run, or evaluated, again after a kill."""
+        kept = []
+        if start and path.is_file():
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                step, is_evaluation = _read(line)
+                if step < start or (step == start and (evaluated or not is_evaluation)):
+                    kept.append(line)
+        write_text(path, "".join(f"{line}\n" for line in kept))  # in place of a link, not through it
+        return path.open("a", encoding="utf-8")
 
     def log(self, step: int, **values: float | None) -> None:
         """One line of metrics.jsonl, one point of every curve."""
@@ -46,10 +75,17 @@ class Metrics:
                 self.file.flush()
         with self.going_on():
             for key, value in known.items():
-                if self.board is not None:
-                    self.board.add_scalar(key, value, step)
+                for board in self.boards:
+                    board.add_scalar(key, value, step)
         if self.wandb is not None:
             self.wandb.log(known, step=step)
+
+    def sample(self, step: int, text: str) -> None:
+        """One line of samples.jsonl: what the model wrote at an evaluation."""
+        with self.going_on():
+            if self.samples is not None:
+                self.samples.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
+                self.samples.flush()
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
@@ -63,7 +99,7 @@ class Metrics:
 
     def close(self) -> None:
         """Flush everything."""
-        for sink in (self.file, self.board):
+        for sink in (self.file, self.samples, *self.boards):
             with self.going_on():
                 if sink is not None:
                     sink.close()
@@ -91,7 +127,7 @@ def _read(line: str) -> tuple[float, bool]:
     """Step of a line, and whether it tells of an evaluation."""
     try:
         row = json.loads(line)
-        return (row["step"] if type(row["step"]) is int else float("inf")), "val_loss" in row
+        return (row["step"] if type(row["step"]) is int else float("inf")), "val_loss" in row or "text" in row
     except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf"), False  # cut by the kill
 
@@ -104,11 +140,14 @@ def since_best(history: list[list[float]]) -> int:
 
 def time_left(seconds: float) -> str:
     """How long a run will still take, in words; empty beyond 30 days: an endless max_epochs is no plan."""
-    if seconds > 30 * 86400:
-        return ""
+    return "" if seconds > 30 * 86400 else f"{duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
     if seconds < 90:
-        return f"{seconds:.0f} s left"
-    return f"{seconds / 60:.0f} min left" if seconds < 5400 else f"{seconds / 3600:.1f} h left"
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def overfitting(history: list[list[float]], dropout: float, learning_rate: float) -> str | None:
@@ -147,13 +186,3 @@ def on_signals(interrupt: Callable[[str], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def not_finite(what: str, step: int, last: Path, learning_rate: float) -> UserError:
-    """The error for a loss or gradient, which all ranks share, that is NaN or infinite. last: the latest checkpoint."""
-    there = f"The last good checkpoint is {last}." if last.exists() else "No checkpoint was written yet."
-    return UserError(
-        f"the {what} is not finite at step {step}. {there} "
-        f"Try a lower --learning_rate (now {learning_rate:g}), a longer --warmup_iters, "
-        "or --dtype=float32, in another --out_dir"
-    )

@@ -5,6 +5,7 @@ import { visible } from "./words.js";
 
 const box = el("div", { class: "alternatives", role: "dialog", label: "continue.instead", hidden: true });
 document.body.append(box);
+let control = new Set(); // names of tokens that stand for no text, as of the end
 let owner = null, pinned = false, choose = null;
 
 /** Beside the cell, below where there is room, and always inside the window. */
@@ -23,8 +24,9 @@ function row(alternative, written) {
   const bar = el("span", { class: "bar-fill", "aria-hidden": "true" });
   bar.style.setProperty("--p", p);
   const parts = [bar, el("span", { class: "token", text: name(text) }), el("span", { class: "soft", text: percent(p) })];
-  if (!bytes.length || !whole(bytes)) { // no text to go on from
-    parts[1] = el("span", { class: "token soft", t: "continue.half" });
+  const isControl = control.has(token);
+  if (isControl || !bytes.length || !whole(bytes)) { // no text to go on from
+    parts[1] = el("span", { class: "token soft", ...(isControl ? { text: token } : { t: "continue.half" }) });
     return el("li", {}, el("button", { type: "button", disabled: true, title: token }, parts));
   }
   if (text === written) return el("li", {}, el("button", { type: "button", disabled: true, class: "now" }, parts));
@@ -60,6 +62,7 @@ export function hide() {
   owner = null;
 }
 
+export const setControl = (names) => { control = new Set(names); };
 export const isPinned = () => pinned;
 export const isOpen = () => !box.hidden;
 

@@ -71,9 +71,14 @@ export async function request(path, { body, signal } = {}) {
 
 export const fetchJson = async (path, options) => (await request(path, options)).json();
 
-/** The JSON of each server-sent event, up to [DONE]. Throws Failure for an error frame or a stream that breaks. */
-export async function* events(path, options) {
-  const reader = (await request(path, options)).body.pipeThrough(new TextDecoderStream()).getReader();
+/**
+ * The JSON of each server-sent event, up to [DONE]. opened: called with the response before the first.
+ * Throws Failure for an error frame or a stream that breaks.
+ */
+export async function* events(path, { opened, ...options } = {}) {
+  const response = await request(path, options);
+  await opened?.(response);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
     for (;;) {

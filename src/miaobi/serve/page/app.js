@@ -23,9 +23,12 @@ function show(name, focus = false) {
   }
   if (focus) tab(name).focus();
   root.dataset.tab = name;
-  history.replaceState(null, "", `#${name}`);
+  history.replaceState(null, "", `#/${name}`); // no element's id: Tab begins at the top
   document.dispatchEvent(new CustomEvent("tab", { detail: name }));
 }
+
+/** The tab that the address names, if it is one. */
+const asked = () => TABS.find((name) => location.hash === `#/${name}`);
 
 function wireTabs() {
   for (const name of TABS) tab(name).addEventListener("click", () => show(name));
@@ -36,7 +39,7 @@ function wireTabs() {
     event.preventDefault();
     show(TABS[(to + TABS.length) % TABS.length], true);
   });
-  addEventListener("hashchange", () => { if (TABS.includes(location.hash.slice(1))) show(location.hash.slice(1)); });
+  addEventListener("hashchange", () => { if (asked()) show(asked()); });
   document.querySelector(".skip").addEventListener("click", (event) => { // the address keeps the tab's name
     event.preventDefault();
     document.getElementById("main").focus();
@@ -89,8 +92,8 @@ async function start() {
   wireTabs();
   wireLooks();
   translate();
-  const asked = location.hash.slice(1);
-  show(TABS.includes(asked) ? asked : "chat");
+  const wanted = asked();
+  show(wanted ?? "chat");
   document.getElementById("broken").remove();
   root.classList.remove("starting");
   const found = await info();
@@ -101,17 +104,18 @@ async function start() {
   if (model?.chat) startChat(model);
   else if (model) {
     empty("chat", "empty.chat", ["miaobi serve CHAT_MODEL"]);
-    document.querySelector("#chat [data-empty]").append(button("empty.continue", () => show("continue", true)));
+    document.querySelector("#chat [data-empty]").append(button("empty.continue", () => show("continue", true), { class: "main" }));
   } else empty("chat", "empty.model", ["miaobi serve MODEL"]);
   if (classifier) startClassify(classifier);
   else empty("classify", "empty.classify", ["miaobi classify train --base_model=MODEL --data=reviews.csv --out_dir=DIR", "miaobi serve MODEL --classifier=DIR"]);
   if (runs) startRuns(() => empty("runs", "empty.runs", ["miaobi train CONFIG --out_dir=FOLDER/NAME"], "empty.runs.none"));
   else empty("runs", "empty.runs", ["miaobi serve MODEL --runs=FOLDER"]);
-  if (!TABS.includes(asked)) {
+  if (!wanted) {
     const best = model?.chat ? "chat" : model ? "continue" : classifier ? "classify" : runs ? "runs" : "chat";
     if (root.dataset.tab === "chat") show(best);
   }
   root.classList.add("ready");
+  performance.mark("usable");
 }
 
 start();

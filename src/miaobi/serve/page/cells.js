@@ -13,14 +13,13 @@ function unfinished(bytes) {
   return 0;
 }
 
-const PIECE = /^<0x([0-9A-Fa-f]{2})>$|^bytes:((?:\\x[0-9A-Fa-f]{2})+)$/;
+const PIECE = /^bytes:((?:\\x[0-9a-f]{2})+)$/; // as OpenAI names bytes that are no whole character
 
 /** The bytes that the name of a token stands for; `bytes` where the server said them. */
 export function bytesOf(token, bytes) {
   if (bytes?.length) return bytes;
   const piece = PIECE.exec(token);
-  if (!piece) return [...encoder.encode(token)];
-  return piece[1] ? [parseInt(piece[1], 16)] : piece[2].slice(2).split("\\x").map((hex) => parseInt(hex, 16));
+  return piece ? piece[1].slice(2).split("\\x").map((hex) => parseInt(hex, 16)) : [...encoder.encode(token)];
 }
 
 /** Whether these bytes are characters, whole ones only. */

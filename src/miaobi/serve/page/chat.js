@@ -100,10 +100,11 @@ async function reply() {
   toEnd();
   const system = systemPrompt();
   const messages = [...(system ? [{ role: "system", content: system }] : []), ...before];
-  let reason = null, usage = null, first = null, wrong = null;
+  let reason = null, usage = null, left = null, first = null, wrong = null;
   try {
-    const body = { model, messages, stream: true, stream_options: { include_usage: true }, ...sampling() };
-    for await (const chunk of events("v1/chat/completions", { body, signal: mine.signal })) {
+    const body = { model, messages, truncation: "auto", stream: true, stream_options: { include_usage: true }, ...sampling() };
+    const opened = (response) => { left = response.headers.get("x-miaobi-note"); };
+    for await (const chunk of events("v1/chat/completions", { body, signal: mine.signal, opened })) {
       usage = chunk.usage ?? usage;
       const choice = chunk.choices?.[0];
       reason = choice?.finish_reason ?? reason;
@@ -138,6 +139,7 @@ async function reply() {
     const speed = usage.completion_tokens / Math.max(0.001, (performance.now() - started) / 1000);
     say(note, "chat.figures", { tokens: usage.completion_tokens, speed: speed.toFixed(speed < 10 ? 1 : 0) });
   }
+  if (left) note.append(el("span", { t: ["error.server", { what: left }] }));
   keep();
 }
 

@@ -1,18 +1,18 @@
 // 续写: a prompt, several continuations side by side, every character shaded by its probability.
-import { aborted, events } from "./api.js";
-import { hide, isOpen, isPinned, show } from "./alternatives.js";
+import { aborted, events, fetchJson } from "./api.js";
+import { hide, isOpen, isPinned, setControl, show } from "./alternatives.js";
 import { decode, Joiner, surprise } from "./cells.js";
 import { button, composing, copy, el, failure, growing, percent } from "./dom.js";
 import { sampling } from "./settings.js";
 import { say, visible } from "./words.js";
 
-const CONSIDERED = 5; // alternatives asked for at each place; OpenAI's limit
+const CONSIDERED = 8; // alternatives asked for at each place
 const panel = document.getElementById("continue");
 const form = panel.querySelector("form"), area = panel.querySelector("#prompt"), shelf = panel.querySelector(".columns");
 const write = panel.querySelector("[data-do=write]"), stop = panel.querySelector("[data-do=stop]");
 const fit = growing(area);
 
-let model = null, columns = [];
+let model = null, block = Infinity, columns = [];
 
 const busy = () => {
   const is = columns.some((column) => column.running);
@@ -70,8 +70,7 @@ class Column {
   }
 
   end(error) {
-    const rest = this.joiner.end();
-    if (rest) this.push(rest);
+    this.joiner = new Joiner(); // half a character at the very end is written again
     this.running = null;
     this.node.classList.remove("writing");
     this.more.disabled = false;
@@ -171,8 +170,18 @@ class Column {
   }
 }
 
+/** The prompt as the model can see it: of a longer text, the last tokens. Says so in the columns. */
+async function seen(text, signal, targets) {
+  if (text.length * 4 < block) return text; // a character is four bytes at most, and a byte one token
+  const { tokens } = await fetchJson("tokenize", { body: { model, prompt: text }, signal });
+  if (tokens.length <= block) return text;
+  for (const column of targets) say(column.note, "continue.cut", { n: block });
+  return tokens.slice(-block);
+}
+
 /** Ask for `n` continuations of a text; each token goes to the column of its choice. */
-async function stream(prompt, n, signal, targets) {
+async function stream(text, n, signal, targets) {
+  const prompt = await seen(text, signal, targets);
   const { max_tokens: _, ...drawn } = sampling();
   const body = { model, prompt, n, stream: true, logprobs: CONSIDERED, ...drawn, max_tokens: Number(form.elements.tokens.value) };
   for await (const chunk of events("v1/completions", { body, signal })) {
@@ -206,7 +215,8 @@ async function writeAll() {
 
 export function startContinue(info) {
   model = info.name;
-  if (info.block_size) form.elements.tokens.max = info.block_size;
+  block = info.block_size ?? block;
+  setControl(info.control_tokens ?? []);
   fit();
   form.addEventListener("submit", (event) => {
     event.preventDefault();

@@ -4,7 +4,8 @@ import { Chart, figure } from "./chart.js";
 import { el, failure, grouped } from "./dom.js";
 import { say } from "./words.js";
 
-const SLOTS = 8, LIST_EVERY = 4000;
+const SLOTS = 8, LIST_EVERY = 4000; // colours; milliseconds
+const STREAMS = 3; // a browser opens six connections to a server, and a chat needs one
 const panel = document.getElementById("runs");
 const list = panel.querySelector("[data-runs]"), none = panel.querySelector("[data-none]"), samples = panel.querySelector(".samples");
 const picker = samples.querySelector("select"), told = samples.querySelector("ol");
@@ -59,28 +60,43 @@ function drawSamples() {
 
 const address = (name) => `api/runs/${encodeURIComponent(name)}`;
 
-function take(run, row) {
-  if ("text" in row && "step" in row) run.samples.push(row);
-  else run.rows.push(row);
+async function load(run) {
+  const found = await fetchJson(address(run.name));
+  run.rows = found.metrics;
+  run.samples = found.samples;
 }
 
-/** Follow a run while it trains; a broken stream is taken up again where it stood. */
+/** Follow a run while it trains: all that there is once the stream stands, then what is new in it. */
 async function follow(run) {
   const controller = new AbortController();
   run.live = controller;
   while (!controller.signal.aborted) {
+    let seen = new Set();
+    const opened = async () => {
+      await load(run);
+      seen = new Set(run.rows.slice(-200).map((row) => JSON.stringify(row)));
+      draw();
+    };
     try {
-      for await (const row of events(`${address(run.name)}/stream?after=${run.rows.length}`, { signal: controller.signal })) {
-        take(run, row);
+      for await (const row of events(`${address(run.name)}/stream`, { signal: controller.signal, opened })) {
+        if (!seen.has(JSON.stringify(row))) run.rows.push(row);
+        if ("val_loss" in row) setTimeout(() => news(run), 1500); // its sample is written a little later
         draw();
       }
     } catch (error) {
-      if (aborted(error)) return;
+      if (aborted(error)) break;
     }
     await new Promise((resolve) => { setTimeout(resolve, 3000); });
-    if (known.find(({ name }) => name === run.name)?.state !== "running") break;
   }
   if (run.live === controller) run.live = null;
+}
+
+/** The samples of a run anew. */
+async function news(run) {
+  try {
+    run.samples = (await fetchJson(`${address(run.name)}?after=${run.rows.at(-1)?.step ?? -1}`)).samples;
+    draw();
+  } catch { /* the next evaluation brings them */ }
 }
 
 async function choose(name) {
@@ -89,14 +105,12 @@ async function choose(name) {
   const run = { name, slot, rows: [], samples: [], live: null };
   chosen.set(name, run);
   try {
-    const found = await fetchJson(address(name));
-    run.rows = found.metrics;
-    run.samples = found.samples;
+    await load(run);
   } catch (error) {
     chosen.delete(name);
     none.after(failure(error, () => choose(name)));
   }
-  if (known.find((one) => one.name === name)?.state === "running" && chosen.has(name)) follow(run);
+  if (chosen.has(name)) keepUp(run);
   drawList();
   draw();
 }
@@ -108,7 +122,7 @@ function forget(name) {
   draw();
 }
 
-const WORDS = { running: "runs.running", finished: "runs.finished", stopped: "runs.stopped", failed: "runs.failed" };
+const WORDS = { training: "runs.training", finished: "runs.finished", stopped: "runs.stopped" };
 
 function item(name) {
   const box = el("input", { type: "checkbox" });
@@ -137,6 +151,19 @@ function drawList() {
   if (nodes.some((node, i) => list.children[i] !== node) || nodes.length !== list.children.length) list.replaceChildren(...nodes);
 }
 
+/** Follow a run that trains, up to STREAMS at once; others are read anew. One that has ended is read once more. */
+function keepUp(run) {
+  const trains = known.find(({ name }) => name === run.name)?.state === "training";
+  const followed = [...chosen.values()].filter((one) => one.live).length;
+  if (run.live && trains) return;
+  if (trains && followed < STREAMS) follow(run);
+  else if (trains || run.live) {
+    run.live?.abort();
+    run.live = null;
+    load(run).then(draw, () => {}); // the next look may succeed
+  }
+}
+
 async function refresh() {
   clearTimeout(timer);
   try {
@@ -153,12 +180,10 @@ async function refresh() {
     drawList();
     if (!began) {
       began = true;
-      const first = known.find((run) => run.state === "running") ?? known[0];
+      const first = known.find((run) => run.state === "training") ?? known[0];
       choose(first.name);
     }
-    for (const run of chosen.values()) {
-      if (!run.live && known.find(({ name }) => name === run.name)?.state === "running") follow(run);
-    }
+    for (const run of chosen.values()) keepUp(run);
   }
   timer = setTimeout(refresh, LIST_EVERY);
   return undefined;
@@ -168,8 +193,10 @@ export function startRuns(emptyNow) {
   whenNone = emptyNow;
   picker.addEventListener("change", drawSamples);
   const look = () => {
-    if (panel.hidden || document.hidden) clearTimeout(timer);
-    else refresh();
+    if (!panel.hidden && !document.hidden) return refresh();
+    clearTimeout(timer);
+    for (const run of chosen.values()) run.live?.abort();
+    return undefined;
   };
   document.addEventListener("tab", look);
   document.addEventListener("visibilitychange", look);

@@ -1,0 +1,155 @@
+"""The runs that `miaobi plan` forecasts from: small models on little text, repeated, scored once per pass.
+
+    python -m benchmarks.forecast_grid --data TEXT --out DIR [--minutes 60]
+
+Cheap runs come first. Every run that is done is a row of DIR/grid.csv, and the same command again does the others.
+`src/miaobi/plan/grid.csv` is such a table; `python -m benchmarks.forecast_fit` turns it into the forecast's constants.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import parse
+from miaobi.console import log
+from miaobi.settings import load_config
+from miaobi.train.loop import train
+
+SIZES = {"2x48": (2, 2, 48), "4x64": (4, 2, 64), "4x96": (4, 3, 96), "4x128": (4, 4, 128), "4x192": (4, 4, 192)}
+"""n_layer, n_head, n_embd."""
+RECIPES = {
+    "plain": {"weight_decay": 0.1, "muon_weight_decay": 0.0, "dropout": 0.0},
+    "dropout": {"weight_decay": 0.1, "muon_weight_decay": 0.0, "dropout": 0.3},
+    "decay": {"weight_decay": 0.5, "muon_weight_decay": 1.0, "dropout": 0.0},
+    "both": {"weight_decay": 0.5, "muon_weight_decay": 1.0, "dropout": 0.1},
+    "strong": {"weight_decay": 0.8, "muon_weight_decay": 2.0, "dropout": 0.1},
+}
+VALIDATION = 40_000  # characters, the same for all
+BLOCK, BATCH = 64, 16
+
+
+@dataclass(frozen=True)
+class Args:
+    """Command line."""
+
+    data: Path
+    """A text in UTF-8. Its last 40,000 characters are for validation, its first ones for training."""
+    out: Path
+    """Where the table and the runs' directories go; the latter are removed when a run is done."""
+    minutes: float = 1e9
+    """No run begins later than that."""
+    only: str = ""
+    """Runs whose name contains this."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    text: str
+    size: str
+    characters: int
+    """Of training text."""
+    epochs: int
+    recipe: str
+    seed: int = 1337
+
+    @property
+    def name(self) -> str:
+        """Directory of the run."""
+        return "-".join(str(value) for value in asdict(self).values())
+
+    def cost(self) -> float:
+        """Roughly, for the order."""
+        layers, _, width = SIZES[self.size]
+        return self.characters * self.epochs * (12 * layers * width**2 + 2000 * width + 1e5)
+
+
+def cells(text: str) -> list[Cell]:
+    """The grid, cheap ones first."""
+    grid = {
+        Cell(text, size, characters, epochs, recipe)
+        for size in ("2x48", "4x64", "4x96", "4x128")
+        for characters in (20_000, 40_000, 80_000, 160_000)
+        for epochs in (8,)
+        for recipe in ("plain", "decay")
+    }
+    grid |= {
+        Cell(text, size, characters, epochs, recipe)
+        for size in ("2x48", "4x96")
+        for characters, epochs in ((20_000, 16), (40_000, 16), (80_000, 4), (160_000, 4), (320_000, 2))
+        for recipe in ("plain", "both")
+    }
+    grid |= {
+        Cell(text, size, characters, 8, recipe)
+        for size in ("4x64", "4x128")
+        for characters in (30_000, 60_000)
+        for recipe in ("dropout", "both", "strong")
+    }
+    return sorted(grid, key=lambda cell: (cell.cost(), cell.name))
+
+
+def run(cell: Cell, args: Args) -> dict[str, object]:
+    """Train one cell; its row."""
+    whole = args.data.read_text(encoding="utf-8")
+    out = args.out / cell.name
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "train.txt").write_text(whole[: cell.characters], encoding="utf-8")
+    (out / "val.txt").write_text(whole[-VALIDATION:], encoding="utf-8")
+    layers, heads, width = SIZES[cell.size]
+    steps = max(1, cell.characters // (BLOCK * BATCH))  # of an epoch
+    settings = {
+        "data": out / "train.txt", "val": out / "val.txt", "out_dir": out / "run", "n_layer": layers, "n_head": heads,
+        "n_embd": width, "block_size": BLOCK, "batch_size": BATCH, "max_iters": steps * cell.epochs,
+        "eval_interval": steps, "eval_iters": 16, "patience": 0, "sample_tokens": 0, "bigram_init": False,
+        "compile": False, "device": "cpu", "log_interval": 10**6, "seed": cell.seed, **RECIPES[cell.recipe],
+    }  # fmt: skip
+    started = time.process_time()
+    result = train(*load_config(None, [(key, str(value)) for key, value in settings.items()]))
+    lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    curve = [round(line["val_bits_per_char"], 4) for line in lines if "val_bits_per_char" in line]
+    fit = [round(line["train_eval_loss"], 4) for line in lines if "train_eval_loss" in line]
+    manifest = json.loads((out / "run" / "data" / "manifest.json").read_text(encoding="utf-8"))
+    tokens = manifest["train"]["tokens"]
+    shutil.rmtree(out)
+    return {
+        **asdict(cell), **RECIPES[cell.recipe], "parameters": result["parameters"], "tokens": tokens,
+        "tokens_per_epoch": steps * BLOCK * BATCH, "seconds": round(time.process_time() - started),
+        "bits": " ".join(map(str, curve)), "train_nats": " ".join(map(str, fit)),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Entry point."""
+    args = parse("forecast_grid", Args, __doc__)
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    table, until = args.out / "grid.csv", time.monotonic() + 60 * args.minutes
+    done = set()
+    if table.exists():
+        fields = [field.name for field in dataclasses.fields(Cell)]
+        with table.open(encoding="utf-8") as file:
+            done = {"-".join(row[name] for name in fields) for row in csv.DictReader(file)}
+    for cell in cells(args.data.stem):
+        if cell.name in done or args.only not in cell.name or time.monotonic() > until:
+            continue
+        row = run(cell, args)
+        begins = not table.exists()
+        with table.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            if begins:
+                writer.writeheader()
+            writer.writerow(row)
+        log(f"{cell.name}: {row['bits']}  ({row['seconds']} s)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""How much memory a step takes, by part: the step itself is run on tensors that have shapes and no values.
+
+torch's FakeTensorMode runs the model, the loss and the optimizers as training does, and what is alive is counted
+operation by operation: every family, dropout, recomputation and kind of attention is what the code makes of it, not
+a formula beside it. What the allocator rounds up, and the compiler saves, is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from miaobi.config import LoraConfig, ModelConfig, OptimConfig
+from miaobi.model import loss
+from miaobi.model.lora import add_lora
+from miaobi.model.transformer import Transformer, head_dim
+from miaobi.train.layout import Objective
+from miaobi.train.optimizer import make_optimizers
+
+LOOKS = 5
+"""Steps at most that are run to find the largest micro-batch."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step is of."""
+
+    shape: ModelConfig
+    optim: OptimConfig
+    lora: LoraConfig | None
+    """Where only adapters are trained."""
+    device: str
+    """cpu, cuda or mps."""
+    dtype: torch.dtype
+    """Of the matrix products."""
+    micro: int
+    """Sequences at once."""
+    pieces: int
+    """Micro-batches of a step: from the second on the gradients are there already."""
+    recompute: bool = False
+    """activation_checkpointing."""
+    documents: bool = False
+    """Several in a block, with a mask (packed dialogues)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a step by part, and at its fullest moment; what a checkpoint and a generation take beside it."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """AdamW's two moments, Muon's momentum."""
+    activations: int
+    """What the forward pass keeps for the backward pass."""
+    working: int
+    """Else alive at the peak: logits of a chunk of the loss, gradients of activations, Muon's products."""
+    checkpoint: int
+    """The copy that is written in the background: on a CPU in the same memory, else in the host's."""
+    kv_cache: int
+    """Keys and values of one stream of block_size tokens, when the model generates."""
+    peak: int
+    """Of a step. The first five may add up to more: where a step is one micro-batch, gradients come as activations go.
+    """
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.note, out)
+        return out
+
+    def note(self, tensor: Tensor) -> None:
+        """Take down the memory of a tensor, until the last tensor in it is gone."""
+        storage = tensor.untyped_storage()
+        if (key := id(storage)) not in self.known:
+            self.known.add(key)
+            self.now += (size := storage.nbytes())
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.gone, key, size)
+
+    def gone(self, key: int, size: int) -> None:
+        """A tensor's memory is free again."""
+        self.known.discard(key)
+        self.now -= size
+
+
+def step_memory(work: Work) -> Memory:
+    """Memory of a step of `work`. Takes seconds, for any size."""
+    with FakeTensorMode(), Alive() as alive, chunks_of(work.device):
+        objective = Objective(make_model(work))
+        model = objective.model
+        weights = alive.now
+        optimizers = make_optimizers(model, work.optim, work.optim.optimizer)
+        for p in model.parameters():
+            p.grad = torch.empty_like(p) if p.requires_grad else None
+        gradients = alive.now - weights
+        alive.peak = 0
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            if work.pieces == 1:
+                optimizer.zero_grad(set_to_none=True)
+        optimizer = sum(
+            value.untyped_storage().nbytes()
+            for optimizer in optimizers
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+        before, peak = alive.now, alive.peak
+        alive.peak = 0
+        kept = forward_backward(objective, work, alive) - before
+        peak = max(peak, alive.peak)
+    there = weights + optimizer + kept + (gradients if work.pieces > 1 else 0)
+    return Memory(
+        weights, gradients, optimizer, kept, max(0, peak - there), weights + optimizer,
+        kv_cache(work.shape, work.dtype), peak,
+    )  # fmt: skip
+
+
+def make_model(work: Work) -> Transformer:
+    """The model of a run, without values."""
+    shape = work.shape
+    model = Transformer(shape)
+    if work.lora is not None:
+        add_lora(model, work.lora)
+    model.recompute = work.recompute
+    for block in model.blocks:
+        if work.device == "cuda":  # its kernel drops probabilities without keeping them; the CPU has none that does
+            block.attn.dropout = 0.0
+    return model.train()
+
+
+def forward_backward(objective: Objective, work: Work, alive: Alive | None = None) -> int:
+    """One micro-batch; the bytes alive between the two passes."""
+    rows = (work.micro, work.shape.block_size)
+    ids, targets = torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
+    positions, mask = None, None
+    if work.documents:
+        positions = torch.zeros(rows, dtype=torch.long)
+        mask = torch.zeros(work.micro, 1, rows[1], rows[1], dtype=torch.bool)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.dtype != torch.float32):
+        nats = objective(ids, targets, positions, mask)
+    between = alive.now if alive is not None else 0
+    nats.backward()
+    return between
+
+
+@contextlib.contextmanager
+def chunks_of(device: str) -> Iterator[None]:
+    """The loss in chunks of the device that is meant: what it sees is a CPU."""
+    before = loss.CPU_CHUNK
+    loss.CPU_CHUNK = before if device == "cpu" else loss.GPU_CHUNK
+    try:
+        yield
+    finally:
+        loss.CPU_CHUNK = before
+
+
+def kv_cache(shape: ModelConfig, dtype: torch.dtype, streams: int = 1) -> int:
+    """Bytes of the keys and values of `streams` texts of block_size tokens."""
+    heads = shape.n_kv_head or shape.n_head
+    return 2 * shape.n_layer * streams * heads * shape.block_size * head_dim(shape) * dtype.itemsize
+
+
+def largest_micro(work: Work, rows: int, free: int) -> int:
+    """The most sequences at once, of `rows`, whose step fits into `free` bytes; 0 where not even one does.
+
+    A step's memory grows by the same amount with every sequence, but for the loss, whose chunks are full at some size.
+    """
+
+    def peak(micro: int) -> int:
+        return step_memory(dataclasses.replace(work, micro=micro, pieces=-(-rows // micro))).peak
+
+    known = {1: peak(1)}
+    if known[1] > free:
+        return 0
+    guess = min(rows, 16)
+    for _ in range(LOOKS):
+        if guess in known:
+            break
+        known[guess] = peak(guess)
+        below = max(micro for micro, bytes_ in known.items() if bytes_ <= free)
+        above = min((micro for micro, bytes_ in known.items() if bytes_ > free), default=None)
+        other = above or max([micro for micro in known if micro < below], default=below)
+        if other == below:
+            break
+        each = max(1.0, (known[other] - known[below]) / (other - below))
+        guess = min(rows if above is None else above - 1, below + int((free - known[below]) / each))
+    return max(micro for micro, bytes_ in known.items() if bytes_ <= free)

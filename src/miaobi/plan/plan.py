@@ -1,0 +1,211 @@
+"""`miaobi plan`: what a run will be, before anything is burned: size, passes over the text, memory, time, cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miaobi.config import ModelConfig, OptimConfig, RunConfig
+from miaobi.corpus.prepared import PreparedData
+from miaobi.device import peak_flops, pick_device, pick_dtype
+from miaobi.model.checkpoint import load_model
+from miaobi.model.transformer import Transformer, head_dim
+from miaobi.plan import memory
+from miaobi.plan.cards import GIB, Card, find_card, here
+from miaobi.plan.config import PlanConfig
+from miaobi.plan.measure import Measured, measure
+from miaobi.settings import Origin
+from miaobi.train.data import Blocks, open_blocks, open_data
+from miaobi.train.recipe import micro_batch, resolve_model, resolve_optim, total_steps
+from miaobi.train.world import World
+
+UTILISATION = {"cuda": 0.30, "mps": 0.20, "cpu": 0.45}
+"""Share of the peak that steps reach, where they are not measured. CPU: measured here, 0.3 to 0.5 (docs/lab-notes.md);
+GPUs: between what small and large models are known to reach."""
+CONTEXT = int(0.6 * GIB)
+"""What CUDA and its libraries take of a GPU themselves."""
+ROUNDED = 0.93
+"""Of the rest, what can be filled before the allocator's fragments do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is planned, with everything that the configuration leaves open decided as `train` does."""
+
+    cfg: RunConfig
+    shape: ModelConfig
+    optim: OptimConfig
+    data: PreparedData
+    blocks: Blocks
+    steps: int
+    parts: dict[str, int]
+    """Parameters."""
+    device: torch.device
+    card: Card | None
+
+    @property
+    def tokens(self) -> int:
+        """Trained on, repeated ones included."""
+        return self.steps * self.cfg.train.global_batch * self.shape.block_size
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the text."""
+        return self.steps * self.cfg.train.global_batch / max(1, len(self.blocks))
+
+    @property
+    def parameters(self) -> int:
+        """As nanoGPT counts them: without positions."""
+        return sum(count for name, count in self.parts.items() if name != "positions")
+
+    def flops_per_token(self) -> float:
+        """Forward and backward: 6N + 12 L H D T (PaLM, arXiv:2204.02311, appendix B)."""
+        shape = self.shape
+        return 6 * self.parameters + 12 * shape.n_layer * shape.n_head * head_dim(shape) * shape.block_size
+
+
+def plan(cfg: PlanConfig, origin: Origin) -> dict[str, Any]:
+    """The JSON object of `miaobi plan`. Nothing is written, and nothing trained but for --measure.
+
+    Raises UserError for settings, text and models that `miaobi train` would refuse.
+    """
+    with tempfile.TemporaryDirectory(prefix="miaobi-plan-") as aside:
+        run = decided(cfg, Path(aside))
+        measured = measure(cfg, origin, Path(aside)) if cfg.plan.measure else None
+        return {
+            "model": {key: value for key, value in asdict(run.shape).items() if value is not None},
+            "parameters": {**run.parts, "total": run.parameters},
+            "text": text_facts(run),
+            "run": run_facts(run),
+            "memory": memory_facts(run, measured),
+            **cost_facts(run, cfg, measured),
+        }
+
+
+def decided(cfg: PlanConfig, aside: Path) -> Run:
+    """The run of `cfg`. Raw text is prepared into `aside`, to count its tokens."""
+    card = find_card(cfg.plan.gpu) if cfg.plan.gpu else None
+    device = torch.device("cuda") if card else pick_device(cfg.train.device)
+    data = open_data(cfg, aside, prepares=True)
+    base = cfg.train.base_model
+    if base:
+        theirs = load_model(base)[0].cfg
+        shape = dataclasses.replace(theirs, dropout=cfg.model.dropout,
+                                    block_size=min(cfg.model.block_size, theirs.block_size))  # fmt: skip
+    else:
+        shape = resolve_model(cfg.model, data.vocab_size)
+    blocks, _ = open_blocks(cfg.data, data, shape.block_size)
+    steps = total_steps(cfg, len(blocks))
+    tuning = cfg.train.trainable if base else None
+    optim = resolve_optim(cfg.optim, shape.family, steps, tuning, n_embd=shape.n_embd)
+    return Run(cfg, shape, optim, data, blocks, steps, parameters_of(shape), device, card or here(device))
+
+
+def parameters_of(shape: ModelConfig) -> dict[str, int]:
+    """Parameters by part; padding rows of the vocabulary are left out."""
+    with torch.device("meta"):
+        model = Transformer(shape)
+    tables = {"embedding": shape.vocab_size * shape.n_embd}
+    if model.lm_head is not None:
+        tables["head"] = shape.vocab_size * shape.n_embd
+    if model.wpe is not None:
+        tables["positions"] = model.wpe.weight.numel()
+    inside = {"attention": "attn.", "mlp": "mlp.", "norms": "norm"}
+    counts = dict.fromkeys(inside, 0)
+    for name, p in model.named_parameters():
+        if part := next((part for part, mark in inside.items() if re.search(rf"(^|\.){mark}", name)), None):
+            counts["norms" if "norm" in name else part] += p.numel()
+    return tables | counts
+
+
+def text_facts(run: Run) -> dict[str, Any]:
+    """The text that is learned."""
+    train, val = run.data.train, run.data.val
+    return {
+        "data": run.cfg.data.data, "train_tokens": len(train), "val_tokens": len(val), "characters": train.characters,
+        "documents": train.documents, "vocab_size": run.data.vocab_size, "dialogue": run.data.is_dialogue,
+    }  # fmt: skip
+
+
+def run_facts(run: Run) -> dict[str, Any]:
+    """How often it is learned."""
+    return {
+        "steps": run.steps, "batch_size": run.cfg.train.global_batch, "tokens": run.tokens,
+        "epochs": run.epochs, "tokens_per_parameter": run.tokens / run.parameters,
+        "distinct_tokens_per_parameter": len(run.data.train) / run.parameters,
+        "optimizer": run.optim.optimizer, "evaluations": math.ceil(run.steps / run.cfg.train.eval_interval),
+    }  # fmt: skip
+
+
+def precision(run: Run) -> torch.dtype:
+    """Of the matrix products: what `train` would take on that device."""
+    if run.cfg.plan.gpu is None:
+        return pick_dtype(run.cfg.train.dtype, run.device)
+    if run.cfg.train.dtype != "auto":
+        return getattr(torch, run.cfg.train.dtype)
+    return torch.bfloat16 if run.card.has_bf16 else torch.float16
+
+
+def step_work(run: Run) -> memory.Work:
+    """The step whose memory is asked for."""
+    train = run.cfg.train
+    micro = micro_batch(run.cfg, run.device, World().size)
+    return memory.Work(
+        run.shape, run.optim, run.cfg.lora if train.trainable == "lora" else None, run.device.type, precision(run),
+        micro, -(-train.global_batch // micro), train.activation_checkpointing,
+        run.data.is_dialogue and run.cfg.data.packing != "stream",
+    )  # fmt: skip
+
+
+def memory_facts(run: Run, measured: Measured | None) -> dict[str, Any]:
+    """Bytes by part, and what fits."""
+    work = step_work(run)
+    told = memory.step_memory(work)
+    beside = told.checkpoint if run.device.type == "cpu" else 0
+    free = free_memory(run)
+    facts = asdict(told) | {"run": told.peak + beside, "free": free, "micro_batch": work.micro}
+    rows = run.cfg.train.global_batch
+    facts["largest_micro_batch"] = memory.largest_micro(work, rows, free - beside) if free else None
+    return facts | ({"measured": measured.memory} if measured else {})
+
+
+def free_memory(run: Run) -> int | None:
+    """Bytes that a run can fill: of a card, or of this machine now; None where the system does not say."""
+    if run.card is not None:
+        return int(ROUNDED * (run.card.memory - CONTEXT))
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        return None
+
+
+def cost_facts(run: Run, cfg: PlanConfig, measured: Measured | None) -> dict[str, Any]:
+    """Time, energy and money."""
+    if measured is not None:
+        step, evaluation, basis = measured.step, measured.evaluation, "20 steps measured here"
+    else:
+        peak = run.card.flops if run.card else peak_flops(run.device, precision(run))
+        if not peak:
+            peak = peak_flops(run.device, precision(run))
+        reached = UTILISATION[run.device.type]
+        step = run.flops_per_token() * run.tokens / run.steps / (peak * reached)
+        windows = min(cfg.train.eval_iters * cfg.train.batch_size, cfg.train.eval_interval * cfg.train.global_batch)
+        evaluation = step / 3 * windows / cfg.train.global_batch * 1.25
+        basis = f"{peak / 1e12:.2f} TFLOP/s, of which {reached:.0%} are assumed to be reached; --measure knows better"
+    seconds = run.steps * step + math.ceil(run.steps / cfg.train.eval_interval) * evaluation
+    watts = cfg.plan.watts if cfg.plan.watts is not None else (run.card.watts or None) if run.card else None
+    hours, price = seconds / 3600, cfg.plan.price_per_hour
+    return {
+        "device": {"name": run.card.name if run.card else run.device.type, "dtype": str(precision(run))[6:],
+                   "memory": run.card.memory if run.card else None},
+        "time": {"seconds": seconds, "step": step, "evaluation": evaluation, "basis": basis},
+        "energy_kwh": None if watts is None else watts * hours / 1000,
+        "cost": None if price is None else price * hours,
+    }  # fmt: skip

@@ -1,0 +1,111 @@
+"""A step without values against real ones: what autograd keeps, what tensors take."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from miaobi.config import LoraConfig, ModelConfig, OptimConfig
+from miaobi.model.lora import add_lora
+from miaobi.model.transformer import Transformer
+from miaobi.plan.memory import Work, kv_cache, largest_micro, step_memory
+from miaobi.train.layout import Objective
+from miaobi.train.recipe import resolve_optim
+
+TINY = {"n_layer": 3, "n_head": 2, "n_embd": 48, "block_size": 32, "vocab_size": 200}
+
+
+def work(family: str = "qwen3", **changes) -> Work:
+    shape = {key: changes.pop(key) for key in list(changes) if key in ModelConfig.__dataclass_fields__}
+    model = ModelConfig(**TINY | {"family": family} | shape)
+    usual = Work(model, resolve_optim(OptimConfig(), family, 100), None, "cpu", torch.float32, 4, 1)
+    return dataclasses.replace(usual, **changes)
+
+
+def kept(one: Work) -> int:
+    """Bytes that autograd keeps for the backward pass of a real model, parameters not counted."""
+    model = Transformer(one.shape)
+    if one.lora:
+        add_lora(model, one.lora)
+    model.recompute = one.recompute
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()} | {model.wte.weight.untyped_storage().data_ptr()}
+    found: dict[int, int] = {}
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    ids = torch.randint(0, 200, (one.micro, one.shape.block_size))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss = Objective(model.train())(ids, ids, None, None)
+    assert loss.isfinite()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "llama"])
+def test_activations_are_what_autograd_keeps(family, dropout, recompute):
+    one = work(family, dropout=dropout, recompute=recompute)
+    assert step_memory(one).activations == pytest.approx(kept(one), rel=0.08)
+
+
+def test_activations_of_adapters_are_what_autograd_keeps():
+    one = work("qwen3", lora=LoraConfig(lora_rank=4), optim=resolve_optim(OptimConfig(), "qwen3", 100, "lora"))
+    told = step_memory(one)
+    assert told.activations == pytest.approx(kept(one), rel=0.08)
+    model = Transformer(one.shape)
+    whole = sum(p.numel() for p in model.parameters())
+    add_lora(model, one.lora)
+    thin = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert told.weights == pytest.approx(4 * (whole + thin), rel=0.03)  # and the table of angles
+    assert told.gradients == 4 * thin
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_weights_gradients_and_moments_are_four_bytes_each(family):
+    one = work(family)
+    model = Transformer(one.shape)
+    parameters = sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    told = step_memory(one)
+    assert told.gradients == 4 * parameters
+    assert told.weights == pytest.approx(4 * parameters, rel=0.05)  # and the table of angles
+    moments = 8 * parameters if family == "gpt2" else 8 * (parameters - matrices) + 4 * matrices
+    assert told.optimizer == pytest.approx(moments, rel=0.01)
+    several = step_memory(dataclasses.replace(one, pieces=2))
+    parts = (several.weights, several.gradients, several.optimizer, several.activations, several.working)
+    assert several.peak == sum(parts)
+
+
+def test_what_saves_memory_saves_it_and_what_takes_it_takes_it():
+    usual = step_memory(work(n_layer=6))
+    assert step_memory(work(n_layer=6, recompute=True)).peak < usual.peak
+    assert step_memory(work(n_layer=6, micro=8)).activations == pytest.approx(2 * usual.activations, rel=0.05)
+    assert step_memory(work(n_layer=6, dropout=0.1)).activations > usual.activations
+    half = step_memory(work(n_layer=6, device="cuda", dtype=torch.bfloat16))
+    assert half.activations < 0.85 * usual.activations
+    drops = work(n_layer=6, device="cuda", dtype=torch.bfloat16, dropout=0.1, block_size=256)
+    on_cpu = dataclasses.replace(drops, device="cpu")
+    assert step_memory(drops).activations < step_memory(on_cpu).activations, "its kernel keeps no probabilities"
+
+
+def test_packed_dialogues_have_a_mask():
+    assert step_memory(work(documents=True, block_size=128)).peak > step_memory(work(block_size=128)).peak
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not():
+    one = work(pieces=8)
+    free = step_memory(dataclasses.replace(one, micro=11, pieces=3)).peak + 1000
+    found = largest_micro(one, 32, free)
+    assert found == 11
+    assert largest_micro(one, 8, 1 << 40) == 8
+    assert largest_micro(one, 8, 1000) == 0
+
+
+def test_keys_and_values_are_those_that_the_model_makes():
+    shape = ModelConfig(**TINY, family="qwen3", n_kv_head=1)
+    caches = Transformer(shape).make_caches(3)
+    assert kv_cache(shape, torch.float32, streams=3) == sum(c.k.nbytes + c.v.nbytes for c in caches)
