@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tests import test_warnings
 
 from miaobi import demo
 from miaobi.corpus.config import PrepareConfig
@@ -165,11 +166,12 @@ def test_the_chat_answers_the_greetings_as_the_corpus_does(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_quick_demo_runs_once_and_then_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, miaobi):
+@pytest.mark.bf16
+def test_quick_demo_is_silent_runs_once_and_then_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, miaobi):
+    """Silent: but for what the demo says itself."""
     monkeypatch.chdir(tmp_path)
-    first = miaobi("demo", "--quick", "--json")
-    assert first.code == 0, first.err
-    result = json.loads(first.out)
+    first = test_warnings.run("demo", "--quick", "--json")
+    result = json.loads(first.stdout)
     assert 5.0 < result["val_bits_per_char"] < 11.0, "better than guessing among 3,330 characters"
     assert 0.0 < result["trigram_share"] <= 1.0
     assert len(result["samples"]) == 2 * len(demo.PROMPTS)
@@ -179,18 +181,18 @@ def test_quick_demo_runs_once_and_then_says_so(tmp_path: Path, monkeypatch: pyte
     assert [message["user"] for message in result["chat"]] == list(demo.GREETINGS)
     for message in result["chat"]:
         assert message["assistant"].strip()
-        assert f"  >>>{message['user']}\n  {message['assistant']}\n" in first.err
+        assert f"  >>>{message['user']}\n  {message['assistant']}\n" in first.stderr
     judged = result["sentiment"]
     assert judged["test_units"] == 40
     assert 0 <= judged["accuracy"] <= 1
     assert set(judged["opinions"]) == set(demo.OPINIONS)
-    assert f"test accuracy {judged['accuracy']:.1%} on 40 reviews it was not trained on" in first.err
-    assert "miaobi classify predict demo_quick_run/sentiment" in first.err
-    tries = first.err.split("five things to try next:\n")[1].rstrip("\n").split("\n")
+    assert f"test accuracy {judged['accuracy']:.1%} on 40 reviews it was not trained on" in first.stderr
+    assert "miaobi classify predict demo_quick_run/sentiment" in first.stderr
+    tries = first.stderr.split("five things to try next:\n")[1].rstrip("\n").split("\n")
     assert len(tries) == 5
     assert all(line.startswith("  miaobi ") for line in tries)
-    assert "miaobi sample demo_quick_run --start=北京" in first.err
-    assert "miaobi chat demo_quick_run/chat" in first.err
+    assert "miaobi sample demo_quick_run --start=北京" in first.stderr
+    assert "miaobi chat demo_quick_run/chat" in first.stderr
     metrics = (tmp_path / "demo_quick_run" / "metrics.jsonl").read_bytes()
 
     second = miaobi("demo", "--quick", "--json")

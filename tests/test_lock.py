@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import tiny
+from tests.processes import Process
 
 from miaobi import lock
 from miaobi.errors import UserError
@@ -108,11 +109,11 @@ def test_signs_of_life_are_given_while_the_work_goes_on(tmp_path, monkeypatch):
 def test_a_second_train_in_one_out_dir_exits_with_2_and_changes_nothing(miaobi, prepared, tmp_path):
     run = tmp_path / "run"
     flags = tiny(data=prepared(), out_dir=run, max_iters=100_000, eval_interval=500)
-    first = subprocess.Popen([sys.executable, "-m", "miaobi", "train", *flags], stderr=subprocess.PIPE, text=True)
+    first = Process(["-m", "miaobi", "train", *flags])
     try:
         give_up = time.monotonic() + 120
         while not (run / "checkpoints" / "last").exists():
-            assert first.poll() is None, first.stderr.read()
+            assert first.poll() is None, first.said()
             assert time.monotonic() < give_up
             time.sleep(0.05)
         answer = miaobi("train", *flags)
@@ -123,8 +124,8 @@ def test_a_second_train_in_one_out_dir_exits_with_2_and_changes_nothing(miaobi, 
         assert read.code == 0, read.err
     finally:
         first.send_signal(signal.SIGTERM)
-        first.communicate(timeout=60)
-    assert first.returncode == 143
+        code = first.wait(timeout=60).returncode
+    assert code == 143
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
     assert Path(run / "checkpoints" / "last" / "train_state" / "optimizer-0-of-1.safetensors").is_file()

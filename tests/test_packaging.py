@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -18,17 +19,23 @@ ONLY_SOURCE = ("snownlp",)  # pure Python without a wheel: built anywhere
 WITHOUT_SOURCE = ["--only-binary", ":all:", *(part for name in ONLY_SOURCE for part in ("--no-binary", name))]
 
 
-def uv_compile(python: str, *arguments: object, stdin: str | None = None) -> subprocess.CompletedProcess:
-    """Resolve requirements for another Python; metadata alone is fetched. A newcomer has no compiler: wheels only."""
-    command = ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", python,
-               *WITHOUT_SOURCE, *map(str, arguments)]  # fmt: skip
-    return subprocess.run([sys.executable, "-m", *command], input=stdin, capture_output=True, text=True, timeout=300)
+def uv_compile(python: str, *arguments: object) -> list[str]:
+    """The command that resolves requirements for another Python; metadata alone is fetched. A newcomer has no
+    compiler: wheels only.
+    """
+    return [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate",
+            "--python-version", python, *WITHOUT_SOURCE, *map(str, arguments)]  # fmt: skip
+
+
+def resolve(command: list[str], requirements: str) -> subprocess.CompletedProcess:
+    """Resolve what `requirements` says."""
+    return subprocess.run([*command, "-"], input=requirements, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
 def registry() -> None:
     """A package registry answers."""
-    probe = uv_compile("3.11", "-", "--no-cache", stdin="iniconfig\n")
+    probe = resolve(uv_compile("3.11", "--no-cache"), "iniconfig\n")
     if probe.returncode:
         pytest.skip(
             f"NO PACKAGE REGISTRY CAN BE REACHED; whether every Python can install is not known: {probe.stderr}"
@@ -58,15 +65,32 @@ def test_the_pythons_that_are_tried_are_those_that_are_promised():
     assert [f"3.{minor}" for minor in range(8, 15) if f"3.{minor}" in promised] == list(PYTHONS)
 
 
+@pytest.fixture(scope="module")
+def resolving(registry: None) -> Iterator[dict[str, subprocess.Popen]]:
+    """For every Python a resolver at work on all extras that have pins; they wait for the registry at the same time.
+
+    What can be installed with all extras can be installed with some: `.[demo]` is resolved as well.
+    """
+    wanted = [f"--extra={name}" for name in ("demo", "dev", "hf", "ray", "modelscope")]
+    command = ["-c", ROOT / "constraints.txt", ROOT / "pyproject.toml", *wanted]
+    running = {
+        python: subprocess.Popen(
+            uv_compile(python, *command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for python in PYTHONS
+    }
+    yield running
+    for process in running.values():
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("registry")
-@pytest.mark.parametrize("extras", ["demo", "demo,dev,hf,ray,modelscope"])
 @pytest.mark.parametrize("python", PYTHONS)
-def test_the_pins_can_be_installed_on_every_python(python: str, extras: str):
-    wanted = [part for name in extras.split(",") for part in ("--extra", name)]
-    resolved = uv_compile(python, "-c", ROOT / "constraints.txt", ROOT / "pyproject.toml", *wanted)
-    assert resolved.returncode == 0, resolved.stderr
-    chosen = dict(line.partition(" ")[0].split("==") for line in resolved.stdout.splitlines() if "==" in line)
+def test_the_pins_can_be_installed_on_every_python(python: str, resolving: dict[str, subprocess.Popen]):
+    resolved, problem = resolving[python].communicate(timeout=300)
+    assert resolving[python].returncode == 0, problem
+    chosen = dict(line.partition(" ")[0].split("==") for line in resolved.splitlines() if "==" in line)
     known = pins(python)
     assert {"torch", "numpy", "scipy", "pyarrow"} <= set(chosen)
     assert {name: version for name, version in chosen.items() if known.get(name, version) != version} == {}
@@ -77,7 +101,7 @@ def test_the_pins_can_be_installed_on_every_python(python: str, extras: str):
 def test_a_pin_without_a_build_for_a_python_is_found(tmp_path: Path):
     """The check above sees what it is for: numpy 2.4.6 left Python 3.10 behind."""
     (tmp_path / "constraints.txt").write_text("numpy==2.4.6\n", encoding="utf-8")
-    refused = uv_compile("3.10", "-c", tmp_path / "constraints.txt", "-", stdin="numpy\n")
+    refused = resolve(uv_compile("3.10", "-c", tmp_path / "constraints.txt"), "numpy\n")
     assert refused.returncode != 0
     assert "numpy==2.4.6" in refused.stderr
 

@@ -2,18 +2,18 @@
 
 import ast
 import json
-import os
 import pickle
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 import torch
+from originals import NANOGPT, SMALL_GPT, Original, chat_text, naive_vocabulary
+from tests import processes
 
 from miaobi.config import DataConfig, ModelConfig
 from miaobi.corpus.messages import messages_of
@@ -131,9 +131,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def leave_checkpoints(place: Path) -> None:
     """nanoGPT's out/ckpt.pt and meta.pkl; small-gpt's data/train.txt, YAML files and checkpoint."""
-    sys.path.insert(0, str(ROOT / "tests" / "convert"))
-    from originals import NANOGPT, SMALL_GPT, Original, chat_text, naive_vocabulary
-
     characters = sorted(set((place / "input.txt").read_text(encoding="utf-8")))
     (place / "out").mkdir()
     torch.save(Original.random(NANOGPT, False, len(characters)).nanogpt(), place / "out" / "ckpt.pt")
@@ -164,14 +161,6 @@ def smaller(words: list[str]) -> list[str]:
     return [*SMALLER.get(words[0], "").split(), *SMALLER.get(" ".join(words[:2]), "").split()]
 
 
-def run(place: Path, *args: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    return subprocess.run(
-        [sys.executable, *args], cwd=place, env=environment, capture_output=True, text=True, encoding="utf-8",
-        input=TYPED,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_the_readmes_commands_and_python_work_in_order(workplace: Path):
     printed = [line for line in commands("README.md") if line.startswith("miaobi ")]
@@ -179,7 +168,7 @@ def test_the_readmes_commands_and_python_work_in_order(workplace: Path):
     replies = ""
     for line in printed:
         words = shlex.split(line, comments=True)[1:]
-        done = run(workplace, "-m", "miaobi", *words, *smaller(words))
+        done = processes.run(["-m", "miaobi", *words, *smaller(words)], cwd=workplace, input=TYPED)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         assert done.stdout.strip() or words[0] == "chat", line  # two steps may teach nothing to say
         if words[0] == "sample":
@@ -193,7 +182,7 @@ def test_the_readmes_commands_and_python_work_in_order(workplace: Path):
     assert replies.strip()
 
     each_alone = "import sys\nfor block in sys.argv[1:]:\n    exec(compile(block, 'README.md', 'exec'), {})"
-    done = run(workplace, "-c", each_alone, *blocks("README.md", "python"))
+    done = processes.run(["-c", each_alone, *blocks("README.md", "python")], cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("中国")
 

@@ -100,7 +100,8 @@ def test_small_gpts_yaml_runs_unchanged(tmp_path, capsys, extra):
     assert (values["out_dir"], values["save_interval"], values["resume_from"]) == ("./checkpoints", 4000, None)
     assert (values["seed"], values["weight_decay"], values["family"]) == (114514, 0.1, "gpt2")
     said = capsys.readouterr().err
-    for key in ["tensorboard_path", "test_batch", *(line.split(":")[0] for line in extra.splitlines())]:
+    assert values["tensorboard_path"] == "./tensorboard"
+    for key in ["test_batch", *(line.split(":")[0] for line in extra.splitlines())]:
         assert re.search(rf"\b{key}\b[^;]* \(", said), key
     assert said.count("\n") == said.count("not needed: ") == 1, "one line for all"
 
@@ -353,6 +354,10 @@ def test_a_section_whose_keys_are_all_commented_out_is_empty(tmp_path, text):
         ("out_dir: !mine a", "leave out !mine"),
         ("? [a, b]\n: 1", "a key is a word"),
         ('out_dir: "a\\0b"', "NUL"),
+        (f"out_dir: {'妙' * 86}", "too long"),
+        (f"out_dir: a/{'b' * 256}/c", "too long"),
+        (f"out_dir: {'a/' * 2048}", "too long"),
+        ('out_dir: "a\\ud800"', "half a character"),
         ("out_dir: " + "[" * 20_000, "nested too deeply"),
         ("out_dir: " + "[" * 200 + "]" * 200, "a list"),
         ("a: &a {<<: *a, x: 1}", "unknown key 'a'"),

@@ -285,6 +285,8 @@ class TrainConfig(Where):
     URL, such as s3://bucket/run (pip install s3fs) or oss://bucket/run (ossfs)."""
     seed: int = 1337
     """Seed of initialisation, data order and dropout."""
+    tensorboard_path: Location | None = None
+    """Directory that gets the TensorBoard events as well; out_dir has them in any case."""
     wandb_log: bool = False
     """Log to Weights & Biases as well (pip install 'miaobi[track]')."""
     wandb_project: str = "miaobi"

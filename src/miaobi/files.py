@@ -12,6 +12,7 @@ import os
 import pickle  # for the name of its error: nothing here reads one
 import re
 import shutil
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -244,7 +245,7 @@ def read_record(file: Path, kind: type[Record]) -> Record:
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON is of a declared type: str, bool, int (of 64 bits), float, None, lists and dicts."""
+    """Whether a value from JSON is of a declared type: str, bool, 64-bit int, finite float, None, lists and dicts."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return True
@@ -257,7 +258,7 @@ def is_a(value: Any, kind: Any) -> bool:
     if kind is types.NoneType:
         return value is None
     if kind is float:
-        return type(value) in (int, float)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max  # neither NaN nor infinite
     if kind is int:
         return type(value) is int and -(2**63) <= value < 2**63
     return type(value) is kind

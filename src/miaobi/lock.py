@@ -54,8 +54,12 @@ def machine() -> str:
 
 
 @contextmanager
-def locked(directory: Path, advice: str = "wait for it, or take another directory") -> Iterator[None]:
-    """Hold the lock of a directory, which is made where it is missing, while the body runs.
+def locked(
+    directory: Path, advice: str = "wait for it, or take another directory", file: Path | None = None
+) -> Iterator[None]:
+    """Hold the lock of a directory while the body runs.
+
+    file: where the lock is; default `.lock` in the directory, which is made where it is missing.
 
     The system's own lock on a file says whether a holder on this machine lives, and lets go when it dies. Of one on
     another machine (a network disk whose locks do not reach) its signs of life say so: where none comes for SILENCE
@@ -63,8 +67,8 @@ def locked(directory: Path, advice: str = "wait for it, or take another director
 
     Raises UserError naming the holder where it lives; OSError where the directory cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / ".lock"
+    path = file or directory / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
     fd, mine = opened(path), this_process()
     try:
         taken, other = system_lock(fd), read_holder(path)
@@ -78,10 +82,12 @@ def locked(directory: Path, advice: str = "wait for it, or take another director
             raise held(directory, other, advice)
         os.ftruncate(fd, 0)
         os.write(fd, json.dumps(asdict(mine)).encode())
-        with beating(lambda: os.utime(path)):
-            yield
-        with contextlib.suppress(OSError):
-            path.unlink()
+        try:
+            with beating(lambda: os.utime(path)):
+                yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
     finally:
         os.close(fd)
 

@@ -21,7 +21,6 @@ class Names:
 
 LAUNCHED = "torchrun starts the processes; --parallel=ddp or fsdp says how they share the work"
 CLASSIFIES = "a setting of `miaobi classify`"
-EVENTS = "TensorBoard events are written into the run directory"
 SHAPE = "the shape comes with base_model"
 
 TRAIN = Names(
@@ -46,7 +45,6 @@ TRAIN = Names(
     no_longer={
         "always_save_checkpoint": "best and last are always kept",
         "backend": "nccl on GPUs, gloo on CPUs",
-        "tensorboard_path": EVENTS,
         "test_batch": "results do not depend on it",
         "ddp": LAUNCHED,
         "fsdp": LAUNCHED,
@@ -82,7 +80,6 @@ CLASSIFY = Names(
     no_longer={
         **dict.fromkeys(("vocab_size", "n_layer", "n_head", "n_embd", "bias"), SHAPE),
         "compile": "texts of every length would be compiled anew",
-        "tensorboard_path": EVENTS,
         "test_batch": "results do not depend on it",
         "save_freq": "the best model is kept",
         "resume_from": "the same command again goes on with what is unfinished",

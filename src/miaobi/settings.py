@@ -157,11 +157,17 @@ def as_number(text: str, kind: type) -> int | float | None:
 
 
 def as_place(key: str, text: str, where: str) -> str:
-    """Text that names a file, directory or model, with ~ expanded. Raises UserError where it is empty."""
+    """Text that names a file, directory or model, with ~ expanded. Raises UserError for what can be no name."""
     if not text.strip():
         raise UserError(f"{where}: {key} is empty (a variable that is not set?); write a name, or leave it out")
     if "\0" in text:
         raise UserError(f"{where}: {key} is {shown(text)}; no name holds the character NUL")
+    try:
+        name = os.fsencode(os.path.expanduser(text))
+    except UnicodeEncodeError as e:
+        raise UserError(f"{where}: {key} is {shown(text)}; no name holds half a character") from e
+    if len(name) >= 4096 or max(map(len, name.split(os.fsencode(os.sep)))) > 255:
+        raise UserError(f"{where}: {key} is {shown(text)}; it is too long to name a file or directory")
     return os.path.expanduser(text)
 
 

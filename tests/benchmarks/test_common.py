@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.common import Ratio, Worker, ratio, take_turns
+from tests import processes
 
 from benchmarks import common
 from miaobi.device import can_compile
@@ -104,8 +103,7 @@ def test_failures_of_a_worker_arrive_here():
 
 def run(name: str, *args: object) -> dict:
     """The JSON line of a benchmark."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=300)
+    done = processes.run(["-m", f"benchmarks.{name}", "--json", *args], cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -1,16 +1,12 @@
 """A table of labelled reviews, and cells that train on it in a second."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from review_tables import reviews, write
 
 from miaobi.classify.config import load_config
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from review_tables import reviews, write
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,8 @@ import numpy as np
 import pytest
 from review_tables import reviews, write
 from sklearn.metrics import f1_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tests.processes import Process
 from transformers import pipeline
 
 from miaobi.classify import ablation
@@ -106,16 +106,16 @@ def test_a_cell_that_was_not_finished_is_trained_when_the_command_is_given_again
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_keeps_its_finished_cells(tmp_path: Path, table: Path, trained: Callable, number, code: int):
-    command = [sys.executable, "-m", "miaobi", "classify", "ablate", f"--base_model={trained('gpt2')}",
+    command = ["-m", "miaobi", "classify", "ablate", f"--base_model={trained('gpt2')}",
                f"--data={table}", f"--out_dir={tmp_path / 'run'}", *FAST[:2], "--max_epoch=6", "--dropout=0",
                "--batch_size=4", "--patience=0", "--baselines=False", "--json"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Process(command)
     first = tmp_path / "run" / "checkpoints" / "mask-full-1337" / "result.json"
     while not first.is_file() and process.poll() is None:
-        time.sleep(0.1)
+        time.sleep(0.01)
     process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == code, err
+    returned, out, err = vars(process.wait(timeout=120)).values()
+    assert returned == code, err
     assert "finished cells are kept" in err
     assert 1 <= len(json.loads(out)["rows"]) < 8
     assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if not (p / "result.json").is_file()]
@@ -231,7 +231,6 @@ def test_the_table_is_printed_for_people(miaobi: Callable, table: Path, trained:
 
 
 def test_small_gpts_checkpoint_and_yaml_train_as_they_are(miaobi: Callable, tmp_path: Path, monkeypatch):
-    sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
     import torch
     from originals import SMALL_GPT, Original
 
@@ -258,7 +257,22 @@ def test_small_gpts_checkpoint_and_yaml_train_as_they_are(miaobi: Callable, tmp_
     chunks = sum(max(1, -(-len(text or "nan") // 30)) for _, text in [*rows, ("1", "")])
     assert result["data"]["as_published"]["chunks"] == chunks
     assert row["test_units"] == chunks - int(0.8 * chunks)
+    assert "train_loss" in curves("tensorboard/x")
     assert answer.err.count("not needed:") == 1
+
+
+def curves(directory: str | Path) -> list[str]:
+    """Names of the curves that TensorBoard shows of a directory."""
+    board = EventAccumulator(str(directory))
+    board.Reload()
+    return board.Tags()["scalars"]
+
+
+def test_each_of_several_classifiers_has_curves_of_its_own(ask: Callable, tmp_path: Path):
+    ask("train", "--seeds=2", "--trainable=head", f"--tensorboard_path={tmp_path / 'board'}", "--baselines=False")
+    assert sorted(p.name for p in (tmp_path / "board").iterdir()) == ["mask-head-1337", "mask-head-1338"]
+    for name in ("mask-head-1337", "mask-head-1338"):
+        assert curves(tmp_path / "board" / name) == curves(tmp_path / "run" / "logs" / name) != []
 
 
 def test_small_gpts_three_files_end_in_one_table_that_grows(miaobi, table: Path, trained, tmp_path: Path, monkeypatch):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from miaobi.classify import ablation
 from miaobi.classify.config import load_config
+from miaobi.classify.place import BASELINE, ROW, read_result
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, model_directory
 
@@ -113,6 +114,30 @@ def test_what_is_no_result_is_trained_anew(config: Callable, content: str):
     again = ablation.train(config(baselines=False))
     assert again["rows"][0]["accuracy"] == first["rows"][0]["accuracy"]
     assert json.loads(result.read_text(encoding="utf-8"))["row"] == again["rows"][0]
+
+
+WRONG = (None, "x", [], {}, True, float("nan"), float("inf"), 10**400, 2**64, 0.5)
+
+
+@pytest.mark.parametrize(("key", "kinds"), [("row", ROW), ("rows", BASELINE)])
+def test_a_result_with_any_figure_of_a_wrong_kind_is_none(tmp_path: Path, capsys, key: str, kinds: dict):
+    whole = {name: {str: "a", int: 3, float: 0.5}[kind] for name, kind in kinds.items()} | {"worst_errors": [1]}
+    path = tmp_path / "result.json"
+
+    def read(row: object) -> object:
+        path.write_text(json.dumps({"settings": {}, key: row if key == "row" else [row]}), encoding="utf-8")
+        return read_result(path, key)
+
+    assert read(whole) is not None
+    spoilt = [{k: v for k, v in whole.items() if k != name} for name in kinds] + [None, [], 5]
+    spoilt += [whole | {name: value} for name, kind in kinds.items() for value in WRONG
+               if not (kind is float and value in (0.5, 2**64)) and not (kind is str and value == "x")]  # fmt: skip
+    for row in spoilt:
+        assert read(row) is None, row
+    for text in ("[" * 100_000, "9" * 10_000, '{"settings": {}, "row": {}, "rows": []}', "\ud800"):
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        assert read_result(path, key) is None
+    assert "computed anew" in capsys.readouterr().err
 
 
 def test_cells_of_other_weights_are_refused(config: Callable, pretrained: Path):

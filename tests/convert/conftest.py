@@ -1,16 +1,12 @@
 """Checkpoints of small-gpt and nanoGPT as files, made by an implementation of their formats in originals.py."""
 
 import pickle
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from originals import SMALL_GPT, Original, chat_text, naive_vocabulary
 
 

@@ -176,11 +176,51 @@ def test_a_malicious_meta_executes_nothing(tmp_path, bomb, protocol):
     assert not bomb.path.exists()
 
 
+def padded(rows: int, known: int) -> Original:
+    """A model that has learned to expect none of its rows from `known` on."""
+    original = Original.random(NANOGPT, True, rows)
+    table, towards = original.state["transformer.wte.weight"], original.state["transformer.ln_f.bias"]
+    table[known:] = -towards / towards.square().sum() * 24
+    original.state["transformer.ln_f.weight"] *= 0.3
+    return original
+
+
+@pytest.mark.parametrize("rows", [64, 128, 50304])
+def test_rows_that_pad_the_vocabulary_are_spare_and_said(miaobi, saved, meta, tmp_path, rows):
+    """nanoGPT takes 50,304 where train.py found no meta.pkl; its users pad to multiples of 64."""
+    known = len(CHARACTERS)
+    original = padded(rows, known)
+    path = saved(original.nanogpt(), "ckpt.pt")
+    answer = miaobi("convert", "nanogpt", path, f"--meta={meta}", "--json")
+    result = json.loads(answer.out)
+    assert (answer.code, answer.err) == (0, "")
+    assert (result["spare_rows"], result["vocab_size"], result["doubt"]) == (rows - known, rows + 256, None)
+    said = miaobi("convert", "nanogpt", path, f"--meta={meta}").out
+    assert f"{rows - known:,} rows of it spare" in said
+    ids = torch.randint(known, (20,), generator=torch.Generator().manual_seed(1))
+    ours = load(tmp_path / "ckpt.miaobi", device="cpu", dtype="float32")
+    torch.testing.assert_close(ours.logits(ids[None])[0, :, :rows], original.logits(ids), atol=1e-4, rtol=0)
+    hub = transformers.AutoTokenizer.from_pretrained(tmp_path / "ckpt.miaobi")
+    assert hub("你好").input_ids == [CHARACTERS.index("你"), CHARACTERS.index("好")]
+    assert ours.tokenizer.decode(ours.tokenizer.encode("龘你")) == hub.decode(hub("龘你").input_ids) == "龘你"
+
+
+@pytest.mark.parametrize("missing", [1, 20])
+def test_spare_rows_that_the_model_expects_are_another_vocabularys(saved, meta, tmp_path, capsys, missing):
+    known = len(CHARACTERS)
+    path = saved(padded(128, known).nanogpt(), "ckpt.pt")
+    meta.write_bytes(pickle.dumps({"itos": dict(enumerate(CHARACTERS[:-missing]))}))
+    result = convert(path, str(meta), None, tmp_path / "out")
+    assert "probably not the vocabulary" in result["doubt"]
+    assert result["doubt"] in " ".join(capsys.readouterr().err.split())
+    assert json.loads((tmp_path / "out" / "converted.json").read_text())["doubt"] == result["doubt"]
+
+
 # --- GPT-2's BPE ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["json", "files"])
-@pytest.mark.parametrize("rows", [340, 384])
+@pytest.mark.parametrize("rows", [340, 384, 640])
 def test_a_bpe_model_takes_gpt2s_tokenizer(saved, gpt2, tmp_path, form, rows):
     original = Original.random(NANOGPT, False, rows)
     result = convert(saved(original.nanogpt(), "ckpt.pt"), None, str(gpt2 / form), tmp_path / "out")

@@ -1,5 +1,6 @@
 """Prepared data that is damaged in any way is an error for the user; nanoGPT's own data is read as it is."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -107,8 +108,6 @@ def test_files_of_any_bytes_whose_manifest_agrees(data, name, draw):
         return
     manifest, before = (data / "manifest.json").read_bytes(), (data / name).read_bytes()
     content = draw.draw(st.one_of(st.binary(max_size=64), st.binary(min_size=len(before), max_size=len(before))))
-    import hashlib
-
     value = json.loads(manifest)
     for split in ("train", "val"):
         for entry in value[split]["shards"] + value[split]["beside"]:
@@ -127,6 +126,20 @@ def test_files_of_any_bytes_whose_manifest_agrees(data, name, draw):
     finally:
         (data / "manifest.json").write_bytes(manifest)
         (data / name).write_bytes(before)
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+@pytest.mark.parametrize("beyond", [0, 1, 60_000])
+def test_tokens_that_the_vocabulary_lacks_are_refused(data, name, beyond):
+    """However the manifest vouches for them: they would be read behind the end of the embedding."""
+    manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
+    ids = np.fromfile(data / f"{name}.bin", "<u2")
+    ids[len(ids) // 2] = min(manifest["vocab_size"] + beyond, 65_535)
+    ids.tofile(data / f"{name}.bin")
+    manifest[name]["shards"][0]["sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
+    (data / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"{name}\.bin has token {ids.max()}, but manifest\.json says"):
+        use(data)
 
 
 @pytest.mark.parametrize("shard", ["train.bin", "train.scored"])

@@ -100,6 +100,16 @@ def test_missing_path_suggests(tmp_path):
         find_sources([str(tmp_path / "inptu.txt")])
     with pytest.raises(UserError, match="no such file"):
         find_sources([str(tmp_path / "nowhere" / "a.txt")])
+
+
+@pytest.mark.parametrize("target", ["nowhere.txt", "input.txt"])
+def test_a_link_that_leads_nowhere_is_not_suggested_instead_of_itself(tmp_path, target):
+    (tmp_path / "input.txt").symlink_to(tmp_path / target)  # the second to itself
+    with pytest.raises(UserError, match=f"a link that leads nowhere, to .*{target}") as error:
+        find_sources([str(tmp_path / "input.txt")])
+    assert "did you mean" not in str(error.value)
+    with pytest.raises(UserError, match=r"did you mean .*input\.txt"):
+        find_sources([str(tmp_path / "inptu.txt")])
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no text in this directory"):
         find_sources([str(tmp_path / "none")])

@@ -1,5 +1,7 @@
 """What a killed `prepare` leaves, and what the next one makes of it."""
 
+import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.prepare import prepare
 from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
+from miaobi.lock import this_process
 
 TEXT = "\n\n".join(f"第{i}场，皇马赢了曼联" for i in range(100))
 OTHER = TEXT.replace("皇马", "巴萨")
@@ -115,3 +118,27 @@ def test_out_is_a_link(home):
         prepare([str(home / "new.txt")], PrepareConfig(out=home / "link"))
         assert contents(home / "disk") == contents(home / "expected")
         assert (home / "link").is_symlink()
+
+
+def test_two_prepares_do_not_write_one_directory(home):
+    before = contents(home / "out")
+    with (
+        store.one_writer(home / "out"),
+        pytest.raises(UserError, match=rf"out is being written by process {os.getpid()} .* choose another --out"),
+    ):
+        prepare([str(home / "new.txt")], PrepareConfig(out=home / "out"))
+    assert contents(home / "out") == before
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    holder = dataclasses.asdict(this_process()) | {"pid": dead.pid}
+    (home / ".out.lock").write_text(json.dumps(holder), encoding="utf-8")
+    prepare([str(home / "new.txt")], PrepareConfig(out=home / "out"))
+    assert contents(home / "out") == contents(home / "expected")
+    assert not list(home.glob(".*"))
+
+
+def test_a_prepare_that_fails_leaves_no_lock(home):
+    (home / "few.txt").write_text("好", encoding="utf-8")
+    with pytest.raises(UserError):
+        prepare([str(home / "few.txt")], PrepareConfig(out=home / "few"))
+    assert sorted(path.name for path in home.iterdir()) == ["expected", "few.txt", "new.txt", "old.txt", "out"]

@@ -82,6 +82,7 @@ def test_a_conversation_in_a_terminal(talker, tmp_path):
     assert screen.say("flush") == []
     assert screen.say("我叫什么") == ["我不知道"]
     assert screen.say("/flsh")[-1] == "miaobi: /flsh is no command and was sent as a message. Did you mean /flush?"
+    assert "/flush takes no text and was sent as a message; alone it is" in screen.say("/flush it")[-1]
     assert len(screen.say("/srv/me/a.txt")) == 1, "a path is a message"
     assert screen.say("flush") == []
     assert screen.say("我叫什么") == ["我不知道"]

@@ -4,14 +4,13 @@ import json
 import math
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tests import processes
 from transformers import AutoModelForCausalLM
 
 from miaobi.config import ModelConfig
@@ -148,8 +147,7 @@ def test_a_killed_run_on_dialogues_ends_in_the_same_weights(data, train, tmp_pat
     assert len(blocks) % 8
     train(**settings, out_dir=tmp_path / "alone")
     flags = [f"--{key}={value}" for key, value in settings.items()]
-    done = subprocess.run([sys.executable, "-c", KILL, *flags, f"--out_dir={tmp_path / 'killed'}"], check=False,
-                          capture_output=True, text=True)  # fmt: skip
+    done = processes.run(["-c", KILL, *flags, f"--out_dir={tmp_path / 'killed'}"])
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert pointed(tmp_path / "killed" / "checkpoints" / "last").name == "step-20"
     assert train(**settings, out_dir=tmp_path / "killed")["step"] == 40

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from miaobi.corpus.dataset import IGNORE, batch, windows_per_epoch
 from miaobi.corpus.prepared import PreparedData, TokenStream
@@ -198,6 +199,23 @@ def test_what_a_seeds_user_sees_while_it_trains(train, prepared, tmp_path, capsy
     assert f"tensorboard --logdir={tmp_path / 'run'}" in said
     now = [r["train_eval_loss"] for r in rows(tmp_path / "run") if "train_eval_loss" in r]
     assert len(now) == 2, "of training text without dropout, beside the mean of the steps before"
+
+
+def test_small_gpts_tensorboard_path_gets_the_curves(train, prepared, tmp_path, capsys):
+    """And may be another one when the run goes on."""
+    for steps, name in ((20, "board"), (30, "board"), (40, "other")):
+        given = {"data": prepared(), "out_dir": tmp_path / "run", "max_iters": steps}
+        train(**given, tensorboard_path=tmp_path / name)
+    assert f"tensorboard --logdir={tmp_path / 'other'}" in capsys.readouterr().err
+    found = {}
+    for name in ("run", "board", "other"):
+        board = EventAccumulator(str(tmp_path / name))
+        board.Reload()
+        found[name] = sorted((e.step, e.value) for e in board.Scalars("val_loss"))
+    wanted = [(row["step"], pytest.approx(row["val_loss"])) for row in rows(tmp_path / "run") if "val_loss" in row]
+    assert found["run"] == wanted
+    assert found["board"] == wanted[:3]
+    assert found["other"] == wanted[3:]
 
 
 def test_validation_without_text_is_refused(train, prepared, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """How steps are computed is measured once, remembered, and kept by a run that goes on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -123,6 +125,65 @@ def test_a_precision_that_this_machine_lacks_is_replaced_and_said(capsys):
     damaged = Progress(step=7, computed={"dtype": "int8"})
     with pytest.raises(UserError, match="damaged"):
         choose_computing(TrainConfig(), work(), torch.float32, damaged, World())
+
+
+@pytest.fixture
+def bf16_cpu(monkeypatch) -> list:
+    """As on a CPU where compiled bf16 pays. What the compiler is asked for is only noted down, with what was said."""
+    asked = []
+    monkeypatch.setenv("MIAOBI_CPU_BF16", "yes")
+    monkeypatch.setattr(computing, "can_compile", lambda device: True)
+    monkeypatch.setattr(computing, "choose_eager", lambda work, dtypes: Computed(dtypes[0]))
+    monkeypatch.setattr(computing, "apply", lambda work, way: asked.append((way, work.example)) or True)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("steps", "pieces", "seconds", "compiled"),
+    [(1000, 1, 0.023, False), (23, 1, 1.0, False), (3000, 1, 0.023, False), (30, 1, 20.0, True), (30, 10, 2.0, True),
+     (20_000, 1, 0.02, True), (199, 1, 1.1, True), (200, 1, 0.9, False)],
+)  # fmt: skip
+def test_auto_compiles_by_the_work_not_by_the_steps(bf16_cpu, monkeypatch, capsys, steps, pieces, seconds, compiled):
+    """A run of 23 seconds in 1,000 steps was compiled once, which took 20; ten minutes in 30 steps were not."""
+    took = iter([9 * seconds, seconds])  # the first pass warms up
+    monkeypatch.setattr(Work, "once", lambda self, way: next(took))
+    progress, job = Progress(), work(steps=steps)
+    way = choose_computing(TrainConfig(), replace(job, pieces=pieces), torch.bfloat16, progress, World())
+    assert bool(way.compiled) == compiled == bool(progress.computed["compiled"])
+    said = capsys.readouterr().err
+    assert ("compiling now, which takes some 20 s: the run would take" in said) == compiled
+
+
+@pytest.mark.parametrize(("asked", "begun"), [(True, None), ("auto", "compiled"), ("auto", None)])
+def test_compiling_is_announced_before_it_begins(bf16_cpu, monkeypatch, capsys, asked, begun):
+    said = []
+    monkeypatch.setattr(computing, "apply", lambda work, way: said.append(capsys.readouterr().err) or True)
+    monkeypatch.setattr(Work, "once", lambda self, way: 6.0)
+    progress = Progress()
+    if begun:
+        progress = Progress(step=7, computed={"dtype": "bfloat16", "compiled": "blocks", "why": "it saves a lot"})
+    choose_computing(TrainConfig(compile=asked), work(steps=1000), torch.bfloat16, progress, World())
+    why = "it saves a lot" if begun else "the run would take 1.7 h without, and it saves about 10 min of that"
+    why = "--compile says so; it saves some 10% of a step" if asked is True else why
+    assert f"compiled (blocks)\ncompiling now, which takes some 20 s: {why}\n" in said[0]
+
+
+def test_no_rank_compiles_where_one_cannot(bf16_cpu, monkeypatch):
+    class Two(World):
+        def gather(self, value, group=None):
+            return [value, False if isinstance(value, bool) else value]
+
+    monkeypatch.setattr(Work, "once", lambda self, way: 60.0)
+    assert not choose_computing(TrainConfig(), work(), torch.bfloat16, Progress(), Two()).compiled
+    assert choose_computing(TrainConfig(), work(), torch.bfloat16, Progress(), World()).compiled
+
+
+def test_compiled_blocks_get_their_own_form_of_the_mask(bf16_cpu, monkeypatch):
+    monkeypatch.setattr(Work, "once", lambda self, way: 60.0)
+    job = work()
+    choose_computing(TrainConfig(), job, torch.bfloat16, Progress(), World(), lambda: ("theirs",))
+    choose_computing(TrainConfig(compile=False), job, torch.bfloat16, Progress(), World(), refuse)
+    assert [example for _, example in bf16_cpu] == [("theirs",), job.example]
 
 
 @pytest.mark.slow

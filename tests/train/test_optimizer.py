@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from miaobi.config import ModelConfig, OptimConfig
 from miaobi.model.transformer import Transformer
-from miaobi.train.optimizer import Muon, make_optimizers, orthogonalize, rate, set_rate
+from miaobi.train import optimizer
+from miaobi.train.optimizer import Muon, make_optimizers, move, orthogonalize, rate, set_rate
 from miaobi.train.recipe import resolve_optim
 
 # --- learning rate -----------------------------------------------------------------------------------------------
@@ -206,3 +207,42 @@ def test_muons_state_survives_saving():
     run(first, params[:1], grads[3:])
     run(second, params[1:], grads[3:])
     torch.testing.assert_close(params[1], params[0], atol=0, rtol=0)
+
+
+# --- gradients that are not finite -------------------------------------------------------------------------------
+
+
+def everything(model, optimizers) -> list[torch.Tensor]:
+    states = [s for o in optimizers for p in model.parameters() for s in o.state.get(p, {}).values()]
+    return [t.detach().clone() for t in (*model.parameters(), *states)]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["wte.weight", "blocks.1.mlp.up.weight", "norm.weight"])
+def test_one_bad_gradient_leaves_all_optimizers_where_they_are(monkeypatch, bad, where):
+    """AdamW's and Muon's alike, moments and steps too; and a device that nobody waits for computes the same bits."""
+    torch.manual_seed(0)
+    cfg = ModelConfig(family="qwen3", n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=40)
+    start, sides = Transformer(cfg), {}
+    for waiting in (True, False):
+        monkeypatch.setattr(optimizer, "WITHOUT_WAITING", () if waiting else ("cpu",))
+        model, draw = copy.deepcopy(start), torch.Generator().manual_seed(1)
+        optimizers = make_optimizers(model, resolve_optim(OptimConfig(), "qwen3", 10), "muon")
+        for step in range(5):
+            for name, p in model.named_parameters():
+                p.grad = torch.randn(p.shape, generator=draw)
+                if step in (0, 3) and name == where:
+                    p.grad.view(-1)[-1] = bad
+            before = everything(model, optimizers)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            move(optimizers, norm)
+            now = everything(model, optimizers)
+            if step == 3:
+                assert all(map(torch.equal, before, now))
+            elif step:
+                assert not any(map(torch.equal, before, now))
+            else:  # moments may be there by now, but they are nothing yet
+                assert all(map(torch.equal, before, now))
+                assert not any(map(torch.any, now[len(before) :]))
+        sides[waiting] = now
+    assert all(map(torch.equal, sides[True], sides[False]))

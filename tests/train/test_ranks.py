@@ -1,4 +1,8 @@
-"""Real ranks under torchrun on gloo: the same batches, the same loss, the same weights, whatever happens to them."""
+"""Real ranks on gloo: the same batches, the same loss, the same weights, whatever happens to them.
+
+Where torchrun itself matters (restarts, signals, what it says), it starts them; elsewhere `processes.ranks`, in seconds
+less.
+"""
 
 import json
 import os
@@ -14,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests import processes
 
 from miaobi.config import TrainConfig
 from miaobi.corpus.config import PrepareConfig
@@ -48,6 +53,14 @@ def run(command: list[str], code: int = 0) -> subprocess.CompletedProcess:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert (done.returncode == 0) == (code == 0), done.stderr[-4000:]
     return done
+
+
+def together(size: int, **values: object) -> str:
+    """Train on `size` ranks, which must succeed; what they said, all of them."""
+    done = processes.ranks(size, *flags(**values))
+    said = "".join(rank.stdout + rank.stderr for rank in done)
+    assert [rank.returncode for rank in done] == [0] * size, said[-4000:]
+    return said
 
 
 def losses(out: Path) -> tuple[list[float], list[float]]:
@@ -132,14 +145,14 @@ def test_evaluation_windows_are_shared_out_equally_and_each_counts_once(windows,
 )
 def test_several_ranks_learn_what_one_process_learns(prepared, alone, tmp_path, ranks, values, tolerance):
     out = tmp_path / "run"
-    done = run(torchrun(ranks, data=prepared(), out_dir=out, **values))
+    said = together(ranks, data=prepared(), out_dir=out, **values)
     one = alone(**{key: value for key, value in values.items() if key in ("optimizer", "max_iters")})
     for mine, theirs in zip(losses(out), losses(one), strict=True):
         assert len(mine) == len(theirs) > 0
         # Muon's orders of addition drift apart where the text is half known by heart: then the validation loss counts
         assert np.abs(np.array(mine) - np.array(theirs))[:100].max() < tolerance
-    assert done.stderr.count("number of parameters") == 1, "only rank 0 speaks"
-    assert done.stdout.count("next: miaobi sample") == 1
+    assert said.count("number of parameters") == 1, "only rank 0 speaks"
+    assert said.count("next: miaobi sample") == 1
     load_model(out, "last")
 
 
@@ -160,8 +173,8 @@ def test_every_start_is_the_same_on_any_number_of_ranks(prepared, trained, alone
         values["init_from"] = trained("qwen3")
     one = losses(alone(**values))
     for parallel in ("ddp", "fsdp") if start != "lora" else ("ddp",):  # fsdp refuses LoRA
-        done = run(torchrun(2, data=prepared(), out_dir=tmp_path / parallel, parallel=parallel, **values))
-        assert ("from the bigrams of" in done.stderr) == (start == "bigram_init")
+        said = together(2, data=prepared(), out_dir=tmp_path / parallel, parallel=parallel, **values)
+        assert ("from the bigrams of" in said) == (start == "bigram_init")
         for mine, theirs in zip(losses(tmp_path / parallel), one, strict=True):
             assert len(mine) == len(theirs) > 0
             assert np.abs(np.array(mine) - np.array(theirs)).max() < 1e-4
@@ -174,13 +187,13 @@ def test_every_start_is_the_same_on_any_number_of_ranks(prepared, trained, alone
 def test_a_run_goes_on_with_other_ranks_and_another_layout(prepared, alone, tmp_path):
     """1 process -> 2 under DDP -> 2 under FSDP -> 1 again: the losses of the run that one process makes."""
     settings = {"data": prepared(), "out_dir": tmp_path / "run", "eval_interval": 10, "bigram_init": False}
-    run([sys.executable, "-m", "miaobi", "train", *flags(**settings, max_iters=10)])
-    run(torchrun(2, **settings, max_iters=20, parallel="ddp"))
-    run(torchrun(2, **settings, max_iters=30, parallel="fsdp"))
+    together(1, **settings, max_iters=10)
+    together(2, **settings, max_iters=20, parallel="ddp")
+    together(2, **settings, max_iters=30, parallel="fsdp")
     assert (
         pointed(tmp_path / "run" / "checkpoints" / "last") / "train_state" / "optimizer-1-of-2.safetensors"
     ).stat().st_size > 1000
-    run([sys.executable, "-m", "miaobi", "train", *flags(**settings, max_iters=STEPS)])
+    together(1, **settings, max_iters=STEPS)
     ours, one = losses(tmp_path / "run"), losses(alone(eval_interval=10))
     assert np.abs(np.array(ours[0]) - np.array(one[0])).max() < 1e-4
     assert np.abs(np.array(ours[1]) - np.array(one[1])).max() < 1e-4
@@ -204,7 +217,7 @@ def workers(parent: int) -> list[int]:
 @pytest.mark.slow
 def test_a_killed_worker_is_started_again_and_the_run_ends_as_if_nothing_had_happened(prepared, tmp_path):
     settings = {"data": prepared(), "eval_interval": 10, "max_iters": 60, "dropout": 0.2}
-    run(torchrun(2, **settings, out_dir=tmp_path / "undisturbed"))
+    together(2, **settings, out_dir=tmp_path / "undisturbed")
     out = tmp_path / "run"
     # --init_from=scratch is repeated by torchrun with the rest of the command: it must not begin anew
     command = torchrun(2, "--max-restarts=2", **settings, out_dir=out, init_from="scratch")
@@ -222,15 +235,16 @@ def test_a_killed_worker_is_started_again_and_the_run_ends_as_if_nothing_had_hap
 def test_sigterm_to_torchrun_saves_at_once_and_the_run_goes_on_exactly(prepared, tmp_path):
     settings = {"data": prepared(), "eval_interval": 1000, "max_iters": 400}
     out = tmp_path / "run"
-    command = torchrun(2, **settings, out_dir=out)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        torchrun(2, **settings, out_dir=out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     wait_for(out, 20, process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert "terminated: saved step" in err, err[-4000:]
     assert 20 <= int(pointed(out / "checkpoints" / "last").name.removeprefix("step-")) < 400
-    run(command)
-    run(torchrun(2, **settings, out_dir=tmp_path / "undisturbed"))
+    together(2, **settings, out_dir=out)
+    together(2, **settings, out_dir=tmp_path / "undisturbed")
     assert weights(out) == weights(tmp_path / "undisturbed")
 
 
@@ -289,29 +303,26 @@ def test_a_port_in_use_is_an_error_that_names_it(miaobi, prepared, tmp_path, mon
 def test_ranks_that_were_told_different_things_are_named(prepared, tmp_path, key):
     other = {"learning_rate": "0.002", "data": prepared(val_fraction=0.2)}[key]
     settings = flags(data=prepared(), out_dir=tmp_path / "run")
-    script = tmp_path / "start.sh"
-    script.write_text(f'[ "$RANK" = 1 ] && set -- --{key}={other}\nexec {sys.executable} -m miaobi train '
-                      + " ".join(settings) + ' "$@"\n')  # fmt: skip
-    began = time.monotonic()
-    done = run([*TORCHRUN, "--standalone", "--nproc_per_node=2", "--no-python", "bash", str(script)], code=1)
-    messages = [line for line in done.stderr.splitlines() if line.startswith("miaobi: ")]
-    assert messages[0].startswith("miaobi: rank 0: rank 1 on ")
-    assert f"{key} is {other}, rank 0 has" in messages[0]
-    assert len(messages) == 1, "said once"
-    assert "miaobi/cli.py" not in done.stderr, "torchrun's own traceback is enough"
-    assert time.monotonic() - began < 120
+    first, second = processes.ranks(2, *settings, of_rank={1: ["-m", "miaobi", "train", *settings, f"--{key}={other}"]})
+    assert first.returncode == 2
+    assert first.stderr.startswith("2 processes on 1 machine\nmiaobi: rank 0: rank 1 on ")
+    assert f"{key} is {other}, rank 0 has" in first.stderr
+    assert first.stderr.count("\n") == 2
+    assert (second.returncode, second.stderr) == (-signal.SIGTERM, ""), "said once, and all end"
 
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_for_one_rank_costs_a_checkpoint_not_the_run(prepared, tmp_path):
     settings = flags(data=prepared(), out_dir=tmp_path / "run", parallel="fsdp", max_iters=20, eval_interval=10)
-    script = tmp_path / "start.sh"
-    script.write_text(f'[ "$RANK" = 1 ] && ulimit -f 50\nexec {sys.executable} -m miaobi train {" ".join(settings)}\n')
-    done = run([*TORCHRUN, "--standalone", "--nproc_per_node=2", "--no-python", "bash", str(script)], code=1)
+    full = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50 << 10,) * 2)\n"
+            "from miaobi import cli; cli.main(['train', *sys.argv[1:]])")  # fmt: skip
+    first, second = processes.ranks(2, *settings, of_rank={1: ["-c", full, *settings]})
     for step in (10, 20):
-        assert f"warning: checkpoint of step {step} could not be written (rank 1: " in done.stderr
-    assert done.stderr.count("warning: checkpoint") == 2, "said by rank 0 alone"
-    assert "miaobi: rank 0: the last checkpoint, of step 20, could not be written; there is none" in done.stderr
+        assert f"warning: checkpoint of step {step} could not be written (rank 1: " in first.stderr
+    assert first.stderr.count("warning: checkpoint") == 2
+    assert "warning: checkpoint" not in second.stderr, "said by rank 0 alone"
+    assert "miaobi: rank 0: the last checkpoint, of step 20, could not be written; there is none" in first.stderr
+    assert first.returncode == 2
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == [], "nothing is left by halves"
 
 
@@ -338,7 +349,7 @@ def test_the_rank_that_fails_speaks_first_and_all_end(prepared, tmp_path):
 @pytest.mark.slow
 def test_a_shard_that_is_missing_is_an_error_that_says_where(prepared, tmp_path, train):
     out = tmp_path / "run"
-    run(torchrun(2, data=prepared(), out_dir=out, max_iters=5, eval_interval=5, parallel="fsdp"))
+    together(2, data=prepared(), out_dir=out, max_iters=5, eval_interval=5, parallel="fsdp")
     (pointed(out / "checkpoints" / "last") / "train_state" / "optimizer-1-of-2.safetensors").unlink()
     with pytest.raises(UserError, match=r"optimizer-1-of-2\.safetensors is missing"):
         train(data=prepared(), out_dir=out, max_iters=10, eval_interval=5, log_interval=1, optimizer="adamw",

@@ -3,12 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from tests import processes
+from tests.processes import Process
 
 from miaobi.corpus.dataset import windows_per_epoch
 from miaobi.corpus.prepared import PreparedData
@@ -72,16 +72,15 @@ def flags(values: dict[str, object]) -> list[str]:
 
 def start_and_signal(arguments: list[str], run: Path, step: int, number: signal.Signals) -> tuple[int, str]:
     """`python -m miaobi train ...`, sent a signal once it has logged `step`: (exit code, stderr)."""
-    process = subprocess.Popen([sys.executable, "-m", "miaobi", "train", *arguments], text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    process = Process(["-m", "miaobi", "train", *arguments])
     log, give_up = run / "metrics.jsonl", time.monotonic() + 120
     while not (log.exists() and f'"step": {step},' in log.read_text(encoding="utf-8")):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.said()
         assert time.monotonic() < give_up, "the run does not get there"
         time.sleep(0.001)
     process.send_signal(number)
-    _, err = process.communicate(timeout=120)
-    return process.returncode, err
+    done = process.wait(timeout=120)
+    return done.returncode, done.stderr
 
 
 @pytest.mark.slow
@@ -119,7 +118,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_is_exact(
     assert curve(run) == curve(undisturbed(family))
 
 
-# One process forks a child per point, so that torch is imported once; each child dies by SIGKILL in the middle of a
+# One process forks a child per point; each child dies by SIGKILL in the middle of a
 # call that only kill -9 or a power cut would interrupt.
 DRIVER = """
 import os, shutil, signal, sys
@@ -186,8 +185,7 @@ def killed(settings, tmp_path_factory) -> Path:
     """A directory of runs, each killed at its place."""
     folder = tmp_path_factory.mktemp("killed")
     arguments = flags(settings("qwen3", folder / "PLACE"))
-    done = subprocess.run([sys.executable, "-c", DRIVER, ",".join(PLACES), *arguments], text=True, check=False,
-                          capture_output=True, timeout=300)  # fmt: skip
+    done = processes.run(["-c", DRIVER, ",".join(PLACES), *arguments])
     for place in PLACES:
         assert f"{place}={int(signal.SIGKILL)}" in done.stdout.splitlines(), done.stdout + done.stderr[-3000:]
     return folder

@@ -117,6 +117,31 @@ def test_curves_keep_the_step_that_is_gone_on_from_and_drop_those_run_again(tmp_
     assert points(tmp_path) == [(s, float(s) if s <= start else -1.0) for s in range(10, 50, 10)]
 
 
+def test_events_go_where_small_gpts_tensorboard_path_says_too(tmp_path):
+    elsewhere = tmp_path / "tensorboard" / "any&name"
+    metrics = Metrics(tmp_path, 0, None, events=elsewhere)
+    for step in (10, 20):
+        metrics.log(step, train_loss=float(step))
+    metrics.close()
+    assert points(tmp_path) == points(elsewhere) == [(10, 10.0), (20, 20.0)]
+
+
+@pytest.mark.parametrize("same", ["run", "run/../run", "run/"])
+def test_events_are_not_written_twice_into_one_directory(tmp_path, same):
+    Metrics(tmp_path / "run", 0, None, events=f"{tmp_path}/{same}").close()
+    assert len(list((tmp_path / "run").glob("events.out.tfevents*"))) == 1
+
+
+def test_a_place_for_events_that_cannot_be_written_costs_them_alone(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file")
+    (tmp_path / "run").mkdir()
+    metrics = Metrics(tmp_path / "run", 0, None, events=tmp_path / "tensorboard")
+    metrics.log(10, train_loss=1.0)
+    metrics.close()
+    assert points(tmp_path / "run") == [(10, 1.0)]
+    assert capsys.readouterr().err.count("warning:") == 1
+
+
 def test_an_evaluation_that_was_not_saved_is_not_told_twice(tmp_path):
     """Interrupted at an evaluation, continued, and killed between it and its checkpoint."""
     metrics = Metrics(tmp_path, 0, None)

@@ -96,12 +96,13 @@ class Run:
         """
         refuse_others(self.out, cells, self.identity)
         self.enter()
+        events = self.experiment.cfg.tensorboard_path
         with on_signals(self.interrupt):
             for cell in cells:
                 row = self.finished(cell)
                 if row is None:
                     try:
-                        row = self.train(cell)
+                        row = self.train(cell, events and Path(events, cell.name if len(cells) > 1 else ""))
                     except Interrupted:
                         log(f"{self.stopped}: finished cells are kept; the same command again goes on after them")
                         break
@@ -136,10 +137,10 @@ class Run:
         log(f"{cell.name}: finished earlier, accuracy {saved['row']['accuracy']:.2%}")
         return saved["row"]
 
-    def train(self, cell: Cell) -> Row:
-        """Train a cell and write it down, whole or not at all."""
+    def train(self, cell: Cell, events: Path | None) -> Row:
+        """Train a cell and write it down, whole or not at all. events: where TensorBoard's go as well."""
         logs = self.out / "logs" / cell.name
-        judge, _, row = finetune(self.experiment, cell, logs, lambda: self.stopped is not None)
+        judge, _, row = finetune(self.experiment, cell, logs, lambda: self.stopped is not None, events)
         with written_whole(self.out / "checkpoints" / cell.name) as aside:
             if self.keep_models:
                 head.save(aside, judge)
@@ -164,7 +165,7 @@ class Run:
         found, cfg, data = [], self.experiment.cfg, self.experiment.data
         for seed in sorted(seeds):
             path = self.out / "baselines" / f"{seed}.json"
-            saved = read_result(path)
+            saved = read_result(path, "rows")
             if saved is None or changed(saved["settings"], self.identity) is not None:
                 _, tokenizer, reading = prepare_base(cfg, self.experiment.base, seed)
                 split = make_split(data, cfg, seed, reading, tokenizer)

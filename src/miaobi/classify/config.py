@@ -89,6 +89,9 @@ class ClassifyConfig(Where, Optim, LoraConfig):
     """Also score the commonest label and a linear SVM on character n-grams, on the same splits."""
     out_dir: Location = "classify_run"
     """Run directory."""
+    tensorboard_path: Location | None = None
+    """Directory that gets the TensorBoard events as well, of several classifiers one directory each; out_dir has them
+    in any case."""
 
     def __post_init__(self) -> None:
         for name in ("max_epoch", "batch_size", "seeds", "block_size", "micro_tokens", "eval_interval"):
@@ -158,5 +161,6 @@ def load_config(path: Path | None, given: list[tuple[str, Any]]) -> tuple[Classi
 
 def settings_of(cfg: ClassifyConfig) -> dict[str, Any]:
     """What decides the figures of a cell, besides its pooling, its trainable part and its seed."""
-    elsewhere = {"pooling", "trainable", "seed", "seeds", "baselines", "out_dir", "device", "micro_tokens"}
+    elsewhere = {"pooling", "trainable", "seed", "seeds", "baselines", "out_dir", "device", "micro_tokens",
+                 "tensorboard_path"}  # fmt: skip
     return {key: value for key, value in dataclasses.asdict(cfg).items() if key not in elsewhere}

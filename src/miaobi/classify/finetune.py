@@ -284,9 +284,13 @@ def row_weights(part: Part, labels: int, how: str) -> np.ndarray:
 
 
 def finetune(
-    experiment: Experiment, cell: Cell, metrics: Path | None = None, interrupted: Callable[[], bool] = lambda: False
+    experiment: Experiment,
+    cell: Cell,
+    metrics: Path | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+    events: Path | None = None,
 ) -> tuple[Judge, Split, dict[str, Any]]:
-    """Train one cell; its curves go into the directory `metrics`.
+    """Train one cell; its curves go into the directory `metrics`, TensorBoard's also into `events`.
 
     Returns the classifier at its best, the split, and the figures of its test part (`evaluation.judged`) with
     dev_accuracy, seconds, trained_parameters, peak_memory_mb, best_step, train_rows.
@@ -307,7 +311,7 @@ def finetune(
         run = Finetuning(cfg, cell, judge, split, experiment.states)
         if metrics is not None:
             metrics.mkdir(parents=True, exist_ok=True)
-        curves = Metrics(metrics, 0, None) if metrics is not None else None
+        curves = Metrics(metrics, 0, None, events=events) if metrics is not None else None
         try:
             run.go(curves, interrupted)
         finally:

@@ -13,13 +13,18 @@ import torch
 from miaobi.classify.config import CHECKPOINT_ROOT, ClassifyConfig, settings_of
 from miaobi.classify.data import Labelled
 from miaobi.classify.finetune import Cell
-from miaobi.console import log
-from miaobi.errors import UserError
+from miaobi.console import log, warn_once
+from miaobi.errors import UserError, brief
+from miaobi.files import is_a, read_json
 from miaobi.model.checkpoint import model_directory
 from miaobi.model.tensors import read_tensors
 from miaobi.settings import Origin, read_yaml
 
 RESULT = "result.json"
+ROW = {"pooling": str, "trainable": str, "seed": int, "accuracy": float, "macro_f1": float, "calibration_error": float,
+       "dev_accuracy": float, "seconds": float, "trained_parameters": int, "peak_memory_mb": int}  # fmt: skip
+BASELINE = {"name": str, "seed": int, "accuracy": float, "macro_f1": float, "seconds": float}
+"""What is asked of a cell's row and of a baseline's; they hold more."""
 CONTENTS = {"data_sha256": ("texts or labels", "data"), "base_sha256": ("weights", "base_model")}
 """Fingerprint -> what it is of, and the setting that names where that lies."""
 
@@ -84,7 +89,7 @@ def refuse_others(out: Path, cells: list[Cell], now: dict[str, Any]) -> None:
         saved = read_result(path / RESULT)
         if saved is None or (key := changed(saved["settings"], now)) is None:
             continue
-        how = f"with {key}={saved['settings'][key]}, now {key}={now.get(key)}"
+        how = f"with {key}={brief(saved['settings'][key])}, now {key}={now.get(key)}"
         if key in CONTENTS:
             what, where = CONTENTS[key]
             how = f"of other {what} than {now[where]} has now"
@@ -96,11 +101,20 @@ def changed(was: dict[str, Any], now: dict[str, Any]) -> str | None:
     return next((key for key, value in was.items() if now.get(key) != value), None)
 
 
-def read_result(path: Path) -> dict[str, Any] | None:
-    """What a cell or a baseline left behind; None where there is nothing whole."""
+def read_result(path: Path, key: str = "row") -> dict[str, Any] | None:
+    """What a cell (`row`) or the baselines of a split (`rows`) left behind, with their `settings`; None where there is
+    nothing, or nothing whole, which is said.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(path)
+    except UserError as e:
+        warn_once(f"{e}: what it tells is computed anew")
         return None
-    is_whole = isinstance(found, dict) and isinstance(found.get("settings"), dict) and {"row", "rows"} & found.keys()
-    return found if is_whole else None
+    if not found:
+        return None
+    rows, asked = ([found.get("row")], ROW) if key == "row" else (found.get("rows"), BASELINE)
+    kinds = isinstance(found.get("settings"), dict) and is_a(rows, list[dict]) and bool(rows)
+    if kinds and all(name in row and is_a(row[name], kind) for row in rows for name, kind in asked.items()):
+        return found
+    warn_once(f"{path} does not hold the figures of a classifier; they are computed anew")
+    return None

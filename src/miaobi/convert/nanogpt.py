@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from miaobi.config import ModelConfig
+from miaobi.console import warn
 from miaobi.convert import reading
 from miaobi.convert.config import NanoGPTConfig
 from miaobi.corpus.nanogpt import character_tokenizer, read_characters
@@ -25,13 +26,18 @@ LAYER = {
 }
 MASK = "attn.bias"
 """Kept by the code path without flash attention."""
+MOST_FOR_SPARE_ROWS = 0.01
+"""A model that has learned gives rows that no text has less of its probability; another text's tokens get more."""
 
 
 def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) -> dict[str, Any]:
     """Write the model directory `out` from a checkpoint and either its meta.pkl or a directory with GPT-2's tokenizer.
 
-    Returns out, parameters, vocab_size, spare_rows, step. Raises UserError for files that are missing, damaged, of
-    something else, or that do not belong together.
+    nanoGPT pads GPT-2's 50,257 tokens to 50,304, takes those also where train.py found no meta.pkl, and its users pad
+    to multiples of 64: rows beyond the vocabulary are kept, as spare ones.
+
+    Returns out, parameters, vocab_size, spare_rows, step, and doubt: why the vocabulary may be another one, or None.
+    Raises UserError for files that are missing, damaged, of something else, or that do not belong together.
     """
     checkpoint = read(path)
     reading.check_out(out)
@@ -47,14 +53,16 @@ def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) 
         found = Tokenizer.load(Path(tokenizer_dir).expanduser())
         tokenizer = Tokenizer(found.backend, {"eos_token": EOT})  # nothing else of the other model's configuration
         known, source = tokenizer.vocab_size, tokenizer_dir
-    padding = 0 if meta is not None else VOCAB_MULTIPLE - 1  # nanoGPT pads GPT-2's 50,257 to 50,304, and no other
-    if not known <= rows <= known + padding:
+    if rows != known and (rows < known or rows % VOCAB_MULTIPLE):
         raise UserError(f"{path} has {rows:,} tokens, {source} has {known:,}: it is not the vocabulary that this model "
                         "was trained with; give that one")  # fmt: skip
     model = reading.build(cfg, checkpoint["model"], LAYER, MASK, path)
+    doubts = doubt(model, known, path, source) if rows - known >= VOCAB_MULTIPLE else None
+    if doubts is not None:
+        warn(doubts)
     if meta is not None:
         reading.append_rows(model, least_expected(model), len(BYTE_PIECES))
-    record = {"project": "nanoGPT", "checkpoint": reading.fingerprint(path)}
+    record = {"project": "nanoGPT", "checkpoint": reading.fingerprint(path), "doubt": doubts}
     end_ids = () if tokenizer.eot_id is None else (tokenizer.eot_id,)
     reading.write(out, model, tokenizer, end_ids, record)
     return {
@@ -63,7 +71,20 @@ def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) 
         "vocab_size": model.cfg.vocab_size,
         "spare_rows": rows - known,
         "step": checkpoint.get("iter_num"),
+        "doubt": doubts,
     }
+
+
+def doubt(model: Transformer, known: int, path: Path, source: str) -> str | None:
+    """Why a vocabulary of `known` tokens is probably not the model's: it expects other rows. None if it does not."""
+    share = float(expected(model, known)[known:].sum())
+    if share <= MOST_FOR_SPARE_ROWS:
+        return None
+    return (
+        f"{source} is probably not the vocabulary of {path}: {model.cfg.vocab_size - known:,} of its "
+        f"{model.cfg.vocab_size:,} rows would be padding, but it expects those {share:.0%} of the time. "
+        "Unless it hardly learned, give the vocabulary that it was trained with"
+    )
 
 
 def convert_checkpoint(cfg: NanoGPTConfig) -> dict[str, Any]:
@@ -95,10 +116,15 @@ def least_expected(model: Transformer) -> torch.Tensor:
 
     Byte tokens begin as copies of it: 256 of them together then take next to nothing from the tokens it has learned.
     """
+    return model.wte.weight[expected(model, model.cfg.vocab_size).argmin()].clone()
+
+
+@torch.no_grad()
+def expected(model: Transformer, known: int) -> torch.Tensor:
+    """The mean probability (V,) of each token, where the model has read any of the first `known`."""
     draw = torch.Generator().manual_seed(0)
-    V, length = model.cfg.vocab_size, min(64, model.cfg.block_size)
-    ids = torch.randint(V, (4, length), generator=draw)
-    return model.wte.weight[model.eval()(ids).softmax(-1).mean((0, 1)).argmin()].clone()
+    ids = torch.randint(known, (4, min(64, model.cfg.block_size)), generator=draw)
+    return model.eval()(ids).softmax(-1).mean((0, 1))
 
 
 def _which_tokenizer(checkpoint: dict[str, Any], path: Path) -> str:

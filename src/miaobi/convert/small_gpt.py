@@ -50,8 +50,9 @@ def convert(path: Path, corpus: str | None, out: Path, exact: bool = False) -> d
 
     exact: no byte tokens; a character that the vocabulary lacks becomes `<unk>`, as in small-gpt.
 
-    Returns out, parameters, vocab_size, characters (in the vocabulary), spare_rows, step, and loss: nats per token
-    on the first dialogues of the corpus. Raises UserError for files that are missing, damaged or of something else.
+    Returns out, parameters, vocab_size, characters (in the vocabulary), spare_rows, step, loss (nats per token on the
+    first dialogues of the corpus), and doubt: why the corpus may be another one, or None. Raises UserError for files
+    that are missing, damaged or of something else.
     """
     checkpoint, text = read(path), find_corpus(corpus, path)
     reading.check_out(out)
@@ -87,6 +88,7 @@ def convert(path: Path, corpus: str | None, out: Path, exact: bool = False) -> d
         "spare_rows": spare,
         "step": checkpoint.get("global_step"),
         "loss": round(loss, 4),
+        "doubt": doubts,
     }
 
 

@@ -68,13 +68,16 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
     out = Path(cfg.out).expanduser().resolve()  # `.` has no name to put another beside; a link stays a link
     if not out.name:
         raise UserError(f"--out={cfg.out} is the root of a disk; choose a directory of its own")
-    store.clear_leftovers(out)
-    store.check_replaceable(out, [file.path for file in files])
     workers = workers_for(files, cfg)
     options = _document_options(files, cfg)
     # Dialogues and BPE want strings, and Ray's workers have disks of their own: there the second pass reads again.
     sets_aside = cfg.tokenizer == "char" and not options.dialogue and workers.backend == "processes"
-    with store.explain_full_disk(out), store.aside(out) if sets_aside else contextlib.nullcontext() as aside:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(store.explain_full_disk(out))
+        stack.enter_context(store.one_writer(out))
+        store.clear_leftovers(out)
+        store.check_replaceable(out, [file.path for file in files])
+        aside = stack.enter_context(store.aside(out)) if sets_aside else None
         corpus = take_survey(files, options, cfg, workers, weights, is_val, aside)
         tokenizer = _tokenizer(corpus, cfg, workers)
         with store.explain_refusal(out):

@@ -18,6 +18,8 @@ from miaobi.errors import UserError
 
 PIECE = 1 << 22
 """Tokens that are counted together."""
+LITTLE_ENDIAN = {"uint16": "<u2", "uint32": "<u4"}
+"""NumPy dtype of the shards."""
 
 
 class TokenStream:
@@ -26,8 +28,9 @@ class TokenStream:
     They are read, not mapped: a mapped file that is cut short while it is in use ends the process without a word.
     """
 
-    def __init__(self, directory: Path, split: dict, dtype: str, name: str) -> None:
-        self.directory, self.name = directory, name
+    def __init__(self, directory: Path, manifest: dict, name: str) -> None:
+        self.directory, self.name, self.vocab_size = directory, name, manifest["vocab_size"]
+        split, dtype = manifest[name], LITTLE_ENDIAN[manifest["dtype"]]
         self._files = [
             _Array(directory / Path(shard["file"]).name, dtype, shard["tokens"])  # a manifest names no other directory
             for shard in split["shards"]
@@ -88,11 +91,17 @@ class TokenStream:
         return positions
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as int64. Raises UserError for a shard that was cut short since it was opened."""
+        """Tokens [start, stop) as int64. Raises UserError for a shard that was cut short since it was opened, or that
+        has tokens which the vocabulary lacks.
+        """
         parts, first = [], int(np.searchsorted(self.ends, start, side="right"))
         for file, end in zip(self._files[first:], self.ends[first:].tolist(), strict=True):
             base = end - file.length
-            parts.append(file.read(max(0, start - base), min(file.length, max(0, stop - base))))
+            part = file.read(max(0, start - base), min(file.length, max(0, stop - base)))
+            if part.size and (highest := int(part.max())) >= self.vocab_size:
+                raise UserError(f"{file.path} has token {highest}, but manifest.json says that there are "
+                                f"{self.vocab_size}: it was altered; prepare the data again")  # fmt: skip
+            parts.append(part)
             if stop <= end:
                 break
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
@@ -171,12 +180,12 @@ class PreparedData:
     @cached_property
     def train(self) -> TokenStream:
         """The training split."""
-        return TokenStream(self.path, self.manifest["train"], self.little_endian, "train")
+        return TokenStream(self.path, self.manifest, "train")
 
     @cached_property
     def val(self) -> TokenStream:
         """The validation split."""
-        return TokenStream(self.path, self.manifest["val"], self.little_endian, "val")
+        return TokenStream(self.path, self.manifest, "val")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -184,11 +193,6 @@ class PreparedData:
         if self.manifest["kind"] == "nanogpt":
             return nanogpt.read_tokenizer(self.path)
         return Tokenizer.load(self.path)
-
-    @property
-    def little_endian(self) -> str:
-        """NumPy dtype of the shards."""
-        return {"uint16": "<u2", "uint32": "<u4"}[self.manifest["dtype"]]
 
     @property
     def vocab_size(self) -> int:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import bz2
 import contextlib
 import difflib
 import functools
 import glob
-import gzip
-import io
-import lzma
 import os
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-import zstandard
-
-from miaobi.corpus import folders
+from miaobi.corpus import folders, unpack
 from miaobi.corpus.folders import COMPRESSION, FORMAT_BY_NAME, LeftOut
+from miaobi.corpus.unpack import DAMAGED
 from miaobi.errors import UserError
-
-DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError, zipfile.BadZipFile)
-DAMAGED += (RuntimeError, UnicodeDecodeError)
-"""What the unpacking libraries raise (zipfile: RuntimeError for a password or an unknown version, UnicodeDecodeError
-for broken names)."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +55,10 @@ class Source:
     def open(self) -> BinaryIO:
         """The unpacked bytes as a stream. Raises UserError when it cannot be opened."""
         try:
-            if self.compression == "gz":
-                return gzip.open(self.path, "rb")
-            if self.compression == "bz2":
-                return bz2.open(self.path, "rb")
-            if self.compression == "xz":
-                return lzma.open(self.path, "rb")
-            if self.compression == "zst":
-                return io.BufferedReader(_ZstdFrames(self.path))
             if self.compression == "zip":
                 archive = _archive(self.path)
                 return archive.open(archive.infolist()[self.entry])
-            return open(self.path, "rb")
+            return unpack.opened(self.path, self.compression)
         except DAMAGED as error:
             raise UserError(f"{self.name} cannot be opened: {error}") from error
 
@@ -89,41 +70,19 @@ class Source:
             raise UserError(f"{self.name} cannot be read: {error.strerror}") from error
 
     def read(self, stream: BinaryIO, size: int) -> bytes:
-        """Up to `size` bytes of a stream that `open` gave. Raises UserError when the file is damaged."""
+        """Up to `size` bytes of a stream that `open` gave. Raises UserError when the file is damaged, or becomes more
+        than unpack.MAX_GROWTH times its size.
+        """
         try:
-            return stream.read(size)
+            if not self.compression or self.member:  # of archives `_in_zip` has looked at the sizes
+                return stream.read(size)
+            left = unpack.most(self.size) - stream.tell()
+            found = stream.read(min(size, left + 1))
         except DAMAGED as error:
             raise UserError(f"{self.name} is damaged or cut short: {error}; fetch or pack it again") from error
-
-
-class _ZstdFrames(io.RawIOBase):
-    """The unpacked bytes of a .zst. zstandard's own reader takes a frame that was cut short for the end of the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = open(path, "rb")  # noqa: SIM115 - closed with this
-        self.frame, self.packed, self.unpacked = None, b"", b""
-
-    def readinto(self, buffer: memoryview) -> int:
-        while not self.unpacked:
-            packed = self.packed or self.file.read(4096)  # of which zstd makes 128 MiB at most
-            if not packed and self.frame is not None:
-                raise EOFError("the last frame has no end")
-            if not packed:
-                return 0
-            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
-            self.unpacked, self.packed = memoryview(self.frame.decompress(packed)), b""
-            if self.frame.eof:
-                self.frame, self.packed = None, self.frame.unused_data
-        taken = min(len(buffer), len(self.unpacked))
-        buffer[:taken], self.unpacked = self.unpacked[:taken], self.unpacked[taken:]
-        return taken
-
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
+        if len(found) > left:
+            raise UserError(unpack.grows(self.name))
+        return found
 
 
 def find_sources(paths: list[str], format: str = "auto") -> list[Source]:
@@ -258,10 +217,12 @@ def _open_archive(path: Path, *_: int) -> zipfile.ZipFile:
 
 def _missing(given: str, path: Path) -> str:
     parent = path.parent
+    if path.is_symlink():
+        return f"{printable(given)} is a link that leads nowhere, to {printable(os.readlink(path))}"
     if not parent.is_dir():
         return f"{printable(given)}: no such file; its directory {printable(parent)} does not exist either"
     names = [entry.name for entry in parent.iterdir()]
-    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(path.name, [name for name in names if name != path.name], n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(printable(parent / name) for name in close)}?" if close else ""
     return f"{printable(given)}: no such file or directory{hint}"
 
@@ -282,6 +243,8 @@ def _in_zip(file: Path, format: str, left: list[LeftOut]) -> list[Source]:
         named = sorted((_member_name(m), entry, m.file_size) for entry, m in enumerate(archive.infolist()))
     except DAMAGED as error:
         raise UserError(f"{printable(file)} is not a readable zip archive: {error}") from error
+    if sum(size for _, _, size in named) > unpack.most(file.stat().st_size):
+        raise UserError(unpack.grows(printable(file)))
     sources = []
     for name, entry, size in named:
         source = Source(file, _format_of(name, format), "zip", name, entry, size, is_listed=True)

@@ -19,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from miaobi.errors import UserError
+from miaobi.lock import locked
 
 SHARD_BYTES = 1 << 31
 """A split that is longer goes into several numbered shards."""
@@ -192,6 +193,19 @@ def aside(out: Path) -> Iterator[Path]:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def one_writer(out: Path) -> Iterator[None]:
+    """The lock of `out` while the body runs; it lies beside it, as `out` is replaced as a whole.
+
+    Raises UserError naming the process that holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        with explain_refusal(out):
+            file = out.with_name(f".{out.name}.lock")
+            stack.enter_context(locked(out, "wait for it, or choose another --out", file))
+        yield
 
 
 def clear_leftovers(out: Path) -> None:

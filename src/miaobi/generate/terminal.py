@@ -139,8 +139,10 @@ def obey(chat: Chat, line: str, out: TextIO, silent: bool) -> bool:
     if command not in known or (rest.strip() and command not in TAKE_TEXT):
         say(chat.reply(line.replace("//", "/", 1) if line.lstrip().startswith("//") else line), out, silent)
         if out.isatty() and (close := difflib.get_close_matches(command, known, n=1, cutoff=0.75)):
-            print(f"miaobi: {command} is no command and was sent as a message. Did you mean {close[0]}?",
-                  file=sys.stderr)  # fmt: skip
+            why = "takes no text and was sent as a message; alone it is the command"
+            if command not in known:
+                why = f"is no command and was sent as a message. Did you mean {close[0]}?"
+            print(f"miaobi: {command} {why}", file=sys.stderr)
     elif command == "/exit":
         return False
     elif command == "/flush":

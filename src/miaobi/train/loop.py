@@ -25,7 +25,7 @@ from miaobi.train.data import opening
 from miaobi.train.evaluate import bits_per_char, evaluating, mean_loss, place
 from miaobi.train.layout import Objective, is_sharded, no_recompilation, reducing, whole
 from miaobi.train.micro import lowered
-from miaobi.train.optimizer import set_rate
+from miaobi.train.optimizer import move, set_rate
 from miaobi.train.recipe import memory_advice, micro_batch
 from miaobi.train.recovery import NotFiniteError, recovering
 from miaobi.train.rendezvous import join, rank_device
@@ -122,7 +122,7 @@ class Run:
                 if self.metrics is not None:
                     self.metrics.close()
         self.saver.refuse_lost()
-        log(f"curves: tensorboard --logdir={plan.out}")
+        log(f"curves: tensorboard --logdir={cfg.tensorboard_path or plan.out}")
         return plan.result(p.stopped or plan.end)
 
     def steps(self, bar: Bar, task, preview: Preview | None) -> None:
@@ -225,14 +225,9 @@ class Run:
             plan.scaler.unscale_(optimizer)
         limit = plan.optim.grad_clip or math.inf
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        # a GPU would have to be waited for: see `Alarms.finite`
-        if plan.device.type == "cpu" and not math.isfinite(norm + (total if world.size == 1 else 0.0)):
-            self.model.zero_grad(set_to_none=True)
-            return total, norm, scored
         set_rate(plan.optimizers, share_of_rate(step, plan.optim, self.progress))
-        for optimizer in plan.optimizers:
-            plan.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+        move(plan.optimizers, norm + total if world.size == 1 else norm)
+        self.model.zero_grad(set_to_none=True)
         plan.scaler.update()
         return total, norm, scored
 

@@ -73,6 +73,8 @@ class Work:
             with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
                 loss = self.objective(*self.example)
             loss.backward()
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)
             took = time.perf_counter() - started
         model.zero_grad(set_to_none=True)
         return took

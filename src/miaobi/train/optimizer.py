@@ -14,6 +14,8 @@ from miaobi.model.families import qkv_widths
 from miaobi.model.transformer import Transformer
 from miaobi.train.layout import is_sharded, part_of, whole
 
+WITHOUT_WAITING = ("cuda",)
+"""Devices that compute while Python goes on: to ask one for a number is to wait for all that it was given."""
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of Jordan et al. 2024
 
 
@@ -26,6 +28,9 @@ class Muon(torch.optim.Optimizer):
 
     Param groups carry `parts`: for each parameter, the row counts to split it into.
     """
+
+    found_inf: Tensor | None = None
+    """A number on the parameters' device: 1 = leave everything as it is. As in torch's fused optimizers."""
 
     def __init__(self, groups: list[dict], lr: float, momentum: float, weight_decay: float = 0.0) -> None:
         """weight_decay: decoupled, as AdamW's (arXiv:1711.05101): a step takes lr x weight_decay of every weight, so
@@ -56,8 +61,11 @@ class Muon(torch.optim.Optimizer):
             state = self.state[p]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
-            buffer = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-            updates.append(whole(p.grad.lerp(buffer, momentum)))
+            buffer, grad = state["momentum_buffer"], p.grad
+            if self.found_inf is not None:  # towards itself the buffer does not move, and what follows is finite
+                grad = torch.where(self.found_inf.bool(), buffer, grad)
+            buffer.lerp_(grad, 1 - momentum)
+            updates.append(whole(grad.lerp(buffer, momentum)))
         pieces = torch.stack(updates).split(alike[0][1], dim=1)  # (N, rows, C) each
         by_shape: dict[torch.Size, list[int]] = {}
         for i, piece in enumerate(pieces):
@@ -67,10 +75,10 @@ class Muon(torch.optim.Optimizer):
             scale = math.sqrt(max(1.0, shape[1] / shape[2]))
             orthogonal = shared_orthogonalize(torch.cat([pieces[i] for i in indices]))
             for i, o in zip(indices, orthogonal.split(len(alike)), strict=True):
-                moved[i] = o * scale
+                moved[i] = o * (scale if self.found_inf is None else scale * (1 - self.found_inf))
         for (p, _), update in zip(alike, torch.cat(moved, dim=1), strict=True):
             if weight_decay:
-                p.mul_(1 - lr * weight_decay)
+                p.mul_(1 - lr * weight_decay * (1.0 if self.found_inf is None else 1 - self.found_inf))
             p.add_(part_of(update, p), alpha=-lr)
 
 
@@ -142,6 +150,21 @@ def make_optimizers(model: Transformer, cfg: OptimConfig, kind: str) -> list[tor
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def move(optimizers: list[torch.optim.Optimizer], norm: Tensor) -> None:
+    """One step of all optimizers, or of none where `norm`, of all gradients and all ranks, is not finite.
+
+    On a GPU nobody waits to know that: the optimizers get the answer as a tensor (torch's own `found_inf`).
+    """
+    found_inf = None
+    if norm.device.type in WITHOUT_WAITING:
+        found_inf = (~norm.isfinite()).float()
+    elif not bool(norm.isfinite()):
+        return
+    for optimizer in optimizers:
+        optimizer.found_inf = found_inf
+        optimizer.step()
 
 
 def rate(step: int, cfg: OptimConfig, at: float | None = None) -> float:

@@ -21,7 +21,7 @@ from miaobi.train.mirror import Mirror
 
 # How a run is entered, where it lies and how its memory is used, not what it is.
 STEERING = {"init_from", "resume_from", "eval_only", "eval_first", "out_dir", "micro_batch_size", "parallel",
-            "fsdp_shard_size", "activation_checkpointing", "comm_timeout", "mirror"}  # fmt: skip
+            "fsdp_shard_size", "activation_checkpointing", "comm_timeout", "mirror", "tensorboard_path"}  # fmt: skip
 # What a run writes besides its checkpoints; `data` only where TEXT says that the run prepared it.
 OWN = ("metrics.jsonl", "report.html", "wandb", "config.yaml")
 TEXT = "text.json"

@@ -22,11 +22,19 @@ if TYPE_CHECKING:
 class Metrics:
     """metrics.jsonl, TensorBoard events, and wandb where asked for. Failing to write them never ends a run."""
 
-    def __init__(self, out: Path, start: int, wandb_settings: dict[str, Any] | None, evaluated: bool = True) -> None:
-        """start: steps that are done. evaluated: whether `start` was before it was saved, where it was to be."""
+    def __init__(
+        self,
+        out: Path,
+        start: int,
+        wandb_settings: dict[str, Any] | None,
+        evaluated: bool = True,
+        events: str | Path | None = None,
+    ) -> None:
+        """start: steps that are done. evaluated: whether `start` was before it was saved, where it was to be. events:
+        a directory that gets the TensorBoard events as well."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
 
-        self.warned, self.file, self.board, self.wandb = False, None, None, None
+        self.warned, self.file, self.boards, self.wandb = False, None, [], None
         with self.going_on():
             path, kept = out / "metrics.jsonl", []
             if start and path.is_file():  # a killed run may have logged steps that are now run, or evaluated, again
@@ -36,8 +44,9 @@ class Metrics:
                         kept.append(line)
             write_text(path, "".join(f"{line}\n" for line in kept))  # in place of a link, not through it
             self.file = path.open("a", encoding="utf-8")
-        with self.going_on():
-            self.board = SummaryWriter(str(out), purge_step=start + 1)
+        for directory in {Path(place).resolve() for place in (out, events) if place is not None}:
+            with self.going_on():
+                self.boards.append(SummaryWriter(str(directory), purge_step=start + 1))
         if wandb_settings is not None:
             self.wandb = start_wandb(out, wandb_settings)
 
@@ -46,7 +55,7 @@ class Metrics:
         """Those of a run, going on from where it stands."""
         cfg, p = plan.cfg.train, plan.progress
         wandb = {"project": cfg.wandb_project, "name": cfg.wandb_run_name, "id": p.run, "config": flatten(plan.cfg)}
-        return cls(plan.out, p.step, wandb if cfg.wandb_log else None, p.evaluated == p.step)
+        return cls(plan.out, p.step, wandb if cfg.wandb_log else None, p.evaluated == p.step, cfg.tensorboard_path)
 
     def log(self, step: int, **values: float | None) -> None:
         """One line of metrics.jsonl, one point of every curve."""
@@ -57,8 +66,8 @@ class Metrics:
                 self.file.flush()
         with self.going_on():
             for key, value in known.items():
-                if self.board is not None:
-                    self.board.add_scalar(key, value, step)
+                for board in self.boards:
+                    board.add_scalar(key, value, step)
         if self.wandb is not None:
             self.wandb.log(known, step=step)
 
@@ -74,7 +83,7 @@ class Metrics:
 
     def close(self) -> None:
         """Flush everything."""
-        for sink in (self.file, self.board):
+        for sink in (self.file, *self.boards):
             with self.going_on():
                 if sink is not None:
                     sink.close()
@@ -115,11 +124,14 @@ def since_best(history: list[list[float]]) -> int:
 
 def time_left(seconds: float) -> str:
     """How long a run will still take, in words; empty beyond 30 days: an endless max_epochs is no plan."""
-    if seconds > 30 * 86400:
-        return ""
+    return "" if seconds > 30 * 86400 else f"{duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
     if seconds < 90:
-        return f"{seconds:.0f} s left"
-    return f"{seconds / 60:.0f} min left" if seconds < 5400 else f"{seconds / 3600:.1f} h left"
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def overfitting(history: list[list[float]], dropout: float, learning_rate: float) -> str | None:
