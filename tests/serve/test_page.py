@@ -196,6 +196,7 @@ def test_a_text_is_judged_and_what_mattered_is_marked(visit, url):
 def test_a_dropped_csv_comes_back_labelled(visit, url, tmp_path):
     page = visit(url, "classify")
     rows = [[str(i), f'第{i}条："皇马，赢"\n比赛{"国" * (i % 5)}'] for i in range(70)] + [["70", "  "]]
+    rows[3].append("多一格")
     sheet = io.StringIO()
     csv.writer(sheet).writerows([["编号", "评论"], *rows])
     data = sheet.getvalue().encode("gb18030")
@@ -210,18 +211,19 @@ def test_a_dropped_csv_comes_back_labelled(visit, url, tmp_path):
     )
     expect(page.locator("#classify .file")).to_contain_text("71 行，GB18030")
     expect(page.locator("#column")).to_have_value("1")
+    expect(page.locator("#classify blockquote")).to_contain_text('第0条："皇马，赢"')
     page.get_by_role("button", name="开始").click()
     with page.expect_download() as download:
         page.get_by_role("button", name="下载").click()
     assert download.value.suggested_filename == "表-labelled.csv"
     download.value.save_as(tmp_path / "out.csv")
     back = list(csv.reader((tmp_path / "out.csv").open(encoding="utf-8-sig", newline="")))
-    assert back[0] == ["编号", "评论", "predicted_label", "probability"]
-    assert [row[:2] for row in back[1:]] == rows
-    told = httpx.post(f"{url}/classify", json={"input": [text for _, text in rows[:70]]}).json()["data"]
-    assert [row[2] for row in back[1:71]] == [one["label"] for one in told]
-    assert [float(row[3]) for row in back[1:71]] == pytest.approx([one["score"] for one in told], abs=1e-3)
-    assert back[71][2:] == ["", ""]
+    assert back[0] == ["编号", "评论", "", "predicted_label", "probability"]
+    assert [row[:3] for row in back[1:]] == [[*row, ""][:3] for row in rows]
+    told = httpx.post(f"{url}/classify", json={"input": [row[1] for row in rows[:70]]}).json()["data"]
+    assert [row[3] for row in back[1:71]] == [one["label"] for one in told]
+    assert [float(row[4]) for row in back[1:71]] == pytest.approx([one["score"] for one in told], abs=1e-3)
+    assert back[71][3:] == ["", ""]
     expect(page.locator("#classify .file")).to_contain_text("1 行是空的")
 
 
