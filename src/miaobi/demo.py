@@ -85,7 +85,7 @@ def demo(cfg: DemoConfig) -> dict:
 
 
 def end(out: Path, result: dict, seconds: float) -> str:
-    """The last screen: what was made, and five things to try."""
+    """The last screen: what was made, and six things to try."""
     judged = result["sentiment"]
     made = {
         out: f"a model that writes like the newspaper: {result['val_bits_per_char']:.2f} bits/char",
@@ -94,6 +94,7 @@ def end(out: Path, result: dict, seconds: float) -> str:
         out / "data": "the newspaper as tokens; the texts themselves lie beside it",
     }
     things = {
+        f"miaobi serve {out}": "all of it in a browser, and OpenAI's API for programs",
         f"miaobi sample {out} --start=北京": "",
         f"miaobi chat {out / 'chat'}": "it knows short exchanges: `flush` before the next",
         f"miaobi classify predict {out / 'sentiment'} 早餐不错，就是有点吵": "",
@@ -105,7 +106,7 @@ def end(out: Path, result: dict, seconds: float) -> str:
     return "\n".join([
         f"\nmade in {seconds:.0f} s:",
         *(f"  {path!s:<{width}}  {what}" for path, what in made.items()),
-        "five things to try next:",
+        "six things to try next:",
         *(f"  {command}{f'   # {why}' if why else ''}" for command, why in things.items()),
     ])  # fmt: skip
 
