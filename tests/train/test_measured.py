@@ -1,6 +1,7 @@
 """How steps are computed is measured once, remembered, and kept by a run that goes on."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -250,12 +251,13 @@ def test_no_rank_compiles_where_one_cannot(bf16_cpu, monkeypatch):
     assert choose_computing(TrainConfig(), work(), torch.bfloat16, Progress(), World()).compiled
 
 
-def test_compiled_blocks_get_their_own_form_of_the_mask(bf16_cpu, monkeypatch):
-    monkeypatch.setattr(Work, "once", lambda self, way: 60.0)
-    job = work()
-    choose_computing(TrainConfig(), job, torch.bfloat16, Progress(), World(), lambda: ("theirs",))
-    choose_computing(TrainConfig(compile=False), job, torch.bfloat16, Progress(), World(), refuse)
-    assert [example for _, example in bf16_cpu] == [("theirs",), job.example]
+def test_compiled_blocks_get_their_own_form_of_the_mask():
+    """On a GPU eager attention takes a matrix, the compiled one FlexAttention's blocks."""
+    job, asked = work(), []
+    job = replace(job, example=lambda rows, compiled: asked.append(compiled) or work().example(rows, compiled))
+    job.once(Computed("float32"))
+    job.once(Computed("float32", compiled="blocks"))
+    assert asked == [False, True]
 
 
 def test_a_run_says_below_its_configuration_how_it_computes(train, prepared, tmp_path, monkeypatch):
