@@ -155,7 +155,12 @@ def point(link: Path, target: str) -> None:
 
 
 def pointed(link: Path) -> Path | None:
-    """The sibling directory that `link` names, or None. A copy that knows no links made a directory of it: that one."""
+    """The sibling directory that `link` names, or None. A copy that knows no links made a directory of it: that one.
+
+    What a kill left between two renames is found where it is: the next `train` puts it back, a reader only reads.
+    """
+    if not os.path.lexists(link):
+        link = older_of(link)
     if link.is_symlink():
         name = os.readlink(link)
     elif (link / TARGET).is_file():
@@ -170,7 +175,7 @@ def pointed(link: Path) -> Path | None:
     if name in ("", ".", "..", link.name):
         return None
     target = link.parent / name
-    return target if target.is_dir() else None
+    return next((place for place in (target, older_of(target)) if place.is_dir()), None)
 
 
 def small_text(file: Path) -> str:
@@ -280,21 +285,43 @@ def sha256(file: Path) -> str:
     return checksum(file, hashlib.sha256())
 
 
-def write_manifest(directory: Path, known: dict[str, str] | None = None) -> None:
-    """Write the SHA-256 of every file in `directory` into its checksums.json.
+class Checksums(ThreadPoolExecutor):
+    """A thread that hashes files while others are written, and all while they are flushed to the disk."""
 
-    known: checksums of files, by path, that somebody else has computed already. Files are hashed while they are
-    flushed to the disk, which waits anyway. Raises OSError.
-    """
-    files = sorted(p for p in directory.rglob("*") if p.is_file())
-    names = [file.relative_to(directory).as_posix() for file in files]
-    with ThreadPoolExecutor(1) as pool:
-        hashed = [pool.submit((known or {}).get, name) if name in (known or {}) else pool.submit(sha256, file)
-                  for name, file in zip(names, files, strict=True)]  # fmt: skip
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.begun: dict[Path, Callable[[], str]] = {}
+
+    def add(self, file: Path, digest: str = "") -> None:
+        """Begin to hash a file that is whole; digest: its SHA-256, where somebody else has computed it."""
+        self.begun[file] = (lambda: digest) if digest else self.submit(sha256, file).result
+
+    def write(self, directory: Path) -> None:
+        """Write the SHA-256 of every file in `directory` into its checksums.json. Raises OSError."""
+        files = sorted(p for p in directory.rglob("*") if p.is_file())
+        for file in files:
+            if file not in self.begun:
+                self.add(file)
         for file in files:
             flush(file)
-        sums = {name: digest.result() for name, digest in zip(names, hashed, strict=True)}
-    write_json(directory / CHECKSUMS, {"sha256": sums})
+        sums = {file.relative_to(directory).as_posix(): self.begun[file]() for file in files}
+        write_json(directory / CHECKSUMS, {"sha256": sums})
+
+
+@contextmanager
+def verifying(directory: Path, wanted: Callable[[str], bool] = bool) -> Iterator[None]:
+    """`verify_manifest` beside the body, which reads the same files: on another core it costs next to nothing.
+
+    Raises its UserError also in place of what the body made of an altered file.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        check = pool.submit(verify_manifest, directory, wanted)
+        try:
+            yield
+        except Exception:
+            check.result()
+            raise
+        check.result()
 
 
 def verify_manifest(directory: Path, wanted: Callable[[str], bool] = bool) -> None:

@@ -19,7 +19,7 @@ from miaobi.corpus.records import HALF_A_CHARACTER, is_whole, open_records
 from miaobi.corpus.sources import Source, find_sources
 from miaobi.corpus.tables import Lines, Record, refuse_repeated, repeated, wrong_width
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.errors import UserError
+from miaobi.errors import UserError, brief, names_listed
 
 LABEL_COLUMNS = ("label", "labels", "sentiment", "class")
 LEAST = 3  # examples of a label: one for each part
@@ -167,7 +167,7 @@ def find_columns(
         name = asked if asked is not None else next((n for n in known if n in names), None)
         if name is None or name not in names:
             asked = f"no column {asked!r}" if asked is not None else f"no column called {', '.join(known)}"
-            raise UserError(f"{source.name}: {asked}; there are {', '.join(map(str, names)) or 'none'}. "
+            raise UserError(f"{source.name}: {asked}; there are {names_listed(names)}. "
                             f"Name one with --{key}")  # fmt: skip
         if name in repeated(names):
             refuse_repeated(source.name, name)
@@ -245,8 +245,8 @@ def stratified(labels: np.ndarray, names: list[str], seed: int) -> tuple[np.ndar
     for label, name in enumerate(names):
         rows = np.flatnonzero(labels == label)
         if len(rows) < LEAST:
-            raise UserError(f"label {name!r} has {len(rows)} distinct texts; at least {LEAST} are needed, one each to "
-                            "train, to choose and to test: add some, or remove the label")  # fmt: skip
+            raise UserError(f"label {brief(name)} has {len(rows)} distinct texts; at least {LEAST} are needed, one "
+                            "each to train, to choose and to test: add some, or remove the label")  # fmt: skip
         order = np.random.default_rng(derive(seed, "split", label)).permutation(rows)
         tenth = max(1, round(0.1 * len(rows)))
         for part, chosen in zip(parts, (order[2 * tenth :], order[:tenth], order[tenth : 2 * tenth]), strict=True):

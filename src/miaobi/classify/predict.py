@@ -23,7 +23,7 @@ from miaobi.console import json_text, log, warn, warn_of_encoding
 from miaobi.corpus.records import spooled
 from miaobi.corpus.sources import FORMAT_BY_NAME
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
-from miaobi.errors import UserError
+from miaobi.errors import UserError, brief
 
 FILES = (".txt", *FORMAT_BY_NAME, ".gz", ".xz", ".zst", ".zip")
 """What ends like this is the name of a file, and never a text."""
@@ -121,7 +121,7 @@ class Score:
         if name not in self.labels:
             self.labels.append(name)
             self.unseen.add(name)
-            warn(f"{row.place}: label {name!r} was not in training; such rows count as wrong")
+            warn(f"{row.place}: label {brief(name)} was not in training; such rows count as wrong")
         self.true.append(self.labels.index(name))
         self.predicted.append(self.labels.index(label))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from miaobi.errors import UserError
 from miaobi.files import read_json
@@ -162,6 +162,9 @@ def _bert(file: Path, config: Json) -> tuple[tokenizers.Tokenizer, Json]:
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
+    around = [(name, vocab[name]) for name in map(_name, (config["cls_token"], config["sep_token"])) if name in vocab]
+    if len(around) == 2:
+        backend.post_processor = processors.BertProcessing(around[1], around[0])
     return backend, config
 
 

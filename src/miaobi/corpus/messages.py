@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from miaobi.corpus.template import NONCHARACTER, ROLES, Messages
+from miaobi.errors import brief, names_listed
 
 ALL_EXTRAS = frozenset(("tool", "tools", "tool_calls", "reasoning_content", "weight"))
 """What a record may have besides system, user, assistant and their text, where the template can render it."""
@@ -57,9 +58,7 @@ def _messages(record: dict, extras: frozenset[str]) -> Messages:
     elif is_alpaca:
         messages = _alpaca(record)
     else:
-        raise _RefusedError(
-            f"no dialogue in it: needs {_SHAPES}; the fields are {', '.join(map(str, record)) or 'none'}"
-        )
+        raise _RefusedError(f"no dialogue in it: needs {_SHAPES}; the fields are {names_listed(record)}")
     messages = _with_system(record.get("system"), messages)
     if tools := _tools(record):
         messages[0]["tools"] = tools
@@ -152,7 +151,7 @@ def _turn(turn: object, number: int) -> dict[str, Any]:
     role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         raise _RefusedError(
-            f"turn {number} has the unknown role {speaker!r}; the roles are {', '.join((*ROLES, 'tool'))}"
+            f"turn {number} has the unknown role {brief(speaker)}; the roles are {', '.join((*ROLES, 'tool'))}"
         )
     message: dict[str, Any] = {"role": role}
     if speaker == "function_call":  # ShareGPT's: the call is the content
@@ -201,7 +200,7 @@ def _part(part: object, number: int) -> str:
         return part
     kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
     if not isinstance(part, dict) or kind not in ("text", "input_text", "output_text"):
-        raise _RefusedError(f"turn {number} has a part of the type {kind!r}, which is no text and cannot be learned")
+        raise _RefusedError(f"turn {number} has a part of the type {brief(kind)}: it is no text and cannot be learned")
     if not isinstance(part.get("text"), str):
         raise _RefusedError(f"turn {number} has a part without text")
     return part["text"]
@@ -233,7 +232,7 @@ def _is_learned(turn: dict, number: int) -> bool:
         if value is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise _RefusedError(f"turn {number}: `{key}` is {value!r}; only 0 (not learned) and 1 (learned) are known")
+            raise _RefusedError(f"turn {number}: `{key}` is {brief(value)}; only 0 (not learned) and 1 (learned) count")
         learned = learned and bool(value)
     return learned
 

@@ -17,7 +17,7 @@ from miaobi.corpus.messages import messages_of
 from miaobi.corpus.records import open_records, taker
 from miaobi.corpus.sources import Source, find_sources
 from miaobi.corpus.tables import lines_of
-from miaobi.errors import UserError
+from miaobi.errors import UserError, names_listed
 
 PREFIX, WINDOW = 60, 20
 TEXT_COLUMNS = ("text", "review", "content", "sentence")
@@ -89,7 +89,7 @@ def _turns(source: Source, values: dict, names: list[str]) -> Iterator[str]:
     messages, problem = messages_of(values)
     if problem:
         raise UserError(f"{source.name}: no column called {', '.join(TEXT_COLUMNS)}, nor dialogues; there are "
-                        f"{', '.join(map(str, names)) or 'none'}. Rename the one with the text")  # fmt: skip
+                        f"{names_listed(names)}. Rename the one with the text")  # fmt: skip
     yield from (message["content"] for message in messages)
 
 

@@ -112,7 +112,7 @@ def _say_what_was_left(records: list[dict], left: list[LeftOut], removed: int) -
     refused = [LeftOut(record["path"], record["reason"]) for record in records if record.get("reason")]
     if left or refused:
         for line in folders.table_lines(_taken(records), [*left, *refused]):
-            console.log(line)
+            console.log(console.one_line(line))
     if removed:
         console.warn(REMOVED.format(removed))
 

@@ -27,7 +27,7 @@ from miaobi.corpus.tables import (
     repeated,
     wrong_width,
 )  # fmt: skip
-from miaobi.errors import UserError
+from miaobi.errors import UserError, brief, names_listed
 
 Take = Callable[[dict[str, Any]], tuple[str, str]]
 """A record -> (its text, "") or ("", what is wrong with it)."""
@@ -77,8 +77,9 @@ def is_in_order(source: Source) -> bool:
 def column_of(source: Source, names: list[str], column: str) -> None:
     """Raises UserError where `column` is none of a table's `names`, or several of them."""
     if column not in names:
-        listed = ", ".join(map(str, names)) or "none"
-        raise UserError(f"{source.name}: no field {column!r}; the fields are {listed}. Name one with --field")
+        raise UserError(
+            f"{source.name}: no field {column!r}; the fields are {names_listed(names)}. Name one with --field"
+        )
     if column in repeated(names):
         refuse_repeated(source.name, column)
 
@@ -174,7 +175,7 @@ def _field_text(values: dict[str, Any], field: str) -> tuple[str, str]:
         return (value, "") if is_whole(value) else ("", HALF_A_CHARACTER)
     if field not in values:
         hint = " These are dialogues: --format=dialogue" if {"messages", "conversations"} & values.keys() else ""
-        return "", f"no field {field!r}; the fields are {', '.join(values) or 'none'}. Name one with --field.{hint}"
+        return "", f"no field {field!r}; the fields are {names_listed(values)}. Name one with --field.{hint}"
     kind = "in another encoding than UTF-8" if isinstance(value, UnicodeDecodeError) else type(value).__name__
     return "", f"field {field!r} is {kind}, not text"
 
@@ -208,7 +209,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Raises ValueError for a key that is there twice: JSON's readers take one of them without a word."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError(f"the key {min(repeated([key for key, _ in pairs]))!r} is there more than once")
+        raise ValueError(f"the key {brief(min(repeated([key for key, _ in pairs])))} is there more than once")
     return values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from miaobi.console import warn
 from miaobi.corpus.tokenizer import SPECIALS, Tokenizer
-from miaobi.errors import UserError, brief
-from miaobi.files import pointed, read_json, refuse_pointers, verify_manifest, write_json
+from miaobi.errors import UserError, brief, names_listed
+from miaobi.files import pointed, read_json, refuse_pointers, verifying, write_json
 from miaobi.model.families import check_hf, load_hf, to_hf
 from miaobi.model.hf_config import hf_config, model_config
 from miaobi.model.hub import SETTINGS, resolve
@@ -67,13 +68,13 @@ def model_directory(name: str | Path, checkpoint: str = "best") -> Path:
     if (path / "config.json").is_file():
         return path
     if (path / "checkpoints").is_dir():
-        directory = pointed(path / "checkpoints" / checkpoint)
-        if directory is None and checkpoint == "best":
-            directory = pointed(path / "checkpoints" / "last")  # interrupted before its first evaluation
-        if directory is not None:
-            return directory
-        names = sorted(p.name for p in (path / "checkpoints").iterdir() if not p.name.startswith("."))
-        raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has: {', '.join(names) or 'none yet'}")
+        found = pointed(path / "checkpoints" / checkpoint)
+        if found is None and checkpoint == "best":
+            found = pointed(path / "checkpoints" / "last")  # interrupted before its first evaluation
+        if found is not None:
+            return found
+        there = sorted(p.name for p in (path / "checkpoints").iterdir() if not p.name.startswith("."))
+        raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has: {names_listed(there)}")
     if not path.exists():
         raise UserError(f"no model at {path}: no such directory. Give a run directory (out_dir of `miaobi train`), "
                         "a Hugging Face model directory, or a model of the hub as OWNER/NAME")  # fmt: skip
@@ -173,14 +174,20 @@ class Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load_model(name: str | Path, checkpoint: str = "best") -> tuple[Transformer, Tokenizer]:
+def load_model(name: str | Path, checkpoint: str = "best", is_verified: bool = False) -> tuple[Transformer, Tokenizer]:
     """Read a model directory (see `model_directory`) into a float32 model on the CPU, and its tokenizer.
 
-    Raises UserError for files that are missing, cut short, or do not fit together.
+    is_verified: its files are compared with their checksums by the caller.
+    Raises UserError for files that are missing, cut short, altered, or do not fit together.
     """
     path = model_directory(name, checkpoint)
     refuse_pointers(path / file for file in SETTINGS)
-    verify_manifest(path, lambda file: file in WEIGHED)
+    with nullcontext() if is_verified else verifying(path, lambda file: file in WEIGHED):
+        return read_model(path)
+
+
+def read_model(path: Path) -> tuple[Transformer, Tokenizer]:
+    """`load_model`, of a directory whose files nobody compares with anything."""
     hf = read_json(path / "config.json")
     try:
         tensors = read_tensors(path)

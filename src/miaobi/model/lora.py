@@ -182,8 +182,8 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         peft = json.loads(config.read_text(encoding="utf-8"))
         tensors = load_file(weights)
         for key, plain in PLAIN.items():
-            if peft.get(key, plain[0]) not in plain:
-                raise UserError(f"{config} has {key}={peft[key]!r}; only plain LoRA is read: merge the adapter with "
+            if (value := peft.get(key, plain[0])) not in plain:
+                raise UserError(f"{config} has {key}={brief(value)}; only plain LoRA is read: merge the adapter with "
                                 "PEFT's merge_and_unload() and use the model it saves")  # fmt: skip
         ranks = {len(tensor) for name, tensor in tensors.items() if ".lora_A." in name and tensor.ndim == 2}
         if type(peft["r"]) is not int or ranks != {peft["r"]}:  # before anything of that size is made

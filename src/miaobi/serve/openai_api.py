@@ -24,7 +24,7 @@ COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 
 async def chat_completions(told: ChatRequest, request: Request, served: Served, server: Serve) -> Response:
     """A reply to a conversation. Raises APIError."""
-    writing = model_of(served.writing, told.model)
+    writing = model_of(served.talking, told.model)
     unserved(told)
     if told.top_logprobs is not None and not told.logprobs:
         raise refused("top_logprobs needs logprobs: true", "top_logprobs")

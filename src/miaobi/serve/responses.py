@@ -24,7 +24,7 @@ LOGPROBS = "message.output_text.logprobs"
 
 async def responses(told: ResponseRequest, request: Request, served: Served, server: Serve) -> Response:
     """A reply to an input. Raises APIError."""
-    writing = model_of(served.writing, told.model)
+    writing = model_of(served.talking, told.model)
     unserved(told)
     listed = [] if isinstance(told.input, str) else [(message.role, message.words) for message in told.input]
     turns = [("system", told.instructions)] if told.instructions else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
@@ -14,8 +14,9 @@ from miaobi.config import RunConfig
 from miaobi.console import log
 from miaobi.errors import UserError
 from miaobi.files import point as point_at
-from miaobi.files import pointed, put_back, read_record, remove, verify_manifest
+from miaobi.files import pointed, put_back, read_record, remove, verifying
 from miaobi.lock import locked
+from miaobi.model.checkpoint import WEIGHED
 from miaobi.settings import Origin, flatten, load_config, read_yaml, save_config
 from miaobi.train.mirror import Mirror
 
@@ -121,8 +122,7 @@ def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, resta
 
     Where the directory has no checkpoint, the mirror's is fetched. restarted: --init_from=scratch was obeyed before.
 
-    Raises UserError where the directory holds a run of another configuration, or nothing where a run was asked for,
-    or a checkpoint whose files are not what was written.
+    Raises UserError where the directory holds a run of another configuration, or nothing where a run was asked for.
     """
     out = Path(cfg.train.out_dir)
     link = out / "checkpoints" / "last"
@@ -146,9 +146,9 @@ def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, resta
     if last is not None:
         if (out / "config.yaml").is_file() or mirror is None:  # an older mirror did not keep it
             refuse_changes(out / "config.yaml", cfg, str(out))
-        return verified(last)
+        return last
     if cfg.train.resume_from:
-        return verified(find_state(cfg.train.resume_from))
+        return find_state(cfg.train.resume_from)
     if cfg.train.init_from == "resume":
         raise UserError(f"init_from=resume, but {out} has no checkpoint; leave it out to start a new run")
     return None
@@ -226,10 +226,14 @@ def find_state(name: str) -> Path:
     return directory
 
 
-def verified(checkpoint: Path) -> Path:
-    """The checkpoint, whose files are what was written. Raises UserError naming the first that is not."""
-    verify_manifest(checkpoint, lambda name: name not in EDITABLE)
-    return checkpoint
+def verified(checkpoint: Path | None, is_first: bool) -> AbstractContextManager:
+    """While a checkpoint is read, its files are compared with what was written: all on rank 0, on others the model's.
+
+    Raises UserError naming the first file that is not.
+    """
+    if checkpoint is None:
+        return nullcontext()
+    return verifying(checkpoint, lambda name: name not in EDITABLE if is_first else name in WEIGHED)
 
 
 def refuse_changes(config: Path, cfg: RunConfig, what: str) -> None:

@@ -30,7 +30,7 @@ from miaobi.train.mirror import Mirror
 from miaobi.train.optimizer import make_optimizers
 from miaobi.train.optimizer_state import load as load_optimizers
 from miaobi.train.recipe import micro_batch, resolve_model, resolve_optim, total_steps
-from miaobi.train.run_directory import Progress, grown, load_progress, only_reads, open_run, start_run
+from miaobi.train.run_directory import Progress, grown, load_progress, only_reads, open_run, start_run, verified
 from miaobi.train.schedule import lay_first
 from miaobi.train.world import World, check_same
 
@@ -126,29 +126,30 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
     mirror = Mirror(cfg.train.mirror) if cfg.train.mirror else None
     checkpoint, data = enter(cfg, origin, world, mirror)
     tokenizer = data.tokenizer
-    progress = start_or_continue(cfg, data, checkpoint)
-    make = partial(placed, cfg.train, world, device, dtype)
-    model = build_model(cfg, origin, Start(data, tokenizer, checkpoint, progress), make).to(device)
-    model.recompute = cfg.train.activation_checkpointing
-    shape = model.cfg
-    blocks, val_blocks = open_blocks(cfg.data, data, shape.block_size)
-    steps, micro = total_steps(cfg, len(blocks)), micro_batch(cfg, device, world.size)
-    if cfg.train.max_minutes is not None and not cfg.train.eval_only:
-        steps = lay_first(cfg, progress, world, model, blocks.fixed(micro), dtype, steps)
-        cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr_decay_iters=steps))
-        total = int(progress.laid[-1][1])
-    else:
-        total = steps
-    if progress.step > total and not cfg.train.eval_only:
-        raise UserError(f"{checkpoint} is at step {progress.step}, beyond the {total} steps of this run: "
-                        "nothing is left to train; give a larger --max_iters")  # fmt: skip
-    tuning = cfg.train.trainable if progress.base else None
-    short = progress.bigrams and bigrams.is_short(cfg, shape, data)  # it may have been extended
-    optim = resolve_optim(grown(cfg, progress).optim, shape.family, steps, tuning, short, shape.n_embd)
-    optimizers = make_optimizers(model, optim, optim.optimizer)
-    scaler = GradScaler(device.type, enabled=dtype == torch.float16)
-    if checkpoint is not None and not cfg.train.eval_only:
-        load_optimizers(checkpoint / "train_state", model, optimizers, scaler)
+    with verified(checkpoint, world.is_first):
+        progress = start_or_continue(cfg, data, checkpoint)
+        make = partial(placed, cfg.train, world, device, dtype)
+        model = build_model(cfg, origin, Start(data, tokenizer, checkpoint, progress), make).to(device)
+        model.recompute = cfg.train.activation_checkpointing
+        shape = model.cfg
+        blocks, val_blocks = open_blocks(cfg.data, data, shape.block_size)
+        steps, micro = total_steps(cfg, len(blocks)), micro_batch(cfg, device, world.size)
+        if cfg.train.max_minutes is not None and not cfg.train.eval_only:
+            steps = lay_first(cfg, progress, world, model, blocks.fixed(micro), dtype, steps)
+            cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr_decay_iters=steps))
+            total = int(progress.laid[-1][1])
+        else:
+            total = steps
+        if progress.step > total and not cfg.train.eval_only:
+            raise UserError(f"{checkpoint} is at step {progress.step}, beyond the {total} steps of this run: "
+                            "nothing is left to train; give a larger --max_iters")  # fmt: skip
+        tuning = cfg.train.trainable if progress.base else None
+        short = progress.bigrams and bigrams.is_short(cfg, shape, data)  # it may have been extended
+        optim = resolve_optim(grown(cfg, progress).optim, shape.family, steps, tuning, short, shape.n_embd)
+        optimizers = make_optimizers(model, optim, optim.optimizer)
+        scaler = GradScaler(device.type, enabled=dtype == torch.float16)
+        if checkpoint is not None and not cfg.train.eval_only:
+            load_optimizers(checkpoint / "train_state", model, optimizers, scaler)
     val_windows, train_windows = evaluation_windows(cfg, progress, steps, blocks, val_blocks)
     adapted = adapter_parameters(model)
     parameters = model.num_parameters() - adapted
@@ -243,7 +244,7 @@ def build_model(cfg: RunConfig, origin: Origin, start: Start, place: Place) -> T
         weights = bigrams.initial_weights(cfg, shape, data)
         progress.bigrams = weights is not None
         return place(shape, weights)
-    model, theirs = load_model(source)
+    model, theirs = load_model(source, is_verified=source == checkpoint)
     added = added_tokens(start.tokenizer, theirs) if checkpoint is None else 0
     if added and lora:
         raise UserError(f"{added} control tokens of the chat template are new to {source}, and LoRA leaves the rows of "
