@@ -1,4 +1,4 @@
-"""What `miaobi serve` can be told."""
+"""Settings of `miaobi serve`."""
 
 from __future__ import annotations
 

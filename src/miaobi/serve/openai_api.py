@@ -150,7 +150,7 @@ class CompletionShape(Shape):
         self.offset: dict[int, int] = {}  # of each choice: characters in front of what was written
 
     def logprobs(self, index: int, tokens: Sequence[Told]) -> dict[str, Any] | None:
-        """OpenAI's older shape, and beside it the bytes of each token."""
+        """OpenAI's older shape, and the bytes of each token."""
         if self.asked.alternatives is None:
             return None
         tops = [told.score and {self.names.name(id_, "bytes:"): value for id_, value in told.score.top}

@@ -50,7 +50,7 @@ async def responses(told: ResponseRequest, request: Request, served: Served, ser
 
 
 class Answer:
-    """One response, as it is told at different times."""
+    """One response, as it is sent at different times."""
 
     def __init__(self, asked: Asked, told: ResponseRequest) -> None:
         self.asked, self.told, self.item = asked, told, f"msg_{uuid.uuid4().hex}"

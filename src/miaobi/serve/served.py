@@ -218,7 +218,7 @@ def wait_for_step(lm: LanguageModel) -> None:
         time.sleep(0.05)
     if not lm.step.ready:
         warn("there is no compiled step here (is there a C++ compiler?): texts are written several times slower, and "
-             "what is written beside a text may round its last bits differently")  # fmt: skip
+             "what is decoded in the same batch may round its last bits differently")  # fmt: skip
 
 
 def served_name(model: str) -> str:
