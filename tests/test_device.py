@@ -62,13 +62,84 @@ def test_precision_on_a_cpu_follows_its_hardware(monkeypatch, capsys, has_bf16, 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
 def test_older_gpus_get_float16(monkeypatch, has_bf16, expected):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+    monkeypatch.setattr(module, "gpu_has_bf16", lambda device: has_bf16)
     assert pick_dtype("auto", torch.device("cuda")) == expected
+
+
+def test_the_gpu_in_question_is_asked_not_the_current_one(monkeypatch):
+    """Two cards of different ages in one machine: only the second one, which is not current, has bf16."""
+    current = [0]
+
+    class On:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", On)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: current[-1] == 1)
+    assert pick_dtype("auto", torch.device("cuda:1")) == torch.bfloat16
+    assert pick_dtype("auto", torch.device("cuda:0")) == torch.float16
 
 
 def test_a_cpu_without_a_compiler_does_not_compile(monkeypatch):
     monkeypatch.setattr(module.native.shutil, "which", lambda name: None)
     assert not can_compile(CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA GeForce RTX 4080", 97.5),
+        ("NVIDIA GeForce RTX 4080 SUPER", 104.4),
+        ("NVIDIA GeForce RTX 4080 Laptop GPU", 49.3),
+        ("NVIDIA GeForce RTX 3080 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", 147.1),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A6000", 154.8),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H20", 148),
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("AMD Instinct MI300X", 1307),
+        ("NVIDIA GeForce GTX 1080 Ti", None),
+        ("NVIDIA GeForce MX450", None),
+    ],
+)
+def test_cards_are_told_apart_by_the_words_of_their_names(name, tera):
+    """As the driver spells them."""
+    assert module.known_peak(name) == (None if tera is None else pytest.approx(tera * 1e12))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "MPS backend out of memory (MPS allocated: 1 GB)",
+        "HIP out of memory. Tried",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_running_out_of_memory_is_recognised_in_every_backends_words(text):
+    with (
+        pytest.raises(UserError, match="out of memory on mps: do less"),
+        module.explain_memory(torch.device("mps"), "do less"),
+    ):
+        raise RuntimeError(text)
 
 
 def test_the_data_sheet_is_used_for_known_gpus(monkeypatch):

@@ -44,8 +44,13 @@ VERBS = {
                    also=("as_json",)),
     "chat": Verb("talk with a model that learned from dialogues", "generate.config:ChatRequest",
                  "generate.terminal:chat", names="MODEL", also=("origin", "as_json")),
+    "serve": Verb("OpenAI's API and a page in the browser, from a model, a classifier, runs", "serve.config:Serve",
+                  "serve.server:serve", names="MODEL", also=("origin",)),
     "eval": Verb("loss, perplexity, bits per character and per byte", "train.config:EvalConfig", "train.score:score",
                  "scores", "MODEL"),
+    "report": Verb("one page of a run, or of several: curves, samples, text, the verdict and what to try next",
+                   "report.config:ReportConfig", "report.page:report", "reported"),
+    "doctor": Verb("what this machine has and lacks, with remedies", "doctor:DoctorConfig", "doctor:doctor", "doctor"),
     "classify train": Verb("tune a model on labelled texts", "classify.config:ClassifyConfig",
                            "classify.ablation:train", "classifier", "CLASSIFY", "classify.config:load_config",
                            ("origin",)),
@@ -54,6 +59,9 @@ VERBS = {
                             "ablation", "CLASSIFY", "classify.config:load_config", ("origin",)),
     "classify predict": Verb("labels of new texts", "classify.config:PredictConfig", "classify.predict:predict",
                              also=("as_json",)),
+    "data list": Verb("public texts that have names", "datasets:ListConfig", "datasets:data_list", "public_texts"),
+    "data get": Verb("a public text by name, or a data set of a hub: resumed, verified, ready for prepare",
+                     "datasets:GetConfig", "datasets:data_get", "downloaded"),
     "convert small-gpt": Verb("a .pth of small-gpt, with the text it was trained on", "convert.config:SmallGPTConfig",
                               "convert.small_gpt:convert_checkpoint", "converted"),
     "convert nanogpt": Verb("a ckpt.pt of nanoGPT, with its meta.pkl or GPT-2's tokenizer",
@@ -63,6 +71,7 @@ VERBS = {
 }  # fmt: skip
 GROUPS = {
     "classify": "labels out of a model: sentiment, or any others",
+    "data": "public texts by name, with their licenses",
     "convert": "checkpoints of other projects -> model directories, and those -> GGUF",
 }
 """Verbs of several kinds."""
@@ -71,7 +80,9 @@ SIGNALLED = {"interrupted": 130, "terminated": 143}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 1 a bug, 2 the user's mistake, 130 interrupted, 143 terminated."""
+    """Entry point. Exit codes: 0 done, 1 a bug (`doctor`: something needed is missing), 2 the user's mistake, 130
+    interrupted, 143 terminated.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     if debug := "--debug" in args:
         args.remove("--debug")
@@ -131,6 +142,8 @@ def run(args: list[str]) -> int:
     how = "as_json" if line.as_json else verb.show
     if how and result is not None and os.environ.get("RANK", "0") == "0":  # of several processes the first one tells it
         getattr(show, how)(result, cfg)
+    if not (result or {}).get("healthy", True):
+        return 1
     return SIGNALLED.get((result or {}).get("stopped"), 0)
 
 
@@ -138,9 +151,12 @@ def train(cfg: Any, origin: dict[str, str]) -> dict[str, Any]:
     """`miaobi train`: from a checkpoint of small-gpt if resume_from names one, with samples written at evaluations."""
     from miaobi.convert.small_gpt import start_from_checkpoint
     from miaobi.generate.chat import preview
+    from miaobi.report.page import reported
     from miaobi.train.loop import train as train_run
 
-    return train_run(*start_from_checkpoint(cfg, origin), preview)
+    cfg, origin = start_from_checkpoint(cfg, origin)
+    with reported(cfg.train.out_dir):
+        return train_run(cfg, origin, preview)
 
 
 def imported(name: str) -> Any:

@@ -1,13 +1,21 @@
-"""What a run can be told: frozen dataclasses whose attribute docstrings are the command line's help."""
+"""Settings of a run: frozen dataclasses whose attribute docstrings are the command line's help."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from miaobi.corpus.config import Corpus
-from miaobi.errors import UserError
+from miaobi.errors import UserError, brief
 from miaobi.kinds import Location, Positional
+
+
+def check_license(license: str | None) -> None:
+    """Raises UserError for what cannot be the hub's id of a license."""
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,60}", license):
+        raise UserError(f"license is {brief(license)}; give the hub's id of it, in small letters: apache-2.0, mit, "
+                        "cc-by-4.0, other")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -227,14 +235,14 @@ class TrainConfig(Where):
     """scratch, resume (fail if there is nothing to resume), or a MODEL (run, model directory, hub name) whose weights
     and tokenizer to start from."""
     trainable: Literal["full", "lora"] = "full"
-    """full = every weight moves; lora = small matrices beside those of the MODEL in init_from, which stay as they are.
+    """full = every weight moves; lora = small matrices added to those of the MODEL in init_from, which are frozen.
     Checkpoints are whole models either way; those of lora hold adapter/ in PEFT's format as well."""
     resume_from: Location | None = None
     """Run or checkpoint directory to continue from, when it is not out_dir; or a small-gpt .pth: its weights, not
     its steps, converted once with the vocabulary of the text that `data` names."""
     bigram_init: Literal["auto"] | bool = "auto"
     """Start a new qwen3 or llama with what the text's pairs of tokens say, counted in a second, instead of at random.
-    auto = for text, where the run trains on at most a tenth of a token per parameter."""
+    auto = for text, where the run trains on at most half a token per parameter."""
     batch_size: int = 32
     """Sequences per step. With gradient_accumulation_steps it is nanoGPT's micro-batch: the product is the step."""
     gradient_accumulation_steps: int | None = None
@@ -257,11 +265,11 @@ class TrainConfig(Where):
     eval_iters: int = 20
     """Evaluation size in batches, on fixed validation windows."""
     eval_first: bool = False
-    """Evaluate once before the first step, to see where the model begins; the result is only told."""
+    """Evaluate once before the first step, to see where the model begins; the result is only printed."""
     eval_only: bool = False
     """Evaluate the last checkpoint and leave."""
     save_interval: int | None = None
-    """Steps between further checkpoints that are kept for good; default none beside best and last."""
+    """Steps between further checkpoints that are kept for good; default none besides best and last."""
     log_interval: int = 10
     """Steps between lines of metrics.jsonl and of the log."""
     patience: int = 10
@@ -288,6 +296,8 @@ class TrainConfig(Where):
     URL, such as s3://bucket/run (pip install s3fs) or oss://bucket/run (ossfs)."""
     seed: int = 1337
     """Seed of initialisation, data order and dropout."""
+    license: str | None = None
+    """License of the model, for its card, by the hub's id: apache-2.0, mit, cc-by-4.0, ..."""
     tensorboard_path: Location | None = None
     """Directory that gets the TensorBoard events as well; out_dir has them in any case."""
     wandb_log: bool = False
@@ -315,6 +325,7 @@ class TrainConfig(Where):
             raise UserError(f"seed is {self.seed}; give a whole number of at most 64 bits")
         if self.patience < 0 or self.sample_tokens < 0:
             raise UserError("patience and sample_tokens cannot be negative; 0 switches them off")
+        check_license(self.license)
         if self.trainable == "lora" and self.init_from == "scratch" and self.resume_from is None:
             raise UserError("trainable=lora tunes a model that is there already: name it with --init_from=MODEL "
                             "(a run or model directory), or use --trainable=full")  # fmt: skip
@@ -359,7 +370,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything `miaobi train` can be told, in sections; keys are unique across them."""
+    """All settings of `miaobi train`, in sections; keys are unique across them."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -20,13 +20,46 @@ from miaobi import native
 from miaobi.console import warn_once
 from miaobi.errors import UserError
 
-# Dense bf16 (or, where there is none, fp16/fp32) peaks in FLOP/s, from the vendors' data sheets.
+# Dense bf16 (or, where there is none, fp16/fp32) peaks in FLOP/s, from the vendors' data sheets. A key is the words of
+# a card's name that tell it from others; of several that fit, the one with most words is meant ("RTX 4080 Laptop GPU"
+# is not an RTX 4080). Dashes, and the memory that some names end in, are not words.
 PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "H20": 148e12,
-    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "V100": 125e12, "T4": 65e12,
-    "5090": 209.5e12, "5080": 112.6e12, "4090": 165.2e12, "4080": 97.5e12, "4070": 58.3e12, "4060": 30e12,
-    "3090": 71e12, "3080": 59.5e12, "3070": 40.6e12, "3060": 25.3e12,
+    "B300": 2500e12, "B200": 2250e12, "GB200": 2500e12, "H200": 989e12, "GH200": 989e12, "H100": 989e12,
+    "H100 PCIe": 756e12, "H800": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "A40": 149.7e12,
+    "A30": 165e12, "A10": 125e12, "A10G": 70e12, "A16": 18e12, "A2": 18e12, "L40S": 362e12, "L40": 181e12,
+    "L20": 119.5e12, "L4": 121e12, "L2": 96.5e12, "V100": 125e12, "T4": 65e12, "P100": 19e12,
+    "RTX PRO 6000": 503.8e12, "RTX 6000 Ada": 364.2e12, "RTX 5000 Ada": 261.1e12, "RTX 4500 Ada": 158.3e12,
+    "RTX 4000 Ada": 106.9e12, "RTX A6000": 154.8e12, "RTX A5000": 111.1e12, "RTX A4500": 94.6e12,
+    "RTX A4000": 76.7e12, "RTX A2000": 31.9e12, "TITAN RTX": 130.5e12, "Quadro RTX 6000": 130.5e12,
+    "RTX 5090": 209.5e12, "RTX 5090 D": 209.5e12, "RTX 5080": 112.6e12, "RTX 5070 Ti": 87.9e12, "RTX 5070": 61.7e12,
+    "RTX 5060 Ti": 47.4e12, "RTX 5060": 38.4e12, "RTX 4090": 165.2e12, "RTX 4090 D": 147.1e12,
+    "RTX 4090 Laptop": 65.9e12, "RTX 4080": 97.5e12, "RTX 4080 SUPER": 104.4e12, "RTX 4080 Laptop": 49.3e12,
+    "RTX 4070": 58.3e12, "RTX 4070 SUPER": 71e12, "RTX 4070 Ti": 80.2e12, "RTX 4070 Ti SUPER": 88.2e12,
+    "RTX 4070 Laptop": 31.3e12, "RTX 4060": 30.2e12, "RTX 4060 Ti": 44.1e12, "RTX 4060 Laptop": 23.2e12,
+    "RTX 3090": 71e12, "RTX 3090 Ti": 80e12, "RTX 3080": 59.5e12, "RTX 3080 Ti": 68.2e12, "RTX 3070": 40.6e12,
+    "RTX 3070 Ti": 43.5e12, "RTX 3060": 25.3e12, "RTX 3060 Ti": 32.4e12, "RTX 2080 Ti": 107.6e12,
+    "RTX 2080": 80.5e12, "RTX 2070": 59.7e12, "RTX 2060": 51.6e12,
+    "MI355X": 2500e12, "MI325X": 1307e12, "MI300X": 1307e12, "MI250X": 383e12, "MI210": 181e12, "MI100": 92.3e12,
+    "RX 7900 XTX": 122.8e12,
 }  # fmt: skip
+
+
+def known_peak(name: str) -> float | None:
+    """FLOP/s of a GPU by its name in the data sheets; None for one that is not among them."""
+    words = re.split(r"[\s-]+", re.sub(r"\b\d+\s?GB\b", " ", name.upper()))
+    fits = [key for key in PEAK_FLOPS if set(key.upper().split()) <= set(words)]
+    if not fits:
+        return None
+    best = max(fits, key=lambda key: len(key.split()))
+    if "LAPTOP" in words and "Laptop" not in best:  # runs at a fraction of the desktop card's power
+        return None
+    return PEAK_FLOPS[best]
+
+
+def gpu_has_bf16(device: torch.device) -> bool:
+    """Whether this GPU, which need not be the current one, has units for bf16 products."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -93,7 +126,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
             return torch.bfloat16
         return dtype
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return torch.bfloat16 if gpu_has_bf16(device) else torch.float16
     if device.type == "cpu" and cpu_has_bf16():
         return torch.bfloat16
     return torch.float32
@@ -133,8 +166,10 @@ def keep_allocations() -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory: torch.OutOfMemoryError is one; the CPU's allocator raises a plain one."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether torch ran out of memory: torch.OutOfMemoryError is one; other allocators raise plain ones."""
+    plain = ("can't allocate memory", "MPS backend out of memory", "HIP out of memory", "CUDNN_STATUS_ALLOC_FAILED",
+             "CUBLAS_STATUS_ALLOC_FAILED")  # fmt: skip
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in plain)
 
 
 @contextmanager
@@ -148,20 +183,24 @@ def explain_memory(device: torch.device, advice: str) -> Iterator[None]:
         raise UserError(f"out of memory on {device}: {advice}") from e
 
 
+@functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that the device could reach: from the data sheet for known GPUs, else measured by a square product."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = [peak for key, peak in PEAK_FLOPS.items() if key in name]
-        if known:
-            return known[0]
-    n, best = 1024, float("inf")
+        peak = known_peak(torch.cuda.get_device_name(device))
+        if peak is not None:
+            return peak
+    # A GPU does a small product in less time than it takes to start one; sixteen in a row are waited for once.
+    n, times = (4096, 16) if device.type in ("cuda", "mps") else (1024, 1)
+    best = float("inf")
     a = torch.randn(n, n, device=device, dtype=dtype)
     for _ in range(4):
         start = time.perf_counter()
-        (a @ a)[0, 0].item()
+        for _ in range(times):
+            product = a @ a
+        product[0, 0].item()
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    return 2 * times * n**3 / best
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -93,6 +93,44 @@ def size_in_words(n: int) -> str:
     return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
 
 
+def reported(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi report`."""
+    for run in result["runs"]:
+        print(f"{run['run']}: {run['verdict']}")
+    print(f"{result['out']}: open it in a browser ({result['bytes'] / 1000:,.0f} kB, nothing is fetched)")
+
+
+def doctor(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi doctor`: a line for each look, and below it what to do."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    looks = {"ok": "green", "note": "yellow", "missing": "bold red"}
+    table = Table.grid(padding=(0, 2))
+    for check in result["checks"]:
+        found = Text(check["found"])
+        if check["remedy"]:
+            found.append(f"\n-> {check['remedy']}", style="dim")
+        table.add_row(Text(check["status"], style=looks[check["status"]]), Text(check["name"]), found)
+    Console(highlight=False).print(table)
+    print("nothing that is needed is missing" if result["healthy"] else "what is marked missing is needed")
+
+
+def public_texts(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi data list`."""
+    for text in result["sets"]:
+        print(f"{text['name']:<15} {text['what']}\n{'':<15} license: {text['license']}")
+    print("and hf:OWNER/NAME[:SPLIT], modelscope:OWNER/NAME. next: miaobi data get NAME")
+
+
+def downloaded(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi data get`."""
+    for file in result["files"]:
+        print(f"{file['path']}: {file['bytes']:,} bytes, SHA-256 {file['sha256']}")
+    print(f"license: {result['license']}\nnext: {result['next']}")
+
+
 def samples(result: dict[str, Any], cfg: Any) -> None:
     """`miaobi sample`; the speed goes to stderr."""
     from miaobi.console import log
@@ -256,8 +294,8 @@ def facts(key: Key) -> str:
     else:
         value = key.default() if callable(key.default) else key.default
         default = "" if value is None or value in ("", ()) else f"default: {value!r}".replace("'", "")
-    said = "; ".join(filter(None, ("|".join(choices), default)))
-    return f"[{said}]" if said else ""
+    listed = "; ".join(filter(None, ("|".join(choices), default)))
+    return f"[{listed}]" if listed else ""
 
 
 def docstrings(kind: type) -> dict[str, str]:
@@ -267,14 +305,14 @@ def docstrings(kind: type) -> dict[str, str]:
     import itertools
     import textwrap
 
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for part in reversed(kind.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body
         for attribute, after in itertools.pairwise(body):
             is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             if isinstance(attribute, ast.AnnAssign) and is_text:
-                found[attribute.target.id] = after.value.value
-    return found
+                docs[attribute.target.id] = after.value.value
+    return docs
 
 
 def first_line(kind: type) -> str:

@@ -125,3 +125,23 @@ def write_yaml(path: Path, tree: CommentedMap) -> None:
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar(CORE + "null", "null"))
     with text_written_whole(path) as file:  # a kill in the middle must not make the run unusable
         yaml.dump(tree, file)
+
+
+def remarks(path: Path) -> dict[str, str]:
+    """The comment behind each word of a file that `read_mapping` has read, by its key; sections are opened."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.nodes import MappingNode
+
+    found: dict[str, str] = {}
+
+    def look(node: Node | None, depth: int) -> None:
+        if not isinstance(node, MappingNode) or not depth:
+            return
+        for key, value in node.value:
+            look(value, depth - 1)
+            behind = (getattr(value, "comment", None) or [None])[0]
+            if behind is not None and not isinstance(behind, list):
+                found.setdefault(str(key.value), str(behind.value).split("\n")[0].lstrip("# ").strip())
+
+    look(YAML(typ="rt").compose(path.read_text(encoding="utf-8-sig")), 2)
+    return found

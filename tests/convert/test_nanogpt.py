@@ -1,5 +1,6 @@
 """nanoGPT's checkpoints: the same logits, its meta.pkl and GPT-2's tokenizer, and nothing executed."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from originals import NANOGPT, Original, chat_text
@@ -78,6 +80,17 @@ def test_logits_and_greedy_text_are_the_originals(saved, meta, tmp_path, bias, p
     expected = original.greedy([CHARACTERS.index("你"), CHARACTERS.index("好")], 12)
     written = ours.generate("你好", num_samples=1, max_new_tokens=12, temperature=0)[0].text
     assert written == "".join(CHARACTERS[i] for i in expected)
+
+
+def test_a_converted_model_has_a_card_that_stays_when_it_is_edited_and_converted_again(saved, meta, tmp_path):
+    path = saved(Original.random(NANOGPT, False, len(CHARACTERS)).nanogpt(), "ckpt.pt")
+    convert(path, str(meta), None, tmp_path / "out", license="mit")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "mit"
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in card.text
+    (tmp_path / "out" / "README.md").write_text("# 我的模型", encoding="utf-8")
+    convert(path, str(meta), None, tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == "# 我的模型"
 
 
 def test_byte_rows_begin_as_the_token_that_is_expected_least(saved, meta, tmp_path):

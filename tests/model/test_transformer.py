@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from miaobi.config import ModelConfig
 from miaobi.model.loss import linear_cross_entropy
-from miaobi.model.transformer import Transformer, document_block_mask, document_mask, explicit_attention, rotate
+from miaobi.model.transformer import (
+    Transformer,
+    as_rows,
+    document_block_mask,
+    document_mask,
+    explicit_attention,
+    rotate,
+)
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 70}
 CONFIGS = {
@@ -236,3 +243,14 @@ def test_explicit_attention_drops_the_share_that_it_is_told():
     y = explicit_attention(q, k, torch.ones(2, 4, 64, 8), None, 0.25)
     assert y[:, :, 32:].mean().item() == pytest.approx(1.0, abs=0.02)
     assert set((y[:, :, 0] / (1 / 0.75)).unique().tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_queries_that_share_a_key_may_go_as_rows_of_one_head(masked):
+    """What a decoding step does on a GPU, against torch's own grouping."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 6, 1, 8), torch.randn(3, 2, 11, 8), torch.randn(3, 2, 11, 8)
+    mask = (torch.arange(11) <= torch.tensor([[3], [7], [10]]))[:, None, None] if masked else None
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    ours = torch.nn.functional.scaled_dot_product_attention(as_rows(q, 2), k, v, mask).reshape(3, 6, 1, 8)
+    torch.testing.assert_close(ours, theirs)

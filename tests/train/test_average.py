@@ -102,7 +102,7 @@ def test_the_better_of_the_two_is_the_model(train, prepared, tmp_path, losses, c
 def test_a_damaged_average_is_named(train, prepared, tmp_path, monkeypatch):
     settings = {"data": prepared(), "out_dir": tmp_path / "run", "average_weights": True, **LONG}
     train(**settings)
-    monkeypatch.setattr("miaobi.train.run_directory.verify_manifest", lambda *_: None)
+    monkeypatch.setattr("miaobi.files.verify_manifest", lambda *_: None)
     file = pointed(tmp_path / "run" / "checkpoints" / "last") / "train_state" / FILE
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match=f"{FILE} cannot be read"):

@@ -134,6 +134,16 @@ def test_singular_values_end_near_one(shape, scale):
     assert values.max() < 1.3
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-7, 1e4])
+def test_iterations_in_float16_keep_gradients_of_any_size(monkeypatch, scale):
+    """What GPUs without bf16 units run: a gradient of 1e-7 would be 0 in float16, one of 1e5 infinite."""
+    torch.manual_seed(0)
+    g = torch.randn(3, 48, 32)
+    exact = orthogonalize(g * scale)
+    monkeypatch.setattr(optimizer, "iteration_dtype", lambda device: torch.float16)
+    torch.testing.assert_close(orthogonalize(g * scale), exact, atol=0.02, rtol=0)
+
+
 def test_orthogonalize_turns_each_matrix_towards_its_polar_factor():
     g = torch.randn(4, 32, 48, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(g, full_matrices=False)

@@ -1,4 +1,4 @@
-"""What `miaobi classify` can be told, with small-gpt's own key names understood."""
+"""Settings of `miaobi classify`, with small-gpt's own key names understood."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from miaobi.config import LoraConfig, Optim, Where
+from miaobi.config import LoraConfig, Optim, Where, check_license
 from miaobi.errors import UserError
 from miaobi.kinds import Location, Positional
 from miaobi.seeds import CLASSIFY, SENTIMENT
@@ -87,6 +87,8 @@ class ClassifyConfig(Where, Optim, LoraConfig):
     """The first of them."""
     baselines: bool = True
     """Also score the commonest label and a linear SVM on character n-grams, on the same splits."""
+    license: str | None = None
+    """License of the classifiers, for their cards, by the hub's id: apache-2.0, mit, cc-by-4.0, ..."""
     out_dir: Location = "classify_run"
     """Run directory."""
     tensorboard_path: Location | None = None
@@ -110,6 +112,7 @@ class ClassifyConfig(Where, Optim, LoraConfig):
         for name in ("min_lr", "warmup_iters", "lr_decay_iters", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it cannot be negative")
+        check_license(self.license)
         Optim.__post_init__(self)
         LoraConfig.__post_init__(self)
 
@@ -162,5 +165,5 @@ def load_config(path: Path | None, given: list[tuple[str, Any]]) -> tuple[Classi
 def settings_of(cfg: ClassifyConfig) -> dict[str, Any]:
     """What decides the figures of a cell, besides its pooling, its trainable part and its seed."""
     elsewhere = {"pooling", "trainable", "seed", "seeds", "baselines", "out_dir", "device", "micro_tokens",
-                 "tensorboard_path"}  # fmt: skip
+                 "tensorboard_path", "license"}  # fmt: skip
     return {key: value for key, value in dataclasses.asdict(cfg).items() if key not in elsewhere}

@@ -30,7 +30,9 @@ MOST_FOR_SPARE_ROWS = 0.01
 """A model that has learned gives rows that no text has less of its probability; another text's tokens get more."""
 
 
-def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) -> dict[str, Any]:
+def convert(
+    path: Path, meta: str | None, tokenizer_dir: str | None, out: Path, license: str | None = None
+) -> dict[str, Any]:
     """Write the model directory `out` from a checkpoint and either its meta.pkl or a directory with GPT-2's tokenizer.
 
     nanoGPT pads GPT-2's 50,257 tokens to 50,304, takes those also where train.py found no meta.pkl, and its users pad
@@ -48,28 +50,28 @@ def convert(path: Path, meta: str | None, tokenizer_dir: str | None, out: Path) 
     if meta is not None:
         pieces = read_characters(Path(meta).expanduser())
         tokenizer = character_tokenizer(pieces, [], first_byte=rows, config={})
-        known, source = len(pieces), meta
+        size, source = len(pieces), meta
     else:
-        found = Tokenizer.load(Path(tokenizer_dir).expanduser())
-        tokenizer = Tokenizer(found.backend, {"eos_token": EOT})  # nothing else of the other model's configuration
-        known, source = tokenizer.vocab_size, tokenizer_dir
-    if rows != known and (rows < known or rows % VOCAB_MULTIPLE):
-        raise UserError(f"{path} has {rows:,} tokens, {source} has {known:,}: it is not the vocabulary that this model "
+        loaded = Tokenizer.load(Path(tokenizer_dir).expanduser())
+        tokenizer = Tokenizer(loaded.backend, {"eos_token": EOT})  # nothing else of the other model's configuration
+        size, source = tokenizer.vocab_size, tokenizer_dir
+    if rows != size and (rows < size or rows % VOCAB_MULTIPLE):
+        raise UserError(f"{path} has {rows:,} tokens, {source} has {size:,}: it is not the vocabulary that this model "
                         "was trained with; give that one")  # fmt: skip
     model = reading.build(cfg, checkpoint["model"], LAYER, MASK, path)
-    doubts = doubt(model, known, path, source) if rows - known >= VOCAB_MULTIPLE else None
+    doubts = doubt(model, size, path, source) if rows - size >= VOCAB_MULTIPLE else None
     if doubts is not None:
         warn(doubts)
     if meta is not None:
         reading.append_rows(model, least_expected(model), len(BYTE_PIECES))
     record = {"project": "nanoGPT", "checkpoint": reading.fingerprint(path), "doubt": doubts}
     end_ids = () if tokenizer.eot_id is None else (tokenizer.eot_id,)
-    reading.write(out, model, tokenizer, end_ids, record)
+    reading.write(out, model, tokenizer, end_ids, record, license)
     return {
         "out": str(out),
         "parameters": model.num_parameters(),
         "vocab_size": model.cfg.vocab_size,
-        "spare_rows": rows - known,
+        "spare_rows": rows - size,
         "step": checkpoint.get("iter_num"),
         "doubt": doubts,
     }
@@ -89,7 +91,7 @@ def doubt(model: Transformer, known: int, path: Path, source: str) -> str | None
 
 def convert_checkpoint(cfg: NanoGPTConfig) -> dict[str, Any]:
     """`miaobi convert nanogpt`; see `convert`."""
-    return convert(cfg.checkpoint, cfg.meta, cfg.tokenizer, cfg.directory)
+    return convert(cfg.checkpoint, cfg.meta, cfg.tokenizer, cfg.directory, cfg.license)
 
 
 def read(path: Path) -> dict[str, Any]:

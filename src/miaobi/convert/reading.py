@@ -1,4 +1,4 @@
-"""Other projects' GPT checkpoints: read without executing anything, their weights put into our decoder, and kept."""
+"""Other projects' GPT checkpoints: read without executing anything, converted to our decoder, and saved."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, brief
 from miaobi.files import sha256, write_json, written_whole
+from miaobi.model.card import USAGE, Card, write_card
 from miaobi.model.checkpoint import save_model
 from miaobi.model.tensors import is_plain, load_plain
 from miaobi.model.transformer import VOCAB_MULTIPLE, Transformer
@@ -33,10 +34,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
-    found = load_plain(path, mmap=True)
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}, not a checkpoint with its settings")
-    return found
+    checkpoint = load_plain(path, mmap=True)
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint with its settings")
+    return checkpoint
 
 
 def read_sizes(values: dict[str, Any], path: Path, project: str) -> dict[str, int]:
@@ -74,30 +75,30 @@ def build(cfg: ModelConfig, state: Any, layer: dict[str, tuple[str, ...]], mask:
         UserError: a tensor is missing, left over, of another shape than `cfg` gives, or the output layer is not the
             embedding.
     """
-    rest = _their_tensors(state, mask, cfg.n_layer, path)
+    unused = _their_tensors(state, mask, cfg.n_layer, path)
     with torch.device("meta"):
         model = Transformer(cfg)
     names = _their_names(model, layer)
     for name, parameter in model.named_parameters():
         rows = cfg.vocab_size if name == "wte.weight" else len(parameter)  # without padding rows
-        wanted = (rows // len(names[name]), *parameter.shape[1:])
+        expected = (rows // len(names[name]), *parameter.shape[1:])
         for theirs in names[name]:
-            if theirs not in rest:
+            if theirs not in unused:
                 raise UserError(f"{path}: tensor {theirs} is missing, though its own settings ask for it; get it again")
-            if rest[theirs].shape != wanted:
-                has = tuple(rest[theirs].shape)
-                raise UserError(f"{path}: {theirs} has shape {has}, its own settings say {wanted}; get it again")
-    head = rest.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, rest["transformer.wte.weight"]):
+            if unused[theirs].shape != expected:
+                has = tuple(unused[theirs].shape)
+                raise UserError(f"{path}: {theirs} has shape {has}, its own settings say {expected}; get it again")
+    head = unused.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, unused["transformer.wte.weight"]):
         raise UserError(f"{path}: lm_head.weight is not the embedding; only tied output layers can be converted")
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            source = torch.cat([rest.pop(theirs) for theirs in names[name]])
+            source = torch.cat([unused.pop(theirs) for theirs in names[name]])
             parameter[: len(source)] = source
             parameter[len(source) :] = 0  # padding rows
-    if rest:
-        raise UserError(f"{path}: {len(rest)} tensors too many for its own settings, such as {next(iter(rest))}")
+    if unused:
+        raise UserError(f"{path}: {len(unused)} tensors too many for its own settings, such as {next(iter(unused))}")
     return model
 
 
@@ -105,13 +106,13 @@ def _their_tensors(state: Any, mask: str, n_layer: int, path: Path) -> dict[str,
     """A state dict without the prefixes of torch.compile and DDP, and without masks."""
     if not isinstance(state, dict) or not all(map(is_plain, state.values())):
         raise UserError(f"{path}: its weights are not a table of tensors; it was altered, get it again")
-    found = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
-    blocks = {int(number) for number in re.findall(r"^transformer\.h\.(\d{1,9})\.", "\n".join(found), re.MULTILINE)}
+    tensors = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
+    blocks = {int(number) for number in re.findall(r"^transformer\.h\.(\d{1,9})\.", "\n".join(tensors), re.MULTILINE)}
     if n_layer != len(blocks):
         raise UserError(f"{path} says n_layer={n_layer}, but has weights of {len(blocks)} blocks; get it again")
     for i in blocks:
-        found.pop(f"transformer.h.{i}.{mask}", None)
-    return found
+        tensors.pop(f"transformer.h.{i}.{mask}", None)
+    return tensors
 
 
 def _their_names(model: Transformer, layer: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -152,13 +153,36 @@ def check_out(out: Path) -> None:
 
 
 def write(
-    out: Path, model: Transformer, tokenizer: Tokenizer, end_ids: tuple[int, ...], record: dict[str, Any]
+    out: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    end_ids: tuple[int, ...],
+    record: dict[str, Any],
+    license: str | None = None,
 ) -> None:
-    """The model directory, whole or not at all. end_ids: as `save_model` takes them."""
+    """The model directory with its card, whole or not at all. end_ids: as `save_model` takes them."""
     check_out(out)
-    with written_whole(out) as aside:
-        save_model(aside, model, tokenizer, end_ids)
-        write_json(aside / RECORD, record | {"miaobi": __version__})
+    with written_whole(out) as directory:
+        save_model(directory, model, tokenizer, end_ids)
+        write_json(directory / RECORD, record | {"miaobi": __version__})
+        write_card(directory, card_of(out, model, record, license), out)
+
+
+def card_of(out: Path, model: Transformer, record: dict[str, Any], license: str | None) -> Card:
+    """What the README of a converted model says."""
+    size = f"{model.num_parameters() / 1e6:.1f}M"
+    made = {what: found for what, found in record.items() if isinstance(found, dict) and "sha256" in found}
+    names = {what: f"{found['name']} ({found['sha256']})" for what, found in made.items()}
+    return Card(
+        name=out.resolve().name,
+        summary=f"A language model 语言模型 of {size} parameters, converted from a checkpoint of {record['project']} "
+        "by miaobi 妙笔.",
+        tags=(model.cfg.family,),
+        license=license,
+        usage=USAGE,
+        facts={"converted from": record["project"], **{f"{what} (SHA-256)": name for what, name in names.items()}},
+        settings={key: getattr(model.cfg, key) for key in ("family", *SIZES, "bias", "activation")},
+    )
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

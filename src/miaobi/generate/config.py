@@ -30,6 +30,10 @@ class SamplingConfig(Where):
     """Drop tokens less likely than this share of the likeliest one."""
     repetition_penalty: float = 1.0
     """Above 1 makes tokens that already occurred less likely (CTRL, arXiv:1909.05858)."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that were written before, once (OpenAI's; -2 to 2)."""
+    frequency_penalty: float = 0.0
+    """Taken from them once for each time that they were written (OpenAI's; -2 to 2)."""
     seed: int | None = None
     """Same seed, same text; None = another text each time."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
@@ -50,6 +54,9 @@ class SamplingConfig(Where):
             raise UserError(f"min_p is {self.min_p}; give a share from 0 up to below 1")
         if not 0.01 <= self.repetition_penalty <= 100.0:  # far beyond, logits overflow
             raise UserError(f"repetition_penalty is {self.repetition_penalty}; give one from 0.01 to 100 (1 = none)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2.0 <= getattr(self, name) <= 2.0:
+                raise UserError(f"{name} is {getattr(self, name)}; give a number from -2 to 2 (0 = none)")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise UserError(f"seed is {self.seed}; give a whole number of at most 64 bits")
 

@@ -282,10 +282,10 @@ struct Barrier {
 
 // What cpu_step.py calls: x (B, width), embeddings in and states out; logits (B, vocab). k, v: caches of all layers
 // (layers, rows, H_kv, S, D), bfloat16 where is_short, else float. Token b goes to positions[b] of row b, or of row 0
-// where is_one: then they are one stream's, in order, and get the logits that they would get one by one.
-// scratch: floats, as many as cpu_step.py says.
-extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, int is_short, int is_one, int B,
-                            int rows, int S, const int64_t* positions, void* k, void* v, float* x, float* logits,
+// where is_one: then they are one stream's, in order, and get the logits that they would get one by one; none for the
+// first `unscored` of them. scratch: floats, as many as cpu_step.py says.
+extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, int is_short, int is_one,
+                            int unscored, int B, int rows, int S, const int64_t* positions, void* k, void* v, float* x, float* logits,
                             float* scratch, int threads) {
     const Model& m = *model;
     const int E = m.width, D = m.head_dim, Q = (m.heads + 2 * m.kv_heads) * D, Y = m.heads * D, F = m.inner;
@@ -343,6 +343,8 @@ extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, i
             barrier.wait(of);
         }
         norm_all(m.norm, m.norm_bias);
-        share(m.head, m.vocab, E, z, logits, SET);
+        if (unscored < B)
+            multiply(m.head, first(m.vocab, t), first(m.vocab, t + 1), E, z + (size_t)unscored * E, B - unscored, logits,
+                     m.vocab, SET);
     }
 }

@@ -10,6 +10,11 @@ from torch import Tensor
 from miaobi.generate.config import SamplingConfig
 
 
+def drawing(cfg: SamplingConfig) -> tuple:
+    """What of the settings `next_token` and `penalize_repeats` look at: streams that agree on it are drawn together."""
+    return cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty
+
+
 def penalize_repeats(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make tokens that already occurred less likely (CTRL, arXiv:1909.05858).
 

@@ -1,4 +1,4 @@
-"""Streams decoded together, each at a place of its own and with settings of its own.
+"""Streams decoded together, each at its own position and with its own sampling settings.
 
 A stream takes a row of the KV caches when it comes and gives it back when it ends, so that none waits for the longest
 (continuous batching: Yu et al., Orca, OSDI 2022). What a prompt has in common with a row is copied, not computed.
@@ -7,70 +7,21 @@ A stream takes a row of the KV caches when it comes and gives it back when it en
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import groupby
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from miaobi.generate.config import SamplingConfig
 from miaobi.generate.eager_step import EagerStep
-from miaobi.generate.sampling import next_token, penalize_repeats
-from miaobi.generate.speculate import PromptLookup
+from miaobi.generate.sampling import drawing, next_token, penalize_repeats
+from miaobi.generate.step import Step
+from miaobi.generate.stream import Stream, score
 from miaobi.model.transformer import KVCache, Transformer
 
 PREFILL_TOKENS = 8192  # of several prompts in one forward pass, which bounds its memory
-
-
-class Step(Protocol):
-    """What computes the next logits: eager_step, cpu_step or cuda_step."""
-
-    ready: bool
-    """Whether it can be called; it may become so later, while its library is being built."""
-    can_verify: bool
-    """Whether it has `verify`."""
-    is_exact: bool
-    """Whether each row's logits are, to the last bit, what they would be without the other rows."""
-    cache_dtype: torch.dtype | None
-    """Precision of the KV caches; None = that of the model's products."""
-
-    def rows(self, n: int, size: int) -> int:
-        """How many of `size` rows a step of n rows writes to; those beyond n get something at the last position."""
-
-    def __call__(self, tokens: Tensor, caches: list[KVCache], positions: list[int]) -> Tensor:
-        """One token further in the first n rows of the caches: tokens (n, 1) go to `positions`.
-
-        Returns logits (n, V), which the next call may overwrite.
-        """
-
-    def verify(self, tokens: Tensor, caches: list[KVCache], start: int) -> Tensor:
-        """Several tokens (T, 1) of row 0 at once, from position `start` on. Returns the logits (T, V) that T calls
-        would give, bit for bit.
-        """
-
-
-@dataclass(eq=False)
-class Stream:
-    """A text being written."""
-
-    ids: list[int]
-    """Tokens of the prompt, at least one; those written are added."""
-    cfg: SamplingConfig
-    generator: torch.Generator
-    ends: Collection[int] = ()
-    """Tokens that end a text; to have ended texts before makes them no less likely."""
-    barred: Collection[int] = ()
-    """Tokens never drawn."""
-    never_empty: bool = False
-    """The first token is none of `ends`."""
-    left: int = field(init=False)
-    """Tokens still to come."""
-    lookup: PromptLookup = field(init=False, default_factory=PromptLookup)
-    """What may come next, where several tokens at once can be verified."""
-
-    def __post_init__(self) -> None:
-        self.left = self.cfg.max_new_tokens
+CHUNK = 32  # tokens of a prompt that an exact step reads at once
+ADMITTED = 1024  # tokens of prompts read between two steps, in which those who write wait
 
 
 class Slots:
@@ -141,14 +92,12 @@ class Slots:
             return []
         full = [row for row, _ in enumerate(self.running) if len(self.known[row]) == self.model.cfg.block_size]
         half = max(1, self.model.cfg.block_size // 2)
-        # one by one for an exact step, with which each text is, to the last bit, what it would be alone
-        for rows in [[row] for row in full] if self.step.is_exact else [full]:
-            self.prefill(rows, [self.running[row].ids[-half:-1] for row in rows])
+        self.prefill(full, [self.running[row].ids[-half:-1] for row in full])
         if proposed := self.propose():
             return self.verify(proposed)
-        given = [stream.ids[-1] for stream in self.running]
-        logits = self.logits(given, [len(self.known[row]) for row, _ in enumerate(given)])
-        for row, token in enumerate(given):
+        tokens = [stream.ids[-1] for stream in self.running]
+        logits = self.logits(tokens, [len(self.known[row]) for row, _ in enumerate(tokens)])
+        for row, token in enumerate(tokens):
             self.known[row].append(token)
         drawn = list(zip(self.running, self.draw(logits), strict=True))
         for stream, token in drawn:
@@ -191,12 +140,29 @@ class Slots:
         """Give rows to the streams that wait, and fill these with all of their prompts but the last tokens."""
         if not self.waiting:
             return
-        if not self.running:  # never in the middle of a text: another step rounds differently, and a seed would draw
-            self.step = self.best_step()  # another text from there on
-        block, first = self.model.cfg.block_size, len(self.running)
-        new, self.waiting = self.waiting, []
+        if not self.running and self.step is not (best := self.best_step()):  # never in the middle of a text: another
+            self.step, self.known = best, [[] for _ in self.known]  # step rounds differently
+        block, new = self.model.cfg.block_size, self.take_waiting()
         self.reserve(max(min(block, len(stream.ids) + stream.left) for stream in new))
-        prompts = [stream.ids[-block:][:-1] for stream in new]
+        heard, others = [one for one in new if one.scores_prompt], [one for one in new if not one.scores_prompt]
+        for stream in heard:
+            self.open(stream)
+            self.score_prompt(len(self.running) - 1, stream)
+        if others:
+            self.admit_all(others, [stream.ids[-block:][:-1] for stream in others])
+
+    def take_waiting(self) -> list[Stream]:
+        """The first streams that wait, as many as have `ADMITTED` tokens together; one at least."""
+        tokens, taken = 0, 0
+        while taken < len(self.waiting) and (not taken or tokens < ADMITTED):
+            tokens += min(self.model.cfg.block_size, len(self.waiting[taken].ids))
+            taken += 1
+        new, self.waiting = self.waiting[:taken], self.waiting[taken:]
+        return new
+
+    def admit_all(self, new: list[Stream], prompts: list[list[int]]) -> None:
+        """Rows for streams, each with its prompt, of which what another row has is not read again."""
+        first = len(self.running)
         alike: list[int] = []  # of `new`: those that begin like a row, or like one before them
         apart: list[int] = []
         for i, prompt in enumerate(prompts):
@@ -205,7 +171,7 @@ class Slots:
         apart.sort(key=lambda i: len(prompts[i]))
         for i in (*apart, *alike):
             self.open(new[i])
-        if len(apart) == 1:  # alone it need not begin at 0
+        if len(apart) == 1 or self.step.is_exact:  # read one by one they need not begin at 0
             alike, apart = [*apart, *alike], []
         row = first
         for _, bucket in groupby(apart, key=lambda i: len(prompts[i]).bit_length()):  # less than twice as long
@@ -213,7 +179,8 @@ class Slots:
             self.prefill([*range(row, row + len(together))], together)
             row += len(together)
         for i in alike:
-            self.prefill([row], [prompts[i]], self.recall(row, prompts[i]))
+            new[i].recalled = self.recall(row, prompts[i])
+            self.prefill([row], [prompts[i]], new[i].recalled)
             row += 1
 
     def open(self, stream: Stream) -> None:
@@ -235,10 +202,10 @@ class Slots:
 
     def recall(self, row: int, prompt: list[int]) -> int:
         """Let `row` begin with what `prompt` has in common with the row most like it; how many tokens that is."""
-        like = max(range(self.size), key=lambda other: (common(prompt, self.known[other]), other == row))
-        shared = common(prompt, self.known[like])
-        if like != row and shared:
-            self.copy(like, row, shared)
+        nearest = max(range(self.size), key=lambda other: (common(prompt, self.known[other]), other == row))
+        shared = common(prompt, self.known[nearest])
+        if nearest != row and shared:
+            self.copy(nearest, row, shared)
         self.known[row] = prompt[:shared]
         return shared
 
@@ -253,23 +220,51 @@ class Slots:
     def prefill(self, rows: list[int], prompts: list[list[int]], start: int = 0) -> None:
         """Compute keys and values of `prompts` into `rows`, whose first `start` positions are there already.
 
-        Shorter prompts are padded on the right, where nothing looks before it is overwritten.
+        An exact step reads each by itself, so that a text is, to the last bit, what it would be alone. For the others
+        shorter prompts are padded on the right, where nothing looks before it is overwritten.
         """
         for row in rows:
             self.known[row] = self.known[row][:start]
-        most = max(map(len, prompts), default=0)
-        if most <= start:
+        longest = max(map(len, prompts), default=0)
+        if longest <= start:
+            return
+        if self.step.is_exact:
+            for row, prompt in zip(rows, prompts, strict=True):
+                for at in range(start, len(prompt), CHUNK):
+                    self.read(row, prompt[at : at + CHUNK])
             return
         for _, consecutive in groupby(enumerate(rows), key=lambda at: at[1] - at[0]):
-            places = [at for at, _ in consecutive]
-            at_once = max(1, PREFILL_TOKENS // most)
-            for some in (places[i : i + at_once] for i in range(0, len(places), at_once)):
-                ids = [prompts[i][start:] + [0] * (most - len(prompts[i])) for i in some]
-                of = slice(rows[some[0]], rows[some[-1]] + 1)
+            indices = [at for at, _ in consecutive]
+            batch_size = max(1, PREFILL_TOKENS // longest)
+            for batch in (indices[i : i + batch_size] for i in range(0, len(indices), batch_size)):
+                ids = [prompts[i][start:] + [0] * (longest - len(prompts[i])) for i in batch]
+                of = slice(rows[batch[0]], rows[batch[-1]] + 1)
                 self.model.hidden(torch.tensor(ids, device=self.device),
                                   caches=self.part(lambda k, v, of=of: KVCache(k[of], v[of], start)))  # fmt: skip
         for row, prompt in zip(rows, prompts, strict=True):
             self.known[row] = list(prompt)
+
+    def read(self, row: int, tokens: list[int], scored: bool = False) -> Tensor:
+        """`tokens` into `row`, behind what is there; logits (T, V) where `scored`. For steps that `verify`."""
+        ids, start = torch.tensor(tokens, device=self.device)[:, None], len(self.known[row])
+        logits = self.step.verify(ids, self.caches, start, row, 0 if scored else len(tokens))
+        self.known[row] = self.known[row] + tokens
+        return logits
+
+    def score_prompt(self, row: int, stream: Stream) -> None:
+        """Read a prompt from its beginning and score its tokens."""
+        ids, alternatives = stream.ids, stream.alternatives or 0
+        self.known[row] = []
+        for at in range(0, len(ids) - 1, CHUNK):
+            some = ids[at : min(at + CHUNK, len(ids) - 1)]
+            if self.step.can_verify:
+                logits = self.read(row, some, scored=True)
+            else:
+                caches = self.part(lambda k, v, at=at: KVCache(k[row : row + 1], v[row : row + 1], at))
+                (logits,) = self.model(torch.tensor([some], device=self.device), caches=caches)
+                self.known[row] = self.known[row] + some
+            following = torch.tensor(ids[at + 1 : at + 1 + len(some)], device=self.device)
+            stream.prompt_scores += score(logits, following, alternatives)
 
     def logits(self, tokens: list[int], positions: list[int]) -> Tensor:
         """Logits (n, V) behind `tokens` of the first n rows, which go to `positions`."""
@@ -285,21 +280,34 @@ class Slots:
     def draw(self, logits: Tensor) -> list[int]:
         """The next token of each running stream, by its own settings: logits (n, V)."""
         n = len(self.running)
+        own = logits
         logits = logits.masked_fill(self.barred[:n], -torch.inf)
         tokens = torch.empty(n, dtype=torch.long, device=self.device)
-        groups: dict[SamplingConfig, list[int]] = {}
+        groups: dict[tuple, list[int]] = {}
         for row, stream in enumerate(self.running):
-            groups.setdefault(stream.cfg, []).append(row)
-        for cfg, rows in groups.items():
-            few = rows if len(groups) > 1 else slice(n)
-            fair = penalize_repeats(logits[few], self.seen[few], cfg.repetition_penalty)
-            tokens[few] = next_token(fair, cfg, [self.running[row].generator for row in rows])
+            groups.setdefault(drawing(stream.cfg), []).append(row)
+            if stream.has_bias:
+                stream.bias(logits[row])
+        for rows in groups.values():
+            members, cfg = rows if len(groups) > 1 else slice(n), self.running[rows[0]].cfg
+            penalized = penalize_repeats(logits[members], self.seen[members], cfg.repetition_penalty)
+            tokens[members] = next_token(penalized, cfg, [self.running[row].generator for row in rows])
+        self.tell(own, tokens)
         self.seen[:n].scatter_(1, tokens[:, None], True)
         for row, stream in enumerate(self.running):
             if stream.never_empty:
                 stream.never_empty = False
                 mark(self.barred[row], stream.barred)
         return tokens.tolist()
+
+    def tell(self, logits: Tensor, tokens: Tensor) -> None:
+        """Score the tokens (n,) of the streams that ask for it, by the logits (n, V) of the model itself."""
+        asked = [row for row, stream in enumerate(self.running) if stream.alternatives is not None]
+        if asked:
+            most = max(self.running[row].alternatives for row in asked)
+            for row, found in zip(asked, score(logits[asked], tokens[asked], most), strict=True):
+                stream = self.running[row]
+                stream.scores.append(replace(found, top=found.top[: stream.alternatives]))
 
 
 def mark(mask: Tensor, ids: Collection[int]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from miaobi import files
+from miaobi import download, files
 from miaobi.console import log
 from miaobi.errors import UserError
 
@@ -112,22 +112,22 @@ def from_model_scope(name: str) -> Path:
 
     download = functools.partial(HubApi().download_repo, name, "model")
     try:
-        found = with_weights(download)
+        directory = with_weights(download)
     except (HubError, OSError, *UNUSABLE) as e:
         if not_the_network(e):
             raise
         advice = next_step(e, "MODELSCOPE_API_TOKEN", "MODELSCOPE_ENDPOINT")
         offline = not isinstance(e, HubError) or isinstance(e, (NetworkError, RequestTimeoutError, ServerError))
-        found = in_cache(functools.partial(download, local_files_only=True)) if offline else None
-        if found is None:
+        directory = in_cache(functools.partial(download, local_files_only=True)) if offline else None
+        if directory is None:
             raise UserError(
                 f"{MODELSCOPE}{name} could not be fetched ({reason(e)}). "
                 + (advice or "Check the name; run the command again: the download goes on where it stopped")
             ) from e
         tell_cached("ModelScope", e, name, advice)
-    if found is None:
+    if directory is None:
         raise UserError(f"{MODELSCOPE}{name} has neither model.safetensors nor pytorch_model.bin; take another model")
-    return found
+    return directory
 
 
 def wanted(files: list[str]) -> list[str]:
@@ -168,37 +168,32 @@ def fetch_large(name: str, commit: str, sibling: RepoSibling) -> None:
     """Put a large file's content into huggingface_hub's cache, going on where an earlier command stopped.
 
     (huggingface_hub itself begins anew in every process.) Raises UserError for bytes that differ from the SHA-256.
+    Layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
     """
-    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.file_download import http_get, repo_folder_name
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+    from filelock import FileLock
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers
 
     file = sibling.rfilename
     if sibling.lfs is None or isinstance(try_to_load_from_cache(name, file, revision=commit), str):
         return
-    cache, folder = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=name, repo_type="model")
+    cache, folder = Path(constants.HF_HUB_CACHE), f"models--{name.replace('/', '--')}"
     sha256 = sibling.lfs["sha256"]
     content = cache / folder / "blobs" / sha256
-    part = content.with_name(f"{sha256}.part")
     lock = cache / ".locks" / folder / f"{sha256}.part.lock"
     for directory in (content.parent, lock.parent):
         directory.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):
+    with FileLock(lock):
         if content.exists():
             return
-        with part.open("ab") as f:
-            http_get(
-                hf_hub_url(name, file, revision=commit),
-                f,
-                resume_size=f.tell(),
-                headers=build_hf_headers(),
-                expected_size=sibling.lfs["size"],
-                displayed_filename=file,
-            )
-        if files.sha256(part) != sha256:
-            part.unlink()
-            raise UserError(_altered(name, file))
-        part.replace(content)
+        url = hf_hub_url(name, file, revision=commit)
+        try:
+            download.fetch(url, content, file, sha256, sibling.lfs["size"], build_hf_headers())
+        except download.AlteredError as e:
+            raise UserError(_altered(name, file)) from e
+        except download.AnswerError as e:
+            get_hf_file_metadata(url)  # says what the client calls it: terms that are not accepted, a name, ...
+            raise OSError(str(e)) from e
 
 
 def verify_small(file: Path, sibling: RepoSibling, name: str) -> None:

@@ -45,17 +45,17 @@ class KVCache:
 
 @dataclass
 class RowCache(KVCache):
-    """The same where each row is at a position of its own: `append` stores one token per row at `places` (B,) and gives
-    all positions up to `length`, the furthest of them. Who may look where is for a mask to say.
+    """A cache whose rows are at different positions: `append` stores one token per row at `position_ids` (B,) and
+    returns all positions up to `length`, the largest of them. The attention mask hides what a row must not see.
     """
 
-    places: Tensor | None = None
+    position_ids: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, H_kv, 1, D); return the positions of the longest row in their precision."""
         rows, end = torch.arange(len(k), device=k.device), self.length + 1
-        self.k[rows, :, self.places] = k[:, :, 0].to(self.k.dtype)
-        self.v[rows, :, self.places] = v[:, :, 0].to(self.v.dtype)
+        self.k[rows, :, self.position_ids] = k[:, :, 0].to(self.k.dtype)
+        self.v[rows, :, self.position_ids] = v[:, :, 0].to(self.v.dtype)
         return self.k[:, :, :end].to(k.dtype), self.v[:, :, :end].to(v.dtype)
 
 
@@ -103,6 +103,14 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dro
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     shares = F.dropout(F.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1), dropout)
     return (shares.view(B, k.shape[1], -1, T) @ v).view(B, H, T, D)
+
+
+def as_rows(q: Tensor, n_kv_head: int) -> Tensor:
+    """Queries of one position, those that share a key as positions of one head: (B, H, 1, D) -> (B, H_kv, H/H_kv, D).
+
+    Nothing is masked among them, so attention gives for each what it gives alone.
+    """
+    return q.reshape(len(q), n_kv_head, -1, q.shape[-1])
 
 
 def head_dim(cfg: ModelConfig) -> int:
@@ -167,7 +175,9 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         grouped = self.n_kv_head != self.n_head
         dropout = self.dropout if self.training else 0.0
-        if self.explicit and self.training and cache is None and (mask is None or isinstance(mask, Tensor)):
+        if grouped and T == 1 and q.is_cuda:  # heads of one key as rows: kernels that know a mask know no groups
+            y = F.scaled_dot_product_attention(as_rows(q, self.n_kv_head), k, v, mask).reshape(B, self.n_head, 1, -1)
+        elif self.explicit and self.training and cache is None and (mask is None or isinstance(mask, Tensor)):
             y = explicit_attention(q, k, v, mask, dropout)
         elif mask is None or isinstance(mask, Tensor):
             y = F.scaled_dot_product_attention(
@@ -318,6 +328,12 @@ class Transformer(nn.Module):
             S = start + T
             mask = torch.ones(T, S, dtype=torch.bool, device=ids.device).tril(S - T)
         x, rope = self.embed(ids, position_ids)
+        return self.after_embedding(x, rope, mask, caches)
+
+    def after_embedding(
+        self, x: Tensor, rope: Tensor | None, mask: Tensor | None = None, caches: list[KVCache] | None = None
+    ) -> Tensor:
+        """The blocks and the last norm, of what `embed` gave; the other arguments as in `hidden`. Returns (B, T, C)."""
         for i, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)

@@ -5,9 +5,11 @@ DDP copies it (arXiv:2006.15704); FSDP2 shards it (arXiv:2304.11277), over all r
 
 from __future__ import annotations
 
+import io
 import time
+import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +23,33 @@ from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import Transformer
 from miaobi.train.world import World
 
+EAGER = (None, ())
+"""Nothing is compiled: see `use_compiled`."""
+
 
 class Objective(nn.Module):
-    """Nats over the scored targets, as one module: DDP prepares its reductions in `forward`."""
+    """Nats over the scored targets, as one module: DDP prepares its reductions in `forward`.
+
+    Attributes: whole, `after_embedding` compiled, where that is how the run computes.
+    """
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
+        self.whole: Callable[..., Tensor] | None = None
 
     def forward(self, ids: Tensor, targets: Tensor, position_ids: Tensor | None, mask) -> Tensor:
+        if self.whole is not None:
+            positions = torch.arange(ids.shape[1], device=ids.device) if position_ids is None else position_ids
+            return self.whole(*self.model.embed(ids, positions), mask, targets)
         hidden = self.model.hidden(ids, position_ids, mask)
         return linear_cross_entropy(hidden, self.model.head_weight, targets)
+
+    def after_embedding(self, x: Tensor, rope: Tensor | None, mask, targets: Tensor) -> Tensor:
+        """The same of embedded tokens (B, T, C). Compiled, the embedding's gradient would be added up by all threads at
+        once, in any order: a run that is repeated would not end in the same bits.
+        """
+        return linear_cross_entropy(self.model.after_embedding(x, rope, mask), self.model.head_weight, targets)
 
 
 def placed(
@@ -88,7 +106,10 @@ def shard(model: Transformer, world: World, cfg: TrainConfig, device: torch.devi
     else:
         mesh = init_device_mesh(device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
     reduced = torch.float32 if dtype != torch.float32 else None
-    policy = MixedPrecisionPolicy(param_dtype=dtype if reduced else None, reduce_dtype=reduced)
+    # States between blocks and the rotary table stay fp32, as they do under DDP: autocast casts what a product takes.
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype if reduced else None, reduce_dtype=reduced, cast_forward_inputs=False
+    )
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -112,7 +133,7 @@ def fill(model: Transformer, values: dict[str, Tensor] | None) -> None:
 
 
 def is_sharded(held: Tensor | nn.Module) -> bool:
-    """Whether this rank has only a part of it: a DTensor, an FSDPModule (told by what they do: slow to import)."""
+    """Whether this rank has only a part of it: a DTensor, an FSDPModule (known by attributes: slow to import)."""
     return hasattr(held, "full_tensor") or hasattr(held, "reshard")
 
 
@@ -130,23 +151,31 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def compile_as(objective: nn.Module, part: str, once: Callable[[], object]) -> bool:
-    """Compile the `blocks` (one graph that all layers share) or the `whole` objective with its loss, and try it by
-    `once`. Where that fails: eager, with a line of warning, and False.
+def compile_as(objective: Objective, part: str, autotuned: bool, once: Callable[[], object]) -> bool:
+    """Compile the `blocks` (one graph that all layers share) or the `whole` objective behind the embedding, with its
+    loss, and try it by `once`. Where that fails: as it was before, with a line of warning, and False.
 
+    autotuned: Inductor times other matrix products than the library's (max_autotune).
     Shapes are taken as they are: a smaller last micro-batch runs uncompiled (see `no_recompilation`).
     """
-    started = time.perf_counter()
+    before, started = compiled_parts(objective), time.perf_counter()
     keep_compiled_code_private()
-    for module in objective.model.blocks if part == "blocks" else [objective]:
-        module.compile(dynamic=False)
+    options = {"max_autotune": True} if autotuned else None
+    use_compiled(objective, EAGER)
+    if part == "blocks":
+        for block in objective.model.blocks:
+            block.compile(dynamic=False, options=options)
+    else:
+        objective.whole = torch.compile(objective.after_embedding, dynamic=False, options=options)
     try:
-        once()
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # torch's deprecations, and autotune's tables
+            warnings.simplefilter("ignore")
+            once()
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as e:  # BackendCompilerFailed, InductorError and the like derive from it
+    except Exception as e:  # the compiler's own, and what Triton, ptxas and their subprocesses raise
         warn(f"torch.compile does not work here ({type(e).__name__}); going on without (--compile=False says so)")
-        uncompile(objective)
+        use_compiled(objective, before)
         return False
     finally:
         objective.model.zero_grad(set_to_none=True)
@@ -154,16 +183,22 @@ def compile_as(objective: nn.Module, part: str, once: Callable[[], object]) -> b
     return True
 
 
-def uncompile(objective: nn.Module) -> None:
-    """Compute eagerly again."""
-    for module in (objective, *objective.model.blocks):
-        module._compiled_call_impl = None
+def compiled_parts(objective: Objective) -> tuple:
+    """What of the objective is compiled: the whole of it, and each block; None is what runs eagerly."""
+    return objective.whole, tuple(block._compiled_call_impl for block in objective.model.blocks)
+
+
+def use_compiled(objective: Objective, parts: tuple) -> None:
+    """Compute by what `compiled_parts` gave, or by EAGER."""
+    objective.whole, blocks = parts
+    for i, block in enumerate(objective.model.blocks):
+        block._compiled_call_impl = blocks[i] if blocks else None
 
 
 def is_compiled(objective: nn.Module) -> bool:
     """Whether the objective or its blocks are compiled."""
-    objective = getattr(objective, "module", objective)  # within DDP
-    return any(m._compiled_call_impl is not None for m in (objective, *objective.model.blocks))
+    whole, blocks = compiled_parts(getattr(objective, "module", objective))  # within DDP
+    return any(part is not None for part in (whole, *blocks))
 
 
 def no_recompilation(objective: nn.Module) -> AbstractContextManager:

@@ -21,7 +21,7 @@ from miaobi.device import explain_memory, keep_allocations, peak_flops, pick_dty
 from miaobi.model.transformer import Transformer
 from miaobi.settings import Origin
 from miaobi.train.alarms import Alarms
-from miaobi.train.computing import choose
+from miaobi.train.computing import decide
 from miaobi.train.data import opening
 from miaobi.train.evaluate import bits_per_char, evaluating, mean_loss, place
 from miaobi.train.layout import Objective, is_sharded, no_recompilation, reducing, whole
@@ -34,6 +34,7 @@ from miaobi.train.run_directory import one_writer
 from miaobi.train.saving import Saver
 from miaobi.train.schedule import Deadline, clock, share_of_rate
 from miaobi.train.setup import Plan, set_up
+from miaobi.train.summary import summarized
 from miaobi.train.threads import Threads
 from miaobi.train.watch import Metrics, on_signals, time_left
 from miaobi.train.world import check_batch, explain_lost
@@ -104,14 +105,14 @@ class Run:
             return plan.result(end)
         if first:
             log(f"continuing from step {first}")
-        self.plan, self.flex = choose(plan, self.objective)
+        self.plan, self.flex = decide(plan, self.objective)
         plan, self.threads = self.plan, Threads(alone=self.world.size == 1)
         self.peak = peak_flops(plan.device, plan.dtype)
         if self.world.size > 1 and not is_sharded(self.model):
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
         if self.world.is_first:
             self.metrics = Metrics.of(plan)
-        with on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
+        with summarized(plan), on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
             task = bar.add_task("train", total=plan.total_steps, completed=first, figures="",
                                 visible=console.is_terminal)  # fmt: skip
             try:
@@ -227,7 +228,7 @@ class Run:
         limit = plan.optim.grad_clip or math.inf
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         set_rate(plan.optimizers, share_of_rate(step, plan.optim, self.progress))
-        move(plan.optimizers, norm + total if world.size == 1 else norm)
+        move(plan.optimizers, norm + total if world.size == 1 else norm)  # of several ranks, each has its own total
         if plan.average is not None:
             plan.average.update(step + 1)
         self.model.zero_grad(set_to_none=True)
@@ -260,7 +261,7 @@ class Run:
         return step % self.cfg.eval_interval == 0 or step == self.plan.total_steps
 
     def evaluate_first(self) -> None:
-        """How good the model is before it learns anything; only told, it is neither kept nor compared."""
+        """How good the model is before it learns anything: printed, but neither stored nor compared."""
         loss = self.validation_loss()
         bits = bits_per_char(self.plan, loss)
         if self.metrics is not None:
@@ -290,7 +291,10 @@ class Run:
             prompt = cfg.sample_start or opening(plan.data, plan.tokenizer)
             told = plan.tokenizer, prompt, cfg.sample_tokens, plan.data.end_ids, plan.data.is_dialogue
             with evaluating(self.model), plan.average.shown() if plan.average else nullcontext():
-                log("  " + preview(self.model, *told).replace("\n", "\n  "))
+                text = preview(self.model, *told)
+            log("  " + text.replace("\n", "\n  "))
+            if self.metrics is not None:
+                self.metrics.sample(p.step, text)
 
     def interrupt(self, reason: str) -> None:
         """Ask the loop to save after the step at hand; Ctrl-C once more stops at once.

@@ -1,4 +1,4 @@
-"""How a step is computed, chosen by timing it on the machine: precision and attention.
+"""How a step is computed, chosen by timing it on the machine: precision, attention, micro-batch, compilation.
 
 What was taken is written into the run (`Progress.computed`), and a resumed run keeps it: another choice would give
 other roundings. It is remembered per machine and shape too: a run that is killed before its first checkpoint starts
@@ -9,33 +9,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from miaobi.cache import private_cache
-from miaobi.console import warn
-from miaobi.device import cpu_flags, peak_memory
-from miaobi.train.layout import compile_as, uncompile
+from miaobi.console import log, warn
+from miaobi.device import cpu_flags, peak_memory, reset_peak_memory
+from miaobi.train.layout import EAGER, Objective, compile_as, compiled_parts, use_compiled
+from miaobi.train.watch import duration
 
 PIECES = 400
-"""Micro-batches of a run from which on eager steps are compared: that takes as long as about ten of them."""
+"""Micro-batches of a run from which on modes are compared: eager ones take as long as about ten of them."""
 KEPT_SHARE = 0.15
-"""Of the memory of a step: as much as the probabilities of explicit attention may add to it."""
+"""Of the memory of a step: as much as explicit attention or a larger micro-batch may add to it."""
+LARGER = 4
+"""How many times the usual micro-batch is tried, where that share allows it."""
 GAIN = 1.03
-"""A way must be this much faster than the one before it in the list: less is noise."""
+"""A mode must be this much faster than the one before it in the list: less is noise."""
 ROUNDS = 3
+COMPILING = {"blocks": 20.0, "whole": 30.0, "autotuned": 120.0}
+"""Seconds that compiling takes on two cores, roughly; of the whole, for each six layers (docs/lab-notes.md)."""
+WORTH = 0.03
+"""Share of a run that trying compiled modes may cost."""
 
 
 @dataclass(frozen=True)
-class Computed:
+class ExecutionMode:
     """How the steps of a run are computed."""
 
     dtype: str
@@ -44,114 +51,238 @@ class Computed:
     """Attention as two products and a softmax, instead of by torch's fused kernel."""
     compiled: str = ""
     """torch.compile over the `blocks` or the `whole` objective; empty = eager."""
+    autotuned: bool = False
+    """Compiled with max_autotune: products fused with what follows them, where that is faster."""
+    micro: int = 0
+    """Sequences at once; 0 = as many as `recipe.micro_batch` says."""
+    seconds: float = 0.0
+    """Of one sequence, forward and backward, when it was measured; 0 = it was not."""
     why: str = "not measured: the run is short"
 
     def __str__(self) -> str:
         attention = "explicit" if self.explicit else "fused"
-        return f"{self.dtype}, {attention} attention, {f'compiled ({self.compiled})' if self.compiled else 'eager'}"
+        how = f"compiled ({self.compiled}{', max_autotune' if self.autotuned else ''})" if self.compiled else "eager"
+        return f"{self.dtype}, {attention} attention, {how}{f', {self.micro} at once' if self.micro else ''}"
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be computed how often. `example` are the arguments of the objective for one micro-batch."""
+    """What is to be computed how often."""
 
-    objective: nn.Module
-    example: tuple
+    objective: Objective
+    example: Callable[[int, bool], tuple]
+    """Arguments of the objective for so many sequences, and whether it is compiled: FlexAttention has another mask."""
     device: torch.device
     steps: int
     """Left in this run."""
-    pieces: int
-    """Micro-batches of a step."""
+    rows: int
+    """Sequences of a step on this rank."""
+    micro: int
+    """Sequences at once, as `recipe.micro_batch` says."""
+    bound: bool = False
+    """The user says how many."""
+    ready: dict[ExecutionMode, tuple] = field(default_factory=dict)
+    """Ways that are compiled, by their `compiled_parts`."""
 
-    def once(self, way: Computed) -> float:
-        """Seconds of one forward and backward pass. Gradients and random states are left as they were found."""
-        dtype = getattr(torch, way.dtype)
-        model = self.objective.model
-        model.use_explicit_attention(way.explicit)
-        with torch.random.fork_rng(devices=[]):
+    def set(self, mode: ExecutionMode) -> bool:
+        """Compute in `mode` from now on. Where the compiler fails, as before: a line of warning, and False."""
+        self.objective.model.use_explicit_attention(mode.explicit)
+        known = replace(mode, seconds=0.0, why="")
+        if not mode.compiled:
+            use_compiled(self.objective, EAGER)
+        elif known in self.ready:
+            use_compiled(self.objective, self.ready[known])
+        else:
+            log(f"compiling now, which takes some {compiling_seconds(self, mode):.0f} s: {mode.why}")
+            if not compile_as(self.objective, mode.compiled, mode.autotuned, lambda: self.once(mode)):
+                return False
+            self.ready[known] = compiled_parts(self.objective)
+        return True
+
+    def once(self, mode: ExecutionMode) -> float:
+        """Seconds of a forward and backward pass, for each sequence. Gradients and random states are left as they were
+        found; what is compiled, and attention, are as `set` has made them.
+        """
+        dtype = getattr(torch, mode.dtype)
+        example = self.example(mode.micro or self.micro, bool(mode.compiled))
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            self.wait()
             started = time.perf_counter()
             with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                loss = self.objective(*self.example)
+                loss = self.objective(*example)
             loss.backward()
-            if self.device.type != "cpu":
-                torch.accelerator.synchronize(self.device)
+            self.wait()
             took = time.perf_counter() - started
-        model.zero_grad(set_to_none=True)
-        return took
+        self.objective.model.zero_grad(set_to_none=True)
+        return took / len(example[0])
 
-    def key(self, way: Computed) -> str:
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def timed(self, mode: ExecutionMode) -> float:
+        """`once` in `mode`, which is eager or compiled already."""
+        self.set(mode)
+        return self.once(mode)
+
+    def key(self, mode: ExecutionMode) -> str:
         """Of this machine, its threads and versions, and everything that the speed depends on."""
-        model = self.objective.model
-        mask = self.example[3]
-        told = (
-            cpu_flags(), torch.__version__, torch.get_num_threads(), asdict(model.cfg), model.recompute, way.dtype,
-            tuple(self.example[0].shape), None if mask is None else tuple(mask.shape), self.pieces,
+        model, (ids, _, _, mask) = self.objective.model, self.example(self.micro, False)
+        device = cpu_flags() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        facts = (
+            device, torch.__version__, torch.get_num_threads(), asdict(model.cfg), model.recompute, mode.dtype,
+            tuple(ids.shape), None if mask is None else tuple(mask.shape), self.rows, self.bound,
             [tuple(p.shape) for p in model.parameters()],
         )  # fmt: skip
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:24]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
 
-def compare(ways: dict[Computed, Callable[[], float]]) -> dict[Computed, float]:
-    """Median seconds of each way, which take turns; one turn before does not count."""
-    turns: dict[Computed, list[float]] = {way: [] for way in ways}
+def compiling_seconds(work: Work, mode: ExecutionMode) -> float:
+    """What compiling the mode takes before its first step, roughly."""
+    if mode.compiled == "blocks":
+        return COMPILING["blocks"]
+    return COMPILING["autotuned" if mode.autotuned else "whole"] * math.ceil(len(work.objective.model.blocks) / 6)
+
+
+def compare(modes: dict[ExecutionMode, Callable[[], float]]) -> dict[ExecutionMode, float]:
+    """Median seconds of each mode, which take turns; one turn before does not count."""
+    turns: dict[ExecutionMode, list[float]] = {mode: [] for mode in modes}
     for number in range(ROUNDS + 1):
-        for way, once in ways.items():
+        for mode, once in modes.items():
             took = once()
             if number:
-                turns[way].append(took)
-    return {way: statistics.median(each) for way, each in turns.items()}
+                turns[mode].append(took)
+    return {mode: statistics.median(times) for mode, times in turns.items()}
 
 
-def fastest(seconds: dict[Computed, float]) -> Computed:
-    """The first of the ways, unless a later one is faster by GAIN."""
+def fastest(seconds: dict[ExecutionMode, float]) -> ExecutionMode:
+    """The first of the modes, unless a later one is faster by GAIN."""
     best = next(iter(seconds))
-    for way, took in seconds.items():
+    for mode, took in seconds.items():
         if took * GAIN < seconds[best]:
-            best = way
+            best = mode
     return best
 
 
-def told(seconds: dict[Computed, float]) -> str:
-    """Milliseconds of a micro-batch, each way."""
-    return "; ".join(f"{way}: {1000 * took:.0f} ms" for way, took in seconds.items())
+def compared(work: Work, modes: list[ExecutionMode], before: str = "") -> ExecutionMode:
+    """The fastest of modes that are eager or compiled already, with its seconds and why it was taken.
 
-
-def choose_eager(work: Work, dtypes: list[str]) -> Computed:
-    """Precision and attention by timing eager passes on a CPU.
-
-    dtypes: the usual one first. Only for runs of some length: `Computed()` of the first else.
+    before: what was found earlier.
     """
-    usual = Computed(dtypes[0])
-    if work.device.type != "cpu" or work.steps * work.pieces < PIECES:
-        return usual
-    known = recall(work.key(usual))
-    if "eager" in known:
-        return Computed(**known["eager"])
-    work.once(usual)
-    ways = [Computed(dtype) for dtype in dtypes]
-    if kept_by_explicit(work) <= KEPT_SHARE * peak_memory(work.device):
-        ways += [replace(way, explicit=True) for way in ways]
-    seconds = compare({way: lambda way=way: work.once(way) for way in ways})
+    seconds = compare({mode: lambda mode=mode: work.timed(mode) for mode in modes})
     best = fastest(seconds)
-    best = replace(best, why=f"measured, a micro-batch of {len(work.example[0])}: {told(seconds)}")
-    remember(work.key(usual), "eager", best)
+    told = "; ".join(f"{mode}: {1000 * took:.3g} ms" for mode, took in seconds.items())
+    return replace(best, seconds=seconds[best], why=f"{before or 'measured, a sequence each'}; {told}")
+
+
+def choose(work: Work, dtypes: list[str], compiles: bool, why: str) -> ExecutionMode:
+    """The fastest mode for a run of PIECES micro-batches or more; the usual one, not measured, for a shorter.
+
+    dtypes: precisions that make sense, the usual one first. compiles: compiled modes are tried too, as many as the
+    length of the run pays for. why: the blocks are in any case, and this is what to say of it; "" = they are not.
+    """
+    usual = ExecutionMode(dtypes[0])
+    if not is_long(work):
+        return usual
+    key = work.key(usual)
+    best = usual
+    if work.device.type == "cpu":
+        best = recall(key).get("eager") or remember(key, "eager", choose_eager(work, dtypes))
+    if not compiles:
+        return best
+    name = f"compiled for {work.steps} steps{', blocks anyway' if why else ''}"
+    return recall(key).get(name) or remember(key, name, choose_compiled(work, best, dtypes[0], why))
+
+
+def is_long(work: Work) -> bool:
+    """Whether timing costs next to nothing of the run."""
+    return work.steps * math.ceil(work.rows / work.micro) >= PIECES
+
+
+def choose_eager(work: Work, dtypes: list[str]) -> ExecutionMode:
+    """Precision, attention and micro-batch by timing eager passes on a CPU."""
+    usual = ExecutionMode(dtypes[0])
+    work.set(usual)
+    reset_peak_memory(work.device)
+    held = peak_memory(work.device)
+    work.once(usual)
+    peak = peak_memory(work.device)
+    modes = [ExecutionMode(dtype) for dtype in dtypes]
+    if explicit_fits(work):
+        modes += [replace(mode, explicit=True) for mode in modes]
+    best = compared(work, modes)
+    more = larger(work, KEPT_SHARE * peak / max(1, peak - held))
+    return compared(work, [best, replace(best, micro=more)], best.why) if more else best
+
+
+def larger(work: Work, room: float) -> int:
+    """Sequences at once, up to LARGER times the usual: as many as take `room` times more memory for activations.
+
+    In equal pieces; 0 where that gives no fewer of them.
+    """
+    if work.bound or work.device.type != "cpu":
+        return 0
+    pieces = math.ceil(work.rows / max(1, math.floor(work.micro * min(LARGER, 1 + room))))
+    return math.ceil(work.rows / pieces) if pieces < math.ceil(work.rows / work.micro) else 0
+
+
+def explicit_fits(work: Work) -> bool:
+    """Whether the attention probabilities that explicit attention keeps for the backward pass take little memory,
+    compared with the most that was held so far.
+    """
+    rows, length = work.example(work.micro, False)[0].shape
+    cfg = work.objective.model.cfg
+    kept = 4 * rows * cfg.n_head * length * length * (1 if work.objective.model.recompute else cfg.n_layer)
+    return kept <= KEPT_SHARE * peak_memory(work.device)
+
+
+def choose_compiled(work: Work, best: ExecutionMode, usual: str, why: str) -> ExecutionMode:
+    """`best`, or a compiled mode that is faster: they are tried one by one for as long as the run pays for it.
+
+    Compiled, the usual precision may win although it lost by its conversions; and so may explicit attention.
+    """
+    run_seconds = work.steps * work.rows * best.seconds
+    tried = why or f"a run of {duration(run_seconds)} pays for trying whether that is faster"
+    plain = replace(best, dtype=usual, compiled="blocks", seconds=0.0, why=tried)
+    whole = replace(plain, compiled="whole")
+    spent = 0.0
+    for mode in (plain, whole, replace(whole, explicit=not plain.explicit), replace(whole, autotuned=True)):
+        spent += compiling_seconds(work, mode)
+        if spent > WORTH * run_seconds and not (why and mode.compiled == "blocks"):
+            break
+        if mode.explicit and not plain.explicit and (work.device.type != "cpu" or not explicit_fits(work)):
+            continue
+        if mode.autotuned:
+            mode = replace(mode, explicit=best.explicit)
+        if not work.set(mode):
+            break
+        # On a GPU eager attention over packed documents would fill the memory: its blocks are compiled to begin with.
+        rivals = [mode] if work.device.type == "cuda" and not best.compiled else [best, mode]
+        best = compared(work, rivals, best.why if best.seconds else "")
     return best
 
 
-def kept_by_explicit(work: Work) -> int:
-    """Bytes of attention probabilities that explicit attention keeps for the backward pass."""
-    rows, length = work.example[0].shape
-    cfg = work.objective.model.cfg
-    return 4 * rows * cfg.n_head * length * length * (1 if work.objective.model.recompute else cfg.n_layer)
+def recall(key: str) -> dict[str, ExecutionMode]:
+    """What was remembered of a shape, by name; {} where nothing can be read."""
+    try:
+        stored = json.loads(memory_file(key).read_text(encoding="utf-8"))
+        return {name: checked(fields) for name, fields in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
-def apply(work: Work, way: Computed) -> bool:
-    """Compute as `way` says from now on; where the compiler fails: eager, a line of warning, and False."""
-    work.objective.model.use_explicit_attention(way.explicit)
-    uncompile(work.objective)
-    if not way.compiled:
-        return True
-    return compile_as(work.objective, way.compiled, lambda: work.once(way))
+def remember(key: str, name: str, mode: ExecutionMode) -> ExecutionMode:
+    """Keep a choice for the next run of this shape; a home that cannot be written forgets. Returns it."""
+    file = memory_file(key)
+    known = {each: asdict(other) for each, other in recall(key).items()}
+    try:
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(known | {name: asdict(mode)}), encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as e:
+        warn(f"{file} cannot be written ({e.strerror}); the next run measures again")
+    return mode
 
 
 def memory_file(key: str) -> Path:
@@ -159,31 +290,18 @@ def memory_file(key: str) -> Path:
     return private_cache() / f"computed-{key}.json"
 
 
-def recall(key: str) -> dict[str, Any]:
-    """What was remembered: `eager`, the fields of `Computed`; {} where nothing can be read."""
-    try:
-        found = json.loads(memory_file(key).read_text(encoding="utf-8"))
-        return {name: asdict(checked(found[name])) for name in ("eager",) if name in found}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
-
-
-def checked(fields: dict[str, Any]) -> Computed:
-    """Fields from a file as `Computed`. Raises ValueError or TypeError for any that it cannot be."""
-    way = Computed(**fields)
-    if way.dtype not in ("float32", "bfloat16", "float16") or way.compiled not in ("", "blocks", "whole"):
-        raise ValueError(f"{way} is not known")
-    if not isinstance(way.explicit, bool):
-        raise TypeError(f"{way} is not known")
-    return replace(way, why=str(way.why))
-
-
-def remember(key: str, name: str, way: Computed) -> None:
-    """Keep a choice for the next run of this shape; a home that cannot be written forgets."""
-    file = memory_file(key)
-    try:
-        aside = file.with_name(f".{file.name}.{os.getpid()}")
-        aside.write_text(json.dumps(recall(key) | {name: asdict(way)}), encoding="utf-8")
-        os.replace(aside, file)
-    except OSError as e:
-        warn(f"{file} cannot be written ({e.strerror}); the next run measures again")
+def checked(fields: dict[str, Any]) -> ExecutionMode:
+    """Fields from a file as `ExecutionMode`. Raises ValueError or TypeError for any that it cannot be."""
+    mode = ExecutionMode(**fields)
+    flags = isinstance(mode.explicit, bool) and isinstance(mode.autotuned, bool) and isinstance(mode.why, str)
+    numbers = (
+        type(mode.micro) is int
+        and mode.micro >= 0
+        and isinstance(mode.seconds, int | float)
+        and 0 <= mode.seconds < math.inf
+    )
+    if not flags or not numbers:
+        raise TypeError(f"{mode} is not known")
+    if mode.dtype not in ("float32", "bfloat16", "float16") or mode.compiled not in ("", "blocks", "whole"):
+        raise ValueError(f"{mode} is not known")
+    return mode

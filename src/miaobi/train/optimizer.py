@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from miaobi.config import OptimConfig
-from miaobi.device import cpu_has_bf16
+from miaobi.device import cpu_has_bf16, gpu_has_bf16
 from miaobi.model.families import qkv_widths
 from miaobi.model.transformer import Transformer
 from miaobi.train.layout import is_sharded, part_of, whole
@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
                 moved[i] = o * (scale if self.found_inf is None else scale * (1 - self.found_inf))
         for (p, _), update in zip(alike, torch.cat(moved, dim=1), strict=True):
             if weight_decay:
-                p.mul_(1 - lr * weight_decay * (1.0 if self.found_inf is None else 1 - self.found_inf))
+                p.mul_(1 - lr * weight_decay * (1 if self.found_inf is None else 1 - self.found_inf))
             p.add_(part_of(update, p), alpha=-lr)
 
 
@@ -106,16 +106,26 @@ def shared_orthogonalize(g: Tensor) -> Tensor:
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrices of g (N, R, C), roughly: singular values end between 0.7 and 1.2."""
     a, b, c = QUINTIC
-    fast_bf16 = g.device.type == "cuda" or (g.device.type == "cpu" and cpu_has_bf16())
-    x = g.to(torch.bfloat16 if fast_bf16 else torch.float32)
-    transposed = x.shape[-2] > x.shape[-1]
-    if transposed:
-        x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = g.mT if g.shape[-2] > g.shape[-1] else g
+    dtype = iteration_dtype(g.device)
+    if dtype == torch.float16:  # gradients may be smaller than its least number; shares of their norm are not
+        x = (x.float() / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
+    else:
+        x = x.to(dtype)
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
-    return (x.mT if transposed else x).to(g.dtype)
+    return (x.mT if g.shape[-2] > g.shape[-1] else x).to(g.dtype)
+
+
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """What the iterations run in: bf16 where the hardware has units for it; on GPUs before them (Volta, Turing) fp16,
+    since no singular value leaves [0, 1.3]; else fp32.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if gpu_has_bf16(device) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
 
 
 def make_optimizers(model: Transformer, cfg: OptimConfig, kind: str) -> list[torch.optim.Optimizer]:

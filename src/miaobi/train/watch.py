@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from miaobi.console import warn
 from miaobi.errors import UserError
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class Metrics:
-    """metrics.jsonl, TensorBoard events, and wandb where asked for. Failing to write them never ends a run."""
+    """metrics.jsonl, samples.jsonl, TensorBoard events, and wandb where asked for.
+
+    Failing to write them never ends a run.
+    """
 
     def __init__(
         self,
@@ -34,16 +37,10 @@ class Metrics:
         a directory that gets the TensorBoard events as well."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
 
-        self.warned, self.file, self.boards, self.wandb = False, None, [], None
+        self.warned, self.file, self.samples, self.boards, self.wandb = False, None, None, [], None
         with self.going_on():
-            path, kept = out / "metrics.jsonl", []
-            if start and path.is_file():  # a killed run may have logged steps that are now run, or evaluated, again
-                for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                    step, is_evaluation = _read(line)
-                    if step < start or (step == start and (evaluated or not is_evaluation)):
-                        kept.append(line)
-            write_text(path, "".join(f"{line}\n" for line in kept))  # in place of a link, not through it
-            self.file = path.open("a", encoding="utf-8")
+            self.file = self.continued(out / "metrics.jsonl", start, evaluated)
+            self.samples = self.continued(out / "samples.jsonl", start, evaluated)
         for directory in {Path(place).resolve() for place in (out, events) if place is not None}:
             with self.going_on():
                 self.boards.append(SummaryWriter(str(directory), purge_step=start + 1))
@@ -56,6 +53,18 @@ class Metrics:
         cfg, p = plan.cfg.train, plan.progress
         wandb = {"project": cfg.wandb_project, "name": cfg.wandb_run_name, "id": p.run, "config": flatten(plan.cfg)}
         return cls(plan.out, p.step, wandb if cfg.wandb_log else None, p.evaluated == p.step, cfg.tensorboard_path)
+
+    @staticmethod
+    def continued(path: Path, start: int, evaluated: bool) -> TextIO:
+        """A file of lines to append to, without those of steps that are now run, or evaluated, again after a kill."""
+        kept = []
+        if start and path.is_file():
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                step, is_evaluation = _read(line)
+                if step < start or (step == start and (evaluated or not is_evaluation)):
+                    kept.append(line)
+        write_text(path, "".join(f"{line}\n" for line in kept))  # in place of a link, not through it
+        return path.open("a", encoding="utf-8")
 
     def log(self, step: int, **values: float | None) -> None:
         """One line of metrics.jsonl, one point of every curve."""
@@ -71,6 +80,13 @@ class Metrics:
         if self.wandb is not None:
             self.wandb.log(known, step=step)
 
+    def sample(self, step: int, text: str) -> None:
+        """One line of samples.jsonl: what the model wrote at an evaluation."""
+        with self.going_on():
+            if self.samples is not None:
+                self.samples.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
+                self.samples.flush()
+
     @contextmanager
     def going_on(self) -> Iterator[None]:
         """A full disk costs curves, not the run; said once."""
@@ -83,7 +99,7 @@ class Metrics:
 
     def close(self) -> None:
         """Flush everything."""
-        for sink in (self.file, *self.boards):
+        for sink in (self.file, self.samples, *self.boards):
             with self.going_on():
                 if sink is not None:
                     sink.close()
@@ -111,7 +127,7 @@ def _read(line: str) -> tuple[float, bool]:
     """Step of a line, and whether it tells of an evaluation."""
     try:
         row = json.loads(line)
-        return (row["step"] if type(row["step"]) is int else float("inf")), "val_loss" in row
+        return (row["step"] if type(row["step"]) is int else float("inf")), "val_loss" in row or "text" in row
     except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf"), False  # cut by the kill
 

@@ -1,0 +1,208 @@
+"""What a run directory tells, read and checked; nothing in it is executed or changed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from miaobi.errors import UserError
+from miaobi.files import pointed
+from miaobi.report.statistics import TextStatistics, text_statistics
+from miaobi.settings import flatten, load_config, read_yaml, sections
+from miaobi.train.run_directory import Progress, load_progress
+from miaobi.train.summary import Summary, read_summary
+from miaobi.yaml_file import remarks
+
+CURVES = ("train_loss", "val_loss", "val_bits_per_char", "train_eval_loss", "learning_rate", "grad_norm",
+          "tokens_per_second", "epoch")  # fmt: skip
+LARGEST = 256 << 20
+"""Bytes of a file of metrics or samples that is read."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key of the configuration."""
+
+    section: str
+    key: str
+    value: Any
+    origin: str
+
+    @property
+    def is_given(self) -> bool:
+        """Whether somebody chose it."""
+        return self.origin != "default"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model wrote after `step` steps."""
+
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Validation and, where it was measured on the same weights, training; nats per token and bits per character."""
+
+    step: int
+    val_loss: float
+    val_bits: float
+    train_loss: float | None
+    """On training text with the weights of this step, else the mean over the steps before."""
+
+
+@dataclass
+class RunRecord:
+    """A run as the report shows it."""
+
+    path: Path
+    name: str
+    settings: list[Setting]
+    curves: dict[str, list[tuple[int, float]]]
+    """Name of a metric -> (step, finite value), by rising step."""
+    not_finite: int | None
+    """First step of which a line says that a figure was not finite."""
+    evaluations: list[Evaluation]
+    samples: list[Sample]
+    progress: Progress | None
+    """None where no checkpoint was written."""
+    summary: Summary | None
+    text: TextStatistics | None
+    missing: list[str] = field(default_factory=list)
+    """What could not be read, and why, in English."""
+
+    def value(self, key: str) -> Any:
+        """A setting; where the recipe decided it, what it decided."""
+        found = next((setting.value for setting in self.settings if setting.key == key), None)
+        return self.summary.resolved.get(key) if found is None and self.summary else found
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The evaluation with the lowest validation loss."""
+        return min(self.evaluations, key=lambda e: e.val_loss, default=None)
+
+    @property
+    def bits_per_nat(self) -> float | None:
+        """Bits per character of one nat per token, as on the validation text."""
+        scored = next((e for e in self.evaluations if e.val_loss > 0), None)
+        return scored.val_bits / scored.val_loss if scored else None
+
+
+def read_run(name: str) -> RunRecord:
+    """A run of `miaobi train`. Raises UserError where it is none, or a file that the report stands on is damaged."""
+    path = Path(name)
+    if not path.is_dir():
+        raise UserError(f"no run at {path}: no such directory. Give the --out_dir of `miaobi train`")
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{path} is no run of `miaobi train`: it has no config.yaml")
+    missing: list[str] = []
+    rows = read_lines(path / "metrics.jsonl", missing)
+    curves, not_finite = read_curves(rows)
+    last = pointed(path / "checkpoints" / "last") if (path / "checkpoints").is_dir() else None
+    progress = load_progress(last) if last is not None else None
+    if progress is None:
+        missing.append("no checkpoint was written")
+    settings = read_settings(path / "config.yaml")
+    return RunRecord(
+        path=path, name=path.resolve().name, settings=settings, curves=curves, not_finite=not_finite,
+        evaluations=evaluations_of(rows), samples=read_samples(path / "samples.jsonl", missing), progress=progress,
+        summary=read_summary(path), text=read_text(path, settings, missing), missing=missing,
+    )  # fmt: skip
+
+
+def read_settings(config: Path) -> list[Setting]:
+    """The configuration of a run, and where each value came from. Raises UserError for one that is not train's."""
+    values, _ = read_yaml(config)
+    try:
+        cfg, _ = load_config(None, list(values.items()))
+    except UserError as e:
+        raise UserError(f"{config} is not the configuration of a run of `miaobi train`: {e}") from e
+    where, origin = sections(), remarks(config)
+    return [Setting(where[key], key, value, origin.get(key, "default")) for key, value in flatten(cfg).items()]
+
+
+def read_lines(file: Path, missing: list[str]) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines that have a step, by rising step; of lines that are none it says how many."""
+    if not file.is_file():
+        missing.append(f"{file.name} is missing")
+        return []
+    if file.stat().st_size > LARGEST:
+        raise UserError(f"{file} has {file.stat().st_size:,} bytes; a report reads at most {LARGEST:,}")
+    rows, damaged = [], 0
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 1 << 53:
+            rows.append(row)
+        else:
+            damaged += 1
+    if damaged:
+        missing.append(f"{damaged} of {len(rows) + damaged} lines of {file.name} could not be read")
+    return sorted(rows, key=lambda row: row["step"])
+
+
+def read_curves(rows: list[dict[str, Any]]) -> tuple[dict[str, list[tuple[int, float]]], int | None]:
+    """The curves of metrics.jsonl, and the first step with a figure that is not finite."""
+    curves: dict[str, list[tuple[int, float]]] = {name: [] for name in CURVES}
+    not_finite = None
+    for row in rows:
+        for name in CURVES:
+            value = row.get(name)
+            if is_finite(value):
+                curves[name].append((row["step"], float(value)))
+            elif not_finite is None and type(value) is float:
+                not_finite = row["step"]
+    return curves, not_finite
+
+
+def evaluations_of(rows: list[dict[str, Any]]) -> list[Evaluation]:
+    """The lines that tell of an evaluation; of one step the last."""
+    found: dict[int, Evaluation] = {}
+    train: tuple[float, int] = (0.0, 0)
+    for row in rows:
+        value = row.get("train_loss")
+        if is_finite(value):
+            train = (train[0] + value, train[1] + 1)
+        if is_finite(row.get("val_loss")) and is_finite(row.get("val_bits_per_char")):
+            now = row.get("train_eval_loss")
+            mean = train[0] / train[1] if train[1] else None
+            train_loss = float(now) if is_finite(now) else mean
+            found[row["step"]] = Evaluation(
+                row["step"], float(row["val_loss"]), float(row["val_bits_per_char"]), train_loss
+            )
+            train = (0.0, 0)
+    return list(found.values())
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value from JSON is a number that can be drawn."""
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def read_samples(file: Path, missing: list[str]) -> list[Sample]:
+    """What the model wrote at its evaluations."""
+    if not file.is_file():
+        return []  # of a run without samples, or of an older version
+    rows = read_lines(file, missing)
+    return [Sample(row["step"], row["text"]) for row in rows if isinstance(row.get("text"), str)]
+
+
+def read_text(run: Path, settings: list[Setting], missing: list[str]) -> TextStatistics | None:
+    """Statistics of the text that the run learned from, where its prepared data still is."""
+    given = next(setting.value for setting in settings if setting.key == "data")
+    places = (Path(given), run / "data")  # raw text was prepared into the run
+    try:
+        return text_statistics(next(place for place in places if (place / "manifest.json").is_file()))
+    except StopIteration:
+        missing.append(f"the prepared text, {given}, is not there any more, or it is nanoGPT's")
+    except UserError as e:
+        missing.append(f"the prepared text could not be read: {e}")
+    return None

@@ -1,0 +1,153 @@
+"""What the text of a run is like: documents and their lengths, commonest characters, what was left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from miaobi.corpus.prepared import PIECE, PreparedData
+from miaobi.errors import UserError
+from miaobi.files import is_a
+
+MOST = 64 * PIECE
+"""Tokens that are counted: of a longer text the first."""
+COMMON = 40
+"""Characters that are listed."""
+CLASSES = 12
+"""Of the lengths of documents."""
+TOKENS_SPELLED = 20_000
+"""Of a large vocabulary so many of the commonest tokens are spelled."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that was read."""
+
+    name: str
+    characters: int
+    encoding: str
+    skipped: int
+
+
+@dataclass(frozen=True)
+class TextStatistics:
+    """A prepared text."""
+
+    path: Path
+    kind: str
+    vocab_size: int
+    tokens: dict[str, int]
+    characters: dict[str, int]
+    documents: dict[str, int]
+    """Of `train` and `val`."""
+    counts: dict[str, int]
+    """characters, distinct_characters, duplicates, near_duplicates, in_validation, empty, skipped, removed: of the
+    whole text as it was read."""
+    lengths: list[tuple[int, int, int]]
+    """(from, below, documents) of the training documents' lengths in characters, about."""
+    median_length: int
+    common: list[tuple[str, float]]
+    """The commonest characters and their shares of all."""
+    counted: int
+    """Tokens that `common` and its shares stand on."""
+    sources: list[Source] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    """(path, why) of what was not read."""
+
+
+def text_statistics(directory: Path) -> TextStatistics:
+    """Read a directory of `miaobi prepare`. Raises UserError where it is damaged."""
+    data = PreparedData.open(directory)
+    manifest, splits = data.manifest, {"train": data.train, "val": data.val}
+    lengths, median = document_lengths(data)
+    common, counted = commonest(data)
+    return TextStatistics(
+        path=directory, kind=str(manifest["kind"]), vocab_size=data.vocab_size,
+        tokens={name: len(split) for name, split in splits.items()},
+        characters={name: split.characters for name, split in splits.items()},
+        documents={name: split.documents for name, split in splits.items()},
+        counts=counts_of(manifest.get("statistics")), lengths=lengths, median_length=median, common=common,
+        counted=counted, sources=sources_of(manifest.get("sources")), left_out=left_out_of(manifest),
+    )  # fmt: skip
+
+
+def document_lengths(data: PreparedData) -> tuple[list[tuple[int, int, int]], int]:
+    """Lengths of the training documents, in classes whose borders rise by one factor, and their median.
+
+    Tokens are counted, and shown as characters by the mean of the text.
+    """
+    starts = data.train.starts
+    if len(starts) < 2 or not len(data.train):
+        return [], data.train.characters
+    tokens = np.diff(np.append(starts, len(data.train)))
+    lengths = np.maximum(1, np.rint(tokens * (data.train.characters / len(data.train)))).astype(np.int64)
+    borders = np.unique(np.rint(np.geomspace(lengths.min(), lengths.max() + 1, CLASSES + 1)).astype(np.int64))
+    found = np.histogram(lengths, borders)[0].tolist()
+    rows = list(zip(borders[:-1].tolist(), borders[1:].tolist(), found, strict=True))
+    return rows, int(np.median(lengths))
+
+
+def commonest(data: PreparedData) -> tuple[list[tuple[str, float]], int]:
+    """The commonest characters of the training text with their shares, and how many tokens were counted."""
+    counted = min(len(data.train), MOST)
+    counts = np.zeros(data.vocab_size, np.int64)
+    for start in range(0, counted, PIECE):
+        found = np.bincount(data.train.read(start, min(start + PIECE, counted)), minlength=data.vocab_size)
+        if len(found) > data.vocab_size:
+            raise UserError(f"{data.path} has tokens beyond its vocabulary of {data.vocab_size}; prepare it again")
+        counts += found
+    tokenizer, total = data.tokenizer, Counter()
+    special = set(tokenizer.backend.get_added_tokens_decoder())
+    known = tokenizer.backend.get_vocab_size(with_added_tokens=True)
+    for id_ in np.argsort(-counts)[:TOKENS_SPELLED].tolist():
+        if not counts[id_]:
+            break
+        if id_ in special or id_ >= known:
+            continue
+        for character in tokenizer.decode([id_]):
+            if character != "\ufffd":  # a byte of a character that has no token
+                total[character] += int(counts[id_])
+    every = sum(total.values())
+    return [(character, n / every) for character, n in total.most_common(COMMON)], counted
+
+
+def counts_of(told: Any) -> dict[str, int]:
+    """Whole numbers of a manifest's statistics under flat names; those that are missing or no numbers are left out."""
+    if not isinstance(told, dict):
+        return {}
+    duplicates = told.get("duplicates_removed")
+    duplicates = duplicates if isinstance(duplicates, dict) else {}
+    flat = {
+        "characters": told.get("characters"),
+        "distinct_characters": told.get("distinct_characters"),
+        "duplicates": duplicates.get("exact"),
+        "near_duplicates": duplicates.get("near"),
+        "in_validation": told.get("also_in_validation"),
+        "by_weights": told.get("left_out_by_weights"),
+        "by_without": told.get("left_out_by_without"),
+        "empty": told.get("empty_removed"),
+        "skipped": told.get("skipped"),
+        "removed": told.get("removed"),
+    }
+    return {key: value for key, value in flat.items() if is_a(value, int)}
+
+
+def sources_of(told: Any) -> list[Source]:
+    """Files that were read, as far as a manifest tells them."""
+    found = []
+    for record in told if isinstance(told, list) else []:
+        if isinstance(record, dict):
+            numbers = [value if is_a(value := record.get(key), int) else 0 for key in ("characters", "skipped")]
+            found.append(Source(str(record.get("path")), numbers[0], str(record.get("encoding") or ""), numbers[1]))
+    return found
+
+
+def left_out_of(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """(path, why) of what was not read."""
+    told = [entry for key in ("left_out", "sources") if isinstance(entries := manifest.get(key), list)
+            for entry in entries if isinstance(entry, dict)]  # fmt: skip
+    return [(str(entry.get("path")), str(entry["reason"])) for entry in told if entry.get("reason")]

@@ -1,0 +1,143 @@
+"""POST /v1/responses: OpenAI's newer shape, text in and text out. Nothing is kept between requests."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from miaobi.serve.asking import Asked, fits, length, model_of, noted, sampling
+from miaobi.serve.config import Serve
+from miaobi.serve.errors import APIError, json_response
+from miaobi.serve.openai_api import collected, conversation, gone, joined, token_logprob
+from miaobi.serve.schemas import ResponseRequest, unserved
+from miaobi.serve.served import Served, note
+from miaobi.serve.sse import STILL_HERE, EventStream, frame, result
+from miaobi.serve.text import Told
+from miaobi.serve.worker import Job
+
+LOGPROBS = "message.output_text.logprobs"
+
+
+async def responses(told: ResponseRequest, request: Request, served: Served, server: Serve) -> Response:
+    """A reply to an input. Raises APIError."""
+    writing = model_of(served.talking, told.model)
+    unserved(told)
+    listed = [] if isinstance(told.input, str) else [(message.role, message.words) for message in told.input]
+    turns = [("system", told.instructions)] if told.instructions else []
+    turns += listed or [("user", told.input)]
+    said = [{"role": role, "content": words} for role, words in turns]
+    most = length(told.max_output_tokens, server.max_new_tokens, server, "max_output_tokens")
+    prompt, left_out = await conversation(writing, said, most if told.truncation == "auto" else None)
+    fits([prompt], writing.block, "input")
+    noted(server, said)
+    if told.max_output_tokens is None:
+        most = min(most, max(writing.block - len(prompt.ids), writing.block // 2, 1))
+    wants = told.top_logprobs is not None or LOGPROBS in (told.include or [])
+    asked = Asked(writing, [prompt], sampling(told, writing.chatting, most), "resp", is_reply=True,
+                  alternatives=(told.top_logprobs or 0) if wants else None)  # fmt: skip
+    answer, job = Answer(asked, told), asked.job(server, bool(told.stream))
+    writing.worker.submit(job)
+    if told.stream:
+        return EventStream(answer.events(job), lambda: gone(writing.worker, job), note(left_out))
+    pieces = await result(request, collected(job), lambda: gone(writing.worker, job))
+    return json_response(
+        answer.finished(pieces[0].text, pieces[0].tokens, pieces[0].finish, job), headers=note(left_out)
+    )
+
+
+class Answer:
+    """One response, as it is sent at different times."""
+
+    def __init__(self, asked: Asked, told: ResponseRequest) -> None:
+        self.asked, self.told, self.item = asked, told, f"msg_{uuid.uuid4().hex}"
+        self.number = -1
+
+    def response(self, status: str, output: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """The whole object; what a request may say is said back."""
+        told, asked = self.told, self.asked
+        return {
+            "id": asked.id.replace("-", "_", 1), "object": "response", "created_at": asked.created, "status": status,
+            "background": False, "error": None, "incomplete_details": None, "instructions": told.instructions,
+            "max_output_tokens": told.max_output_tokens, "max_tool_calls": None, "model": asked.writing.name,
+            "output": output, "parallel_tool_calls": False, "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None}, "service_tier": "default", "store": False,
+            "temperature": asked.cfg.temperature, "text": {"format": {"type": "text"}}, "tool_choice": "none",
+            "tools": [], "top_logprobs": told.top_logprobs or 0, "top_p": asked.cfg.top_p,
+            "truncation": told.truncation or "disabled", "usage": None, "user": None, "metadata": told.metadata or {},
+            **more,
+        }  # fmt: skip
+
+    def finished(self, text: str, tokens: list[Told], finish: str, job: Job) -> dict[str, Any]:
+        """The response when its text is all there."""
+        usage, cut = self.asked.usage(job), finish == "length"
+        counted = {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": usage["prompt_tokens_details"] | {"cache_write_tokens": 0},
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage["total_tokens"],
+        }
+        status = "incomplete" if cut else "completed"
+        details = {"reason": "max_output_tokens"} if cut else None
+        message = self.message(status, [self.part(text, tokens)])
+        return self.response(status, [message], usage=counted, incomplete_details=details)
+
+    def message(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+        """The one item of the output."""
+        return {"type": "message", "id": self.item, "status": status, "role": "assistant", "content": content}
+
+    def part(self, text: str, tokens: list[Told]) -> dict[str, Any]:
+        """The one part of the item."""
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self.logprobs(tokens)}
+
+    def logprobs(self, tokens: list[Told]) -> list[dict[str, Any]]:
+        """Of tokens, where they were asked for."""
+        if self.asked.alternatives is None:
+            return []
+        return [token_logprob(self.asked.writing.names, token) for token in tokens]
+
+    def event(self, kind: str, **what: Any) -> bytes:
+        """A frame."""
+        self.number += 1
+        return frame({"type": kind, "sequence_number": self.number, **what}, kind)
+
+    async def events(self, job: Job) -> AsyncIterator[bytes]:
+        """The events of a stream, in OpenAI's order."""
+        begun, text, tokens = self.response("in_progress", []), "", []
+        item = {"output_index": 0}
+        place = {"item_id": self.item, **item, "content_index": 0}
+        yield b"".join((
+            self.event("response.created", response=begun),
+            self.event("response.in_progress", response=begun),
+            self.event("response.output_item.added", **item, item=self.message("in_progress", [])),
+            self.event("response.content_part.added", **place, part=self.part("", [])),
+        ))  # fmt: skip
+        finish = "length"
+        try:
+            async for some in job.taken():
+                data = b"" if some else STILL_HERE
+                for piece in joined(some):
+                    text, tokens, finish = text + piece.text, tokens + piece.tokens, piece.finish or finish
+                    if piece.text or piece.tokens:
+                        logprobs = self.logprobs(piece.tokens)
+                        data += self.event("response.output_text.delta", **place, delta=piece.text, logprobs=logprobs)
+                if data:
+                    yield data
+        except APIError as error:
+            details = {"code": "server_error", "message": error.message}
+            failed = self.response("failed", [self.message("incomplete", [self.part(text, tokens)])], error=details)
+            yield self.event("error", code=error.code, message=error.message, param=error.param)
+            yield self.event("response.failed", response=failed)
+            return
+        whole = self.finished(text, tokens, finish, job)
+        (message,) = whole["output"]
+        yield b"".join((
+            self.event("response.output_text.done", **place, text=text, logprobs=self.logprobs(tokens)),
+            self.event("response.content_part.done", **place, part=message["content"][0]),
+            self.event("response.output_item.done", **item, item=message),
+            self.event(f"response.{whole['status']}", response=whole),
+        ))  # fmt: skip
