@@ -254,6 +254,9 @@ class TrainConfig(Where):
     """Steps of the whole run."""
     max_epochs: int | None = None
     """Stop after this many passes over the data; with max_iters as well, what comes first."""
+    average_weights: Literal["auto"] | bool = "auto"
+    """Average the weights along the run; both are scored at every evaluation, and the better of the two is the
+    checkpoint's model. Training stays the same. auto = from scratch, where the text is read twice or more."""
     max_minutes: float | None = None
     """End within this many minutes, the last evaluation included, with the schedule of the learning rate finished: as
     many steps as the speed allows; with max_iters as well, what comes first."""

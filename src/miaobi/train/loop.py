@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -228,6 +229,8 @@ class Run:
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         set_rate(plan.optimizers, share_of_rate(step, plan.optim, self.progress))
         move(plan.optimizers, norm + total if world.size == 1 else norm)  # of several ranks, each has its own total
+        if plan.average is not None:
+            plan.average.update(step + 1)
         for optimizer in plan.optimizers:
             optimizer.zero_grad(set_to_none=True)
         plan.scaler.update()
@@ -273,6 +276,8 @@ class Run:
         p.val_loss = self.validation_loss()
         if not math.isfinite(p.val_loss):
             raise NotFiniteError("loss of the validation text", p.step)
+        if plan.average is not None:
+            p.val_loss = plan.average.better(p.val_loss, self.validation_loss)
         p.val_bits_per_char = bits_per_char(plan, p.val_loss)
         p.note_evaluation()
         now = mean_loss(plan, plan.train_windows) if plan.train_windows is not None else None
@@ -280,13 +285,13 @@ class Run:
             self.metrics.log(p.step, val_loss=p.val_loss, val_bits_per_char=p.val_bits_per_char, train_eval_loss=now)
         before = "none" if p.train_loss is None else f"{p.train_loss:.4f}"
         log(f"step {p.step}: train loss {before}{f' (now {now:.4f})' if now is not None else ''}, "
-            f"val loss {p.val_loss:.4f}, {p.val_bits_per_char:.3f} bits/char"
+            f"val loss {p.val_loss:.4f}, {p.val_bits_per_char:.3f} bits/char{' (averaged weights)' * p.averaged}"
             f"{', best so far' if p.best_step == p.step else ''}")  # fmt: skip
         self.alarms.evaluated()
         if preview is not None and cfg.sample_tokens and self.world.is_first and not is_sharded(self.model):
             prompt = cfg.sample_start or opening(plan.data, plan.tokenizer)
             told = plan.tokenizer, prompt, cfg.sample_tokens, plan.data.end_ids, plan.data.is_dialogue
-            with evaluating(self.model):
+            with evaluating(self.model), plan.average.shown() if plan.average else nullcontext():
                 text = preview(self.model, *told)
             log("  " + text.replace("\n", "\n  "))
             if self.metrics is not None:

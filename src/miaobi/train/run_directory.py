@@ -77,6 +77,10 @@ class Progress:
     """max_minutes: seconds that the run had taken, evaluations included, when this was written."""
     micro: int = 0
     """Sequences at once, where memory did not hold as many as asked for; 0 = as asked."""
+    averaging: bool = False
+    """The weights are averaged (`average`)."""
+    averaged: bool = False
+    """The average was better at the last evaluation: it is what the checkpoint shows."""
     slowed: float = 1.0
     """Rates are multiplied by this since the run went back from a loss that was not finite."""
     run: str = field(default_factory=lambda: uuid4().hex)
