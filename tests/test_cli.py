@@ -77,6 +77,7 @@ def test_every_verb_explains_its_options(miaobi, verb):
         "demo": ["--quick"],
         "report": ["RUNS ...", "--out", "several are compared"],
         "doctor": ["--json"],
+        "push": ["--dry_run", "--gguf", "OWNER/NAME"],
         "data": ["list", "get"],
         "convert": ["small-gpt", "nanogpt"],
         "classify": ["train", "ablate", "predict"],
