@@ -131,6 +131,13 @@ def downloaded(result: dict[str, Any], cfg: Any) -> None:
     print(f"license: {result['license']}\nnext: {result['next']}")
 
 
+def pushed(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi push`."""
+    for file in result["files"]:
+        print(f"{file['bytes']:>14,}  {file['path']}")
+    print(f"sent: {result['url']}" if result["url"] else f"nothing was sent; without --dry_run: {result['name']}")
+
+
 def samples(result: dict[str, Any], cfg: Any) -> None:
     """`miaobi sample`; the speed goes to stderr."""
     from miaobi.console import log

@@ -25,7 +25,7 @@ STEERING = {"init_from", "resume_from", "eval_only", "eval_first", "out_dir", "m
             "fsdp_shard_size", "activation_checkpointing", "comm_timeout", "mirror", "tensorboard_path",
             "license"}  # fmt: skip
 # What a run writes besides its checkpoints; `data` only where TEXT says that the run prepared it.
-OWN = ("metrics.jsonl", "samples.jsonl", "summary.json", "report.html", "wandb", "config.yaml")
+OWN = ("metrics.jsonl", "samples.jsonl", "summary.json", "plan.json", "report.html", "wandb", "config.yaml")
 TEXT = "text.json"
 """Which text a run prepared for itself: see train/data.py."""
 # What users may edit in a model directory: it says how to sample, and changes nothing in training.
