@@ -75,6 +75,7 @@ def test_every_verb_explains_its_options(miaobi, verb):
         "chat": ["--temperature", "--repetition_penalty", "CONFIG.yaml"],
         "prepare": ["--vocab_size", "--simplify", "Convert Traditional to Simplified"],
         "demo": ["--quick"],
+        "serve": ["--classifier", "--runs", "--api_key", "Origins whose pages", "--max_queue", "--temperature"],
         "report": ["RUNS ...", "--out", "several are compared"],
         "doctor": ["--json"],
         "data": ["list", "get"],

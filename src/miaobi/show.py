@@ -290,8 +290,8 @@ def facts(key: Key) -> str:
     else:
         value = key.default() if callable(key.default) else key.default
         default = "" if value is None or value in ("", ()) else f"default: {value!r}".replace("'", "")
-    said = "; ".join(filter(None, ("|".join(choices), default)))
-    return f"[{said}]" if said else ""
+    listed = "; ".join(filter(None, ("|".join(choices), default)))
+    return f"[{listed}]" if listed else ""
 
 
 def docstrings(kind: type) -> dict[str, str]:
@@ -301,14 +301,14 @@ def docstrings(kind: type) -> dict[str, str]:
     import itertools
     import textwrap
 
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for part in reversed(kind.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body
         for attribute, after in itertools.pairwise(body):
             is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             if isinstance(attribute, ast.AnnAssign) and is_text:
-                found[attribute.target.id] = after.value.value
-    return found
+                docs[attribute.target.id] = after.value.value
+    return docs
 
 
 def first_line(kind: type) -> str:

@@ -154,7 +154,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def site(model_path: Path, place: Path) -> Iterator[Address]:
     """The server: model, classifier, runs."""
     cfg = Serve(model=str(model_path), classifier=str(place / "judge"), runs=str(place / "runs"), device="cpu",
-                dtype="float32", slots=4, max_queue=24, max_tokens=100_000,
+                dtype="float32", slots=4, max_queue=24, max_tokens=100_000, max_new_tokens=16,
                 cors=("http://localhost:3000",))  # fmt: skip
     served = load(cfg)
     with running(cfg, served) as address:

@@ -260,7 +260,7 @@ class Run:
         return step % self.cfg.eval_interval == 0 or step == self.plan.total_steps
 
     def evaluate_first(self) -> None:
-        """How good the model is before it learns anything; only told, it is neither kept nor compared."""
+        """How good the model is before it learns anything: printed, but neither stored nor compared."""
         loss = self.validation_loss()
         bits = bits_per_char(self.plan, loss)
         if self.metrics is not None:

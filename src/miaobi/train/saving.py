@@ -18,7 +18,7 @@ import torch
 
 from miaobi.console import warn
 from miaobi.errors import UserError
-from miaobi.files import point, pointed, sha256, write_manifest, write_text, written_whole
+from miaobi.files import Checksums, point, pointed, sha256, write_text, written_whole
 from miaobi.model.card import write_card
 from miaobi.model.checkpoint import Unfilled, save_model
 from miaobi.model.lora import adapters, merged, save_adapter
@@ -101,20 +101,21 @@ class Saver:
         path = self.root / f"step-{progress.step}"
         try:
             with ExitStack() as stack:
-                aside, error = None, None
+                temporary, error = None, None
                 try:
                     if plain is not None:
                         refuse_not_finite(plain)
-                        aside = stack.enter_context(written_whole(path))
+                        temporary = stack.enter_context(written_whole(path))
                 except OSError as e:
                     error = str(e)
-                place, error = self.world.gather([str(aside) if aside else None, error], self.world.slow)[0]
+                directory, error = self.world.gather([str(temporary) if temporary else None, error], self.world.slow)[0]
                 if error:
                     raise OSError(error)
-                sums = self._write_state(state, Path(place))
+                checksums = stack.enter_context(Checksums())
+                self._write_state(state, Path(directory), checksums)
                 if plain is not None:
-                    self._write_plain(Path(place), plain, progress)
-                    write_manifest(Path(place), sums)
+                    self._write_plain(Path(directory), plain, progress)
+                    checksums.write(Path(directory))
             if plain is not None:
                 self._show(path, progress)
         except OSError as e:
@@ -127,9 +128,10 @@ class Saver:
                 self.plan.mirror.push(self.root.parent, progress.run)
         return True
 
-    def _write_state(self, state: optimizer_state.State, aside: Path) -> dict[str, str]:
-        """Every rank writes its part of the optimizers' state; returns the checksums of the parts, by path, when all
-        have. Raises OSError on every rank if one of them fails.
+    def _write_state(self, state: optimizer_state.State, aside: Path, checksums: Checksums) -> None:
+        """Every rank writes its part of the optimizers' state, and hashes it where there are others.
+
+        Raises OSError on every rank if one of them fails.
         """
         error, name, digest = None, "", ""
         try:
@@ -141,7 +143,8 @@ class Saver:
         parts = self.world.gather([error, name, digest], self.world.slow)
         if failed := [part[0] for part in parts if part[0]]:
             raise OSError(failed[0])
-        return {name: digest for _, name, digest in parts if digest}
+        for _, name, digest in parts:
+            checksums.add(aside / name, digest)
 
     def _write_plain(self, aside: Path, plain: Transformer, progress: Progress) -> None:
         save_model(aside, merged(plain), self.plan.tokenizer, self.plan.data.end_ids)
