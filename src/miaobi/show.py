@@ -82,6 +82,10 @@ def planned(result: dict[str, Any], cfg: Any) -> None:
     told += [f"{result['energy_kwh']:.2f} kWh"] if result["energy_kwh"] is not None else []
     told += [f"costs {result['cost']:.2f}"] if result["cost"] is not None else []
     print(f"time: {', '.join(told)} ({result['time']['basis']})")
+    if forecast := result["forecast"]:
+        curve = ", ".join(f"{bits:.2f} after {epoch:.3g}" for epoch, bits in forecast["curve"])
+        print(f"forecast of the validation text: {curve} passes (bits/char)")
+        print("".join(f"  {line}\n" for line in forecast["advice"]), end="")
 
 
 def size_in_words(n: int) -> str:

@@ -20,6 +20,7 @@ from miaobi.model.transformer import Transformer, head_dim
 from miaobi.plan import memory
 from miaobi.plan.cards import GIB, Card, find_card, here
 from miaobi.plan.config import PlanConfig
+from miaobi.plan.forecast import Setting, advice, forecast
 from miaobi.plan.measure import Measured, measure
 from miaobi.settings import Origin
 from miaobi.train.data import Blocks, open_blocks, open_data
@@ -29,6 +30,9 @@ from miaobi.train.world import World
 UTILISATION = {"cuda": 0.30, "mps": 0.20, "cpu": 0.45}
 """Share of the peak that steps reach, where they are not measured. CPU: measured here, 0.3 to 0.5 (docs/lab-notes.md);
 GPUs: between what small and large models are known to reach."""
+LAUNCHES, LAUNCH = 150, 7e-6
+"""Kernels of a block, forward and backward, and the seconds that Python takes to start one: small models on a GPU wait
+for that."""
 CONTEXT = int(0.6 * GIB)
 """What CUDA and its libraries take of a GPU themselves."""
 ROUNDED = 0.93
@@ -86,6 +90,7 @@ def plan(cfg: PlanConfig, origin: Origin) -> dict[str, Any]:
             "run": run_facts(run),
             "memory": memory_facts(run, measured),
             **cost_facts(run, cfg, measured),
+            "forecast": forecast_facts(run),
         }
 
 
@@ -186,6 +191,16 @@ def free_memory(run: Run) -> int | None:
         return None
 
 
+def forecast_facts(run: Run) -> dict[str, Any]:
+    """The validation curve that is to be expected of a run from scratch, and what it means; {} for one that tunes."""
+    if run.cfg.train.base_model:
+        return {}
+    decay = run.optim.muon_weight_decay if run.optim.optimizer == "muon" else 0.0
+    setting = Setting(run.parameters, len(run.data.train), decay, run.shape.dropout)
+    told = forecast(setting, run.epochs)
+    return told | {"advice": advice(told, setting, run.epochs)}
+
+
 def cost_facts(run: Run, cfg: PlanConfig, measured: Measured | None) -> dict[str, Any]:
     """Time, energy and money."""
     if measured is not None:
@@ -196,6 +211,9 @@ def cost_facts(run: Run, cfg: PlanConfig, measured: Measured | None) -> dict[str
             peak = peak_flops(run.device, precision(run))
         reached = UTILISATION[run.device.type]
         step = run.flops_per_token() * run.tokens / run.steps / (peak * reached)
+        if run.device.type == "cuda":
+            pieces = -(-cfg.train.global_batch // micro_batch(cfg, run.device, World().size))
+            step = max(step, pieces * run.shape.n_layer * LAUNCHES * LAUNCH)
         windows = min(cfg.train.eval_iters * cfg.train.batch_size, cfg.train.eval_interval * cfg.train.global_batch)
         evaluation = step / 3 * windows / cfg.train.global_batch * 1.25
         basis = f"{peak / 1e12:.2f} TFLOP/s, of which {reached:.0%} are assumed to be reached; --measure knows better"
