@@ -242,7 +242,7 @@ class TrainConfig(Where):
     its steps, converted once with the vocabulary of the text that `data` names."""
     bigram_init: Literal["auto"] | bool = "auto"
     """Start a new qwen3 or llama with what the text's pairs of tokens say, counted in a second, instead of at random.
-    auto = for text, where the run trains on at most half a token per parameter."""
+    auto = for text, where the run trains on at most a tenth of a token per parameter."""
     batch_size: int = 32
     """Sequences per step. With gradient_accumulation_steps it is nanoGPT's micro-batch: the product is the step."""
     gradient_accumulation_steps: int | None = None

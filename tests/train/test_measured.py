@@ -1,6 +1,7 @@
 """How steps are computed is measured once, remembered, and kept by a run that goes on."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -295,7 +296,7 @@ def test_compiled_modes_have_the_gradients_of_eager_ones_also_of_a_smaller_last_
         pytest.skip("no C++ compiler")
     job, plain, mode = work(family="gpt2"), work(family="gpt2"), ExecutionMode("float32", **mode)
     assert job.set(mode)
-    assert [line for line in capfd.readouterr().err.splitlines() if not line.startswith("compiled in ")] == []
+    assert not re.search("autotune|warning", capfd.readouterr().err, re.IGNORECASE), "torch's own words"
     assert is_compiled(job.objective)
     assert not is_compiled(plain.objective)
     compiled = job.objective.whole
