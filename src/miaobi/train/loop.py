@@ -196,15 +196,10 @@ class Run:
         mean = losses.mean().item() if len(losses) else math.nan
         mfu = speed * plan.flops_per_token() / (self.peak * self.world.size)
         if self.metrics is not None:
-            self.metrics.log(
-                p.step,
-                train_loss=mean if len(losses) else None,
-                learning_rate=share_of_rate(p.step - 1, plan.optim, p) * plan.optim.learning_rate,
-                grad_norm=norms[-1].item() if norms[-1].isfinite() else None,
-                tokens_per_second=speed,
-                mfu=mfu,
-                epoch=p.step * self.cfg.global_batch / len(plan.blocks),
-            )
+            share, epoch = share_of_rate(p.step - 1, plan.optim, p), p.step * self.cfg.global_batch / len(plan.blocks)
+            self.metrics.log(p.step, train_loss=mean if len(losses) else None, tokens_per_second=speed, mfu=mfu,
+                             learning_rate=share * plan.optim.learning_rate, epoch=epoch,
+                             grad_norm=norms[-1].item() if norms[-1].isfinite() else None)  # fmt: skip
         figures = f"loss {mean:.3f}  {speed:,.0f} tok/s  {1000 * per_step:,.0f} ms/step  mfu {mfu:.1%}"
         left = time_left((plan.total_steps - p.step) * per_step)
         if not console.is_terminal:
@@ -298,10 +293,8 @@ class Run:
                 self.metrics.sample(p.step, text)
 
     def interrupt(self, reason: str) -> None:
-        """Ask the loop to save after the step at hand; Ctrl-C once more stops at once.
-
-        SIGTERM may well come twice: SLURM tells every process, and torchrun passes its own on. Only a note is taken
-        here: a signal may come while a line is being printed.
+        """Ask the loop to save after the step at hand; Ctrl-C once more stops at once. Only a note is taken here: a
+        signal may come while a line is being printed, and SIGTERM twice (from SLURM, and passed on by torchrun).
         """
         if self.interrupted and reason == "interrupted":
             raise KeyboardInterrupt
