@@ -188,11 +188,10 @@ class Run:
         speed, per_step = tokens / seconds, seconds / len(losses)
         losses = self.alarms.finite(p.step - len(losses), losses, norms)
         self.alarms.speed(speed, self.fetching / seconds)
-        self.fetching = 0.0
         if self.deadline is not None:
             self.deadline.note_steps(per_step)
         p.loss_sum, p.loss_steps = p.loss_sum + losses.sum().item(), p.loss_steps + len(losses)
-        p.seconds += seconds
+        p.seconds, self.fetching = p.seconds + seconds, 0.0
         mean = losses.mean().item() if len(losses) else math.nan
         mfu = speed * plan.flops_per_token() / (self.peak * self.world.size)
         if self.metrics is not None:
