@@ -228,7 +228,8 @@ class Run:
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         set_rate(plan.optimizers, share_of_rate(step, plan.optim, self.progress))
         move(plan.optimizers, norm + total if world.size == 1 else norm)  # of several ranks, each has its own total
-        self.model.zero_grad(set_to_none=True)
+        for optimizer in plan.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         plan.scaler.update()
         return total, norm, scored
 
