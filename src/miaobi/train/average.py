@@ -28,14 +28,14 @@ REPEATED = 2.0
 FILE = "other_weights.safetensors"
 
 
-def decide(cfg: TrainConfig, progress: Progress, model: Transformer, epochs: float) -> bool:
+def decide(cfg: TrainConfig, epochs: float, is_tuned: bool, in_shards: bool = False) -> bool:
     """Whether a new run averages its weights. Raises UserError where that is asked for and cannot be."""
-    if cfg.average_weights is True and (is_sharded(model) or cfg.trainable == "lora"):
+    if cfg.average_weights is True and (in_shards or cfg.trainable == "lora"):
         raise UserError("average_weights needs whole weights, all of which are trained; leave it out, or use "
                         "--trainable=full without --parallel=fsdp")  # fmt: skip
     if cfg.average_weights != "auto":
         return bool(cfg.average_weights)
-    return epochs >= REPEATED and not progress.base and not is_sharded(model)
+    return epochs >= REPEATED and not is_tuned and not in_shards
 
 
 class Average:
@@ -56,7 +56,7 @@ class Average:
     ) -> Average | None:
         """That of a run, as far as it has come; None where there is none, or the run is only looked at."""
         if checkpoint is None:
-            progress.averaging = decide(cfg, progress, model, epochs)
+            progress.averaging = decide(cfg, epochs, bool(progress.base), is_sharded(model))
         if not progress.averaging or cfg.eval_only:
             return None
         average = cls(model, progress)
