@@ -13,7 +13,7 @@ import torch
 from miaobi.device import explain_memory, keep_allocations, peak_memory, pick_dtype, reset_peak_memory
 from miaobi.plan.config import PlanConfig
 from miaobi.settings import Origin
-from miaobi.train.computing import choose
+from miaobi.train.computing import decide
 from miaobi.train.loop import Run
 from miaobi.train.recipe import memory_advice, micro_batch
 from miaobi.train.rendezvous import join, rank_device
@@ -48,7 +48,7 @@ def measure(cfg: PlanConfig, origin: Origin, aside: Path) -> Measured:
         before = peak_memory(device)
         with explain_memory(device, memory_advice(micro_batch(cfg, device, world.size), cfg.model.block_size)):
             run = Run(set_up(cfg, origin, world, device, pick_dtype(cfg.train.dtype, device)))
-            run.plan, run.flex = choose(run.plan, run.objective)
+            run.plan, run.flex = decide(run.plan, run.objective)
             run.model.train()
             seconds = []
             for step in range(STEPS):

@@ -54,10 +54,10 @@ def lay_first(
     """
     if not progress.laid:
         device, mode = model.wte.weight.device, ExecutionMode(str(dtype).removeprefix("torch."))
-        pieces = math.ceil(cfg.train.global_batch / world.size / len(batch.inputs))
-        work = Work(Objective(model), place(batch, slice(None), device), device, 0, pieces)
+        rows = math.ceil(cfg.train.global_batch / world.size)
+        work = Work(Objective(model), lambda n, _: place(batch, slice(n), device), device, 0, rows, len(batch.inputs))
         work.once(mode)
-        steps = int(60 * cfg.train.max_minutes / (work.once(mode) * pieces))
+        steps = int(60 * cfg.train.max_minutes / (work.once(mode) * rows))
         progress.laid = [[0, world.gather(max(1, min(most, steps)))[0], 0.0]]
         log(f"max_minutes={cfg.train.max_minutes:g}: about {progress.laid[0][1]:,} steps by the first measurement")
     return int(progress.laid[0][1])
