@@ -30,7 +30,7 @@ class Numbers:
 def write_prepared(path: Path, train: list[np.ndarray], val: list[np.ndarray], dtype: str = "uint16") -> Path:
     """A prepared directory with the given shards, and a manifest written by hand."""
     path.mkdir(parents=True, exist_ok=True)
-    manifest = {"format": "miaobi-prepared", "version": 1, "kind": "text", "dtype": dtype, "vocab_size": 65535,
+    manifest = {"format": "miaobi-prepared", "version": 1, "kind": "text", "dtype": dtype, "vocab_size": 1 << 18,
                 "eot_id": None}  # fmt: skip
     for name, shards in (("train", train), ("val", val)):
         rows = []
