@@ -1,23 +1,29 @@
-"""How long training stands still for a checkpoint: written in the background, and waited for, in turns.
+"""How long training stands still for a checkpoint, and what its checksums cost, in turns.
 
     python -m benchmarks.checkpoint_stall --data TEXT
+    python -m benchmarks.checkpoint_stall --data TEXT --n_layer 40 --n_head 8 --n_embd 512 --pairs 5     # 128.84M
 
-One run, whose AdamW has its moments, saves again and again as `miaobi train` does. Standing still for an asynchronous
-checkpoint is the time until `Saver.save` returns; for a synchronous one, until the files are on the disk as well.
+One run, whose AdamW has its moments, saves again and again as `miaobi train` does. It stands still until `Saver.save`
+returns; a checkpoint is there when the files are on the disk as well. Then the run is opened as the same command again
+opens it. All of it as it is, and with the code that computes and compares SHA-256 taken out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 from benchmarks.common import machine, parse, ratio, report, take_turns
 from benchmarks.train_speed import OPTIM, open_data
 from miaobi.device import keep_allocations, pick_dtype
+from miaobi.files import CHECKSUMS
 from miaobi.settings import load_config
 from miaobi.train.loop import Run
 from miaobi.train.rendezvous import join, rank_device
@@ -38,6 +44,8 @@ class Args:
     """Optimizer steps between two checkpoints."""
     pairs: int = 7
     """Checkpoints of each kind."""
+    work: Path | None = None
+    """Directory on the disk that is to be measured; default: the system's for temporary files."""
     device: str = "auto"
     """auto, cpu, cuda."""
     json: bool = False
@@ -56,41 +64,70 @@ class Saving:
         world = join(cfg.train)
         device = rank_device(cfg.train.device, world)
         self.run = Run(set_up(cfg, origin, world, device, pick_dtype(cfg.train.dtype, device)))
-        self.args = args
+        self.args, self.cfg, self.origin, self.world = args, cfg, origin, world
 
-    def milliseconds(self, wait: bool) -> float:
-        """Train, save, and with `wait` see it written: how long the training stood still."""
+    def save(self, checksums: bool) -> dict[str, float]:
+        """Train and save: milliseconds that the training stood still, and until the checkpoint was whole."""
         for _ in range(self.args.steps):
-            loss, _, _ = self.run.step(self.run.progress.step)
-            self.run.progress.step += 1
-        loss.item()
-        started = time.perf_counter()
-        self.run.saver.save()
-        if wait:
+            self.run.step(self.run.progress.step)
+        self.run.progress.step += 1
+        with hashing(checksums):
+            started = time.perf_counter()
+            self.run.saver.save()
+            stood_still = time.perf_counter() - started
             self.run.saver.finish()
-        stood_still = time.perf_counter() - started
-        self.run.saver.finish()
-        if not (self.run.saver.root / f"step-{self.run.progress.step}" / "train_state").is_dir():
-            raise SystemExit("the checkpoint was not written")
-        return 1000 * stood_still
+            whole = time.perf_counter() - started
+        directory = self.run.saver.root / f"step-{self.run.progress.step}"
+        if not (directory / "train_state").is_dir() or (directory / CHECKSUMS).is_file() != checksums:
+            raise SystemExit("the checkpoint was not written as asked")
+        return {"stall": 1000 * stood_still, "save": 1000 * whole}
+
+    def resume(self, checksums: bool) -> dict[str, float]:
+        """Milliseconds to open the run at its last checkpoint, whose files have just been written or read."""
+        with hashing(checksums):
+            started = time.perf_counter()
+            plan = set_up(self.cfg, self.origin, self.world, self.run.plan.device, self.run.plan.dtype)
+            seconds = time.perf_counter() - started
+        if plan.progress.step != self.run.progress.step:
+            raise SystemExit("the run was not resumed")
+        return {"resume": 1000 * seconds}
+
+
+@contextlib.contextmanager
+def hashing(wanted: bool) -> Iterator[None]:
+    """The code as it is, or without the checksums of checkpoints."""
+    with contextlib.ExitStack() as stack:
+        if not wanted:
+            for name in ("verify_manifest", "Checksums.add", "Checksums.write"):
+                stack.enter_context(mock.patch(f"miaobi.files.{name}"))
+        yield
 
 
 def main() -> None:
     """Measure and print."""
     args = parse("checkpoint_stall", Args, __doc__)
-    with tempfile.TemporaryDirectory() as work:
+    figures: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory(dir=args.work) as work:
         open_data(args.data, Path(work) / "data")
         saving = Saving(args, Path(work))
-        saving.milliseconds(wait=True)  # the first one imports, and finds no page of memory ready
-        stalls = take_turns({"asynchronous": lambda: saving.milliseconds(wait=False),
-                             "synchronous": lambda: saving.milliseconds(wait=True)}, args.pairs)  # fmt: skip
+        saving.save(checksums=True)  # the first one imports, and finds no page of memory ready
+
+        def turn(checksums: bool) -> float:
+            taken = saving.save(checksums)
+            taken |= saving.resume(checksums)
+            side = figures.setdefault("with checksums" if checksums else "without", {})
+            for what, milliseconds in taken.items():
+                side.setdefault(what, []).append(milliseconds)
+            return taken["save"]
+
+        take_turns({"with checksums": lambda: turn(True), "without": lambda: turn(False)}, args.pairs)
         parameters = saving.run.plan.parameters
-    share = ratio(stalls["asynchronous"], stalls["synchronous"])
-    columns = ["checkpoint", "ms the training stands still", "asynchronous / synchronous"]
-    rows = [[name, statistics.median(times), share if name == "asynchronous" else ""] for name, times in stalls.items()]
-    report("checkpoint_stall", columns, rows, {
+    ours, bare = figures["with checksums"], figures["without"]
+    shares = {what: ratio(ours[what], bare[what]) for what in ours}
+    rows = [[what, statistics.median(ours[what]), statistics.median(bare[what]), shares[what]] for what in ours]
+    report("checkpoint_stall", ["ms", "with checksums", "without", "with / without"], rows, {
         "machine": machine(args.device), "settings": dataclasses.asdict(args), "parameters": parameters,
-        "milliseconds": stalls, "ratio": share,
+        "milliseconds": figures, "ratios": shares, "stall / save": ratio(ours["stall"], ours["save"]),
     }, args.json)  # fmt: skip
 
 

@@ -1,10 +1,10 @@
-"""Runs killed with kill -9 at random moments, continued by the same command: do they end in the same weights?
+"""Commands killed with kill -9 at random moments, continued by the same command: do they end in the same bytes?
 
     python -m benchmarks.survive --data TEXT
 
-A third of the runs is killed at any moment of training, a third while a checkpoint is being written, and of the last
-third, two processes under `torchrun --max-restarts`, one process is killed, every other time while a checkpoint is
-being written. Weights are compared byte for byte with those of a run of the same command that was left alone.
+In turns: training is killed at any moment; while a checkpoint is being written; one of two processes under `torchrun
+--max-restarts` is killed, with DDP and with FSDP, every other time while a checkpoint is being written; and `prepare`
+at any moment. Weights and prepared files are compared byte for byte with those of the same command left alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.prepare import prepare
 from miaobi.files import pointed
 
-KINDS = ("any moment", "while saving", "one of 2 ranks")
+KINDS = {  # what is killed -> its processes, its flags
+    "any moment": (1, {}),
+    "while saving": (1, {}),
+    "one of 2 ranks, ddp": (2, {"parallel": "ddp"}),
+    "one of 2 ranks, fsdp": (2, {"parallel": "fsdp"}),
+    "prepare": (0, {}),
+}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3")
 SETTINGS = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 8, "dropout": 0.1,
             "eval_interval": 20, "save_interval": 10, "log_interval": 5, "eval_iters": 2, "sample_tokens": 0,
@@ -43,7 +49,7 @@ class Args:
 
     data: Path
     """Text to train on."""
-    runs: int = 20
+    runs: int = 30
     """Runs that are killed."""
     steps: int = 100
     """Optimizer steps of a run."""
@@ -58,8 +64,8 @@ class Args:
 class Command:
     """A training command that can be started again and again."""
 
-    def __init__(self, out: Path, data: Path, steps: int, ranks: int) -> None:
-        settings = SETTINGS | {"data": data, "out_dir": out, "max_iters": steps}
+    def __init__(self, out: Path, data: Path, steps: int, ranks: int, flags: dict[str, str]) -> None:
+        settings = SETTINGS | {"data": data, "out_dir": out, "max_iters": steps} | flags
         launcher = TORCHRUN if ranks > 1 else ()
         self.words = [sys.executable, *launcher, "-m", "miaobi", "train", *(f"--{k}={v}" for k, v in settings.items())]
         self.out, self.ranks, self.said = out, ranks, out.with_suffix(".log")
@@ -121,6 +127,27 @@ class Command:
         return any((self.out / "checkpoints").glob(".*"))
 
 
+class Preparing(Command):
+    """`miaobi prepare`, with two workers."""
+
+    def __init__(self, out: Path, text: Path) -> None:
+        self.words = [sys.executable, "-m", "miaobi", "prepare", str(text), f"--out={out}", "--workers=2"]
+        self.out, self.ranks, self.said = out, 1, out.with_suffix(".log")
+
+    def reached(self) -> int:
+        """Whether the data were there."""
+        return int((self.out / "manifest.json").exists())
+
+    def weights(self) -> str:
+        """Digest of all files; whatever else was left beside them counts too."""
+        files = sorted(self.out.iterdir()) + sorted(self.out.parent.glob(f".{self.out.name}.*"))
+        return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
+
+    def training(self) -> bool:
+        """Whether it has begun to write."""
+        return any(self.out.parent.glob(f".{self.out.name}.*"))
+
+
 def left_alone(command: Command) -> tuple[str, float]:
     """(weights, seconds from its first steps to its end) of an undisturbed run."""
     process = command.start()
@@ -162,30 +189,39 @@ def main() -> None:
     draw, rows, results, number = random.Random(args.seed), [], [], 0
     with tempfile.TemporaryDirectory() as work:
         text, data = Path(work) / "text.txt", Path(work) / "data"
+
+        def command(kind: str, name: str) -> Command:
+            ranks, flags = KINDS[kind]
+            return (
+                Command(Path(work) / name, data, args.steps, ranks, flags)
+                if ranks
+                else Preparing(Path(work) / name, text)
+            )
+
         text.write_text(args.data.read_text(encoding="utf-8")[: args.characters], encoding="utf-8")
         prepare([str(text)], PrepareConfig(out=data, workers=1))
         started = time.monotonic()
-        alone = {n: left_alone(Command(Path(work) / f"alone-{n}", data, args.steps, n)) for n in (1, 2)}
-        log(f"left alone: {alone[1][1]:.0f} s of training, with two processes {alone[2][1]:.0f} s")
+        alone = {kind: left_alone(command(kind, f"alone-{i}")) for i, kind in enumerate(KINDS)}
+        log("left alone: " + ", ".join(f"{kind} {seconds:.1f} s" for kind, (_, seconds) in alone.items()))
         while len(results) < args.runs:
-            kind = KINDS[len(results) % 3]
-            ranks, in_save = (2, len(results) % 2 == 0) if kind == KINDS[2] else (1, kind == KINDS[1])
-            command, number = Command(Path(work) / f"run-{number}", data, args.steps, ranks), number + 1
-            after, reached = killed(command, alone[ranks][1], in_save, draw)
+            kind = list(KINDS)[len(results) % len(KINDS)]
+            in_save = kind == "while saving" or (KINDS[kind][0] == 2 and len(results) // len(KINDS) % 2 == 0)
+            run, number = command(kind, f"run-{number}"), number + 1
+            after, reached = killed(run, alone[kind][1], in_save, draw)
             if reached < 0:
                 continue
-            same = command.weights() == alone[ranks][0]
+            same = run.weights() == alone[kind][0]
             end = "the same" if same else "ANOTHER"
             log(f"{len(results) + 1}/{args.runs}  {kind}: killed {after:.2f} s into training, {end} end")
             rows.append([kind, f"{after:.2f}", reached, "yes" if same else "NO"])
             results.append({"kind": kind, "in_save": in_save, "seconds": after, "checkpoint": reached, "same": same})
     same = sum(result["same"] for result in results)
-    columns = ["killed", "seconds into training", "last checkpoint then", "same weights at the end"]
+    columns = ["killed", "seconds after it began to write", "last checkpoint then", "same bytes at the end"]
     report("survive", columns, rows, {
         "machine": machine(), "settings": dataclasses.asdict(args), "killed": results, "same": same,
         "minutes": (time.monotonic() - started) / 60,
     }, args.json)  # fmt: skip
-    log(f"{same} of {len(results)} runs killed with kill -9 ended bit-identical to a run left alone")
+    log(f"{same} of {len(results)} commands killed with kill -9 ended bit-identical to one left alone")
     if same < len(results):
         raise SystemExit(1)
 

@@ -190,3 +190,13 @@ def test_a_log_that_nobody_reads_costs_nothing(reader: str, tmp_path):
                        f"open({str(tmp_path / 'done')!r}, 'w').write('whole')\n")  # fmt: skip
     subprocess.run(["sh", "-c", f"{sys.executable} {program} {reader}"], check=False)
     assert (tmp_path / "done").read_text() == "whole"
+
+
+def test_what_others_named_begins_no_line_of_its_own(capsys):
+    """A file may be called `a\nwarning: all is well`."""
+    for say in (console.warn, console.error):
+        say("no such file: a\nmiaobi: done\r\n\x1b[2Jb\n")
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "a\\nmiaobi: done" in said
+        assert "\x1b" not in said

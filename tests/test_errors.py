@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miaobi.errors import BRIEF, brief
+from miaobi.errors import BRIEF, LONGEST, UserError, brief, names_listed
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
@@ -60,3 +60,18 @@ def test_an_object_is_not_asked_for_its_repr():
         __str__ = __repr__ = Loud.__repr__
 
     assert brief([Loud(), Number(3), Word("x")]) == "[<Loud>, 3, 'x']"
+
+
+def test_names_of_others_are_listed_in_bounds():
+    assert names_listed([]) == "none"
+    assert names_listed(["a", 3, None]) == "a, 3, None"
+    assert names_listed(["x" * 5000]) == "x" * 77 + "..."
+    assert names_listed(map(str, range(1000))).endswith("18, 19 and 980 more")
+
+
+def test_no_message_is_a_page():
+    error = UserError("a" * 10**6 + "what to do")
+    assert len(str(error)) <= LONGEST
+    assert str(error).startswith("aaa")
+    assert str(error).endswith("what to do")
+    assert str(UserError("x" * LONGEST)) == "x" * LONGEST

@@ -35,8 +35,13 @@ def shown(text: str) -> str:
     return _STEERING.sub(_spelled, text)
 
 
-def _spelled(found: re.Match[str]) -> str:
-    return found[0].encode("unicode_escape").decode() if found[0] < " " else f"\\u{ord(found[0]):04x}"
+def one_line(text: str) -> str:
+    """`shown`, and line breaks too: what names or values of others put into a message begins no line of its own."""
+    return shown(text).replace("\n", "\\n")
+
+
+def _spelled(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode() if match[0] < " " else f"\\u{ord(match[0]):04x}"
 
 
 class TerminalStream:
@@ -106,7 +111,7 @@ def log(message: str) -> None:
 
 def warn(message: str) -> None:
     """One line that stands out on stderr."""
-    _say(f"warning: {shown(message)}", "yellow")
+    _say(f"warning: {one_line(message)}", "yellow")
 
 
 def _say(line: str, style: str | None) -> None:
@@ -117,7 +122,7 @@ def _say(line: str, style: str | None) -> None:
 def error(message: object, program: str = "miaobi") -> None:
     """The line that a command ends with, on stderr, also where `quiet` was asked for."""
     try:
-        print(f"{program}: {shown(str(message))}", file=sys.stderr, flush=True)
+        print(f"{program}: {one_line(str(message))}", file=sys.stderr, flush=True)
     except BrokenPipeError:
         nobody_listens()
     except OSError:

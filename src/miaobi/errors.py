@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 BRIEF = 80
 """Characters that a value takes in a message at most."""
+LONGEST = 3000
+"""Characters of a message: whatever somebody put into it, it is no page."""
 
 
 class UserError(Exception):
@@ -14,6 +17,11 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+    def __init__(self, message: str) -> None:
+        """message: of one line; what is beyond LONGEST is left out of its middle."""
+        half = LONGEST // 2
+        super().__init__(message if len(message) <= LONGEST else f"{message[:half]} ... {message[-half + 5 :]}")
 
 
 class _Brief(reprlib.Repr):
@@ -34,9 +42,9 @@ class _Brief(reprlib.Repr):
             return int.__repr__(x) if digits <= BRIEF // 2 else f"<a number of some {digits:,} digits>"
         if isinstance(x, bytes):
             return repr(bytes(x[:BRIEF])) + ("..." if len(x) > BRIEF else "")
-        for kind, way in ((dict, self._dict), (list, self.repr_list), (tuple, self.repr_tuple)):
+        for kind, shorten in ((dict, self._dict), (list, self.repr_list), (tuple, self.repr_tuple)):
             if isinstance(x, kind):
-                return way(x, level)
+                return shorten(x, level)
         return f"<{type(x).__name__}>"
 
     def _dict(self, x: dict, level: int) -> str:
@@ -55,3 +63,11 @@ def brief(value: Any) -> str:
     """How a message shows a value from a file: its repr, of at most `BRIEF` characters and bounded work."""
     text = _Brief().repr(value)
     return text if len(text) <= BRIEF else f"{text[: BRIEF - 3]}..."
+
+
+def names_listed(names: Iterable[Any], most: int = 20) -> str:
+    """Names from a file for a message: so many of them, each of at most `BRIEF` characters; `none` for none."""
+    names = list(names)
+    some = [name if len(name) <= BRIEF else f"{name[: BRIEF - 3]}..." for name in map(str, names[:most])]
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{', '.join(some)}{more}" or "none"

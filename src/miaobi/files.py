@@ -1,6 +1,6 @@
 """Files that are written whole or not at all, pointers between siblings, JSON, and SHA-256: the only place for them.
 
-What is written never follows a link: it is made beside its place, under a name of its own, and renamed.
+What is written never follows a link: it is made in the same directory, under a temporary name, and renamed.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     put_back(path)
     clear_leftovers(path)
-    aside, older = aside_of(path), older_of(path)
-    aside.mkdir(parents=True)
+    temporary, older = aside_of(path), older_of(path)
+    temporary.mkdir(parents=True)
     try:
-        yield aside
-        for file in [p for p in aside.rglob("*") if p.is_file()] + [aside]:
+        yield temporary
+        for file in [p for p in temporary.rglob("*") if p.is_file()] + [temporary]:
             flush(file)
         if os.path.lexists(path):
             path.rename(older)
-        aside.rename(path)
+        temporary.rename(path)
         flush(path.parent)
         remove(older)
     except BaseException:
         put_back(path)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -84,10 +84,10 @@ def clear_leftovers(path: Path) -> None:
     """Remove what killed processes left aside of `path`; another living process may be writing there right now."""
     if not path.parent.is_dir():
         return
-    for aside in path.parent.glob(f".{glob_escape(path.name)}*.tmp"):
-        owner = re.fullmatch(re.escape(f".{path.name}") + r"(?:\.(\d{1,9})-[0-9a-f]{8})?\.tmp", aside.name)
+    for leftover in path.parent.glob(f".{glob_escape(path.name)}*.tmp"):
+        owner = re.fullmatch(re.escape(f".{path.name}") + r"(?:\.(\d{1,9})-[0-9a-f]{8})?\.tmp", leftover.name)
         if owner and not (owner[1] and int(owner[1]) != os.getpid() and is_running(int(owner[1]))):
-            remove(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+            remove(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def glob_escape(name: str) -> str:
@@ -131,31 +131,36 @@ def point(link: Path, target: str) -> None:
     """Make `link` name its sibling `target`: a relative symlink, or where those are refused a directory of hard links
     (else copies) to the files of `target` itself, so that any program can open it.
     """
-    aside = aside_of(link)
+    temporary = aside_of(link)
     try:
-        aside.symlink_to(target)
+        temporary.symlink_to(target)
     except OSError:
-        aside.mkdir()
+        temporary.mkdir()
         for file in (p for p in (link.parent / target).iterdir() if p.is_file()):
             try:
-                os.link(file, aside / file.name)
+                os.link(file, temporary / file.name)
             except OSError:
-                shutil.copy2(file, aside / file.name)
-        (aside / TARGET).write_text(target + "\n", encoding="utf-8")
+                shutil.copy2(file, temporary / file.name)
+        (temporary / TARGET).write_text(target + "\n", encoding="utf-8")
     if link.is_dir() and not link.is_symlink():
         older = older_of(link)
         remove(older)
         link.rename(older)
-        os.replace(aside, link)
+        os.replace(temporary, link)
         remove(older)
     else:
-        if aside.is_dir() and not aside.is_symlink():
+        if temporary.is_dir() and not temporary.is_symlink():
             link.unlink(missing_ok=True)  # a directory does not replace a file
-        os.replace(aside, link)
+        os.replace(temporary, link)
 
 
 def pointed(link: Path) -> Path | None:
-    """The sibling directory that `link` names, or None. A copy that knows no links made a directory of it: that one."""
+    """The sibling directory that `link` names, or None. A copy that knows no links made a directory of it: that one.
+
+    What a kill left between two renames is found where it is: the next `train` puts it back, a reader only reads.
+    """
+    if not os.path.lexists(link):
+        link = older_of(link)
     if link.is_symlink():
         name = os.readlink(link)
     elif (link / TARGET).is_file():
@@ -170,7 +175,7 @@ def pointed(link: Path) -> Path | None:
     if name in ("", ".", "..", link.name):
         return None
     target = link.parent / name
-    return target if target.is_dir() else None
+    return next((place for place in (target, older_of(target)) if place.is_dir()), None)
 
 
 def small_text(file: Path) -> str:
@@ -186,25 +191,25 @@ def small_text(file: Path) -> str:
 def text_written_whole(path: Path) -> Iterator[TextIO]:
     """A UTF-8 text file that appears at `path`, or where that links to, when it is whole; else what was there stays."""
     path = Path(os.path.realpath(path))
-    aside = aside_of(path)
+    temporary = aside_of(path)
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file, or the link that is there and not what it names, by UTF-8 text in one go."""
-    aside = aside_of(path)
+    temporary = aside_of(path)
     try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -280,21 +285,43 @@ def sha256(file: Path) -> str:
     return checksum(file, hashlib.sha256())
 
 
-def write_manifest(directory: Path, known: dict[str, str] | None = None) -> None:
-    """Write the SHA-256 of every file in `directory` into its checksums.json.
+class Checksums(ThreadPoolExecutor):
+    """A thread that hashes files while others are written, and all while they are flushed to the disk."""
 
-    known: checksums of files, by path, that somebody else has computed already. Files are hashed while they are
-    flushed to the disk, which waits anyway. Raises OSError.
-    """
-    files = sorted(p for p in directory.rglob("*") if p.is_file())
-    names = [file.relative_to(directory).as_posix() for file in files]
-    with ThreadPoolExecutor(1) as pool:
-        hashed = [pool.submit((known or {}).get, name) if name in (known or {}) else pool.submit(sha256, file)
-                  for name, file in zip(names, files, strict=True)]  # fmt: skip
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.begun: dict[Path, Callable[[], str]] = {}
+
+    def add(self, file: Path, digest: str = "") -> None:
+        """Begin to hash a file that is whole; digest: its SHA-256, where somebody else has computed it."""
+        self.begun[file] = (lambda: digest) if digest else self.submit(sha256, file).result
+
+    def write(self, directory: Path) -> None:
+        """Write the SHA-256 of every file in `directory` into its checksums.json. Raises OSError."""
+        files = sorted(p for p in directory.rglob("*") if p.is_file())
+        for file in files:
+            if file not in self.begun:
+                self.add(file)
         for file in files:
             flush(file)
-        sums = {name: digest.result() for name, digest in zip(names, hashed, strict=True)}
-    write_json(directory / CHECKSUMS, {"sha256": sums})
+        sums = {file.relative_to(directory).as_posix(): self.begun[file]() for file in files}
+        write_json(directory / CHECKSUMS, {"sha256": sums})
+
+
+@contextmanager
+def verifying(directory: Path, wanted: Callable[[str], bool] = bool) -> Iterator[None]:
+    """`verify_manifest` beside the body, which reads the same files: on another core it costs next to nothing.
+
+    Raises its UserError also in place of what the body made of an altered file.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        check = pool.submit(verify_manifest, directory, wanted)
+        try:
+            yield
+        except Exception:
+            check.result()
+            raise
+        check.result()
 
 
 def verify_manifest(directory: Path, wanted: Callable[[str], bool] = bool) -> None:

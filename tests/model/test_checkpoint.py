@@ -7,30 +7,17 @@ import pickle
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from tests.model.conftest import CFG, TOKENIZER
 
-from miaobi.config import ModelConfig
-from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.files import point, pointed, put_back, write_manifest, written_whole
+from miaobi.files import Checksums, point, pointed, put_back, written_whole
 from miaobi.model.checkpoint import load_model, model_directory, save_model
 from miaobi.model.families import to_hf
 from miaobi.model.transformer import Transformer
-
-TOKENIZER = Tokenizer.train_char(Counter("皇马赢得比赛"))
-CFG = ModelConfig(family="gpt2", n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=TOKENIZER.vocab_size)
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    """A model directory."""
-    (tmp_path / "model").mkdir()
-    save_model(tmp_path / "model", Transformer(CFG), TOKENIZER, (TOKENIZER.eot_id,))
-    return tmp_path / "model"
 
 
 def everything(path: Path) -> dict[str, bytes]:
@@ -144,6 +131,22 @@ def test_a_pointer_names_its_sibling_and_can_be_moved(tmp_path):
     assert pointed(moved / "last") == moved / "step-2"
     (moved / "step-2").rmdir()
     assert pointed(moved / "last") is None
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_a_kill_left_between_two_renames_is_found(tmp_path, monkeypatch, links):
+    """A reader sees the step that is being written again, or the pointer that is; the next `train` puts them back."""
+    if not links:
+        monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    step, last = tmp_path / "step-10", tmp_path / "last"
+    step.mkdir()
+    (step / "config.json").write_text("{}", encoding="utf-8")
+    point(last, "step-10")
+    step.rename(tmp_path / ".step-10.old")
+    assert pointed(last) == tmp_path / ".step-10.old"
+    (tmp_path / ".step-10.old").rename(step)
+    last.rename(tmp_path / ".last.old")
+    assert pointed(last) == step
 
 
 def test_a_pointer_cannot_lead_out_of_its_run(tmp_path):
@@ -260,7 +263,8 @@ def test_saved_files_are_what_the_hub_expects(directory):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_flipped_bit_of_a_checkpoint_of_ours_is_noticed(directory, name):
-    write_manifest(directory)
+    with Checksums() as checksums:
+        checksums.write(directory)
     load_model(directory)
     (directory / "README.md").write_text("notes of somebody", encoding="utf-8")
     (directory / "generation_config.json").write_text('{"temperature": 0.5}', encoding="utf-8")

@@ -7,33 +7,21 @@ import pickle
 import random
 import struct
 import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.model.conftest import CFG
 
-from miaobi.config import ModelConfig
 from miaobi.convert import nanogpt, small_gpt
 from miaobi.corpus.nanogpt import read_characters
-from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import load_model, save_model
+from miaobi.model.checkpoint import load_model
 from miaobi.model.families import to_hf
 from miaobi.model.tensors import read_tensors
 from miaobi.model.transformer import Transformer
-
-TOKENIZER = Tokenizer.train_char(Counter("皇马赢得比赛"))
-CFG = ModelConfig(family="gpt2", n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=TOKENIZER.vocab_size)
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    """A model directory."""
-    (tmp_path / "model").mkdir()
-    save_model(tmp_path / "model", Transformer(CFG), TOKENIZER, (TOKENIZER.eot_id,))
-    return tmp_path / "model"
 
 
 def saved(value: object, **how: object) -> bytes:
@@ -345,3 +333,40 @@ def test_a_pointer_for_a_checkpoint(tmp_path: Path):
         (tmp_path / name).write_text(POINTER)
         with pytest.raises(UserError, match=rf"{name} is a Git LFS pointer"):
             read(tmp_path / name)
+
+
+# --- bits that flipped -------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_in_a_bin_is_noticed(directory):
+    """torch computes the CRC-32 of every entry, and compares none."""
+    tensors = {name: t.detach().clone() for name, t in to_hf(load_model(directory)[0]).items()}
+    (directory / "model.safetensors").unlink()
+    file, draw = directory / "pytorch_model.bin", random.Random(0)
+    torch.save(tensors, file)
+    whole, flips = file.read_bytes(), 0
+    assert len(read_tensors(directory)) == len(tensors)
+    with zipfile.ZipFile(file) as archive:
+        entries = [entry for entry in archive.infolist() if entry.file_size > 8]
+    for entry in entries:
+        content = bytearray(whole)
+        header = whole[entry.header_offset :][:30]
+        begin = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+        content[begin + draw.randrange(entry.file_size)] ^= 1 << draw.randrange(8)
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"copy it again|was not loaded"):
+            read_tensors(directory)
+        flips += 1
+    assert flips > 12
+
+
+def test_a_bin_without_checksums_is_read(directory):
+    tensors = {name: t.detach().clone() for name, t in to_hf(load_model(directory)[0]).items()}
+    (directory / "model.safetensors").unlink()
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensors, directory / "pytorch_model.bin")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert read_tensors(directory).keys() == tensors.keys()

@@ -54,7 +54,7 @@ class DocumentOptions:
     replies_only: bool = False
     """Dialogues with roles: only the assistant's turns are learned."""
     extras: frozenset[str] = ALL_EXTRAS
-    """What a dialogue may have beside roles and words, see `messages.messages_of`."""
+    """What a dialogue may have besides roles and text, see `messages.messages_of`."""
     without: tuple[str, ...] = ()
     """Files with whose texts a document may share nothing, see `overlap`."""
     delimiter: str = ""
@@ -219,10 +219,10 @@ def documents_of(block: Block, options: DocumentOptions) -> tuple[Content, list[
         documents = [dialogue.as_lines(document) for document in documents]
     elif options.dialogue:
         documents = [dialogue.packed(dialogue.unpacked(document)) for document in documents]
-    found = len(documents)
+    count = len(documents)
     if options.without:
         documents = overlap.without(documents, options.without)
-    dropped = found - len(documents)
+    dropped = count - len(documents)
     if options.cut:
         documents = [piece for document in documents for piece in clean.cut_document(document)]
     return content, documents, dropped

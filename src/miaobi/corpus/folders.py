@@ -106,7 +106,7 @@ def is_hidden(name: str) -> bool:
 
 
 def files_below(root: Path, leave: Callable[[Path, str], None]) -> Iterator[Path]:
-    """Files that their names and the directories they are in do not rule out; `leave` is told of the others.
+    """Files that their names and the directories they are in do not rule out; `leave` is called with the others.
 
     Links to directories are followed; each real directory is read once.
     """

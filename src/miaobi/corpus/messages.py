@@ -9,9 +9,10 @@ import json
 from typing import Any
 
 from miaobi.corpus.template import NONCHARACTER, ROLES, Messages
+from miaobi.errors import brief, names_listed
 
 ALL_EXTRAS = frozenset(("tool", "tools", "tool_calls", "reasoning_content", "weight"))
-"""What a record may have beside system, user, assistant and their words, where the template can render it."""
+"""What a record may have besides system, user, assistant and their text, where the template can render it."""
 _SPEAKERS = {  # ShareGPT's names and their relatives
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bot": "assistant", "model": "assistant", "system": "system", "developer": "system", "tool": "tool",
@@ -57,9 +58,7 @@ def _messages(record: dict, extras: frozenset[str]) -> Messages:
     elif is_alpaca:
         messages = _alpaca(record)
     else:
-        raise _RefusedError(
-            f"no dialogue in it: needs {_SHAPES}; the fields are {', '.join(map(str, record)) or 'none'}"
-        )
+        raise _RefusedError(f"no dialogue in it: needs {_SHAPES}; the fields are {names_listed(record)}")
     messages = _with_system(record.get("system"), messages)
     if tools := _tools(record):
         messages[0]["tools"] = tools
@@ -84,8 +83,8 @@ def _check(messages: Messages, extras: frozenset[str]) -> None:
             what = f"the role {lost[0]!r}" if lost[0] == "tool" else f"`{lost[0]}`"
             raise _RefusedError(f"turn {number} has {what}, which {_REMEDY.get(lost[0], _REMEDY[''])}")
         text = "".join(_strings(message))
-        if found := NONCHARACTER.search(text):  # it would be taken for one of our own marks
-            raise _RefusedError(f"U+{ord(found[0]):04X} is not a character")
+        if match := NONCHARACTER.search(text):  # it would be taken for one of our own marks
+            raise _RefusedError(f"U+{ord(match[0]):04X} is not a character")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
@@ -108,14 +107,14 @@ def _strings(value: Any) -> list[str]:
 
 
 def _with_system(system: object, messages: Messages) -> Messages:
-    """`messages` with the system message that stands beside them in a record."""
+    """`messages` with the system message that a record holds next to them."""
     if system is None or (isinstance(system, str) and not system.strip()):
         return messages
     if not isinstance(system, str):
         raise _RefusedError(f"`system` is {type(system).__name__}, not text")
     inside = [m["content"] for m in messages if m["role"] == "system"]
     if inside and inside != [system.strip()]:
-        raise _RefusedError("`system` stands beside the turns and in them, and the two differ; remove one of them")
+        raise _RefusedError("`system` stands next to the turns and in them, and the two differ; remove one of them")
     return messages if inside else [{"role": "system", "content": system.strip()}, *messages]
 
 
@@ -152,7 +151,7 @@ def _turn(turn: object, number: int) -> dict[str, Any]:
     role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         raise _RefusedError(
-            f"turn {number} has the unknown role {speaker!r}; the roles are {', '.join((*ROLES, 'tool'))}"
+            f"turn {number} has the unknown role {brief(speaker)}; the roles are {', '.join((*ROLES, 'tool'))}"
         )
     message: dict[str, Any] = {"role": role}
     if speaker == "function_call":  # ShareGPT's: the call is the content
@@ -201,7 +200,7 @@ def _part(part: object, number: int) -> str:
         return part
     kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
     if not isinstance(part, dict) or kind not in ("text", "input_text", "output_text"):
-        raise _RefusedError(f"turn {number} has a part of the type {kind!r}, which is no text and cannot be learned")
+        raise _RefusedError(f"turn {number} has a part of the type {brief(kind)}: it is no text and cannot be learned")
     if not isinstance(part.get("text"), str):
         raise _RefusedError(f"turn {number} has a part without text")
     return part["text"]
@@ -233,24 +232,24 @@ def _is_learned(turn: dict, number: int) -> bool:
         if value is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise _RefusedError(f"turn {number}: `{key}` is {value!r}; only 0 (not learned) and 1 (learned) are known")
+            raise _RefusedError(f"turn {number}: `{key}` is {brief(value)}; only 0 (not learned) and 1 (learned) count")
         learned = learned and bool(value)
     return learned
 
 
 def _alpaca(record: dict) -> Messages:
-    asked, more, answer = (record.get(key) or "" for key in ("instruction", "input", "output"))
-    if not all(isinstance(part, str) for part in (asked, more, answer)):
+    instruction, more, answer = (record.get(key) or "" for key in ("instruction", "input", "output"))
+    if not all(isinstance(part, str) for part in (instruction, more, answer)):
         raise _RefusedError("instruction, input and output must be texts")
-    if not asked.strip() or not answer.strip():
-        raise _RefusedError(f"`{'instruction' if not asked.strip() else 'output'}` is empty")
+    if not instruction.strip() or not answer.strip():
+        raise _RefusedError(f"`{'instruction' if not instruction.strip() else 'output'}` is empty")
     messages: Messages = []
     history = record.get("history") or []
     for pair in history if isinstance(history, list) else [history]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) and p.strip() for p in pair)):
             raise _RefusedError("`history` must be a list of [question, answer]")
         messages += [{"role": role, "content": p.strip()} for role, p in zip(ROLES[1:], pair, strict=True)]
-    question = f"{asked.strip()}\n{more.strip()}" if more.strip() else asked.strip()
+    question = f"{instruction.strip()}\n{more.strip()}" if more.strip() else instruction.strip()
     messages.append({"role": "user", "content": question})
     thought = next((record[key] for key in _THOUGHTS if record.get(key)), "")
     if not isinstance(thought, str):

@@ -17,7 +17,7 @@ from miaobi.corpus.messages import messages_of
 from miaobi.corpus.records import open_records, taker
 from miaobi.corpus.sources import Source, find_sources
 from miaobi.corpus.tables import lines_of
-from miaobi.errors import UserError
+from miaobi.errors import UserError, names_listed
 
 PREFIX, WINDOW = 60, 20
 TEXT_COLUMNS = ("text", "review", "content", "sentence")
@@ -27,8 +27,8 @@ _POWERS = np.array([pow(1_000_003, i, 1 << 64) for i in range(WINDOW)], np.uint6
 
 def normalized(text: str) -> str:
     """What two texts must share to be duplicates: letters and digits, width and case aside (NFKC)."""
-    kept = "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
-    return kept or text.strip()
+    letters = "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
+    return letters or text.strip()
 
 
 def window_hashes(text: str) -> np.ndarray:
@@ -52,10 +52,10 @@ class Evaluation:
         key = normalized(text)
         if key[:PREFIX] in self.prefixes:
             return "prefix"
-        found = window_hashes(key)
-        places = np.searchsorted(self.windows, found)
-        places[places == len(self.windows)] = 0
-        return "window" if len(self.windows) and bool((self.windows[places] == found).any()) else ""
+        hashes = window_hashes(key)
+        indices = np.searchsorted(self.windows, hashes)
+        indices[indices == len(self.windows)] = 0
+        return "window" if len(self.windows) and bool((self.windows[indices] == hashes).any()) else ""
 
 
 @functools.lru_cache(maxsize=2)
@@ -89,7 +89,7 @@ def _turns(source: Source, values: dict, names: list[str]) -> Iterator[str]:
     messages, problem = messages_of(values)
     if problem:
         raise UserError(f"{source.name}: no column called {', '.join(TEXT_COLUMNS)}, nor dialogues; there are "
-                        f"{', '.join(map(str, names)) or 'none'}. Rename the one with the text")  # fmt: skip
+                        f"{names_listed(names)}. Rename the one with the text")  # fmt: skip
     yield from (message["content"] for message in messages)
 
 

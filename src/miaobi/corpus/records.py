@@ -27,7 +27,7 @@ from miaobi.corpus.tables import (
     repeated,
     wrong_width,
 )  # fmt: skip
-from miaobi.errors import UserError
+from miaobi.errors import UserError, brief, names_listed
 
 Take = Callable[[dict[str, Any]], tuple[str, str]]
 """A record -> (its text, "") or ("", what is wrong with it)."""
@@ -77,8 +77,9 @@ def is_in_order(source: Source) -> bool:
 def column_of(source: Source, names: list[str], column: str) -> None:
     """Raises UserError where `column` is none of a table's `names`, or several of them."""
     if column not in names:
-        listed = ", ".join(map(str, names)) or "none"
-        raise UserError(f"{source.name}: no field {column!r}; the fields are {listed}. Name one with --field")
+        raise UserError(
+            f"{source.name}: no field {column!r}; the fields are {names_listed(names)}. Name one with --field"
+        )
     if column in repeated(names):
         refuse_repeated(source.name, column)
 
@@ -89,7 +90,7 @@ def column_of(source: Source, names: list[str], column: str) -> None:
 def taker(source: Source, field: str, extras: frozenset[str] = ALL_EXTRAS) -> Take:
     """What is taken out of each record of a source: the text in `field`, or a whole dialogue, packed.
 
-    extras: what the template can render beside roles and words, see `messages_of`.
+    extras: what the template can render besides roles and text, see `messages_of`.
     """
     if source.format != "messages":
         return lambda values: _field_text(values, field)
@@ -197,7 +198,7 @@ def _field_text(values: dict[str, Any], field: str) -> tuple[str, str]:
         return (value, "") if is_whole(value) else ("", HALF_A_CHARACTER)
     if field not in values:
         hint = " These are dialogues: --format=dialogue" if {"messages", "conversations"} & values.keys() else ""
-        return "", f"no field {field!r}; the fields are {', '.join(values) or 'none'}. Name one with --field.{hint}"
+        return "", f"no field {field!r}; the fields are {names_listed(values)}. Name one with --field.{hint}"
     kind = "in another encoding than UTF-8" if isinstance(value, UnicodeDecodeError) else type(value).__name__
     return "", f"field {field!r} is {kind}, not text"
 
@@ -231,7 +232,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Raises ValueError for a key that is there twice: JSON's readers take one of them without a word."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError(f"the key {min(repeated([key for key, _ in pairs]))!r} is there more than once")
+        raise ValueError(f"the key {brief(min(repeated([key for key, _ in pairs])))} is there more than once")
     return values
 
 
@@ -285,15 +286,16 @@ class _Array:
 
     def take(self, character: str) -> None:
         """Raises UserError unless `character` comes next."""
-        if (found := self.peek()) != character:
-            raise self.error(f"{character!r} is missing" + (f" before {found!r}" if found else "; is the file whole?"))
+        if (actual := self.peek()) != character:
+            where = f" before {actual!r}" if actual else "; is the file whole?"
+            raise self.error(f"{character!r} is missing{where}")
         self.at += 1
 
     def value(self) -> Any:
-        """Raises UserError for what is not JSON: where the next value begins cannot be told then."""
+        """Raises UserError for what is not JSON: the start of the next value is unknown then."""
         while True:
             try:
-                found, end = self._decoder.raw_decode(self.text, self.at)
+                value, end = self._decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 if len(self.text) - self.at > blocks.MAX_DOCUMENT_BYTES or not self._more():
                     raise self.error(f"not JSON ({error.msg})") from error
@@ -302,7 +304,7 @@ class _Array:
             else:
                 self.line += self.text.count("\n", self.at, end)
                 self.at = end
-                return found
+                return value
 
     def error(self, problem: str) -> UserError:
         """What is wrong, and near which line."""
@@ -312,8 +314,8 @@ class _Array:
     def _more(self) -> bool:
         """At least as much again as is left, so that a long value is not tried too often."""
         rest, needed = [self.text[self.at :]], max(1, len(self.text) - self.at)
-        while needed > 0 and (found := next(self._blocks, None)) is not None:
-            text, self.encoding, lost = found
+        while needed > 0 and (block := next(self._blocks, None)) is not None:
+            text, self.encoding, lost = block
             rest.append(text)
             needed -= len(text)
             self.lost += lost
@@ -338,7 +340,7 @@ class _Spooled(Source):
 def spooled(stream: BinaryIO, name: str) -> Iterator[Source]:
     """A stream as a source of text, so that its encoding is found out as a file's is; gone afterwards.
 
-    The whole of it is read first: what its first lines are in may only be told by later ones.
+    The whole is read first: only later lines may show the encoding of the first ones.
     """
     handle, path = tempfile.mkstemp(prefix="miaobi-")
     try:

@@ -261,7 +261,7 @@ def _check_sides(corpus: Corpus, weights: np.ndarray) -> None:
     if not corpus.is_val.any():
         selection.fill_empty_side(choice, digests, int(corpus.joined("lengths").sum()))
     elif not (choice == VAL).any() or not (choice == selection.TRAIN).any():
-        side = "--val" if not (choice == VAL).any() else "the sources, beside what is in --val as well"
+        side = "--val" if not (choice == VAL).any() else "the sources, besides what is in --val as well"
         raise UserError(f"there is no document in {side}; give more text")
     selection.repeat(choice, digests, weights[corpus.joined("owners")])
     corpus.set_choice(choice)
@@ -322,13 +322,13 @@ def _read(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatist
     """The text of a task, `Survey.statistics`, `empty` and `shared`; by Python, which reads everything."""
     texts, raw, statistics, empty, shared = [], [], [], 0, 0
     for block in task:
-        content, found, dropped = documents_of(block, options)
+        content, documents, dropped = documents_of(block, options)
         shared += dropped
-        kept = found if options.whole else not_blank(found)
-        empty += len(found) - len(kept)
-        texts += kept
+        filled = documents if options.whole else not_blank(documents)
+        empty += len(documents) - len(filled)
+        texts += filled
         raw.append(content.raw)
-        statistics.append(BlockStatistics(block.index, content.encoding, len(kept), len(content.raw), content.skipped,
+        statistics.append(BlockStatistics(block.index, content.encoding, len(filled), len(content.raw), content.skipped,
                                           content.removed, content.reason))  # fmt: skip
     if options.whole:
         texts = ["".join(texts)]

@@ -93,8 +93,8 @@ class Tokenizer:
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
-            if (found := read_foreign(path)) is not None:
-                return cls(*found)
+            if (foreign := read_foreign(path)) is not None:
+                return cls(*foreign)
             raise UserError(f"{path}: no tokenizer.json there, nor vocab.txt, nor vocab.json with merges.txt; give a "
                             "directory that miaobi prepare or train wrote, or a whole model of the hub")  # fmt: skip
         config = read_config(file.parent)
@@ -306,8 +306,8 @@ class Tokenizer:
         """A foreign tokenizer names its end-of-text and padding in its config, ours by fixed names."""
         named = self.config.get(role)
         name = named.get("content") if isinstance(named, dict) else named
-        found = self.token_to_id(name) if isinstance(name, str) else None
-        return self.token_to_id(ours) if found is None else found
+        id_ = self.token_to_id(name) if isinstance(name, str) else None
+        return self.token_to_id(ours) if id_ is None else id_
 
     def _character_table(self) -> np.ndarray | None:
         """(0x110000,) code point -> id when this is a character vocabulary as train_char makes it, else None."""

@@ -91,7 +91,7 @@ def part_rows(block: Block, name: str, parts: int) -> list[int]:
 
 
 def add_lora(model: Transformer, cfg: LoraConfig) -> None:
-    """Freeze every weight of `model` and put an adapter beside the linears of its blocks, in place.
+    """Freeze every weight of `model` and add an adapter to the linears of its blocks, in place.
 
     The global random state decides A. The logits stay what they were, bit for bit.
     """
@@ -161,7 +161,7 @@ def save_adapter(directory: Path, model: Transformer, base_name: str) -> None:
             "r": one.rank,
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
             "lora_dropout": one.dropout,
-            # PEFT matches the ends of names; GPT-2 has two c_proj, told apart by what they are in
+            # PEFT matches the ends of names; GPT-2 has two c_proj, distinguished by their parent module
             "target_modules": modules if gpt2 else [theirs.split(".")[1] for theirs in modules],
             "fan_in_fan_out": gpt2,  # Conv1D stores its weight transposed
             "bias": "none",
@@ -182,8 +182,8 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         peft = json.loads(config.read_text(encoding="utf-8"))
         tensors = load_file(weights)
         for key, plain in PLAIN.items():
-            if peft.get(key, plain[0]) not in plain:
-                raise UserError(f"{config} has {key}={peft[key]!r}; only plain LoRA is read: merge the adapter with "
+            if (value := peft.get(key, plain[0])) not in plain:
+                raise UserError(f"{config} has {key}={brief(value)}; only plain LoRA is read: merge the adapter with "
                                 "PEFT's merge_and_unload() and use the model it saves")  # fmt: skip
         ranks = {len(tensor) for name, tensor in tensors.items() if ".lora_A." in name and tensor.ndim == 2}
         if type(peft["r"]) is not int or ranks != {peft["r"]}:  # before anything of that size is made

@@ -9,21 +9,22 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
 
 import torch
+from torch import Tensor
 
 from miaobi.console import warn
 from miaobi.errors import UserError
-from miaobi.files import point, pointed, sha256, write_manifest, write_text, written_whole
+from miaobi.files import Checksums, point, pointed, sha256, write_text, written_whole
 from miaobi.model.card import write_card
-from miaobi.model.checkpoint import Unfilled, save_model
+from miaobi.model.checkpoint import Unfilled, save_model, save_tensors
 from miaobi.model.lora import adapters, merged, save_adapter
 from miaobi.model.transformer import Transformer
-from miaobi.train import optimizer_state
+from miaobi.train import average, optimizer_state
 from miaobi.train.layout import is_sharded, whole
 from miaobi.train.model_card import card_of
 from miaobi.train.run_directory import Progress, step_directories
@@ -55,10 +56,12 @@ class Saver:
         """Copy everything and go on; a checkpoint still being written is waited for first."""
         self.finish()
         plan = self.plan
-        plain = snapshot(plan.model, self.world)
+        with plan.average.shown() if plan.average else nullcontext():
+            plain = snapshot(plan.model, self.world)
+        other = plan.average.hidden() if plan.average and self.world.is_first else None
         state = optimizer_state.copied(plan.model, plan.optimizers, plan.scaler, self.world)
         # a daemon: a rank that lost the others must be able to leave
-        self.thread = Thread(target=self._run, args=(plain, state, copy.deepcopy(plan.progress)), daemon=True)
+        self.thread = Thread(target=self._run, args=(plain, state, copy.deepcopy(plan.progress), other), daemon=True)
         self.thread.start()
 
     def refuse_lost(self) -> None:
@@ -96,25 +99,34 @@ class Saver:
         except BaseException as e:  # raised again by `finish`, in the run's own thread
             self.outcome = e
 
-    def _write(self, plain: Transformer | None, state: optimizer_state.State, progress: Progress) -> bool:
+    def _write(
+        self,
+        plain: Transformer | None,
+        state: optimizer_state.State,
+        progress: Progress,
+        other: dict[str, Tensor] | None = None,
+    ) -> bool:
         """Whether the checkpoint is whole on the disk."""
         path = self.root / f"step-{progress.step}"
         try:
             with ExitStack() as stack:
-                aside, error = None, None
+                temporary, error = None, None
                 try:
                     if plain is not None:
                         refuse_not_finite(plain)
-                        aside = stack.enter_context(written_whole(path))
+                        temporary = stack.enter_context(written_whole(path))
                 except OSError as e:
                     error = str(e)
-                place, error = self.world.gather([str(aside) if aside else None, error], self.world.slow)[0]
+                directory, error = self.world.gather([str(temporary) if temporary else None, error], self.world.slow)[0]
                 if error:
                     raise OSError(error)
-                sums = self._write_state(state, Path(place))
+                checksums = stack.enter_context(Checksums())
+                self._write_state(state, Path(directory), checksums)
                 if plain is not None:
-                    self._write_plain(Path(place), plain, progress)
-                    write_manifest(Path(place), sums)
+                    if other is not None:
+                        save_tensors(Path(directory) / "train_state" / average.FILE, other)
+                    self._write_plain(Path(directory), plain, progress)
+                    checksums.write(Path(directory))
             if plain is not None:
                 self._show(path, progress)
         except OSError as e:
@@ -127,9 +139,10 @@ class Saver:
                 self.plan.mirror.push(self.root.parent, progress.run)
         return True
 
-    def _write_state(self, state: optimizer_state.State, aside: Path) -> dict[str, str]:
-        """Every rank writes its part of the optimizers' state; returns the checksums of the parts, by path, when all
-        have. Raises OSError on every rank if one of them fails.
+    def _write_state(self, state: optimizer_state.State, aside: Path, checksums: Checksums) -> None:
+        """Every rank writes its part of the optimizers' state, and hashes it where there are others.
+
+        Raises OSError on every rank if one of them fails.
         """
         error, name, digest = None, "", ""
         try:
@@ -141,7 +154,8 @@ class Saver:
         parts = self.world.gather([error, name, digest], self.world.slow)
         if failed := [part[0] for part in parts if part[0]]:
             raise OSError(failed[0])
-        return {name: digest for _, name, digest in parts if digest}
+        for _, name, digest in parts:
+            checksums.add(aside / name, digest)
 
     def _write_plain(self, aside: Path, plain: Transformer, progress: Progress) -> None:
         save_model(aside, merged(plain), self.plan.tokenizer, self.plan.data.end_ids)

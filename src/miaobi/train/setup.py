@@ -24,13 +24,14 @@ from miaobi.model.rows import add_rows, added_tokens
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
 from miaobi.settings import Origin
 from miaobi.train import bigrams
+from miaobi.train.average import Average
 from miaobi.train.data import Blocks, open_blocks, open_data
 from miaobi.train.layout import placed
 from miaobi.train.mirror import Mirror
 from miaobi.train.optimizer import make_optimizers
 from miaobi.train.optimizer_state import load as load_optimizers
 from miaobi.train.recipe import micro_batch, resolve_model, resolve_optim, total_steps
-from miaobi.train.run_directory import Progress, grown, load_progress, only_reads, open_run, start_run
+from miaobi.train.run_directory import Progress, grown, load_progress, only_reads, open_run, start_run, verified
 from miaobi.train.schedule import lay_first
 from miaobi.train.world import World, check_same
 
@@ -68,6 +69,8 @@ class Plan:
     micro: int
     """Sequences of a rank that go through the model at once."""
     mirror: Mirror | None
+    average: Average | None
+    """Of the weights, where they are averaged."""
     parameters: int
     """Those of the checkpoints, where adapters are merged."""
     trained_parameters: int
@@ -126,35 +129,37 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
     mirror = Mirror(cfg.train.mirror) if cfg.train.mirror else None
     checkpoint, data = enter(cfg, origin, world, mirror)
     tokenizer = data.tokenizer
-    progress = start_or_continue(cfg, data, checkpoint)
-    make = partial(placed, cfg.train, world, device, dtype)
-    model = build_model(cfg, origin, Start(data, tokenizer, checkpoint, progress), make).to(device)
-    model.recompute = cfg.train.activation_checkpointing
-    shape = model.cfg
-    blocks, val_blocks = open_blocks(cfg.data, data, shape.block_size)
-    steps, micro = total_steps(cfg, len(blocks)), micro_batch(cfg, device, world.size)
-    if cfg.train.max_minutes is not None and not cfg.train.eval_only:
-        steps = lay_first(cfg, progress, world, model, blocks.fixed(micro), dtype, steps)
-        cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr_decay_iters=steps))
-        total = int(progress.laid[-1][1])
-    else:
-        total = steps
-    if progress.step > total and not cfg.train.eval_only:
-        raise UserError(f"{checkpoint} is at step {progress.step}, beyond the {total} steps of this run: "
-                        "nothing is left to train; give a larger --max_iters")  # fmt: skip
-    tuning = cfg.train.trainable if progress.base else None
-    short = progress.bigrams and bigrams.is_short(cfg, shape, data)  # it may have been extended
-    optim = resolve_optim(grown(cfg, progress).optim, shape.family, steps, tuning, short, shape.n_embd)
-    optimizers = make_optimizers(model, optim, optim.optimizer)
-    scaler = GradScaler(device.type, enabled=dtype == torch.float16)
-    if checkpoint is not None and not cfg.train.eval_only:
-        load_optimizers(checkpoint / "train_state", model, optimizers, scaler)
+    with verified(checkpoint, world.is_first):
+        progress = start_or_continue(cfg, data, checkpoint)
+        make = partial(placed, cfg.train, world, device, dtype)
+        model = build_model(cfg, origin, Start(data, tokenizer, checkpoint, progress), make).to(device)
+        model.recompute = cfg.train.activation_checkpointing
+        shape = model.cfg
+        blocks, val_blocks = open_blocks(cfg.data, data, shape.block_size)
+        steps, micro = total_steps(cfg, len(blocks)), micro_batch(cfg, device, world.size)
+        if cfg.train.max_minutes is not None and not cfg.train.eval_only:
+            steps = lay_first(cfg, progress, world, model, blocks.fixed(micro), dtype, steps)
+            cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr_decay_iters=steps))
+            total = int(progress.laid[-1][1])
+        else:
+            total = steps
+        if progress.step > total and not cfg.train.eval_only:
+            raise UserError(f"{checkpoint} is at step {progress.step}, beyond the {total} steps of this run: "
+                            "nothing is left to train; give a larger --max_iters")  # fmt: skip
+        tuning = cfg.train.trainable if progress.base else None
+        short = progress.bigrams and bigrams.is_short(cfg, shape, data)  # it may have been extended
+        optim = resolve_optim(grown(cfg, progress).optim, shape.family, steps, tuning, short, shape.n_embd)
+        optimizers = make_optimizers(model, optim, optim.optimizer)
+        scaler = GradScaler(device.type, enabled=dtype == torch.float16)
+        if checkpoint is not None and not cfg.train.eval_only:
+            load_optimizers(checkpoint / "train_state", model, optimizers, scaler)
+        average = Average.of(cfg.train, checkpoint, model, progress, steps * cfg.train.global_batch / len(blocks))
     val_windows, train_windows = evaluation_windows(cfg, progress, steps, blocks, val_blocks)
     adapted = adapter_parameters(model)
     parameters = model.num_parameters() - adapted
     return Plan(
         cfg, world, device, dtype, data, tokenizer, model, optim, optimizers, scaler, progress, blocks, val_windows,
-        train_windows, total, micro, mirror, parameters, adapted or parameters,
+        train_windows, total, micro, mirror, average, parameters, adapted or parameters,
     )  # fmt: skip
 
 
@@ -168,8 +173,8 @@ def enter(cfg: RunConfig, origin: Origin, world: World, mirror: Mirror | None) -
                 start_run(cfg, origin)
         data = open_data(cfg, out, world.is_first)
     check_same(world, cfg, data.fingerprint)
-    found = world.gather(str(checkpoint) if checkpoint else None)[0]
-    return Path(found) if found else None, data
+    state = world.gather(str(checkpoint) if checkpoint else None)[0]
+    return Path(state) if state else None, data
 
 
 def evaluation_windows(
@@ -178,11 +183,11 @@ def evaluation_windows(
     """Windows of validation and of training text that every evaluation scores: the same ones each time, and never more
     tokens than were trained until the first of them.
     """
-    wished = cfg.train.eval_iters * cfg.train.batch_size
+    requested = cfg.train.eval_iters * cfg.train.batch_size
     trained = min(cfg.train.eval_interval, progress.planned or steps) * cfg.train.global_batch
     if not progress.windows:  # checkpoints that do not know it were to take `planned` steps
-        progress.windows = min(wished, trained)
-    val = val_blocks.fixed(wished if cfg.train.eval_only else progress.windows)
+        progress.windows = min(requested, trained)
+    val = val_blocks.fixed(requested if cfg.train.eval_only else progress.windows)
     share = min(len(val.inputs) // TRAIN_SHARE, trained - len(val.inputs))
     return val, blocks.fixed(share) if share > 0 and not cfg.train.eval_only else None
 
@@ -243,7 +248,7 @@ def build_model(cfg: RunConfig, origin: Origin, start: Start, place: Place) -> T
         weights = bigrams.initial_weights(cfg, shape, data)
         progress.bigrams = weights is not None
         return place(shape, weights)
-    model, theirs = load_model(source)
+    model, theirs = load_model(source, is_verified=source == checkpoint)
     added = added_tokens(start.tokenizer, theirs) if checkpoint is None else 0
     if added and lora:
         raise UserError(f"{added} control tokens of the chat template are new to {source}, and LoRA leaves the rows of "
@@ -256,8 +261,8 @@ def build_model(cfg: RunConfig, origin: Origin, start: Start, place: Place) -> T
         )
     own = checkpoint is not None and is_own(checkpoint, cfg)  # from when only the sizes were compared, maybe
     refuse_shape(cfg.model, origin, model.cfg, source, SIZES if own else SHAPE, may_shorten=source != checkpoint)
-    asked = model.cfg.block_size if origin.get("block_size", "default") == "default" else cfg.model.block_size
-    changed = dataclasses.replace(model.cfg, dropout=cfg.model.dropout, block_size=min(asked, model.cfg.block_size))
+    longest = model.cfg.block_size if origin.get("block_size", "default") == "default" else cfg.model.block_size
+    changed = dataclasses.replace(model.cfg, dropout=cfg.model.dropout, block_size=min(longest, model.cfg.block_size))
     weights = model.state_dict()
     if model.wpe is not None:
         weights["wpe.weight"] = weights["wpe.weight"][: changed.block_size]
@@ -269,7 +274,7 @@ def build_model(cfg: RunConfig, origin: Origin, start: Start, place: Place) -> T
 
 
 def refuse_shape(
-    asked: ModelConfig, origin: Origin, has: ModelConfig, source: Path | str, keys: tuple[str, ...], may_shorten: bool
+    cfg: ModelConfig, origin: Origin, has: ModelConfig, source: Path | str, keys: tuple[str, ...], may_shorten: bool
 ) -> None:
     """Raise UserError naming the first of `keys` that was given explicitly and is not what `source` has.
 
@@ -279,10 +284,10 @@ def refuse_shape(
         "n_kv_head": has.n_kv_head or has.n_head, "head_dim": head_dim(has), "intermediate_size": intermediate_size(has)
     }  # fmt: skip
     for key in keys:
-        now = getattr(asked, key)
+        now = getattr(cfg, key)
         shorter = key == "block_size" and may_shorten and now < has.block_size
-        given = now is not None and not origin.get(key, "default").startswith(("default", "auto"))
-        if given and now != actual[key] and not shorter:
+        was_set = now is not None and not origin.get(key, "default").startswith(("default", "auto"))
+        if was_set and now != actual[key] and not shorter:
             raise UserError(f"{source} has {key}={actual[key]}, asked for was {key}={now}; leave {key} out")
 
 
@@ -314,13 +319,13 @@ def adapt(model: Transformer, cfg: RunConfig, checkpoint: Path | None, progress:
 
     Raises UserError for another base than the checkpoint's.
     """
-    found = fingerprint(model)
+    hash_of_base = fingerprint(model)
     torch.manual_seed(cfg.train.seed)
     add_lora(model, cfg.lora)
     if checkpoint is None:
-        progress.base_weights = found
+        progress.base_weights = hash_of_base
         return
-    if found != progress.base_weights:
+    if hash_of_base != progress.base_weights:
         raise UserError(f"the weights of {progress.base} are not those that {checkpoint} tunes: "
                         "they were changed since; put them back, or start another --out_dir")  # fmt: skip
     load_adapter(checkpoint / "adapter", model)

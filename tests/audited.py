@@ -1,0 +1,236 @@
+"""Every verb in one process that Python's audit events are counted in, on clean and on hostile files.
+
+    python tests/audited.py DIRECTORY      # prints JSON: what was seen, and how each command ended
+
+Run by tests/test_audit.py. The hook goes in before anything of miaobi is imported.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+WORD = "evil_8f3a"
+"""Stands in every program that the hostile files hold: no compiler may ever see it."""
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+PROCESSES = {"os.system", "subprocess.Popen", "os.posix_spawn", "os.exec", "os.fork", "os.startfile", "pty.spawn"}
+seen: dict[str, dict[str, int]] = {}
+reading_hostile = False
+
+
+def caller(depth: int = 2) -> str:
+    """The file of the code that caused an event."""
+    frame = sys._getframe(depth)
+    return frame.f_code.co_filename
+
+
+def note(kind: str, what: str) -> None:
+    seen.setdefault(kind, {})
+    seen[kind][what] = seen[kind].get(what, 0) + 1
+
+
+def hook(event: str, args: tuple) -> None:
+    if event == "pickle.find_class":
+        note(event, f"{args[0]}.{args[1]}")
+    elif event in ("exec", "compile"):
+        code = args[0]
+        name = code.co_filename if hasattr(code, "co_filename") else str(args[1])
+        text = code if isinstance(code, (str, bytes)) else repr(code.co_consts) if event == "exec" else ""
+        if WORD in str(text)[:100_000]:
+            note("foreign text", f"{event} {name}")
+        if not os.path.isabs(name) and not name.startswith("<frozen"):
+            name = f"{name} by {caller(2)}"
+        note(event, name)
+    elif event in (
+        "os.system",
+        "subprocess.Popen",
+        "os.posix_spawn",
+        "os.exec",
+        "os.fork",
+        "os.startfile",
+        "pty.spawn",
+    ):
+        note("process", f"{event} {' '.join(map(str, args[1])) if event == 'subprocess.Popen' else args[0]}")
+    elif event.startswith("socket.") and event not in ("socket.__new__", "socket.gethostname"):
+        note("network", f"{event} {args[-1]}")
+    elif event == "ctypes.dlopen":
+        note(event, str(args[0]))
+    elif event == "open" and isinstance(args[0], (str, bytes)) and (args[2] or 0) & WRITING:
+        note("written", os.path.abspath(os.fsdecode(args[0])))
+
+
+sys.addaudithook(hook)
+
+import io  # noqa: E402
+import pickle  # noqa: E402
+import shutil  # noqa: E402
+
+from miaobi import cli  # noqa: E402
+
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4", "--eval_interval=2",
+        "--eval_iters=1", "--sample_tokens=4", "--device=cpu", "--dtype=float32", "--compile=False"]  # fmt: skip
+FAST = ["--device=cpu", "--dtype=float32"]
+ended: dict[str, int] = {}
+
+
+def miaobi(*words: object, stdin: str = "") -> None:
+    """A command line; how it ended is noted."""
+    sys.stdin, code = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"), 0
+    before, sys.stdout = sys.stdout, io.StringIO()
+    try:
+        cli.main([str(word) for word in words])
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 1
+    finally:
+        sys.stdout = before
+    ended[f"{'hostile' if reading_hostile else 'clean'}: {' '.join(map(str, words))[:160]}"] = code
+
+
+class Evil:
+    """A pickle of it makes a file, when anything unpickles it."""
+
+    def __reduce__(self):
+        return exec, (f"{WORD} = open('{Path('executed').absolute()}', 'w')",)
+
+
+PROGRAM = f"{WORD} = open('{Path('executed').absolute()}', 'w')"
+JINJA = ("{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.popen('touch executed') }}"
+         f"{{# {WORD} #}}")  # fmt: skip
+YAML = f"out_dir: !!python/object/apply:os.system ['touch executed # {WORD}']\n"
+
+
+def clean(reviews: str) -> None:
+    """Every verb as it is meant."""
+    miaobi("prepare", "text.txt", "--out=data", "--workers=1")
+    miaobi("prepare", "talk.txt", "--out=talk", "--format=dialogue", "--template=chatml", "--workers=2")
+    miaobi("train", "--data=data", "--out_dir=run", "--max_iters=2", *TINY)
+    miaobi("train", "--data=data", "--out_dir=run", "--max_iters=4", "--mirror=far", *TINY)
+    miaobi("train", "--data=talk", "--out_dir=chatty", "--max_iters=2", *TINY)
+    miaobi("sample", "run", "--start=皇马", "--max_new_tokens=3", "--num_samples=2", "--device=cpu")
+    miaobi("eval", "run", "data", "--device=cpu")
+    miaobi("chat", "chatty", "--max_new_tokens=3", "--device=cpu", stdin="你好\nexit\n")
+    miaobi("classify", "train", "--base_model=run", f"--data={reviews}", "--out_dir=judge", "--max_epoch=1", *FAST)
+    miaobi("classify", "ablate", "--base_model=run", f"--data={reviews}", "--out_dir=grid", "--max_epoch=1",
+           "--trainable=head", *FAST)  # fmt: skip
+    miaobi("classify", "predict", "judge", "皇马赢了", "--device=cpu")
+
+
+def hostile(reviews: str) -> None:
+    """The same verbs on what a stranger would leave there."""
+    import torch
+
+    evil = pickle.dumps(Evil())
+    for name in (
+        "numpy.py",
+        "torch.py",
+        "json.py",
+        "sitecustomize.py",
+        "modeling_evil.py",
+        "__init__.py",
+        "conftest.py",
+    ):
+        for folder in (".", "strange", "strange-data", "talk", "data"):
+            Path(folder).mkdir(exist_ok=True)
+            (Path(folder) / name).write_text(PROGRAM, encoding="utf-8")
+    model = next(Path("run/checkpoints").glob("step-4"))
+    shutil.copytree(
+        model, "strange", dirs_exist_ok=True, ignore=shutil.ignore_patterns("checksums.json", "train_state")
+    )
+    config = json.loads(Path("strange/config.json").read_text(encoding="utf-8"))
+    config |= {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}, "trust_remote_code": True}
+    Path("strange/config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokenizer = json.loads(Path("strange/tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer |= {"auto_map": {"AutoTokenizer": ["modeling_evil.Evil", None]}, "chat_template": JINJA}
+    Path("strange/tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    miaobi("sample", "strange", "--start=皇马", "--max_new_tokens=2", "--device=cpu")
+    miaobi("chat", "strange", "--device=cpu", stdin="你好\nexit\n")
+    miaobi("eval", "strange", "text.txt", "--device=cpu")
+    for weights in ("model.safetensors", "pytorch_model.bin"):
+        Path("strange/model.safetensors").unlink(missing_ok=True)
+        for content in (evil, b"PK\x03\x04" + evil):
+            Path("strange", weights).write_bytes(content)
+            miaobi("sample", "strange", "--start=皇马", "--device=cpu")
+    torch.save({"model": Evil(), "state_dict": Evil()}, "strange/pytorch_model.bin")
+    miaobi("sample", "strange", "--start=皇马", "--device=cpu")
+    shutil.copy("strange/pytorch_model.bin", "evil.pt")
+    shutil.copy("strange/pytorch_model.bin", "evil.pth")
+    Path("evil.pkl").write_bytes(evil)
+    miaobi("convert", "nanogpt", "evil.pt", "--meta=evil.pkl", "--out=converted")
+    miaobi("convert", "small-gpt", "evil.pth", "--corpus=text.txt", "--out=converted")
+    miaobi("train", "--init_from=evil.pt", "--data=data", "--out_dir=new", *TINY)
+    miaobi("train", "--resume_from=evil.pth", "--data=text.txt", "--out_dir=new", *TINY)
+    for name in ("train.bin", "val.bin"):
+        shutil.copy(f"data/{name}", f"strange-data/{name}")
+    Path("strange-data/meta.pkl").write_bytes(evil)
+    miaobi("train", "--data=strange-data", "--out_dir=new", *TINY)
+    state = model / "train_state"
+    (model / "checksums.json").unlink()
+    for file in [*state.glob("optimizer*"), state / "progress.json"]:
+        before = file.read_bytes()
+        file.write_bytes(evil)
+        miaobi("train", "--data=data", "--out_dir=run", "--max_iters=5", *TINY)
+        miaobi("train", "--data=data", "--out_dir=other", "--resume_from=run", "--max_iters=5", *TINY)
+        file.write_bytes(before)
+    for file in state.glob("optimizer*"):
+        file.unlink()
+    (state / ".metadata").write_bytes(evil)
+    miaobi("train", "--data=data", "--out_dir=run", "--max_iters=5", *TINY)
+    Path("evil.yaml").write_text(YAML, encoding="utf-8")
+    miaobi("train", "evil.yaml", "--data=data", *TINY)
+    for file in ("far/config.yaml", "far/last", "far/run", "far/writer.json"):
+        Path(file).write_text(YAML, encoding="utf-8")
+        miaobi("train", "--data=data", "--out_dir=fetched", "--mirror=far", "--max_iters=4", *TINY)
+    judge = next(Path("judge/checkpoints").glob("mask*"))
+    for name in ("classifier.json", "config.json", "tokenizer.json", "result.json"):
+        (judge / name).write_bytes(evil)
+        miaobi("classify", "predict", "judge", "皇马赢了", "--device=cpu")
+    miaobi("classify", "train", "--base_model=strange", f"--data={reviews}", "--out_dir=judge2", "--max_epoch=1", *FAST)
+    names = [
+        f"$(touch executed){WORD}.txt",
+        f";touch executed;{WORD}.csv",
+        f"`touch executed`{WORD}.jsonl",
+        f"-c{WORD}.txt",
+    ]
+    for name in names:
+        Path("sources").mkdir(exist_ok=True)
+        text = Path("text.txt").read_text(encoding="utf-8") + f"\n\n{PROGRAM}\n\n{JINJA}\n\n=cmd|'/c touch executed'!A1"
+        Path("sources", name).write_text(text, encoding="utf-8")
+    miaobi("prepare", "sources", "--out=prepared", "--workers=2", "--skip_bad")
+    for name in names:
+        miaobi("prepare", f"./sources/{name}", "--out=prepared", "--workers=1")
+        miaobi("sample", "run", f"--start=FILE:sources/{name}", "--max_new_tokens=2", "--device=cpu")
+
+
+def main() -> None:
+    """Both, in the directory that is given."""
+    global reading_hostile
+    rows = ["label,review", *(f"{i % 2},{'皇马赢得比赛' if i % 2 else '曼联输掉比赛'}{i}" for i in range(60))]
+    Path("reviews.csv").write_text("\n".join(rows), encoding="utf-8")
+    lines = [f"第{i}场，皇马赢得比赛，球迷期待冠军。" for i in range(80)]
+    Path("text.txt").write_text("\n\n".join(lines), encoding="utf-8")
+    Path("talk.txt").write_text("\n\n".join(f"{a}\n好{i}\n嗯" for i, a in enumerate(lines)), encoding="utf-8")
+    clean("reviews.csv")
+    reading_hostile = True
+    hostile("reviews.csv")
+    modules = {m: getattr(sys.modules[m], "__file__", None) for m in list(sys.modules)}
+    foreign = {m: f for m, f in modules.items() if f and Path(f).is_relative_to(Path.cwd())}
+    found = {"seen": dict(seen), "ended": ended, "foreign modules": foreign, "executed": os.path.exists("executed")}
+    seen.clear()
+    control()
+    print(json.dumps(found | {"control": seen}))
+
+
+def control() -> None:
+    """What must not happen, done on purpose: the hook is to see it."""
+    import socket
+
+    pickle.loads(pickle.dumps(Evil()))
+    os.system("true")
+    with socket.socket() as one:
+        one.connect_ex(("127.0.0.1", 9))
+
+
+if __name__ == "__main__":
+    os.chdir(sys.argv[1])
+    sys.path.insert(0, "")  # where a careless launcher puts the current directory: nothing there may be imported anew
+    main()
