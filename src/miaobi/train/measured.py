@@ -268,7 +268,7 @@ def recall(key: str) -> dict[str, Computed]:
     try:
         found = json.loads(memory_file(key).read_text(encoding="utf-8"))
         return {name: checked(fields) for name, fields in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 
