@@ -142,8 +142,9 @@ def add_others(app: FastAPI, is_stopping: Callable[[], bool]) -> None:
         judge = served.judge
         classifier = None if judge is None else {"name": served.judge_name, "labels": judge.labels}
         model = None if served.talking is None else model_info(served.writing or served.talking, served.talking)
-        return json_response({"model": model, "classifier": classifier, "runs": served.runs is not None,
-                              "version": __version__})  # fmt: skip
+        other = None if served.chatting is None else model_info(served.chatting, served.chatting)
+        return json_response({"model": model, "chat_model": other, "classifier": classifier,
+                              "runs": served.runs is not None, "version": __version__})  # fmt: skip
 
     @app.get("/api/runs")
     async def all_runs(served: Current) -> Response:
