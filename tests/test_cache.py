@@ -54,6 +54,17 @@ def test_a_new_one_is_the_users_alone_under_any_umask(place: Path, tmp_path: Pat
     assert native.library(source).answer() == 42
 
 
+def test_directories_above_it_are_nobody_elses_under_any_umask(tmp_path: Path):
+    """Else they would be refused the next time: who can write there can put another in its place."""
+    before = os.umask(0)
+    try:
+        place = cache.private_directory(tmp_path / "a" / "b" / "c")
+    finally:
+        os.umask(before)
+    assert [mode(path) for path in (place, place.parent, place.parent.parent)] == [0o700, 0o755, 0o755]
+    assert cache.private_directory(place) == place
+
+
 def test_one_that_others_could_only_read_is_closed(place: Path):
     place.mkdir(parents=True, mode=0o755)
     assert cache.private_cache() == place

@@ -337,3 +337,14 @@ def test_eval_json(miaobi, trained, prepared, tmp_path):
         assert set(result) >= {"loss", "perplexity", "bits_per_char", "bits_per_byte", "tokens", "characters"}
         assert result["bits_per_byte"] < result["bits_per_char"]
     assert "bits/char" in miaobi("eval", trained(), prepared(), "--device=cpu", "--stride=block").out
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "COLUMNS", "LINES"])
+@pytest.mark.parametrize("value", ["abc", "", "-1", "9" * 30])
+def test_whatever_the_environment_says_a_mistake_is_one_line(miaobi, monkeypatch, tmp_path, name, value):
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+    answer = miaobi("prepare", tmp_path / "nowhere.txt", f"--out={tmp_path / 'out'}")
+    assert answer.code == 2
+    assert answer.err.count("\n") == 1
+    assert "no such file" in answer.err

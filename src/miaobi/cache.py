@@ -42,7 +42,8 @@ def private_directory(path: Path) -> Path:
     """
     path = Path(os.path.abspath(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        for parent in (*reversed(path.parents[:-1]),):  # `parents=True` would make them as the umask says
+            parent.mkdir(exist_ok=True, mode=0o755)
         if os.name == "posix":
             for parent in Path(os.path.realpath(path.parent), "x").parents:
                 status = parent.stat()

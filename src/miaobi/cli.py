@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1)  # what all ranks would say, rank 0 says; torchrun ends the others when it leaves
-        rank = f"rank {os.environ.get('RANK', '0')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        rank = f"rank {os.environ.get('RANK', '0')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         error(f"{rank}{e}")
         sys.exit(2)
     except BrokenPipeError:  # `miaobi sample ... | head`

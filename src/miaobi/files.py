@@ -189,8 +189,9 @@ def small_text(file: Path) -> str:
 
 @contextmanager
 def text_written_whole(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 text file that appears at `path`, or where that links to, when it is whole; else what was there stays."""
-    path = Path(os.path.realpath(path))
+    """A UTF-8 text file that appears at `path`, in place of a link that is there, when it is whole; else what was there
+    stays.
+    """
     temporary = aside_of(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:

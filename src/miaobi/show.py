@@ -114,7 +114,7 @@ def doctor(result: dict[str, Any], cfg: Any) -> None:
         if check["remedy"]:
             found.append(f"\n-> {check['remedy']}", style="dim")
         table.add_row(Text(check["status"], style=looks[check["status"]]), Text(check["name"]), found)
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)
     print("nothing that is needed is missing" if result["healthy"] else "what is marked missing is needed")
 
 
@@ -178,7 +178,7 @@ def ablation(result: dict[str, Any], cfg: Any) -> None:
         table.add_row(name, "", str(len(rows)), percent(spread(rows, "accuracy"), len(rows)),
                       f"{spread(rows, 'macro_f1')[0]:.4f}", "", duration(spread(rows, "seconds")[0]))  # fmt: skip
     if result["rows"]:
-        Console(width=None if Console().is_terminal else 120).print(table)
+        Console(width=None if Console().is_terminal else 120, markup=False, emoji=False).print(table)
 
 
 def classifier(result: dict[str, Any], cfg: Any) -> None:

@@ -175,3 +175,11 @@ def test_any_bytes_as_metadata_are_an_error_and_nothing_else(tmp_path_factory, c
 def test_the_reader_of_older_metadata_knows_no_functions(module):
     with pytest.raises(pickle.UnpicklingError):
         Reader(io.BytesIO(f"c{module}\neval\n.".encode())).load()
+
+
+@pytest.mark.parametrize("index", [2**24, 2**31 - 1])
+def test_a_memo_far_beyond_the_end_of_older_metadata_takes_no_memory(tmp_path, index):
+    """An unpickler makes a table of as many places as the file says: gigabytes for ten bytes."""
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02Nr" + index.to_bytes(4, "little") + b".")
+    with pytest.raises(ValueError, match="memo far beyond"):
+        OlderState(tmp_path)

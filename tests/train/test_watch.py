@@ -163,7 +163,11 @@ def test_a_new_run_starts_a_new_file(tmp_path):
     assert lines(tmp_path) == []
 
 
-@pytest.mark.parametrize(("number", "reason"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "terminated"),
+     (signal.SIGUSR1, "terminated"), (signal.SIGXCPU, "terminated")],
+)  # fmt: skip
 def test_signals_become_requests_and_the_old_handlers_return(number, reason):
     heard, before = [], signal.getsignal(number)
     with on_signals(heard.append):
@@ -216,3 +220,16 @@ def test_a_resumed_run_continues_its_wandb_run_with_its_configuration(train, pre
     assert first["id"] == second["id"]
     assert first["resume"] == "allow"
     assert (first["config"]["n_layer"], second["config"]["max_iters"]) == (2, 20)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        heard = []
+        with on_signals(heard.append):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert heard == []
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

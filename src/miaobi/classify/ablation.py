@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import statistics
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from miaobi.classify.place import RESULT, changed, identity, read_result, refuse
 from miaobi.console import log
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
-from miaobi.files import point, write_json, written_whole
+from miaobi.files import Checksums, aside_of, point, write_json, write_text, written_whole
 from miaobi.fonts import plot_fonts
+from miaobi.lock import locked
 from miaobi.model.card import write_card
 from miaobi.settings import Origin, with_origins, write_yaml
 from miaobi.train.watch import on_signals
@@ -98,9 +101,8 @@ class Run:
         Raises UserError, before anything is written, where one of them was trained as something else.
         """
         refuse_others(self.out, cells, self.identity)
-        self.enter()
         events = self.experiment.cfg.tensorboard_path
-        with on_signals(self.interrupt):
+        with self.enter(), on_signals(self.interrupt):
             for cell in cells:
                 row = self.finished(cell)
                 if row is None:
@@ -117,13 +119,17 @@ class Run:
         return {"run": str(self.out), "rows": self.rows, "baselines": simple, "data": self.counts,
                 "stopped": self.stopped}  # fmt: skip
 
-    def enter(self) -> None:
-        """Make the run directory and write config.yaml."""
+    def enter(self) -> ExitStack:
+        """Make the run directory, whose only writer this is until the stack is closed, and write config.yaml."""
+        stack = ExitStack()
         try:
+            stack.enter_context(locked(self.out))
             (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_yaml(self.out / "config.yaml", with_origins(self.experiment.cfg, self.origin))
         except OSError as e:
+            stack.close()
             raise UserError(f"out_dir {self.out} cannot be written: {e.strerror}; choose another --out_dir") from e
+        return stack
 
     def interrupt(self, reason: str) -> None:
         """Ask the cell at hand to give up; asked again, stop at once."""
@@ -150,6 +156,8 @@ class Run:
                 head.save(directory, judge)
                 write_card(directory, card_of(self.experiment, judge, row, self.identity), place)
             write_json(directory / RESULT, {"settings": self.identity, "row": row})
+            with Checksums() as checksums:
+                checksums.write(directory)
         log(f"{cell.name}: accuracy {row['accuracy']:.2%}, macro-F1 {row['macro_f1']:.4f}, "
             f"calibration error {row['calibration_error']:.4f}, {row['seconds']:.0f} s")  # fmt: skip
         return row
@@ -239,11 +247,12 @@ def by_cell(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
 def write_csv(path: Path, rows: list[Row], simple: list[Row]) -> None:
     """One line per cell and seed; baselines have their name under pooling."""
     columns = ("protocol", "pooling", "trainable", "seed", *FIGURES)
-    with path.open("w", encoding="utf-8", newline="") as f:
-        lines = csv.DictWriter(f, columns, extrasaction="ignore")
-        lines.writeheader()
-        lines.writerows(rows)
-        lines.writerows({"pooling": row["name"], **row} for row in simple)
+    text = io.StringIO()
+    lines = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    lines.writeheader()
+    lines.writerows(rows)
+    lines.writerows({"pooling": row["name"], **row} for row in simple)
+    write_text(path, text.getvalue())
 
 
 def plot(path: Path, rows: list[Row], simple: list[Row], cfg: ClassifyConfig) -> None:
@@ -274,7 +283,12 @@ def _plot(path: Path, rows: list[Row], simple: list[Row], cfg: ClassifyConfig) -
         axes.axhline(100 * mean, linestyle="--", color="gray")
         axes.text(len(shown) - 0.5, 100 * mean, name, va="bottom", ha="right", color="gray")
     lowest = min(row["accuracy"] for row in [*rows, *simple])
-    axes.set(xticks=range(len(shown)), xticklabels=shown, ylabel="accuracy, %", title=f"{cfg.protocol}: {cfg.data}",
-             ylim=(max(0, 100 * lowest - 8), 100))  # fmt: skip
+    axes.set(xticks=range(len(shown)), xticklabels=shown, ylabel="accuracy, %", ylim=(max(0, 100 * lowest - 8), 100))
+    axes.set_title(f"{cfg.protocol}: {cfg.data}", parse_math=False)  # a name may have $ in it
     axes.legend(loc="lower left")
-    figure.savefig(path, dpi=150)
+    aside = aside_of(path)  # in place of a link, not through it
+    try:
+        figure.savefig(aside, dpi=150, format="png")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -20,8 +20,8 @@ from miaobi.classify.data import Reading
 from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, brief
-from miaobi.files import read_json, read_record, write_json
-from miaobi.model.checkpoint import model_directory, save_tensors
+from miaobi.files import read_json, read_record, verifying, write_json
+from miaobi.model.checkpoint import WEIGHED, model_directory, save_tensors
 from miaobi.model.families import check_hf, load_hf, to_hf
 from miaobi.model.hf_config import ARCHITECTURES, hf_config, model_config
 from miaobi.model.lora import merged
@@ -308,7 +308,8 @@ def load(name: str | Path, device: torch.device, dtype: torch.dtype) -> Judge:
     except UserError as e:
         raise UserError(f"{path} is damaged ({e}); copy it again, or train it again") from e
     try:
-        tensors = read_tensors(path)
+        with verifying(path, lambda name: name in (*WEIGHED, SETTINGS)):
+            tensors = read_tensors(path)
         score = tensors.pop("score.weight")
         decoder = model_config(config.get("decoder", config), tensors)
         reading = settings.reading(decoder)

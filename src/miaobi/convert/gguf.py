@@ -26,7 +26,8 @@ from miaobi.convert.config import GGUFConfig
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, source_of
 from miaobi.corpus.tokenizer import BYTE_PIECES, Tokenizer
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import load_model, model_directory
+from miaobi.files import aside_of, write_text
+from miaobi.model.checkpoint import load_model, model_directory, sampling_settings
 from miaobi.model.families import to_hf
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
 
@@ -68,7 +69,7 @@ def convert(config: GGUFConfig) -> dict[str, Any]:
     if out.is_dir():
         raise UserError(f"--out={out} is a directory; give the name of a file")
     vocabulary = vocabulary_of(tokenizer, model.cfg.vocab_size, config.bpe)
-    temporary = out.with_name(f".{out.name}.tmp")
+    temporary = aside_of(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(temporary, model.cfg.family)
     try:
@@ -300,12 +301,10 @@ def write_modelfile(out: Path, tokenizer: Tokenizer, model: Transformer) -> Path
         lines.append(f'TEMPLATE """{OLLAMA_TEMPLATES[template]}"""')
     names = {id_: token for token, id_ in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
     lines += [f"PARAMETER stop {json.dumps(names[id_], ensure_ascii=False)}" for id_ in model.end_ids if id_ in names]
-    settings = model.generation or {}
+    settings = sampling_settings(model.generation)
     known = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "repetition_penalty": "repeat_penalty"}
-    lines += [
-        f"PARAMETER {theirs} {settings[ours]}" for ours, theirs in known.items() if settings.get(ours) is not None
-    ]
+    lines += [f"PARAMETER {theirs} {settings[ours]}" for ours, theirs in known.items() if ours in settings]
     lines.append(f"PARAMETER num_ctx {model.cfg.block_size}")
     path = out.with_name("Modelfile")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
     return path

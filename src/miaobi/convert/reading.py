@@ -16,7 +16,7 @@ from miaobi import __version__
 from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, brief
-from miaobi.files import sha256, write_json, written_whole
+from miaobi.files import Checksums, sha256, write_json, written_whole
 from miaobi.model.card import USAGE, Card, write_card
 from miaobi.model.checkpoint import save_model
 from miaobi.model.tensors import is_plain, load_plain
@@ -165,6 +165,8 @@ def write(
     with written_whole(out) as directory:
         save_model(directory, model, tokenizer, end_ids)
         write_json(directory / RECORD, record | {"miaobi": __version__})
+        with Checksums() as checksums:
+            checksums.write(directory)
         write_card(directory, card_of(out, model, record, license), out)
 
 
@@ -202,6 +204,6 @@ def read_record(out: Path) -> dict[str, Any]:
     """What `write` recorded; nothing where it was another version of miaobi, or nobody."""
     try:
         record = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) and record.get("miaobi") == __version__ else {}

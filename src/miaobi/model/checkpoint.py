@@ -51,9 +51,12 @@ def save_model(directory: Path, model: Transformer, tokenizer: Tokenizer, end_id
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file. Raises OSError, also for a full disk."""
+    """Write a safetensors file, as readable as any other. Raises OSError, also for a full disk."""
     try:
+        path.touch()
+        mode = path.stat().st_mode & 0o777
         save_file(tensors, path, {"format": "pt"})
+        path.chmod(mode)  # the library makes them 0600
     except SafetensorError as e:  # how it reports a full disk
         raise OSError(f"{path.name} was not written whole ({e})") from e
 

@@ -268,7 +268,7 @@ def recall(key: str) -> dict[str, ExecutionMode]:
     try:
         stored = json.loads(memory_file(key).read_text(encoding="utf-8"))
         return {name: checked(fields) for name, fields in stored.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,15 @@ class Reader(pickle.Unpickler):
         return Plain
 
 
+def checked(file: Path) -> bytes:
+    """The bytes of a pickle. Raises UnpicklingError for one that asks for memory far beyond its own size."""
+    data = file.read_bytes()
+    for code, argument, _ in pickletools.genops(data):
+        if "PUT" in code.name and isinstance(argument, int) and argument > len(data):
+            raise pickle.UnpicklingError("a memo far beyond its end")
+    return data
+
+
 def offset_of(index: Any) -> tuple[int, ...]:
     """Where a part lies; numbers have no place."""
     offset = getattr(index, "offset", None)
@@ -64,8 +74,7 @@ class OlderState:
         self.parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
         self.scaler: dict[str, float] = {}
         try:
-            with (directory / ".metadata").open("rb") as f:
-                storage = Reader(f).load().storage_data
+            storage = Reader(io.BytesIO(checked(directory / ".metadata"))).load().storage_data
             for index, info in storage.items():
                 name, offset = str(index.fqn), offset_of(index)
                 self.add(name, offset, self.read_part(info))

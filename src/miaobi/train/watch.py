@@ -172,11 +172,16 @@ def overfitting(history: list[list[float]], dropout: float, learning_rate: float
 
 @contextmanager
 def on_signals(interrupt: Callable[[str], None]) -> Iterator[None]:
-    """Call `interrupt` with "interrupted" on Ctrl-C, "terminated" on SIGTERM (pre-emption); the old handlers return.
+    """Call `interrupt` with "interrupted" on Ctrl-C, "terminated" on SIGTERM and what else announces the end: SIGUSR1
+    (SLURM's --signal), SIGXCPU, SIGHUP where nohup does not ignore it. The old handlers return.
 
     `interrupt` must only take a note: it may come in the middle of anything, of a line being printed too.
     """
     reasons = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+    for name in ("SIGHUP", "SIGUSR1", "SIGXCPU"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            reasons[number] = "terminated"
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
