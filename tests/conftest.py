@@ -36,10 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONGEST = (
-    "train/test_hosts.py", "train/test_ranks.py", "test_packaging.py", "corpus/test_ray.py", "test_demo.py",
-    "benchmarks/test_common.py", "test_warnings.py", "generate/test_terminal.py", "generate/test_cpu_step.py",
-    "train/test_resume.py", "test_readme.py", "classify/test_ablation.py", "train/test_saving.py",
-    "train/test_run_directory.py",
+    "train/test_hosts.py", "train/test_ranks.py", "test_packaging.py", "serve/test_page.py",
+    "corpus/test_ray.py", "test_demo.py", "serve/test_server.py", "serve/test_hostile.py",
+    "serve/test_sameness.py", "benchmarks/test_fuzz.py", "benchmarks/test_common.py", "test_warnings.py",
+    "generate/test_terminal.py", "generate/test_cpu_step.py", "train/test_resume.py", "test_readme.py",
+    "classify/test_ablation.py", "train/test_saving.py", "train/test_run_directory.py",
 )  # fmt: skip
 """Files that take long, some of them waiting: first, so that at the end no worker sits idle while one of them runs."""
 

@@ -29,7 +29,7 @@ LEAST = 3  # examples of a label: one for each part
 class Row:
     """One text of a file. label: None where there is no such column, "" where the cell is empty."""
 
-    place: str
+    location: str
     text: str
     label: str | None = None
 
@@ -142,7 +142,7 @@ def _rows(
         if not problem:
             text, label = columns
             yield Row(
-                record.place, record.values[text], None if label is None else label_text(record.values.get(label))
+                record.location, record.values[text], None if label is None else label_text(record.values.get(label))
             )
         elif skip_bad:
             yield None
@@ -206,7 +206,7 @@ def read_labelled(cfg: ClassifyConfig) -> Labelled:
         rows = [row for row in rows if not evaluation.overlaps(row.text)]
         log(f"{before - len(rows):,} texts share text with {cfg.without} and are left out")
     found = label_names(row.label for row in rows)
-    unlabelled = [row.place for row in rows if row.label not in found]
+    unlabelled = [row.location for row in rows if row.label not in found]
     if unlabelled and not cfg.skip_bad:
         raise UserError(f"{unlabelled[0]}: no label ({len(unlabelled)} such rows in all); fill them in, "
                         "or leave them out with --skip_bad=True")  # fmt: skip

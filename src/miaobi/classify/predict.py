@@ -121,7 +121,7 @@ class Score:
         if name not in self.labels:
             self.labels.append(name)
             self.unseen.add(name)
-            warn(f"{row.place}: label {brief(name)} was not in training; such rows count as wrong")
+            warn(f"{row.location}: label {brief(name)} was not in training; such rows count as wrong")
         self.true.append(self.labels.index(name))
         self.predicted.append(self.labels.index(label))
 

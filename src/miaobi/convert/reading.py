@@ -162,7 +162,7 @@ def write(
 ) -> None:
     """The model directory with its card, whole or not at all. end_ids: as `save_model` takes them."""
     check_out(out)
-    with written_whole(out) as aside:
+    with written_whole(out) as directory:
         save_model(directory, model, tokenizer, end_ids)
         write_json(directory / RECORD, record | {"miaobi": __version__})
         with Checksums() as checksums:

@@ -134,7 +134,7 @@ class TrainingTemplate(ChatTemplate):
                 cut = _place(full, closes[i]) if has_places and not messages[i].get("tool_calls") else None
                 if cut is None or full[:cut] != until[:cut]:
                     continue
-                end = min((place for place in opens if place >= closes[i]), default=len(full))
+                end = min((at for at in opens if at >= closes[i]), default=len(full))
             first, behind = int(np.searchsorted(starts, begin)), int(np.searchsorted(starts, end))
             before = self.tokens(prompt)[0]
             if ids[:first] != before:  # a token across the border: a chat has none there

@@ -66,11 +66,11 @@ def _messages(record: dict, extras: frozenset[str]) -> Messages:
     return messages
 
 
-def _refuse_unreadable(item: dict, place: str) -> None:
+def _refuse_unreadable(item: dict, location: str) -> None:
     for key in _UNREADABLE:
         if item.get(key):
             raise _RefusedError(
-                f"{place}`{key}` cannot be learned: only words can; leave such records out, or remove the key"
+                f"{location}`{key}` cannot be learned: only words can; leave such records out, or remove the key"
             )
 
 

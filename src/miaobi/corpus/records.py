@@ -175,8 +175,8 @@ def line_texts(block: Block, text: str, take: Take, skip_bad: bool) -> tuple[lis
         elif skip_bad:
             bad += 1
         else:
-            place = f"{block.source.name}, line {first_line(block) + number}"
-            raise UserError(f"{place}: {problem} {_SKIP}")
+            location = f"{block.source.name}, line {first_line(block) + number}"
+            raise UserError(f"{location}: {problem} {_SKIP}")
     return texts, bad
 
 
@@ -251,10 +251,10 @@ def _array_records(source: Source, skip_bad: bool) -> Iterator[Record]:
     else:
         while True:
             array.peek()
-            place = f"{source.name}, line {array.line}"
+            location = f"{source.name}, line {array.line}"
             value = array.value()
             problem = "" if isinstance(value, dict) else f"{type(value).__name__} {_NO_OBJECT}"
-            yield Record(place, {} if problem else value, problem, array.lost, array.encoding)
+            yield Record(location, {} if problem else value, problem, array.lost, array.encoding)
             array.lost = 0
             if array.peek() != ",":
                 break

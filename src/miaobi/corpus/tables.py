@@ -32,7 +32,7 @@ _SAMPLE_LINES, _SAMPLE_CHARACTERS = 50, 1 << 16  # what the delimiter is guessed
 class Record(NamedTuple):
     """One record of a file, whatever its kind."""
 
-    place: str
+    location: str
     """File and line (parquet: row), for messages."""
     values: dict[str, Any]
     problem: str = ""
@@ -43,7 +43,7 @@ class Record(NamedTuple):
 
     def refuse(self, problem: str = "") -> NoReturn:
         """Raises UserError: what is wrong with it, and where."""
-        raise UserError(f"{self.place}: {problem or self.problem} (--skip_bad=True leaves such records out)")
+        raise UserError(f"{self.location}: {problem or self.problem} (--skip_bad=True leaves such records out)")
 
 
 def repeated(names: list[str]) -> frozenset[str]:
@@ -96,13 +96,13 @@ def csv_records(source: Source, skip_bad: bool, delimiter: str = "") -> tuple[li
 
     def records() -> Iterator[Record]:
         for line, cells, _ in parsed:
-            place, lost, lines.lost = f"{source.name}, line {line}", lines.lost, 0
+            location, lost, lines.lost = f"{source.name}, line {line}", lines.lost, 0
             if isinstance(cells, csv.Error):
-                yield Record(place, {}, _broken_row(cells), lost, lines.encoding)
+                yield Record(location, {}, _broken_row(cells), lost, lines.encoding)
             elif any(cells[len(names) :]):  # spreadsheets add empty cells at the end
-                yield Record(place, {}, wrong_width(len(cells), len(names)), lost, lines.encoding)
+                yield Record(location, {}, wrong_width(len(cells), len(names)), lost, lines.encoding)
             elif cells:
-                yield Record(place, dict(zip(names, cells, strict=False)), "", lost, lines.encoding)
+                yield Record(location, dict(zip(names, cells, strict=False)), "", lost, lines.encoding)
 
     return names, records()
 

@@ -76,16 +76,16 @@ def add_writing(app: FastAPI, server: Serve) -> None:
         return {200: {"model": model, "content": STREAM}}
 
     @app.post("/v1/chat/completions", responses=streams(schemas.ChatCompletion))
-    async def chat_completions(told: schemas.ChatRequest, request: Request, served: Current) -> Response:
-        return await openai_api.chat_completions(told, request, served, server)
+    async def chat_completions(body: schemas.ChatRequest, request: Request, served: Current) -> Response:
+        return await openai_api.chat_completions(body, request, served, server)
 
     @app.post("/v1/completions", responses=streams(schemas.Completion))
-    async def completions(told: schemas.CompletionRequest, request: Request, served: Current) -> Response:
-        return await openai_api.completions(told, request, served, server)
+    async def completions(body: schemas.CompletionRequest, request: Request, served: Current) -> Response:
+        return await openai_api.completions(body, request, served, server)
 
     @app.post("/v1/responses", responses=streams(dict[str, Any]))
-    async def new_response(told: schemas.ResponseRequest, request: Request, served: Current) -> Response:
-        return await responses.responses(told, request, served, server)
+    async def new_response(body: schemas.ResponseRequest, request: Request, served: Current) -> Response:
+        return await responses.responses(body, request, served, server)
 
     @app.get("/v1/models", response_model=schemas.Models)
     async def models(served: Current) -> Response:
@@ -98,34 +98,34 @@ def add_writing(app: FastAPI, server: Serve) -> None:
         return json_response(model_entry(model_of(served.writing or served.talking, model)))
 
     @app.post("/tokenize", response_model=schemas.Tokens)
-    async def tokenize(told: schemas.TokenizeRequest, served: Current) -> Response:
-        writing = model_of(served.writing if told.messages is None else served.talking, told.model)
-        if (told.prompt is None) == (told.messages is None):
+    async def tokenize(body: schemas.TokenizeRequest, served: Current) -> Response:
+        writing = model_of(served.writing if body.messages is None else served.talking, body.model)
+        if (body.prompt is None) == (body.messages is None):
             raise refused("give either prompt or messages", "prompt", "missing_required_parameter")
-        if told.messages is not None:
-            said = [{"role": message.role, "content": message.words} for message in told.messages]
+        if body.messages is not None:
+            said = [{"role": message.role, "content": message.words} for message in body.messages]
             ids = (await openai_api.conversation(writing, said, None))[0].ids
         else:
-            prompt = await asyncio.to_thread(writing.encode, told.prompt)
-            ids = prompt.ids if told.prompt else []
-            ids = ids[prompt.silent :] if told.add_special_tokens is False else ids
-        strs = [writing.names.name(id_) for id_ in ids] if told.return_token_strs else None
+            prompt = await asyncio.to_thread(writing.encode, body.prompt)
+            ids = prompt.ids if body.prompt else []
+            ids = ids[prompt.silent :] if body.add_special_tokens is False else ids
+        strs = [writing.names.name(id_) for id_ in ids] if body.return_token_strs else None
         return json_response({"count": len(ids), "max_model_len": writing.block, "tokens": ids, "token_strs": strs})
 
     @app.post("/detokenize", response_model=schemas.Prompt)
-    async def detokenize(told: schemas.DetokenizeRequest, served: Current) -> Response:
-        writing = model_of(served.writing, told.model)
-        if any(id_ >= writing.lm.model.cfg.vocab_size for id_ in told.tokens):
+    async def detokenize(body: schemas.DetokenizeRequest, served: Current) -> Response:
+        writing = model_of(served.writing, body.model)
+        if any(id_ >= writing.lm.model.cfg.vocab_size for id_ in body.tokens):
             raise refused(f"this model's tokens go to {writing.lm.model.cfg.vocab_size - 1}", "tokens")
-        return json_response({"prompt": writing.lm.tokenizer.decode(told.tokens)})
+        return json_response({"prompt": writing.lm.tokenizer.decode(body.tokens)})
 
 
 def add_others(app: FastAPI, is_stopping: Callable[[], bool]) -> None:
     """Classifier, runs, health, metrics."""
 
     @app.post("/classify", response_model=schemas.Labels)
-    async def classify(told: schemas.ClassifyRequest, served: Current) -> Response:
-        return json_response(await judging.classify(told, served))
+    async def classify(body: schemas.ClassifyRequest, served: Current) -> Response:
+        return json_response(await judging.classify(body, served))
 
     @app.get("/health")
     async def health(served: Current) -> Response:

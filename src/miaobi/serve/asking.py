@@ -91,15 +91,15 @@ class Asked:
 
 def sampling(request: Sampling | ResponseRequest, defaults: SamplingConfig, tokens: int) -> SamplingConfig:
     """The settings of a request. Raises APIError."""
-    told = {name: value for name in DIALS if (value := getattr(request, name, None)) is not None}
-    if told.get("top_k") == -1:  # vLLM's word for all
-        told["top_k"] = 0
+    values = {name: value for name in DIALS if (value := getattr(request, name, None)) is not None}
+    if values.get("top_k") == -1:  # vLLM's word for all
+        values["top_k"] = 0
     if request.top_p is not None:
-        told["top_p"] = max(request.top_p, 1e-6)  # the likeliest always stays
-    if told.get("min_p") == 1:
-        told["min_p"] = 1 - 1e-6
+        values["top_p"] = max(request.top_p, 1e-6)  # the likeliest always stays
+    if values.get("min_p") == 1:
+        values["min_p"] = 1 - 1e-6
     try:
-        return replace(defaults, max_new_tokens=tokens, **told)
+        return replace(defaults, max_new_tokens=tokens, **values)
     except UserError as e:
         raise refused(str(e), None) from e
 

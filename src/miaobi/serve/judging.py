@@ -15,15 +15,15 @@ PIECES = 256  # of a text that are left out one by one; a longer one is cut into
 EXPLAINED = 16  # texts of one request that are explained at most
 
 
-async def classify(told: ClassifyRequest, served: Served) -> dict[str, Any]:
+async def classify(body: ClassifyRequest, served: Served) -> dict[str, Any]:
     """Label, probabilities and, where asked for, contributions of each text. Raises APIError."""
     if served.judge is None:
         raise APIError(404, "no classifier is served here; start miaobi serve with --classifier=DIR", "model_not_found",
                        "model")  # fmt: skip
-    texts = [told.input] if isinstance(told.input, str) else told.input
-    if told.explain and len(texts) > EXPLAINED:
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    if body.explain and len(texts) > EXPLAINED:
         raise refused(f"explain is for {EXPLAINED} texts at a time; send fewer", "input")
-    return {"model": served.judge_name, "data": await asyncio.to_thread(judged, served, texts, bool(told.explain))}
+    return {"model": served.judge_name, "data": await asyncio.to_thread(judged, served, texts, bool(body.explain))}
 
 
 def judged(served: Served, texts: list[str], explain: bool) -> list[dict[str, Any]]:

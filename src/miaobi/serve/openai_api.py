@@ -15,33 +15,33 @@ from miaobi.serve.errors import APIError, json_response, refused
 from miaobi.serve.schemas import ChatRequest, CompletionRequest, Sampling, unserved
 from miaobi.serve.served import Prompt, Served, Writing, note
 from miaobi.serve.sse import STILL_HERE, EventStream, frame, result
-from miaobi.serve.text import Names, Piece, Told, prompt_told
+from miaobi.serve.text import Names, Piece, ScoredToken, scored_prompt
 from miaobi.serve.worker import Job
 
 DONE = b"data: [DONE]\n\n"
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 
 
-async def chat_completions(told: ChatRequest, request: Request, served: Served, server: Serve) -> Response:
+async def chat_completions(body: ChatRequest, request: Request, served: Served, server: Serve) -> Response:
     """A reply to a conversation. Raises APIError."""
-    writing = model_of(served.talking, told.model)
-    unserved(told)
-    if told.top_logprobs is not None and not told.logprobs:
+    writing = model_of(served.talking, body.model)
+    unserved(body)
+    if body.top_logprobs is not None and not body.logprobs:
         raise refused("top_logprobs needs logprobs: true", "top_logprobs")
-    param = "max_tokens" if told.max_completion_tokens is None else "max_completion_tokens"
-    asked, said = getattr(told, param), [{"role": message.role, "content": message.words} for message in told.messages]
+    param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    asked, said = getattr(body, param), [{"role": message.role, "content": message.words} for message in body.messages]
     most = length(asked, server.max_new_tokens, server, param)
-    prompt, left_out = await conversation(writing, said, most if told.truncation == "auto" else None)
+    prompt, left_out = await conversation(writing, said, most if body.truncation == "auto" else None)
     fits([prompt], writing.block, "messages")
     noted(server, said)
     if asked is None:
         most = min(most, max(writing.block - len(prompt.ids), writing.block // 2, 1))
-    alternatives = (told.top_logprobs or 0) if told.logprobs else None
+    alternatives = (body.top_logprobs or 0) if body.logprobs else None
     understood = Asked(
-        writing, [prompt], sampling(told, writing.chatting, most), "chatcmpl", told.n or 1, told.stops,
-        bias(told, writing.lm.model.cfg.vocab_size), alternatives, is_reply=True,
+        writing, [prompt], sampling(body, writing.chatting, most), "chatcmpl", body.n or 1, body.stops,
+        bias(body, writing.lm.model.cfg.vocab_size), alternatives, is_reply=True,
     )  # fmt: skip
-    return await answer(ChatShape(understood), told, request, server, note(left_out))
+    return await answer(ChatShape(understood), body, request, server, note(left_out))
 
 
 async def conversation(writing: Writing, said: list[dict[str, str]], most: int | None) -> tuple[Prompt, str]:
@@ -52,27 +52,27 @@ async def conversation(writing: Writing, said: list[dict[str, str]], most: int |
     return Prompt(ids), left_out
 
 
-async def completions(told: CompletionRequest, request: Request, served: Served, server: Serve) -> Response:
+async def completions(body: CompletionRequest, request: Request, served: Served, server: Serve) -> Response:
     """Continuations of prompts. Raises APIError."""
-    writing = model_of(served.writing, told.model)
-    unserved(told)
-    prompts, vocab_size = await prompts_of(told, writing), writing.lm.model.cfg.vocab_size
+    writing = model_of(served.writing, body.model)
+    unserved(body)
+    prompts, vocab_size = await prompts_of(body, writing), writing.lm.model.cfg.vocab_size
     if any(id_ >= vocab_size for prompt in prompts for id_ in prompt.ids):
         raise refused(f"prompt has tokens beyond this model's, which go to {vocab_size - 1}", "prompt")
     fits(prompts, writing.block, "prompt")
-    noted(server, told.prompt)
-    most = length(told.max_tokens, COMPLETION_TOKENS, server, "max_tokens")
+    noted(server, body.prompt)
+    most = length(body.max_tokens, COMPLETION_TOKENS, server, "max_tokens")
     understood = Asked(
-        writing, prompts, sampling(told, writing.sampling, max(most, 1)), "cmpl", told.n or 1, told.stops,
-        bias(told, vocab_size), told.logprobs, scores_prompt=bool(told.echo) and told.logprobs is not None,
+        writing, prompts, sampling(body, writing.sampling, max(most, 1)), "cmpl", body.n or 1, body.stops,
+        bias(body, vocab_size), body.logprobs, scores_prompt=bool(body.echo) and body.logprobs is not None,
         writes=most > 0,
     )  # fmt: skip
-    return await answer(CompletionShape(understood, bool(told.echo)), told, request, server)
+    return await answer(CompletionShape(understood, bool(body.echo)), body, request, server)
 
 
-async def prompts_of(told: CompletionRequest, writing: Writing) -> list[Prompt]:
+async def prompts_of(body: CompletionRequest, writing: Writing) -> list[Prompt]:
     """The prompts of a request."""
-    given = told.prompt
+    given = body.prompt
     if isinstance(given, list) and given and isinstance(given[0], int):
         return [Prompt(given, 0, given)]
     if isinstance(given, list) and given and isinstance(given[0], list):
@@ -84,14 +84,14 @@ async def prompts_of(told: CompletionRequest, writing: Writing) -> list[Prompt]:
 
 
 class Shape:
-    """How the texts of a request are told; `object` and what a choice holds are of the kinds below."""
+    """How the texts of a request are sent; `object` and what a choice holds are of the kinds below."""
 
     whole = part = ""
 
     def __init__(self, asked: Asked) -> None:
         self.asked, self.names = asked, asked.writing.names
 
-    def choice(self, index: int, text: str, tokens: list[Told], finish: str) -> dict[str, Any]:
+    def choice(self, index: int, text: str, tokens: list[ScoredToken], finish: str) -> dict[str, Any]:
         """A choice that is all there."""
         raise NotImplementedError
 
@@ -108,7 +108,7 @@ class Shape:
         raise NotImplementedError
 
     def take(self, piece: Piece, job: Job) -> Piece:
-        """A piece as it is told."""
+        """A piece as it is sent."""
         return piece
 
 
@@ -117,13 +117,13 @@ class ChatShape(Shape):
 
     whole, part = "chat.completion", "chat.completion.chunk"
 
-    def logprobs(self, tokens: Sequence[Told]) -> dict[str, Any] | None:
+    def logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
         """Of the reply's tokens, where they were asked for."""
         if self.asked.alternatives is None:
             return None
-        return {"content": [token_logprob(self.names, told) for told in tokens], "refusal": None}
+        return {"content": [token_logprob(self.names, token) for token in tokens], "refusal": None}
 
-    def choice(self, index: int, text: str, tokens: list[Told], finish: str) -> dict[str, Any]:
+    def choice(self, index: int, text: str, tokens: list[ScoredToken], finish: str) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": index, "message": message, "logprobs": self.logprobs(tokens), "finish_reason": finish}
 
@@ -149,18 +149,18 @@ class CompletionShape(Shape):
         self.echo = echo
         self.offset: dict[int, int] = {}  # of each choice: characters in front of what was written
 
-    def logprobs(self, index: int, tokens: Sequence[Told]) -> dict[str, Any] | None:
+    def logprobs(self, index: int, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
         """OpenAI's older shape, and the bytes of each token."""
         if self.asked.alternatives is None:
             return None
-        tops = [told.score and {self.names.name(id_, "bytes:"): value for id_, value in told.score.top}
-                | {self.names.name(told.id, "bytes:"): told.score.logprob} for told in tokens]  # fmt: skip
+        tops = [token.score and {self.names.name(id_, "bytes:"): value for id_, value in token.score.top}
+                | {self.names.name(token.id, "bytes:"): token.score.logprob} for token in tokens]  # fmt: skip
         return {
-            "tokens": [self.names.name(told.id, "bytes:") for told in tokens],
-            "token_logprobs": [told.score and told.score.logprob for told in tokens],
+            "tokens": [self.names.name(token.id, "bytes:") for token in tokens],
+            "token_logprobs": [token.score and token.score.logprob for token in tokens],
             "top_logprobs": tops if self.asked.alternatives else None,
-            "text_offset": [told.begin for told in tokens],
-            "token_bytes": [list(self.names.bytes_of(told.id)) for told in tokens],
+            "text_offset": [token.begin for token in tokens],
+            "token_bytes": [list(self.names.bytes_of(token.id)) for token in tokens],
         }
 
     def take(self, piece: Piece, job: Job) -> Piece:
@@ -170,18 +170,18 @@ class CompletionShape(Shape):
             first = job.choices[piece.index - piece.index % self.asked.n].stream
             of = self.asked.prompts[piece.index // self.asked.n]
             scores = first.prompt_scores or [None] * (len(of.ids) - 1)
-            prompt, heard = prompt_told(self.asked.writing.lm, of.ids, of.silent, scores)
+            prompt, prompt_tokens = scored_prompt(self.asked.writing.lm, of.ids, of.silent, scores)
             self.offset[piece.index] = len(prompt)
-            text, tokens = prompt + text, heard + self.moved(tokens, len(prompt))
+            text, tokens = prompt + text, prompt_tokens + self.moved(tokens, len(prompt))
         else:
             tokens = self.moved(tokens, self.offset.get(piece.index, 0))
         return Piece(piece.index, text, tokens, piece.finish)
 
-    def moved(self, tokens: list[Told], by: int) -> list[Told]:
+    def moved(self, tokens: list[ScoredToken], by: int) -> list[ScoredToken]:
         """Tokens behind a prompt of so many characters."""
-        return [told._replace(begin=told.begin + by, end=told.end + by) for told in tokens] if by else tokens
+        return [token._replace(begin=token.begin + by, end=token.end + by) for token in tokens] if by else tokens
 
-    def choice(self, index: int, text: str, tokens: list[Told], finish: str) -> dict[str, Any]:
+    def choice(self, index: int, text: str, tokens: list[ScoredToken], finish: str) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": self.logprobs(index, tokens), "finish_reason": finish}
 
     def piece(self, piece: Piece) -> dict[str, Any]:
@@ -191,29 +191,29 @@ class CompletionShape(Shape):
         return {"index": piece.index, "text": "", "logprobs": None, "finish_reason": piece.finish}
 
 
-def token_logprob(names: Names, told: Told) -> dict[str, Any]:
+def token_logprob(names: Names, token: ScoredToken) -> dict[str, Any]:
     """A token as chats and responses tell it."""
     top = [{"token": names.name(id_), "logprob": value, "bytes": list(names.bytes_of(id_))}
-           for id_, value in told.score.top]  # fmt: skip
-    return {"token": names.name(told.id), "logprob": told.score.logprob, "bytes": list(names.bytes_of(told.id)),
+           for id_, value in token.score.top]  # fmt: skip
+    return {"token": names.name(token.id), "logprob": token.score.logprob, "bytes": list(names.bytes_of(token.id)),
             "top_logprobs": top}  # fmt: skip
 
 
 async def answer(
-    shape: Shape, told: Sampling, request: Request, server: Serve, headers: dict[str, str] | None = None
+    shape: Shape, body: Sampling, request: Request, server: Serve, headers: dict[str, str] | None = None
 ) -> Response:
     """The texts, when all are there or as they come. Raises APIError."""
-    if told.stream_options is not None and not told.stream:
+    if body.stream_options is not None and not body.stream:
         raise refused("stream_options is only allowed when stream is true", "stream_options")
-    worker, job = shape.asked.writing.worker, shape.asked.job(server, bool(told.stream))
+    worker, job = shape.asked.writing.worker, shape.asked.job(server, bool(body.stream))
     worker.submit(job)
-    if told.stream:
-        with_usage = bool(told.stream_options and told.stream_options.include_usage)
+    if body.stream:
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(stream(shape, job, with_usage), lambda: gone(worker, job), headers)
     pieces = await result(request, collected(job), lambda: gone(worker, job))
     choices = [shape.choice(*shape.take(piece, job)) for piece in sorted(pieces, key=lambda piece: piece.index)]
-    body = {**shape.asked.head, "object": shape.whole, "choices": choices, "usage": shape.asked.usage(job)}
-    return json_response(body, headers=headers)
+    completion = {**shape.asked.head, "object": shape.whole, "choices": choices, "usage": shape.asked.usage(job)}
+    return json_response(completion, headers=headers)
 
 
 def gone(worker: Any, job: Job) -> None:

@@ -16,32 +16,32 @@ from miaobi.serve.openai_api import collected, conversation, gone, joined, token
 from miaobi.serve.schemas import ResponseRequest, unserved
 from miaobi.serve.served import Served, note
 from miaobi.serve.sse import STILL_HERE, EventStream, frame, result
-from miaobi.serve.text import Told
+from miaobi.serve.text import ScoredToken
 from miaobi.serve.worker import Job
 
 LOGPROBS = "message.output_text.logprobs"
 
 
-async def responses(told: ResponseRequest, request: Request, served: Served, server: Serve) -> Response:
+async def responses(body: ResponseRequest, request: Request, served: Served, server: Serve) -> Response:
     """A reply to an input. Raises APIError."""
-    writing = model_of(served.talking, told.model)
-    unserved(told)
-    listed = [] if isinstance(told.input, str) else [(message.role, message.words) for message in told.input]
-    turns = [("system", told.instructions)] if told.instructions else []
-    turns += listed or [("user", told.input)]
+    writing = model_of(served.talking, body.model)
+    unserved(body)
+    listed = [] if isinstance(body.input, str) else [(message.role, message.words) for message in body.input]
+    turns = [("system", body.instructions)] if body.instructions else []
+    turns += listed or [("user", body.input)]
     said = [{"role": role, "content": words} for role, words in turns]
-    most = length(told.max_output_tokens, server.max_new_tokens, server, "max_output_tokens")
-    prompt, left_out = await conversation(writing, said, most if told.truncation == "auto" else None)
+    most = length(body.max_output_tokens, server.max_new_tokens, server, "max_output_tokens")
+    prompt, left_out = await conversation(writing, said, most if body.truncation == "auto" else None)
     fits([prompt], writing.block, "input")
     noted(server, said)
-    if told.max_output_tokens is None:
+    if body.max_output_tokens is None:
         most = min(most, max(writing.block - len(prompt.ids), writing.block // 2, 1))
-    wants = told.top_logprobs is not None or LOGPROBS in (told.include or [])
-    asked = Asked(writing, [prompt], sampling(told, writing.chatting, most), "resp", is_reply=True,
-                  alternatives=(told.top_logprobs or 0) if wants else None)  # fmt: skip
-    answer, job = Answer(asked, told), asked.job(server, bool(told.stream))
+    wants = body.top_logprobs is not None or LOGPROBS in (body.include or [])
+    asked = Asked(writing, [prompt], sampling(body, writing.chatting, most), "resp", is_reply=True,
+                  alternatives=(body.top_logprobs or 0) if wants else None)  # fmt: skip
+    answer, job = Answer(asked, body), asked.job(server, bool(body.stream))
     writing.worker.submit(job)
-    if told.stream:
+    if body.stream:
         return EventStream(answer.events(job), lambda: gone(writing.worker, job), note(left_out))
     pieces = await result(request, collected(job), lambda: gone(writing.worker, job))
     return json_response(
@@ -52,26 +52,26 @@ async def responses(told: ResponseRequest, request: Request, served: Served, ser
 class Answer:
     """One response, as it is sent at different times."""
 
-    def __init__(self, asked: Asked, told: ResponseRequest) -> None:
-        self.asked, self.told, self.item = asked, told, f"msg_{uuid.uuid4().hex}"
+    def __init__(self, asked: Asked, body: ResponseRequest) -> None:
+        self.asked, self.body, self.item = asked, body, f"msg_{uuid.uuid4().hex}"
         self.number = -1
 
     def response(self, status: str, output: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """The whole object; what a request may say is said back."""
-        told, asked = self.told, self.asked
+        body, asked = self.body, self.asked
         return {
             "id": asked.id.replace("-", "_", 1), "object": "response", "created_at": asked.created, "status": status,
-            "background": False, "error": None, "incomplete_details": None, "instructions": told.instructions,
-            "max_output_tokens": told.max_output_tokens, "max_tool_calls": None, "model": asked.writing.name,
+            "background": False, "error": None, "incomplete_details": None, "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens, "max_tool_calls": None, "model": asked.writing.name,
             "output": output, "parallel_tool_calls": False, "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None}, "service_tier": "default", "store": False,
             "temperature": asked.cfg.temperature, "text": {"format": {"type": "text"}}, "tool_choice": "none",
-            "tools": [], "top_logprobs": told.top_logprobs or 0, "top_p": asked.cfg.top_p,
-            "truncation": told.truncation or "disabled", "usage": None, "user": None, "metadata": told.metadata or {},
+            "tools": [], "top_logprobs": body.top_logprobs or 0, "top_p": asked.cfg.top_p,
+            "truncation": body.truncation or "disabled", "usage": None, "user": None, "metadata": body.metadata or {},
             **more,
         }  # fmt: skip
 
-    def finished(self, text: str, tokens: list[Told], finish: str, job: Job) -> dict[str, Any]:
+    def finished(self, text: str, tokens: list[ScoredToken], finish: str, job: Job) -> dict[str, Any]:
         """The response when its text is all there."""
         usage, cut = self.asked.usage(job), finish == "length"
         counted = {
@@ -90,11 +90,11 @@ class Answer:
         """The one item of the output."""
         return {"type": "message", "id": self.item, "status": status, "role": "assistant", "content": content}
 
-    def part(self, text: str, tokens: list[Told]) -> dict[str, Any]:
+    def part(self, text: str, tokens: list[ScoredToken]) -> dict[str, Any]:
         """The one part of the item."""
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": self.logprobs(tokens)}
 
-    def logprobs(self, tokens: list[Told]) -> list[dict[str, Any]]:
+    def logprobs(self, tokens: list[ScoredToken]) -> list[dict[str, Any]]:
         """Of tokens, where they were asked for."""
         if self.asked.alternatives is None:
             return []

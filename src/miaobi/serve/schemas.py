@@ -135,8 +135,8 @@ class ResponseRequest(Body):
 
 def unserved(request: Body) -> None:
     """Raises APIError for what would change the answer and is not there."""
-    told = request.model_extra or {}
-    with_tools = told.get("tool_choice", "auto") != "none" and told.get("function_call", "auto") != "none"
+    extra = request.model_extra or {}
+    with_tools = extra.get("tool_choice", "auto") != "none" and extra.get("function_call", "auto") != "none"
     reasons = {
         "tools": "tools are not supported; leave them out, or say tool_choice: none" if with_tools else "",
         "functions": "functions are not supported; leave them out, or say function_call: none" if with_tools else "",
@@ -151,15 +151,15 @@ def unserved(request: Body) -> None:
         "use_beam_search": "beam search is not supported",
     }
     for name, reason in reasons.items():
-        if reason and name not in type(request).model_fields and told.get(name) not in (None, "", [], {}, False):
+        if reason and name not in type(request).model_fields and extra.get(name) not in (None, "", [], {}, False):
             raise refused(reason, name, "unsupported_parameter")
-    forms = {"response_format": told.get("response_format"), "text.format": _inside(told.get("text"), "format")}
+    forms = {"response_format": extra.get("response_format"), "text.format": _inside(extra.get("text"), "format")}
     for name, form in forms.items():
         if form is not None and _inside(form, "type") != "text":
             raise refused(f"{name} can only be text: JSON modes are not supported", name, "unsupported_value")
-    if set(_listed(told.get("modalities"))) - {"text"}:
+    if set(_listed(extra.get("modalities"))) - {"text"}:
         raise refused("modalities can only be text", "modalities", "unsupported_value")
-    if isinstance(best := told.get("best_of"), int) and best > (getattr(request, "n", None) or 1):
+    if isinstance(best := extra.get("best_of"), int) and best > (getattr(request, "n", None) or 1):
         raise refused("best_of is not supported; leave it out, or make it n", "best_of", "unsupported_parameter")
 
 

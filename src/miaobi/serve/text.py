@@ -14,7 +14,7 @@ from miaobi.generate.engine import LanguageModel, first_stop, held_back
 from miaobi.generate.stream import Score
 
 
-class Told(NamedTuple):
+class ScoredToken(NamedTuple):
     """A token of a text."""
 
     id: int
@@ -31,7 +31,7 @@ class Piece(NamedTuple):
 
     index: int
     text: str
-    tokens: list[Told]
+    tokens: list[ScoredToken]
     finish: str | None
     """stop or length, once there is no more."""
 
@@ -91,7 +91,7 @@ class Writer:
         self.whole = ""  # text up to there
         self.text = ""
         self.given = 0
-        self.waiting: list[Told] = []
+        self.waiting: list[ScoredToken] = []
         self.finish: str | None = None
         self.count = 0
         """Tokens of the text, without the one that ended it."""
@@ -111,7 +111,7 @@ class Writer:
         if self.tokenizer.decode(self.loose, self.context) == stable:
             self.context = [*self.context, *self.loose][-64:]
             self.whole, self.loose = self.text, []
-        self.waiting.append(Told(id_, score, begin, len(self.text)))
+        self.waiting.append(ScoredToken(id_, score, begin, len(self.text)))
         if self.stop:
             self.look_for_stop(begin)
 
@@ -131,22 +131,22 @@ class Writer:
         if self.stop:
             self.look_for_stop(begin)
 
-    def ready(self) -> tuple[str, list[Told]]:
+    def ready(self) -> tuple[str, list[ScoredToken]]:
         """Text and tokens that were not given out yet; held back is what could still begin a stop string."""
         until = len(self.text)
         if not self.finish:
             until -= held_back(self.text[-self.longest :], self.stop) if self.stop else 0
-            sure = next((i for i, told in enumerate(self.waiting) if told.end > until), len(self.waiting))
+            sure = next((i for i, token in enumerate(self.waiting) if token.end > until), len(self.waiting))
         else:
-            sure = next((i for i, told in enumerate(self.waiting) if told.begin > until), len(self.waiting))
+            sure = next((i for i, token in enumerate(self.waiting) if token.begin > until), len(self.waiting))
         piece, tokens = self.text[self.given : until], self.waiting[:sure]
         self.given, self.waiting = max(until, self.given), self.waiting[sure:]
         return piece, tokens
 
 
-def prompt_told(
+def scored_prompt(
     lm: LanguageModel, ids: Sequence[int], silent: int, scores: Sequence[Score | None]
-) -> tuple[str, list[Told]]:
+) -> tuple[str, list[ScoredToken]]:
     """The text of a prompt and its tokens with their scores, of which the first has none.
 
     silent: so many of the first ids stand for no text.
@@ -157,4 +157,4 @@ def prompt_told(
         writer.take(id_, score)
     writer.end("length")
     text, tokens = writer.ready()
-    return text, [Told(id_, score, 0, 0) for id_, score in scored[:silent]] + tokens
+    return text, [ScoredToken(id_, score, 0, 0) for id_, score in scored[:silent]] + tokens
