@@ -58,7 +58,7 @@ def test_a_client_that_goes_away_frees_its_slots(site, is_streamed):
         else:
             with pytest.raises(httpx.ReadTimeout):
                 client.post(f"{site.v1}/completions", json=asked)
-    within(2, lambda: not worker.active and not worker.waiting)
+    within(10, lambda: not worker.active and not worker.waiting)
     assert site.served.metrics.gone._value.get() == before + 1
     assert is_well(site)
 
@@ -70,7 +70,7 @@ def test_who_reads_nothing_holds_nobody_up(site):
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         lazy.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
                      b"content-length: %d\r\n\r\n%s" % (len(body), body))  # fmt: skip
-        within(5, lambda: worker.active)
+        within(10, lambda: worker.active)
         assert is_well(site)
         within(30, lambda: not worker.active)  # its texts are written, and nobody has read them
 
@@ -84,7 +84,7 @@ def test_a_full_queue_says_when_to_come_back(site):
             assert int(refused.headers["retry-after"]) >= 1
             error = refused.json()["error"]
             assert (error["type"], error["param"], error["code"]) == ("rate_limit_error", None, "queue_full")
-        within(2, lambda: not small.served.writing.worker.active)
+        within(10, lambda: not small.served.writing.worker.active)
         assert client.post("/v1/completions", json=LONG | {"max_tokens": 2}).status_code == 200
 
 
@@ -174,7 +174,9 @@ def test_keys(site):
 
 def test_only_names_of_this_machine_are_answered_without_a_key(site):
     assert httpx.get(f"{site.url}/api/info", headers={"host": "evil.example"}).status_code == 403
-    for host in ("localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000", "[::1]"):
+    for host in ("localhost.evil.example", "127.0.0.1.evil.example:80", "", "a:b"):
+        assert httpx.get(f"{site.url}/api/info", headers={"host": host}).status_code == 403, host
+    for host in ("localhost", "0.0.0.0:8000", "localhost:8000", "127.0.0.1:1", "[::1]:8000", "[::1]"):
         assert httpx.get(f"{site.url}/api/info", headers={"host": host}).status_code == 200, host
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
+import re
 import time
 import traceback
 import uuid
@@ -21,7 +23,20 @@ MAX_BODY = 4 << 20
 BODY_SECONDS = 30.0  # in which a body must have come
 OPEN = ("/health",)
 """Paths that need no key, besides the page and its assets."""
-LOCAL = ("localhost", "127.0.0.1", "[::1]")
+
+
+def is_local(host: str) -> bool:
+    """Whether a Host header names this machine, not by a name that somebody else may point to it: localhost, or an
+    address.
+    """
+    name = re.sub(r":\d+$", "", host).lower()
+    if name == "localhost":
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 class Guard:
@@ -73,10 +88,9 @@ class Guard:
     def check(self, scope: Scope) -> None:
         """Raises APIError for who may not come in, and for what is too much."""
         headers = dict(scope["headers"])
-        host = headers.get(b"host", b"localhost").decode("latin-1").rsplit(":", 1)
-        name = host[0] if len(host) == 1 or host[1].isdigit() else ":".join(host)
-        if self.only_local and name.lower() not in LOCAL:
-            raise APIError(403, f"this server is for its own machine, and was called {name[:80]!r}; give it an "
+        host = headers.get(b"host", b"localhost").decode("latin-1")
+        if self.only_local and not is_local(host):
+            raise APIError(403, f"this server is for its own machine, and was called {host[:80]!r}; give it an "
                            "--api_key to serve under other names", "host_not_allowed")  # fmt: skip
         if self.key is not None and scope["path"].startswith(self.guarded):
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")

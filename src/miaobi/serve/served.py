@@ -14,7 +14,7 @@ from miaobi import __version__, native
 from miaobi.classify import head
 from miaobi.classify.head import Judge
 from miaobi.console import log, warn
-from miaobi.corpus.template import Messages
+from miaobi.corpus.template import Messages, source_of
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.generate import cpu_step, engine
@@ -196,11 +196,10 @@ def writing(lm: LanguageModel, name: str, cfg: Serve, given: Sequence[str], metr
     chosen: dict[str, Any] = {key: getattr(cfg, key) for key in DRAWING if key in given}
     common = {"max_new_tokens": cfg.max_new_tokens}
     chatting = replace(ChatConfig(), **common, **chosen)
-    try:
-        chat = Chat(lm, model_settings(chatting, lm.model.generation, given))
-        chatting = chat.cfg
-    except UserError:
-        chat = None
+    chat = None
+    if source_of(lm.tokenizer) is not None:
+        chatting = model_settings(chatting, lm.model.generation, given)
+        chat = Chat(lm, chatting)
     as_sample = SamplingConfig(temperature=SampleConfig.temperature, top_k=SampleConfig.top_k)
     sampling = replace(as_sample, **common, **chosen)
     size = cfg.slots or engine.SLOTS.get(lm.device.type, engine.SLOTS["cpu"])
