@@ -78,6 +78,7 @@ def test_every_verb_explains_its_options(miaobi, verb):
         "serve": ["--classifier", "--runs", "--api_key", "Origins whose pages", "--max_queue", "--temperature"],
         "report": ["RUNS ...", "--out", "several are compared"],
         "doctor": ["--json"],
+        "push": ["--dry_run", "--gguf", "OWNER/NAME"],
         "data": ["list", "get"],
         "convert": ["small-gpt", "nanogpt"],
         "classify": ["train", "ablate", "predict"],

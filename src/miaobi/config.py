@@ -242,7 +242,7 @@ class TrainConfig(Where):
     its steps, converted once with the vocabulary of the text that `data` names."""
     bigram_init: Literal["auto"] | bool = "auto"
     """Start a new qwen3 or llama with what the text's pairs of tokens say, counted in a second, instead of at random.
-    auto = for text, where the run trains on at most half a token per parameter."""
+    auto = for text, where the run trains on at most a tenth of a token per parameter."""
     batch_size: int = 32
     """Sequences per step. With gradient_accumulation_steps it is nanoGPT's micro-batch: the product is the step."""
     gradient_accumulation_steps: int | None = None
@@ -254,6 +254,9 @@ class TrainConfig(Where):
     """Steps of the whole run."""
     max_epochs: int | None = None
     """Stop after this many passes over the data; with max_iters as well, what comes first."""
+    average_weights: Literal["auto"] | bool = "auto"
+    """Average the weights along the run; both are scored at every evaluation, and the better of the two is the
+    checkpoint's model. Training stays the same. auto = from scratch, where the text is read twice or more."""
     max_minutes: float | None = None
     """End within this many minutes, the last evaluation included, with the schedule of the learning rate finished: as
     many steps as the speed allows; with max_iters as well, what comes first."""

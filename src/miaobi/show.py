@@ -67,6 +67,7 @@ def planned(result: dict[str, Any], cfg: Any) -> None:
           f"{run['epochs']:.1f} passes over the text")  # fmt: skip
     names = ("weights", "gradients", "optimizer", "activations", "working")
     told = ", ".join(f"{name} {size_in_words(memory[name])}" for name in names)
+    told += f", averaged weights {size_in_words(memory['average'])}" if memory["average"] else ""
     print(
         f"memory: {size_in_words(memory['run'])} at micro-batches of {memory['micro_batch']} ({told}; "
         f"a checkpoint being written {size_in_words(memory['checkpoint'])}, "
@@ -129,6 +130,13 @@ def downloaded(result: dict[str, Any], cfg: Any) -> None:
     for file in result["files"]:
         print(f"{file['path']}: {file['bytes']:,} bytes, SHA-256 {file['sha256']}")
     print(f"license: {result['license']}\nnext: {result['next']}")
+
+
+def pushed(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi push`."""
+    for file in result["files"]:
+        print(f"{file['bytes']:>14,}  {file['path']}")
+    print(f"sent: {result['url']}" if result["url"] else f"nothing was sent; without --dry_run: {result['name']}")
 
 
 def samples(result: dict[str, Any], cfg: Any) -> None:

@@ -1,6 +1,7 @@
 """How steps are computed is measured once, remembered, and kept by a run that goes on."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -295,7 +296,7 @@ def test_compiled_modes_have_the_gradients_of_eager_ones_also_of_a_smaller_last_
         pytest.skip("no C++ compiler")
     job, plain, mode = work(family="gpt2"), work(family="gpt2"), ExecutionMode("float32", **mode)
     assert job.set(mode)
-    assert [line for line in capfd.readouterr().err.splitlines() if not line.startswith("compiled in ")] == []
+    assert not re.search("autotune|warning", capfd.readouterr().err, re.IGNORECASE), "torch's own words"
     assert is_compiled(job.objective)
     assert not is_compiled(plain.objective)
     compiled = job.objective.whole
@@ -307,6 +308,6 @@ def test_compiled_modes_have_the_gradients_of_eager_ones_also_of_a_smaller_last_
         for each in (job, plain):
             each.objective.zero_grad(set_to_none=True)
             with no_recompilation(each.objective):
-                each.objective(*each.example(rows)).backward()
+                each.objective(*each.example(rows, False)).backward()
         for ours, theirs in zip(job.objective.parameters(), plain.objective.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)

@@ -13,7 +13,16 @@ from miaobi.console import warn
 from miaobi.corpus import blocks, clean, dialogue, overlap
 from miaobi.corpus.blocks import Block, NotTextError, decoded, text_blocks, without_noise
 from miaobi.corpus.messages import ALL_EXTRAS
-from miaobi.corpus.records import first_line, is_in_order, line_texts, parsed_line, record_blocks, taker
+from miaobi.corpus.records import (
+    RECORDS,
+    first_line,
+    is_in_order,
+    line_texts,
+    parsed_line,
+    record_blocks,
+    refuse_other_records,
+    taker,
+)
 from miaobi.corpus.sources import Source, find_sources, refuse_contradictions
 from miaobi.corpus.template import NONCHARACTER
 from miaobi.errors import UserError
@@ -84,6 +93,8 @@ def iter_blocks(
     """
     for index, source in enumerate(sources):
         try:
+            if source.is_listed and source.format in RECORDS:
+                refuse_other_records(source, field, skip_bad, delimiter)
             if is_in_order(source):
                 yield from record_blocks(source, index, field, skip_bad, extras, delimiter)
             else:

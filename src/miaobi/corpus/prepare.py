@@ -109,7 +109,11 @@ def _taken(records: list[dict]) -> Counter[str]:
 
 
 def _say_what_was_left(records: list[dict], left: list[LeftOut], removed: int) -> None:
-    refused = [LeftOut(record["path"], record["reason"]) for record in records if record.get("reason")]
+    refused = [
+        LeftOut(record["path"], record["reason"].removeprefix(f"{record['path']}: "))
+        for record in records
+        if record.get("reason")
+    ]
     if left or refused:
         for line in folders.table_lines(_taken(records), [*left, *refused]):
             console.log(console.one_line(line))

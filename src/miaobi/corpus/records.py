@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from miaobi.corpus import blocks, encodings
-from miaobi.corpus.blocks import Block, decode_block, text_blocks
+from miaobi.corpus.blocks import Block, NotTextError, decode_block, text_blocks
 from miaobi.corpus.dialogue import packed
 from miaobi.corpus.messages import ALL_EXTRAS, messages_of
 from miaobi.corpus.sources import FORMAT_BY_NAME, Source
@@ -135,6 +135,29 @@ def record_blocks(
     yield Block(source, index, encoding=encoding, records=tuple(texts), skipped=bad)
 
 
+RECORDS = ("jsonl", "csv", "parquet", "messages")
+"""Formats of files that hold records."""
+_NO_OBJECT = "instead of an object"
+
+
+def refuse_other_records(source: Source, field: str, skip_bad: bool, delimiter: str = "") -> None:
+    """Raises NotTextError for a table or JSON whose columns, or whose first record, are of something else than text.
+
+    For files of a directory or an archive, which nobody named: figures of runs, lists, other people's settings.
+    """
+    names, records = open_records(source, skip_bad, None, delimiter)
+    first = next(records, None) if names is None else None
+    known = names if names is not None else [*first.values] if first is not None else [field]
+    if {"messages", "conversations", "instruction"} & set(known) if source.format == "messages" else field in known:
+        return
+    if first is None or not first.problem:
+        what = "dialogue" if source.format == "messages" else f"field {field!r}"
+        hint = "" if source.format == "messages" else ". If one of them is the text, name it with --field"
+        raise NotTextError(f"{source.name}: no {what}; the fields are {', '.join(map(str, known)) or 'none'}{hint}")
+    if first.problem.endswith(_NO_OBJECT):
+        raise NotTextError(f"{source.name}: {first.problem}: no records")
+
+
 def line_texts(block: Block, text: str, take: Take, skip_bad: bool) -> tuple[list[str], int]:
     """What is taken out of the JSON lines in a block, and how many lines were bad (`skip_bad`).
 
@@ -230,7 +253,7 @@ def _array_records(source: Source, skip_bad: bool) -> Iterator[Record]:
             array.peek()
             place = f"{source.name}, line {array.line}"
             value = array.value()
-            problem = "" if isinstance(value, dict) else f"{type(value).__name__} instead of an object"
+            problem = "" if isinstance(value, dict) else f"{type(value).__name__} {_NO_OBJECT}"
             yield Record(place, {} if problem else value, problem, array.lost, array.encoding)
             array.lost = 0
             if array.peek() != ",":

@@ -221,7 +221,9 @@ def _first_pass(
     corpus.n_distinct = int(is_there.sum())
     if corpus.total("characters") == 0:
         skipped = corpus.total("skipped")
-        raise UserError("no text in the sources" + (f"; {skipped} were skipped" if skipped else ""))
+        reasons = "; ".join(dict.fromkeys(record["reason"] for record in records if record.get("reason")))
+        why = f" ({reasons[:500]})" if reasons else ""
+        raise UserError("no text in the sources" + (f"; {skipped} were skipped{why}" if skipped else ""))
     return corpus
 
 

@@ -20,7 +20,7 @@ from miaobi.generate.stream import Stream, score
 from miaobi.model.transformer import KVCache, Transformer
 
 PREFILL_TOKENS = 8192  # of several prompts in one forward pass, which bounds its memory
-CHUNK = 32  # tokens of a prompt that an exact step reads at once
+CHUNK = 48  # tokens of a prompt that an exact step reads at once
 ADMITTED = 1024  # tokens of prompts read between two steps, in which those who write wait
 
 

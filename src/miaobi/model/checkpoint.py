@@ -68,13 +68,13 @@ def model_directory(name: str | Path, checkpoint: str = "best") -> Path:
     if (path / "config.json").is_file():
         return path
     if (path / "checkpoints").is_dir():
-        found = pointed(path / "checkpoints" / checkpoint)
-        if found is None and checkpoint == "best":
-            found = pointed(path / "checkpoints" / "last")  # interrupted before its first evaluation
-        if found is not None:
-            return found
-        there = sorted(p.name for p in (path / "checkpoints").iterdir() if not p.name.startswith("."))
-        raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has: {names_listed(there)}")
+        directory = pointed(path / "checkpoints" / checkpoint)
+        if directory is None and checkpoint == "best":
+            directory = pointed(path / "checkpoints" / "last")  # interrupted before its first evaluation
+        if directory is not None:
+            return directory
+        names = sorted(p.name for p in (path / "checkpoints").iterdir() if not p.name.startswith("."))
+        raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has: {names_listed(names)}")
     if not path.exists():
         raise UserError(f"no model at {path}: no such directory. Give a run directory (out_dir of `miaobi train`), "
                         "a Hugging Face model directory, or a model of the hub as OWNER/NAME")  # fmt: skip

@@ -23,6 +23,7 @@ from miaobi.plan.config import PlanConfig
 from miaobi.plan.forecast import Setting, advice, forecast
 from miaobi.plan.measure import Measured, measure
 from miaobi.settings import Origin
+from miaobi.train.average import decide
 from miaobi.train.data import Blocks, open_blocks, open_data
 from miaobi.train.recipe import micro_batch, resolve_model, resolve_optim, total_steps
 from miaobi.train.world import World
@@ -63,6 +64,11 @@ class Run:
     def epochs(self) -> float:
         """Passes over the text."""
         return self.steps * self.cfg.train.global_batch / max(1, len(self.blocks))
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights are averaged along the run."""
+        return decide(self.cfg.train, self.epochs, self.cfg.train.base_model is not None)
 
     @property
     def parameters(self) -> int:
@@ -173,9 +179,10 @@ def memory_facts(run: Run, measured: Measured | None) -> dict[str, Any]:
     """Bytes by part, and what fits."""
     work = step_work(run)
     told = memory.step_memory(work)
-    beside = told.checkpoint if run.device.type == "cpu" else 0
+    average = told.weights if run.averages else 0
+    beside = average + (told.checkpoint + average if run.device.type == "cpu" else 0)
     free = free_memory(run)
-    facts = asdict(told) | {"run": told.peak + beside, "free": free, "micro_batch": work.micro}
+    facts = asdict(told) | {"average": average, "run": told.peak + beside, "free": free, "micro_batch": work.micro}
     rows = run.cfg.train.global_batch
     facts["largest_micro_batch"] = memory.largest_micro(work, rows, free - beside) if free else None
     return facts | ({"measured": measured.memory} if measured else {})
@@ -215,7 +222,7 @@ def cost_facts(run: Run, cfg: PlanConfig, measured: Measured | None) -> dict[str
             pieces = -(-cfg.train.global_batch // micro_batch(cfg, run.device, World().size))
             step = max(step, pieces * run.shape.n_layer * LAUNCHES * LAUNCH)
         windows = min(cfg.train.eval_iters * cfg.train.batch_size, cfg.train.eval_interval * cfg.train.global_batch)
-        evaluation = step / 3 * windows / cfg.train.global_batch * 1.25
+        evaluation = step / 3 * windows / cfg.train.global_batch * (2.25 if run.averages else 1.25)
         basis = f"{peak / 1e12:.2f} TFLOP/s, of which {reached:.0%} are assumed to be reached; --measure knows better"
     seconds = run.steps * step + math.ceil(run.steps / cfg.train.eval_interval) * evaluation
     watts = cfg.plan.watts if cfg.plan.watts is not None else (run.card.watts or None) if run.card else None

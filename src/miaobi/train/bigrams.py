@@ -22,8 +22,7 @@ from miaobi.corpus.prepared import PreparedData, TokenStream
 from miaobi.errors import UserError
 from miaobi.model.transformer import Transformer, intermediate_size
 
-SHORT = 0.1  # tokens trained per parameter: below, larger rates would spoil what was counted
-COUNTING_PAYS = 0.5  # tokens trained per parameter: below, runs that start with counts end ahead (docs/lab-notes.md)
+SHORT = 0.1  # tokens trained per parameter: below, counting starts ahead of what training could reach
 COUNTED = 1 << 24  # tokens at most; more pairs change the factors little
 PRIOR = 30.0  # counts of the unigram distribution added to every context
 POWER = 0.4  # of the ratios (Box-Cox); 0 would be their logarithm, which rare pairs dominate
@@ -63,16 +62,16 @@ def wanted(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> bool:
                         "leave bigram_init out")  # fmt: skip
     if setting != "auto":
         return bool(setting)
-    return fits and not data.is_dialogue and is_short(cfg, shape, data, COUNTING_PAYS)
+    return fits and not data.is_dialogue and is_short(cfg, shape, data)
 
 
-def is_short(cfg: RunConfig, shape: ModelConfig, data: PreparedData, share: float = SHORT) -> bool:
-    """Whether the run is to train on at most `share` tokens per parameter."""
+def is_short(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> bool:
+    """Whether the run is to train on at most SHORT tokens per parameter."""
     with torch.device("meta"):
         parameters = Transformer(shape).num_parameters()
     tokens = cfg.train.max_iters * cfg.train.global_batch * shape.block_size
     tokens = min(tokens, (cfg.train.max_epochs or math.inf) * len(data.train))
-    return tokens <= share * parameters
+    return tokens <= SHORT * parameters
 
 
 def factor_rank(shape: ModelConfig) -> int:

@@ -25,7 +25,7 @@ STEERING = {"init_from", "resume_from", "eval_only", "eval_first", "out_dir", "m
             "fsdp_shard_size", "activation_checkpointing", "comm_timeout", "mirror", "tensorboard_path",
             "license"}  # fmt: skip
 # What a run writes besides its checkpoints; `data` only where TEXT says that the run prepared it.
-OWN = ("metrics.jsonl", "samples.jsonl", "summary.json", "report.html", "wandb", "config.yaml")
+OWN = ("metrics.jsonl", "samples.jsonl", "summary.json", "plan.json", "report.html", "wandb", "config.yaml")
 TEXT = "text.json"
 """Which text a run prepared for itself: see train/data.py."""
 # What users may edit in a model directory: it says how to sample, and changes nothing in training.
@@ -77,6 +77,10 @@ class Progress:
     """max_minutes: seconds that the run had taken, evaluations included, when this was written."""
     micro: int = 0
     """Sequences at once, where memory did not hold as many as asked for; 0 = as asked."""
+    averaging: bool = False
+    """The weights are averaged (`average`)."""
+    averaged: bool = False
+    """The average was better at the last evaluation: it is what the checkpoint shows."""
     slowed: float = 1.0
     """Rates are multiplied by this since the run went back from a loss that was not finite."""
     run: str = field(default_factory=lambda: uuid4().hex)

@@ -24,6 +24,7 @@ from miaobi.model.rows import add_rows, added_tokens
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
 from miaobi.settings import Origin
 from miaobi.train import bigrams
+from miaobi.train.average import Average
 from miaobi.train.data import Blocks, open_blocks, open_data
 from miaobi.train.layout import placed
 from miaobi.train.mirror import Mirror
@@ -68,6 +69,8 @@ class Plan:
     micro: int
     """Sequences of a rank that go through the model at once."""
     mirror: Mirror | None
+    average: Average | None
+    """Of the weights, where they are averaged."""
     parameters: int
     """Those of the checkpoints, where adapters are merged."""
     trained_parameters: int
@@ -150,12 +153,13 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
         scaler = GradScaler(device.type, enabled=dtype == torch.float16)
         if checkpoint is not None and not cfg.train.eval_only:
             load_optimizers(checkpoint / "train_state", model, optimizers, scaler)
+        average = Average.of(cfg.train, checkpoint, model, progress, steps * cfg.train.global_batch / len(blocks))
     val_windows, train_windows = evaluation_windows(cfg, progress, steps, blocks, val_blocks)
     adapted = adapter_parameters(model)
     parameters = model.num_parameters() - adapted
     return Plan(
         cfg, world, device, dtype, data, tokenizer, model, optim, optimizers, scaler, progress, blocks, val_windows,
-        train_windows, total, micro, mirror, parameters, adapted or parameters,
+        train_windows, total, micro, mirror, average, parameters, adapted or parameters,
     )  # fmt: skip
 
 
