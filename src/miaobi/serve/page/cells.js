@@ -16,7 +16,7 @@ function unfinished(bytes) {
 const PIECE = /^bytes:((?:\\x[0-9a-f]{2})+)$/; // as OpenAI names bytes that are no whole character
 
 /** The bytes that the name of a token stands for; `bytes` where the server said them. */
-export function bytesOf(token, bytes) {
+function bytesOf(token, bytes) {
   if (bytes?.length) return bytes;
   const piece = PIECE.exec(token);
   return piece ? piece[1].slice(2).split("\\x").map((hex) => parseInt(hex, 16)) : [...encoder.encode(token)];

@@ -5,7 +5,7 @@ import { say, t, visible } from "./words.js";
 const HEIGHT = 220, LEFT = 52, RIGHT = 14, TOP = 12, BOTTOM = 26;
 
 /** Round numbers from low to high, about `count` of them. */
-export function ticks(low, high, count) {
+function ticks(low, high, count) {
   const span = high - low || Math.abs(high) || 1, raw = span / count, power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 2.5, 5, 10].find((m) => m * power >= raw) * power;
   const found = [];
@@ -22,7 +22,7 @@ export const figure = (y) => {
 };
 
 /** At most `most` points, each the mean of its neighbours: what a line of that many pixels can show. */
-export function thinned(points, most) {
+function thinned(points, most) {
   if (points.length <= most) return points;
   const size = points.length / most;
   return Array.from({ length: most }, (_, i) => {

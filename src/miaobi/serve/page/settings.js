@@ -17,7 +17,7 @@ let defaults = { ...OURS }, chosen = {};
 
 /** The sampling fields of a request. */
 export function sampling() {
-  const { system, ...values } = { ...defaults, ...chosen };
+  const { system: _, ...values } = { ...defaults, ...chosen };
   return Object.fromEntries(Object.entries(values).filter(([, value]) => value != null));
 }
 

@@ -162,7 +162,6 @@ const WORDS = {
   "runs.nosamples": ["这次训练没有留下样例。", "This run kept no samples."],
 };
 
-export const LANGUAGES = ["zh-CN", "en"];
 const index = () => (document.documentElement.lang === "en" ? 1 : 0);
 
 /** The words of `key`, its {names} filled in. */
@@ -171,8 +170,6 @@ export function t(key, values = {}) {
   if (!words) throw new Error(`no words for ${key}`);
   return words[index()].replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
 }
-
-export const has = (key) => key in WORDS;
 
 const said = new WeakMap();
 
