@@ -25,7 +25,8 @@ PROCESSES = (
     r"git -c core\.fsmonitor=false -c core\.hooksPath=/dev/null -C \S+ (rev-parse HEAD|status --porcelain "
     r"--untracked-files=no))"
 )
-"""The commit of this code stands in cards and reports. Templates are rendered in a process of their own; the compiler of what is written in C++; prepare's workers."""
+"""The commit of this code stands in cards and reports.
+Templates are rendered in a process of their own; the compiler of what is written in C++; prepare's workers."""
 
 
 @pytest.fixture(scope="module")
