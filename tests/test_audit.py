@@ -21,9 +21,12 @@ CODE += [Path(__file__).with_name("audited.py").resolve(), Path(sysconfig.get_pa
 UNPICKLED = r"(numpy|collections|builtins|miaobi\.corpus|pathlib|concurrent|multiprocessing)\b.*"
 """Modules of what prepare's own workers send back."""
 PROCESSES = (
-    r"subprocess\.Popen (\S+ -I \S+/miaobi/corpus/jinja_process\.py \S+|sh -c umask 077; .*|.*resource_tracker.*)"
+    r"subprocess\.Popen (\S+ -I \S+/miaobi/corpus/jinja_process\.py \S+|sh -c umask 077; .*|.*resource_tracker.*|"
+    r"git -c core\.fsmonitor=false -c core\.hooksPath=/dev/null -C \S+ (rev-parse HEAD|status --porcelain "
+    r"--untracked-files=no))"
 )
-"""Templates are rendered in a process of their own; the compiler of what is written in C++; prepare's workers."""
+"""The commit of this code stands in cards and reports.
+Templates are rendered in a process of their own; the compiler of what is written in C++; prepare's workers."""
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ class Environment:
     """Of the repository that this code lies in (a checkout, or the project of a venv), else of the current directory;
     None where there is none."""
     git_dirty: bool | None = None
-    """Whether files were changed since."""
+    """Whether files were changed since; None where that is not known."""
     system: str = ""
     cpu: str = ""
     cores: int = 0
@@ -57,12 +57,15 @@ def version(package: str) -> str | None:
 
 @functools.cache
 def git_state() -> tuple[str | None, bool | None]:
-    """Commit, and whether files were changed since; see `Environment`."""
-    for place in (Path(__file__).parent, Path.cwd()):
-        if commit := _git(place, "rev-parse", "HEAD"):
-            changed = _git(place, "status", "--porcelain", "--untracked-files=no")
-            return commit, None if changed is None else bool(changed)
-    return None, None
+    """Commit, and whether files were changed since; see `Environment`.
+
+    Of the current directory's repository only the commit: to look for changes git may run filters that it configures.
+    """
+    code = Path(__file__).parent
+    if commit := _git(code, "rev-parse", "HEAD"):
+        changed = _git(code, "status", "--porcelain", "--untracked-files=no")
+        return commit, None if changed is None else bool(changed)
+    return _git(Path.cwd(), "rev-parse", "HEAD"), None
 
 
 def _git(place: Path, *words: str) -> str | None:
