@@ -122,7 +122,7 @@ def run(cell: Cell, args: Args) -> dict[str, object]:
     shutil.rmtree(out)
     return {
         **asdict(cell), **RECIPES[cell.recipe], "parameters": result["parameters"], "tokens": tokens,
-        "tokens_per_epoch": steps * BLOCK * BATCH, "seconds": round(time.process_time() - started),
+        "tokens_per_epoch": steps * BLOCK * BATCH, "seconds": round(time.process_time() - started), "passes": "",
         "bits": " ".join(map(str, curve)), "train_nats": " ".join(map(str, fit)),
     }  # fmt: skip
 

@@ -10,7 +10,37 @@ from urllib.parse import urlsplit
 COMMIT = "d" * 40
 
 
-class Flaky:
+class LocalServer:
+    """HTTP on this machine: every GET and HEAD goes to `answer`."""
+
+    def __init__(self) -> None:
+        local = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                local.answer(self)
+
+            do_HEAD = do_GET  # noqa: N815
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        raise NotImplementedError
+
+
+class Flaky(LocalServer):
     """Serves `files` by path, and as a data set OWNER/NAME of Hugging Face.
 
     cut: after how many bytes the connection breaks, one download after another. asked: (path, first byte) of each.
@@ -24,27 +54,7 @@ class Flaky:
         self.dataset: dict[str, bytes] = {}
         self.altered: dict[str, bytes] = {}
         self.ranges, self.lfs = True, True
-        flaky = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                flaky.answer(self)
-
-            do_HEAD = do_GET  # noqa: N815
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = urlsplit(request.path).path

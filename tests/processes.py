@@ -21,16 +21,17 @@ SERVER.set_forkserver_preload([
     "miaobi.corpus.prepare", "miaobi.convert.small_gpt", "miaobi.generate.chat", "miaobi.generate.sample",
     "miaobi.classify.ablation", "miaobi.demo", "sklearn.svm",
 ])  # fmt: skip
-STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
+STREAMS = ("stdin", "stdout", "stderr")
 
 
-def python(arguments: Sequence[str], environment: Mapping[str, str], cwd: str, folder: Path) -> None:
-    """In the fork: what `python ARGUMENTS` does; its streams are files in `folder`."""
+def python(arguments: Sequence[str], environment: Mapping[str, str], cwd: str, streams: Sequence[Path]) -> None:
+    """In the fork: what `python ARGUMENTS` does, with `streams` as stdin, stdout and stderr, files or a terminal."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest in the background of a shell ignores it
-    for number, (name, mode) in enumerate(STREAMS):
-        os.dup2(os.open(folder / name, os.O_RDONLY if mode == "r" else os.O_WRONLY), number)
+    os.setsid()  # the first terminal that is opened is then its own, and Ctrl-C there its signal
+    for number, (name, path) in enumerate(zip(STREAMS, streams, strict=True)):
+        os.dup2(os.open(path, os.O_WRONLY if number else os.O_RDONLY), number)
         errors = "backslashreplace" if name == "stderr" else "strict"
-        stream = open(number, mode, encoding="utf-8", errors=errors, buffering=1, closefd=False)  # noqa: SIM115
+        stream = open(number, "w" if number else "r", encoding="utf-8", errors=errors, buffering=1, closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
     os.environ.clear()
     os.environ.update(environment)
@@ -47,17 +48,19 @@ def python(arguments: Sequence[str], environment: Mapping[str, str], cwd: str, f
 class Process:
     """`python -m MODULE ...` or `python -c CODE ...` without its start; otherwise as subprocess.Popen with texts."""
 
-    def __init__(self, arguments: Sequence[object], *, input: str = "", cwd: Path | None = None,
-                 env: Mapping[str, str] | None = None) -> None:  # fmt: skip
+    def __init__(self, arguments: Sequence[object], *, input: str | bytes = "", cwd: Path | None = None,
+                 env: Mapping[str, str] | None = None, **streams: Path) -> None:  # fmt: skip
+        """streams: stdin, stdout, stderr, where they are not files of this object."""
         self.args = [str(a) for a in arguments]
         self._folder = tempfile.TemporaryDirectory()
         self.folder = Path(self._folder.name)
-        for name, _ in STREAMS:
-            (self.folder / name).write_text(input if name == "stdin" else "", encoding="utf-8")
+        for name in STREAMS:
+            (self.folder / name).touch()
+        (self.folder / "stdin").write_bytes(input.encode() if isinstance(input, str) else input)
         environment = dict(os.environ if env is None else env)
-        self._process = SERVER.Process(
-            target=python, args=(self.args, environment, str(cwd or Path.cwd()), self.folder)
-        )
+        opened = [streams.get(name, self.folder / name) for name in STREAMS]
+        what = (self.args, environment, str(cwd or Path.cwd()), opened)
+        self._process = SERVER.Process(target=python, args=what)
         self._process.start()
         self.pid = self._process.pid
 

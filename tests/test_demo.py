@@ -188,8 +188,9 @@ def test_quick_demo_is_silent_runs_once_and_then_says_so(tmp_path: Path, monkeyp
     assert set(judged["opinions"]) == set(demo.OPINIONS)
     assert f"test accuracy {judged['accuracy']:.1%} on 40 reviews it was not trained on" in first.stderr
     assert "miaobi classify predict demo_quick_run/sentiment" in first.stderr
-    tries = first.stderr.split("five things to try next:\n")[1].rstrip("\n").split("\n")
-    assert len(tries) == 5
+    tries = first.stderr.split("six things to try next:\n")[1].rstrip("\n").split("\n")
+    assert len(tries) == 6
+    assert "  miaobi serve demo_quick_run " in tries[0]
     assert all(line.startswith("  miaobi ") for line in tries)
     assert "miaobi sample demo_quick_run --start=北京" in first.stderr
     assert "miaobi chat demo_quick_run/chat" in first.stderr

@@ -108,7 +108,7 @@ def test_signs_of_life_are_given_while_the_work_goes_on(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_second_train_in_one_out_dir_exits_with_2_and_changes_nothing(miaobi, prepared, tmp_path):
     run = tmp_path / "run"
-    flags = tiny(data=prepared(), out_dir=run, max_iters=100_000, eval_interval=500)
+    flags = tiny(data=prepared(), out_dir=run, max_iters=100_000, eval_interval=100)
     first = Process(["-m", "miaobi", "train", *flags])
     try:
         give_up = time.monotonic() + 120

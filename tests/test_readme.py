@@ -5,15 +5,19 @@ import json
 import pickle
 import re
 import shlex
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
+from urllib.request import urlopen
 
 import pytest
 import torch
 from originals import NANOGPT, SMALL_GPT, Original, chat_text, naive_vocabulary
 from tests import processes
+from tests.processes import Process
 
 from miaobi.config import DataConfig, ModelConfig
 from miaobi.corpus.messages import messages_of
@@ -38,6 +42,7 @@ SMALLER = {  # appended to the README's lines, so that they take seconds
     "sample": "--max_new_tokens=8 --device=cpu",
     "eval": "--device=cpu",
     "chat": "--max_new_tokens=8 --device=cpu",
+    "serve": "--device=cpu --port=0",
     "classify": "--device=cpu",
     "classify train": "--max_epoch=1 --seeds=1",
     "classify ablate": "--max_epoch=1",
@@ -161,6 +166,19 @@ def smaller(words: list[str]) -> list[str]:
     return [*SMALLER.get(words[0], "").split(), *SMALLER.get(" ".join(words[:2]), "").split()]
 
 
+def run(words: list[str], place: Path) -> subprocess.CompletedProcess:
+    """A command to its end; a server until its page was seen and Ctrl-C pressed."""
+    process = Process(["-m", "miaobi", *words], cwd=place, input=TYPED)
+    if words[0] == "serve":
+        while not (ready := re.search(r"^ready: (http://\S+)", process.said(), re.MULTILINE)):
+            assert process.poll() is None, process.said()
+            time.sleep(0.02)
+        with urlopen(ready[1]) as page:
+            assert "妙笔" in page.read().decode()
+        process.send_signal(signal.SIGINT)
+    return process.wait()
+
+
 @pytest.mark.slow
 def test_the_readmes_commands_and_python_work_in_order(workplace: Path):
     printed = [line for line in commands("README.md") if line.startswith("miaobi ")]
@@ -168,9 +186,9 @@ def test_the_readmes_commands_and_python_work_in_order(workplace: Path):
     replies = ""
     for line in printed:
         words = shlex.split(line, comments=True)[1:]
-        done = processes.run(["-m", "miaobi", *words, *smaller(words)], cwd=workplace, input=TYPED)
+        done = run([*words, *smaller(words)], workplace)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-        assert done.stdout.strip() or words[0] == "chat", line  # two steps may teach nothing to say
+        assert done.stdout.strip() or words[0] in ("chat", "serve"), line  # two steps may teach nothing to say
         if words[0] == "sample":
             wanted = 3 if "--num_samples=3" in words else 10
             prompt = next(word.partition("=")[2] for word in words if word.startswith("--start="))

@@ -79,16 +79,16 @@ def private_cache() -> Path:
     Where that is not the user's alone, or cannot be written, a fresh directory until this process ends, with one line
     of warning: a cache is never a reason to fail.
     """
-    place = None
+    folder = None
     try:
-        place = wished_cache()
-        return private_directory(place)
+        folder = wished_cache()
+        return private_directory(folder)
     except (NotPrivateError, RuntimeError, KeyError) as e:  # no home, or a user that the system does not know
         fresh = tempfile.mkdtemp(prefix="miaobi-")
         atexit.register(_remove, fresh, os.getpid())
         os.environ[OURS] = fresh
-        what = "there is no home directory for the cache" if place is None else f"the cache {place} is not used ({e})"
-        remedy = "" if place is None else "remove it, or "
+        what = "there is no home directory for the cache" if folder is None else f"the cache {folder} is not used ({e})"
+        remedy = "" if folder is None else "remove it, or "
         warn(f"{what}: what is compiled is forgotten when this ends; {remedy}set {OURS} to a directory of your own")
         return Path(fresh)
 
@@ -116,14 +116,14 @@ def keep_compiled_code_private() -> None:
     shared = os.path.join(tempfile.gettempdir(), "torchinductor_")  # which torch may have set by itself
     for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
         ours = private_cache() / name
-        wished = os.environ.get(variable) or ""
-        wished = ours if wished == "" or wished.startswith(shared) else Path(wished)
+        chosen = os.environ.get(variable) or ""
+        chosen = ours if chosen == "" or chosen.startswith(shared) else Path(chosen)
         try:
-            place = private_directory(wished)
+            folder = private_directory(chosen)
         except NotPrivateError as e:
-            warn(f"{wished} is not used for compiled code ({e})")
-            place = private_directory(ours) if wished != ours else Path(tempfile.mkdtemp(dir=private_cache()))
-        os.environ[variable] = str(place)
+            warn(f"{chosen} is not used for compiled code ({e})")
+            folder = private_directory(ours) if chosen != ours else Path(tempfile.mkdtemp(dir=private_cache()))
+        os.environ[variable] = str(folder)
     from torch._inductor.runtime import cache_dir_utils, runtime_utils  # only now: dynamo makes its directory at import
 
     headers = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])

@@ -51,6 +51,8 @@ VERBS = {
     "report": Verb("one page of a run, or of several: curves, samples, text, the verdict and what to try next",
                    "report.config:ReportConfig", "report.page:report", "reported"),
     "doctor": Verb("what this machine has and lacks, with remedies", "doctor:DoctorConfig", "doctor:doctor", "doctor"),
+    "push": Verb("a model to Hugging Face or ModelScope: weights, card, GGUF beside", "push:PushConfig", "push:push",
+                 "pushed", "MODEL"),
     "classify train": Verb("tune a model on labelled texts", "classify.config:ClassifyConfig",
                            "classify.ablation:train", "classifier", "CLASSIFY", "classify.config:load_config",
                            ("origin",)),

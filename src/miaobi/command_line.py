@@ -94,19 +94,19 @@ def fits(word: str, elements: tuple[Any, ...]) -> bool:
 
 def place_words(kind: type, names: Names, line: CommandLine) -> list[tuple[str, str]]:
     """The settings of a command line, its positional words by the names of their settings. Raises UserError."""
-    words, placed = list(line.words), []
+    words, assigned = list(line.words), []
     by_flag = {names.aliases.get(key, key): (key, value) for key, value in line.given}
     for key in (key for key in keys(kind).values() if key.is_positional):
         if typing.get_origin(key.kinds[0]) is tuple:
-            placed += [(key.name, word) for word in words]
+            assigned += [(key.name, word) for word in words]
             words = []
         elif words and key.name not in by_flag:
-            placed.append((key.name, words.pop(0)))
+            assigned.append((key.name, words.pop(0)))
     if words and "model" in by_flag:
         raise UserError(f"two models: {words[0]} and --{'='.join(by_flag['model'])}; give one")
     if words:
         raise UserError(f"{shown(words[0])} is one word too many; settings look like --key=value")
-    return placed + line.given
+    return assigned + line.given
 
 
 def take_config(words: list[str]) -> Path | None:

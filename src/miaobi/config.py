@@ -1,4 +1,4 @@
-"""What a run can be told: frozen dataclasses whose attribute docstrings are the command line's help."""
+"""Settings of a run: frozen dataclasses whose attribute docstrings are the command line's help."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ class TrainConfig(Where):
     """scratch, resume (fail if there is nothing to resume), or a MODEL (run, model directory, hub name) whose weights
     and tokenizer to start from."""
     trainable: Literal["full", "lora"] = "full"
-    """full = every weight moves; lora = small matrices beside those of the MODEL in init_from, which stay as they are.
+    """full = every weight moves; lora = small matrices added to those of the MODEL in init_from, which are frozen.
     Checkpoints are whole models either way; those of lora hold adapter/ in PEFT's format as well."""
     resume_from: Location | None = None
     """Run or checkpoint directory to continue from, when it is not out_dir; or a small-gpt .pth: its weights, not
@@ -254,6 +254,9 @@ class TrainConfig(Where):
     """Steps of the whole run."""
     max_epochs: int | None = None
     """Stop after this many passes over the data; with max_iters as well, what comes first."""
+    average_weights: Literal["auto"] | bool = "auto"
+    """Average the weights along the run; both are scored at every evaluation, and the better of the two is the
+    checkpoint's model. Training stays the same. auto = from scratch, where the text is read twice or more."""
     max_minutes: float | None = None
     """End within this many minutes, the last evaluation included, with the schedule of the learning rate finished: as
     many steps as the speed allows; with max_iters as well, what comes first."""
@@ -262,11 +265,11 @@ class TrainConfig(Where):
     eval_iters: int = 20
     """Evaluation size in batches, on fixed validation windows."""
     eval_first: bool = False
-    """Evaluate once before the first step, to see where the model begins; the result is only told."""
+    """Evaluate once before the first step, to see where the model begins; the result is only printed."""
     eval_only: bool = False
     """Evaluate the last checkpoint and leave."""
     save_interval: int | None = None
-    """Steps between further checkpoints that are kept for good; default none beside best and last."""
+    """Steps between further checkpoints that are kept for good; default none besides best and last."""
     log_interval: int = 10
     """Steps between lines of metrics.jsonl and of the log."""
     patience: int = 10
@@ -367,7 +370,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything `miaobi train` can be told, in sections; keys are unique across them."""
+    """All settings of `miaobi train`, in sections; keys are unique across them."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -40,8 +40,8 @@ def one_line(text: str) -> str:
     return shown(text).replace("\n", "\\n")
 
 
-def _spelled(found: re.Match[str]) -> str:
-    return found[0].encode("unicode_escape").decode() if found[0] < " " else f"\\u{ord(found[0]):04x}"
+def _spelled(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode() if match[0] < " " else f"\\u{ord(match[0]):04x}"
 
 
 class TerminalStream:

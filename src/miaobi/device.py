@@ -183,6 +183,7 @@ def explain_memory(device: torch.device, advice: str) -> Iterator[None]:
         raise UserError(f"out of memory on {device}: {advice}") from e
 
 
+@functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s that the device could reach: from the data sheet for known GPUs, else measured by a square product."""
     if device.type == "cuda":

@@ -30,7 +30,7 @@ UNITS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX512-BF16", "am
          "bf16": "BF16"}  # fmt: skip
 """Flag of a CPU -> its units."""
 TAKEN = 0.3
-"""Cores that others may take before it is told."""
+"""Cores that others may take before it is reported."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def compiled_step() -> Iterator[Check]:
     failed = sorted(place.glob("*.failed"))
     if failed:
         yield Check("cache", "note", f"{place}: a part could not be compiled ({failed[0].name})",
-                    f"read {failed[0]}, mend it and delete the file")  # fmt: skip
+                    f"read {failed[0]}, correct it and delete the file")  # fmt: skip
     else:
         yield Check("cache", "ok", f"{place}, yours alone")
 

@@ -42,9 +42,9 @@ class _Brief(reprlib.Repr):
             return int.__repr__(x) if digits <= BRIEF // 2 else f"<a number of some {digits:,} digits>"
         if isinstance(x, bytes):
             return repr(bytes(x[:BRIEF])) + ("..." if len(x) > BRIEF else "")
-        for kind, way in ((dict, self._dict), (list, self.repr_list), (tuple, self.repr_tuple)):
+        for kind, shorten in ((dict, self._dict), (list, self.repr_list), (tuple, self.repr_tuple)):
             if isinstance(x, kind):
-                return way(x, level)
+                return shorten(x, level)
         return f"<{type(x).__name__}>"
 
     def _dict(self, x: dict, level: int) -> str:

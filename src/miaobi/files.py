@@ -1,6 +1,6 @@
 """Files that are written whole or not at all, pointers between siblings, JSON, and SHA-256: the only place for them.
 
-What is written never follows a link: it is made beside its place, under a name of its own, and renamed.
+What is written never follows a link: it is made in the same directory, under a temporary name, and renamed.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     put_back(path)
     clear_leftovers(path)
-    aside, older = aside_of(path), older_of(path)
-    aside.mkdir(parents=True)
+    temporary, older = aside_of(path), older_of(path)
+    temporary.mkdir(parents=True)
     try:
-        yield aside
-        for file in [p for p in aside.rglob("*") if p.is_file()] + [aside]:
+        yield temporary
+        for file in [p for p in temporary.rglob("*") if p.is_file()] + [temporary]:
             flush(file)
         if os.path.lexists(path):
             path.rename(older)
-        aside.rename(path)
+        temporary.rename(path)
         flush(path.parent)
         remove(older)
     except BaseException:
         put_back(path)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -84,10 +84,10 @@ def clear_leftovers(path: Path) -> None:
     """Remove what killed processes left aside of `path`; another living process may be writing there right now."""
     if not path.parent.is_dir():
         return
-    for aside in path.parent.glob(f".{glob_escape(path.name)}*.tmp"):
-        owner = re.fullmatch(re.escape(f".{path.name}") + r"(?:\.(\d{1,9})-[0-9a-f]{8})?\.tmp", aside.name)
+    for leftover in path.parent.glob(f".{glob_escape(path.name)}*.tmp"):
+        owner = re.fullmatch(re.escape(f".{path.name}") + r"(?:\.(\d{1,9})-[0-9a-f]{8})?\.tmp", leftover.name)
         if owner and not (owner[1] and int(owner[1]) != os.getpid() and is_running(int(owner[1]))):
-            remove(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
+            remove(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def glob_escape(name: str) -> str:
@@ -131,27 +131,27 @@ def point(link: Path, target: str) -> None:
     """Make `link` name its sibling `target`: a relative symlink, or where those are refused a directory of hard links
     (else copies) to the files of `target` itself, so that any program can open it.
     """
-    aside = aside_of(link)
+    temporary = aside_of(link)
     try:
-        aside.symlink_to(target)
+        temporary.symlink_to(target)
     except OSError:
-        aside.mkdir()
+        temporary.mkdir()
         for file in (p for p in (link.parent / target).iterdir() if p.is_file()):
             try:
-                os.link(file, aside / file.name)
+                os.link(file, temporary / file.name)
             except OSError:
-                shutil.copy2(file, aside / file.name)
-        (aside / TARGET).write_text(target + "\n", encoding="utf-8")
+                shutil.copy2(file, temporary / file.name)
+        (temporary / TARGET).write_text(target + "\n", encoding="utf-8")
     if link.is_dir() and not link.is_symlink():
         older = older_of(link)
         remove(older)
         link.rename(older)
-        os.replace(aside, link)
+        os.replace(temporary, link)
         remove(older)
     else:
-        if aside.is_dir() and not aside.is_symlink():
+        if temporary.is_dir() and not temporary.is_symlink():
             link.unlink(missing_ok=True)  # a directory does not replace a file
-        os.replace(aside, link)
+        os.replace(temporary, link)
 
 
 def pointed(link: Path) -> Path | None:
@@ -192,25 +192,25 @@ def text_written_whole(path: Path) -> Iterator[TextIO]:
     """A UTF-8 text file that appears at `path`, in place of a link that is there, when it is whole; else what was there
     stays.
     """
-    aside = aside_of(path)
+    temporary = aside_of(path)
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file, or the link that is there and not what it names, by UTF-8 text in one go."""
-    aside = aside_of(path)
+    temporary = aside_of(path)
     try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -39,18 +39,18 @@ def build(source: Path) -> Path | None:
         return None
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line for line in info if line.startswith(("flags", "Features"))), os.uname().machine)
-    version = Path(program).stat()  # a mended compiler is another one
+    version = Path(program).stat()  # a repaired compiler is another one
     code = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
-    about = (*code, program, f"{version.st_size} {version.st_mtime_ns}", FLAGS, cpu)
-    key = hashlib.sha256("\n".join(about).encode()).hexdigest()
+    identity = (*code, program, f"{version.st_size} {version.st_mtime_ns}", FLAGS, cpu)
+    key = hashlib.sha256("\n".join(identity).encode()).hexdigest()
     made = private_cache() / f"{source.stem}-{key[:16]}.so"
     failed = made.with_suffix(".failed")
     if made.exists():
         return made
     try:
         if failed.exists() and time.time() - failed.stat().st_mtime < TRY_AGAIN:
-            said = next(iter(failed.read_text(encoding="utf-8", errors="replace").splitlines()), "it gave no reason")
-            log(f"{program} could not build {source.name} ({said[:200]}); going on without. Delete {failed} to retry")
+            why = next(iter(failed.read_text(encoding="utf-8", errors="replace").splitlines()), "it gave no reason")
+            log(f"{program} could not build {source.name} ({why[:200]}); going on without. Delete {failed} to retry")
             return None
         import shlex  # of use once per machine
         import subprocess

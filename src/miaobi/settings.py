@@ -48,19 +48,19 @@ class Key:
 @functools.cache
 def keys(kind: type) -> dict[str, Key]:
     """Every setting of a dataclass by its name, those of its sections included; names are unique."""
-    hints, found = typing.get_type_hints(kind, include_extras=True), {}
+    hints, settings = typing.get_type_hints(kind, include_extras=True), {}
     for f in dataclasses.fields(kind):
         hint, default = hints[f.name], f.default if f.default_factory is MISSING else f.default_factory
         if dataclasses.is_dataclass(hint):
-            found |= {k.name: dataclasses.replace(k, section=f.name) for k in keys(hint).values()}
+            settings |= {k.name: dataclasses.replace(k, section=f.name) for k in keys(hint).values()}
             continue
         positional = POSITIONAL in typing.get_args(hint)
         if positional:
             rest = [a for a in typing.get_args(hint)[1:] if a != POSITIONAL]
             hint = typing.Annotated[(typing.get_args(hint)[0], *rest)] if rest else typing.get_args(hint)[0]
         union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-        found[f.name] = Key(f.name, typing.get_args(hint) if union else (hint,), positional, "", kind, default)
-    return found
+        settings[f.name] = Key(f.name, typing.get_args(hint) if union else (hint,), positional, "", kind, default)
+    return settings
 
 
 def run_keys() -> dict[str, Key]:
@@ -135,8 +135,8 @@ def coerce(key: str, value: Any, kinds: tuple[Any, ...], where: str) -> Any:
         if kind is str:
             return text
         if kind is Path or Path in typing.get_args(kind):
-            place = as_place(key, text, where)
-            return Path(place) if kind is Path else place
+            path = as_place(key, text, where)
+            return Path(path) if kind is Path else path
     large = " of at most 64 bits" if int in kinds and re.fullmatch(r"[-+]?\d{19,}", text) else ""
     raise UserError(f"{where}: {key} is {shown(value)}, but it must be {describe(kinds)}{large}")
 
@@ -226,13 +226,13 @@ def collect(
     origin: Origin = {}
     file_values, lines = read_yaml(path) if path else ({}, {})
     for key, value in file_values.items():
-        place = f"{path}, line {lines[key]}"
+        line_of = f"{path}, line {lines[key]}"
         if key in names.no_longer:
             continue
-        name, ours = canonical(kind, names, key, value, place, verb)
+        name, ours = canonical(kind, names, key, value, line_of, verb)
         if name in values:
-            raise UserError(f"{place}: {key} means {name}, which was given at {origin[name]}; keep one")
-        values[name], origin[name] = ours, place
+            raise UserError(f"{line_of}: {key} means {name}, which was given at {origin[name]}; keep one")
+        values[name], origin[name] = ours, line_of
     for key, value in given:
         if key in names.no_longer:
             continue
@@ -298,8 +298,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     Values are text as it stands there (`Scalar`), lists of it, or a Mapping. Raises UserError with file and line.
     """
     if not os.path.exists(path):
-        there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise UserError(f"no configuration file {path}.{suggest(path.name, there)}")
+        names_there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise UserError(f"no configuration file {path}.{suggest(path.name, names_there)}")
     names = {key.section for key in run_keys().values()}
     values, lines = {}, {}
     for key, value, line in read_mapping(path).entries:

@@ -67,6 +67,7 @@ def planned(result: dict[str, Any], cfg: Any) -> None:
           f"{run['epochs']:.1f} passes over the text")  # fmt: skip
     names = ("weights", "gradients", "optimizer", "activations", "working")
     told = ", ".join(f"{name} {size_in_words(memory[name])}" for name in names)
+    told += f", averaged weights {size_in_words(memory['average'])}" if memory["average"] else ""
     print(
         f"memory: {size_in_words(memory['run'])} at micro-batches of {memory['micro_batch']} ({told}; "
         f"a checkpoint being written {size_in_words(memory['checkpoint'])}, "
@@ -82,6 +83,10 @@ def planned(result: dict[str, Any], cfg: Any) -> None:
     told += [f"{result['energy_kwh']:.2f} kWh"] if result["energy_kwh"] is not None else []
     told += [f"costs {result['cost']:.2f}"] if result["cost"] is not None else []
     print(f"time: {', '.join(told)} ({result['time']['basis']})")
+    if forecast := result["forecast"]:
+        curve = ", ".join(f"{bits:.2f} after {epoch:.3g}" for epoch, bits in forecast["curve"])
+        print(f"forecast of the validation text: {curve} passes (bits/char)")
+        print("".join(f"  {line}\n" for line in forecast["advice"]), end="")
 
 
 def size_in_words(n: int) -> str:
@@ -125,6 +130,13 @@ def downloaded(result: dict[str, Any], cfg: Any) -> None:
     for file in result["files"]:
         print(f"{file['path']}: {file['bytes']:,} bytes, SHA-256 {file['sha256']}")
     print(f"license: {result['license']}\nnext: {result['next']}")
+
+
+def pushed(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi push`."""
+    for file in result["files"]:
+        print(f"{file['bytes']:>14,}  {file['path']}")
+    print(f"sent: {result['url']}" if result["url"] else f"nothing was sent; without --dry_run: {result['name']}")
 
 
 def samples(result: dict[str, Any], cfg: Any) -> None:
@@ -290,8 +302,8 @@ def facts(key: Key) -> str:
     else:
         value = key.default() if callable(key.default) else key.default
         default = "" if value is None or value in ("", ()) else f"default: {value!r}".replace("'", "")
-    said = "; ".join(filter(None, ("|".join(choices), default)))
-    return f"[{said}]" if said else ""
+    listed = "; ".join(filter(None, ("|".join(choices), default)))
+    return f"[{listed}]" if listed else ""
 
 
 def docstrings(kind: type) -> dict[str, str]:
@@ -301,14 +313,14 @@ def docstrings(kind: type) -> dict[str, str]:
     import itertools
     import textwrap
 
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for part in reversed(kind.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body
         for attribute, after in itertools.pairwise(body):
             is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             if isinstance(attribute, ast.AnnAssign) and is_text:
-                found[attribute.target.id] = after.value.value
-    return found
+                docs[attribute.target.id] = after.value.value
+    return docs
 
 
 def first_line(kind: type) -> str:

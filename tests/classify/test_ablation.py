@@ -114,10 +114,10 @@ def test_an_interrupted_run_keeps_its_finished_cells(tmp_path: Path, table: Path
     while not first.is_file() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
-    returned, out, err = vars(process.wait(timeout=120)).values()
-    assert returned == code, err
-    assert "finished cells are kept" in err
-    assert 1 <= len(json.loads(out)["rows"]) < 8
+    done = process.wait(timeout=120)
+    assert done.returncode == code, done.stderr
+    assert "finished cells are kept" in done.stderr
+    assert 1 <= len(json.loads(done.stdout)["rows"]) < 8
     assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if not (p / "result.json").is_file()]
 
 

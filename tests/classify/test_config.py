@@ -58,7 +58,7 @@ def test_small_gpts_files_mean_what_they_meant(tmp_path: Path, mask: str, frozen
         protocol="as-published", train_fraction=0.8, pooling=pooling, trainable=trainable, block_size=256, dropout=0.05,
         max_epoch=20, batch_size=24, learning_rate=5e-5, min_lr=6e-6, warmup_iters=100, lr_decay_iters=5000,
         weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip=1.0, eval_interval=100, out_dir="./checkpoints",
-        device="cuda", seed=114514,
+        device="cuda", seed=114514, tensorboard_path="./tensorboard/any&name",
     )  # fmt: skip
     assert origin["protocol"].startswith("small-gpt's way")
     assert load_config(path, [("protocol", "corrected")])[0].protocol == "corrected"

@@ -117,7 +117,7 @@ BAD = [
     ({"messages": [{"role": "narrator", "content": "x"}]}, "turn 1 has the unknown role 'narrator'"),
     ({"messages": HELLO, "conversations": HELLO}, "two dialogues in it: messages and conversations"),
     ({"messages": HELLO, "instruction": "x", "output": "y"}, "two dialogues in it: messages and instruction"),
-    ({"messages": [SYSTEM, *HELLO], "system": "啰嗦"}, "`system` stands beside the turns and in them"),
+    ({"messages": [SYSTEM, *HELLO], "system": "啰嗦"}, "`system` stands next to the turns and in them"),
     ({"messages": HELLO, "system": ["x"]}, "`system` is list, not text"),
     ({"messages": HELLO, "images": ["a.png"]}, "`images` cannot be learned"),
     ({"messages": HELLO, "rejected": "不"}, "`rejected` cannot be learned"),

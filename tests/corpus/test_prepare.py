@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from xxhash import xxh3_128
 
 from miaobi.corpus import blocks, characters, encode, store, workers
 from miaobi.corpus import documents as documents_module
@@ -111,8 +112,19 @@ def test_hash_split(tmp_path, tokenizer):
     assert result["encodings"] == {"utf-8": 1}
     assert data["vocab_size"] == result["vocab_size"] == Tokenizer.load(out).vocab_size
     read = {"encoding": "utf-8", "documents": 400, "characters": len(raw), "skipped": 0, "removed": 0}
-    digest = hashlib.sha256(raw.encode()).hexdigest()
-    assert data["sources"] == [{"path": source, "format": "text", "bytes": len(raw.encode()), "sha256": digest, **read}]
+    hashed = {"bytes": len(raw.encode()), "xxh3_128": xxh3_128(raw.encode()).hexdigest()}
+    assert data["sources"] == [{"path": source, "format": "text", **hashed, **read}]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gb18030"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_of_many_blocks_is_known_by_all_its_bytes(tmp_path, small_blocks, encoding, workers):
+    """Byte order marks included, whoever reads it; twice named, and cut again for a small validation part, too."""
+    path = tmp_path / "novel.txt"
+    path.write_bytes("\n".join(articles(300)).encode(encoding))
+    prepare([str(path), str(path)], PrepareConfig(out=tmp_path / "out", workers=workers))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
+    assert [source["xxh3_128"] for source in manifest["sources"]] == [xxh3_128(path.read_bytes()).hexdigest()] * 2
 
 
 def test_char_vocabulary_is_by_frequency_of_kept_text(tmp_path, small_blocks):

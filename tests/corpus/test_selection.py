@@ -1,12 +1,12 @@
 """--val: the validation part is that file's documents, and training has none of them."""
 
-import hashlib
 import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from xxhash import xxh3_128
 
 from miaobi.corpus import blocks, workers
 from miaobi.corpus.config import PrepareConfig
@@ -145,5 +145,5 @@ def test_the_manifest_knows_its_text_by_content(tmp_path, monkeypatch, name):
         write(path, TRAIN)
     prepare([str(path)], PrepareConfig(out=tmp_path / "out"))
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()  # what sha256sum prints
-    assert {source["sha256"] for source in manifest["sources"]} == {digest}
+    digest = xxh3_128(path.read_bytes()).hexdigest()  # what xxh128sum prints
+    assert {source["xxh3_128"] for source in manifest["sources"]} == {digest}

@@ -153,14 +153,43 @@ STRANGERS = {
     "bert/vocab.txt": ("[PAD]\n[UNK]\n的", None),
     "nano/train.bin": (b"\1\0", "suffix .bin"),
     "nano/meta.pkl": (b"\x80", "suffix .pkl"),
+    "nano/val.bin": (b"\1\0", "suffix .bin"),
+    "data/tokenized/tokenized_train_0.txt": ("101 872 1962 102", "token ids"),
+    "megatron/text_document.idx": (b"MMIDIDX", "suffix .idx"),
+    "arrow/data-00000-of-00001.arrow": (b"ARROW1", "suffix .arrow"),
+    "arrow/dataset_info.json": ('{"splits": {}}', "one JSON object"),
+    "result.json": ('{"settings": {}, "row": {}}', "one JSON object"),
+    "events.out.tfevents.1796035374.host": (b"\x18\0", "suffix .host"),
+    "report.html": ("<p>好</p>", "suffix .html"),
+    "novel.epub": (b"PK", "suffix .epub"),
+    "paper.pdf": (b"%PDF-1.7", "suffix .pdf"),
+    "film.srt": ("1\n00:00:01,000 --> 00:00:02,000\n好", "suffix .srt"),
+    "table.xlsx": (b"PK", "suffix .xlsx"),
+    "notes.txt.bak": ("旧的", "suffix .bak"),
+    "notes.txt~": ("旧的", "suffix .txt~"),
+    "big.txt.part": ("下了一半", "suffix .part"),
+    "~$report.docx": (b"\5user", "suffix .docx"),
+    "._notes.txt": (b"\0\5\x16\7", "hidden"),
+    "books.7z": (b"7z\xbc\xaf", "archive"),
+    "null.json": ("null", "not JSON"),
+    "empty.jsonl": (b"", "empty"),
     "packed.zip/": (None, None),
 }
+OTHERS = {
+    "ablation.csv": ("protocol,pooling,accuracy\ncorrected,mask,0.9\n", "no field 'text'; the fields are protocol, "),
+    "vectors.tsv": ("0.1\t0.2\n0.3\t0.4\n", "no field 'text'; the fields are 0.1, 0.2"),
+    "losses.jsonl": ('{"loss": 3.4}\n{"loss": 2.1}\n', "no field 'text'; the fields are loss"),
+    "alpaca.json": ('[{"instruction": "问", "output": "答"}]', "no field 'text'; the fields are instruction, output"),
+    "ids.json": ("[101, 872, 102]", "int instead of an object: no records"),
+}
+"""Tables and JSON of something else than text, as their first record shows."""
 
 
 def test_a_folder_of_strangers_ends_in_a_table(tmp_path, capsys):
     """What is text is taken, as what it is; each of the others is listed with why it is not."""
     root = tmp_path / "folder"
-    for name, (content, _) in STRANGERS.items():
+    assert len(STRANGERS | OTHERS) + 14 > 60
+    for name, (content, _) in (STRANGERS | OTHERS).items():
         if content is not None:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -194,15 +223,43 @@ def test_a_folder_of_strangers_ends_in_a_table(tmp_path, capsys):
     for name, reason in expected.items():
         assert reason in left[name], name
     assert result["taken"] == {"text": 5, "jsonl": 2, "csv": 1}
-    assert result["skipped_in"] == [str(root / "binary.txt")]
+    assert sorted(result["skipped_in"]) == sorted(str(root / name) for name in ("binary.txt", *OTHERS))
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["left_out"] == result["left_out"]
-    (refused,) = [source for source in manifest["sources"] if source.get("reason")]
-    assert "binary file" in refused["reason"]
+    refused = {Path(source["path"]).name: source["reason"] for source in manifest["sources"] if source.get("reason")}
+    assert refused.keys() == {"binary.txt", *OTHERS}
+    assert "binary file" in refused["binary.txt"]
+    for name, (_, reason) in OTHERS.items():
+        assert f"{name}: {reason}" in refused[name]
+        assert f"left out, {reason}" in told
     assert "taken: 5 as text, 2 as jsonl, 1 as csv" in told
     for reason in ("a link that leads nowhere: ", "is a binary file", "Git LFS pointer", "a model directory"):
         assert reason in told
-    assert len(told.splitlines()) < 30
+    assert len(told.splitlines()) < 50
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "format"),
+    [("a.csv", "id,content\n1,好\n", "auto"), ("a.jsonl", '{"content": "好"}\n', "auto"),
+     ("a.json", '[{"text": "好"}]', "dialogue"), ("a.ndjson", '{"prompt": "问"}', "dialogue")],
+)  # fmt: skip
+def test_a_folder_without_the_field_says_which_there_are(tmp_path, name, content, format):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"no text in the sources; 1 were skipped \(.*{name}: no .*the fields are"):
+        prepare([str(tmp_path / "in")], PrepareConfig(out=tmp_path / "out", format=format))
+    with pytest.raises(UserError, match=rf"{name}.*: no (field|dialogue)"):  # by its name: at once
+        prepare([str(tmp_path / "in" / name)], PrepareConfig(out=tmp_path / "out", format=format))
+
+
+def test_a_record_that_is_damaged_is_not_left_out_with_its_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": \n{"text": "好"}\n', encoding="utf-8")
+    (tmp_path / "b.txt").write_text(TEXT, encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: not JSON"):
+        prepare([str(tmp_path)], PrepareConfig(out=tmp_path / "out"))
+    (tmp_path / "a.jsonl").write_text('{"text": "好"}\n{"loss": 2}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: no field"):
+        prepare([str(tmp_path)], PrepareConfig(out=tmp_path / "out"))
 
 
 def test_many_of_a_kind_are_one_line(tmp_path):

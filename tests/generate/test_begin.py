@@ -76,6 +76,30 @@ def test_greedy_text_is_that_of_transformers(tmp_path, frame, family):
         assert text == prompt + "".join(lm.stream(prompt, cfg))
 
 
+@pytest.mark.parametrize("form", ["vocab.txt", "tokenizer.json"])
+def test_a_text_of_berts_kind_begins_with_its_cls(tmp_path, form):
+    """As UER's Chinese GPT-2s were trained. transformers writes a [SEP] behind the prompt too, where a text ends."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", *dict.fromkeys("皇马赢得比赛球迷期待")]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    hub = transformers.BertTokenizer.from_pretrained(tmp_path)
+    if form == "tokenizer.json":
+        hub.save_pretrained(tmp_path)
+        (tmp_path / "vocab.txt").unlink(missing_ok=True)
+    torch.manual_seed(1)
+    size = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": len(words)}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, eos_token_id=3)).eval()
+    theirs.save_pretrained(tmp_path)
+    lm = load(tmp_path, "cpu", "float32")
+    for prompt in ("皇马赢得", "hello", ""):
+        ids = hub(prompt).input_ids[:-1]
+        assert lm.tokenizer.encode_prompt(prompt) == ids
+        out = theirs.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False,
+                              max_new_tokens=12, pad_token_id=0)[0, len(ids) :].tolist()  # fmt: skip
+        drawn = list(lm.tokens(prompt, SampleConfig(num_samples=1, max_new_tokens=12, temperature=0)))
+        assert drawn == out[: len(drawn)]
+        assert out[len(drawn) :] in ([], [3])
+
+
 def test_a_tokenizer_that_is_told_not_to_begin_does_not(tmp_path):
     written(tmp_path, "<s> $A", add_bos_token=False)
     assert Tokenizer.load(tmp_path).begin_ids == []

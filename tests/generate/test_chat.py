@@ -220,8 +220,12 @@ def test_a_system_message_that_leaves_no_room_is_refused():
 
 def test_replies_with_a_remembered_beginning_are_those_read_anew(talker, monkeypatch):
     """Keys and values kept from turn to turn, against a chat that reads everything again at every turn."""
-    read, hidden = [], Transformer.hidden
+    read, hidden, by_step = [], Transformer.hidden, Slots.read
     monkeypatch.setattr(Slots, "propose", lambda slots: [])  # a right guess would bring the <sep> before the message
+    monkeypatch.setattr(
+        Slots, "read",
+        lambda slots, row, tokens, **how: (read.append(len(tokens)), by_step(slots, row, tokens, **how))[1],
+    )  # fmt: skip
     monkeypatch.setattr(
         Transformer, "hidden",
         lambda model, ids, *args, **kwargs: (read.append(ids.shape[1]), hidden(model, ids, *args, **kwargs))[1],

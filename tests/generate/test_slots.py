@@ -56,7 +56,7 @@ def alone(transformer: Transformer, *wish) -> list[int]:
     return [token for _ in range(one.left) for _, token in slots.advance()]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(st.sampled_from(list(MODELS)), st.integers(1, 4), WISHES)
 def test_streams_that_come_and_go_write_what_each_writes_alone(family, size, wishes):
     """Prompts shorter and longer than the block, alike and not, arriving while others are being written."""
@@ -77,7 +77,7 @@ def test_streams_that_come_and_go_write_what_each_writes_alone(family, size, wis
         assert written[number][0].ids == [*ids, *written[number][1]]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(WISHES, st.data())
 def test_a_stream_that_is_ended_leaves_the_others_as_they_were(wishes, data):
     slots = Slots(MODELS["qwen3"], len(wishes))

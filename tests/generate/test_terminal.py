@@ -1,17 +1,19 @@
 """`miaobi chat` as a person, a pipe and a poor terminal meet it: pseudo-terminals, real signals, real bytes."""
 
+import fcntl
 import io
 import json
 import os
-import signal
+import struct
 import subprocess
 import sys
-from collections.abc import Sequence
-from functools import partial
+import termios
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tests import processes
+from tests.processes import Process
 
 from miaobi.console import TerminalStream, shown
 from miaobi.errors import UserError
@@ -19,6 +21,8 @@ from miaobi.generate import terminal
 from miaobi.generate.config import ChatConfig
 
 pexpect = pytest.importorskip("pexpect", reason="no pseudo-terminals here")
+from pexpect.fdpexpect import fdspawn  # noqa: E402
+
 pyte = pytest.importorskip("pyte")
 
 EXACT = ["--temperature=0", "--top_p=1", "--repetition_penalty=1", "--device=cpu", "--max_new_tokens=20"]
@@ -27,17 +31,16 @@ EXACT = ["--temperature=0", "--top_p=1", "--repetition_penalty=1", "--device=cpu
 class Screen:
     """`miaobi chat` in a pseudo-terminal, and what a person sees of it."""
 
-    def __init__(self, *args: object, command: Sequence[str] = (), **environment: str) -> None:
+    def __init__(self, *args: object, stdout: Path | None = None, **environment: str) -> None:
+        """stdout: a file for it, where that is not the terminal too."""
         self.terminal = pyte.Screen(100, 60)
         self.stream = pyte.ByteStream(self.terminal)
-        command = command or [sys.executable, "-m", "miaobi", "chat", *map(str, args)]
+        ours, self.theirs = os.openpty()
+        fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("4H", 60, 100, 0, 0))
+        tty = Path(os.ttyname(self.theirs))
         env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG"))} | environment
-        # a shell lets what it starts in the background ignore Ctrl-C, this pytest perhaps, and children inherit that
-        listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        self.child = pexpect.spawn(
-            command[0], command[1:], env=env, dimensions=(60, 100), timeout=240, preexec_fn=listen
-        )
-        self.child.delaybeforesend = 0.02
+        self.process = Process(["-m", "miaobi", "chat", *args], env=env, stdin=tty, stdout=stdout or tty, stderr=tty)
+        self.child = fdspawn(ours, timeout=240)
 
     @property
     def lines(self) -> list[str]:
@@ -64,12 +67,13 @@ class Screen:
         return self.until(lambda lines: len(lines) > before and lines[-1] == ">>>")[before:-1]
 
     def leave(self, keys: str) -> int:
-        """Type what ends the session; its exit code."""
-        self.ready()
+        """Type what ends the session, wait for its end and all that was written; its exit code."""
+        self.until(lambda lines: lines and lines[-1].endswith(">>>"))
         self.child.send(keys)
+        code = self.process.wait().returncode
+        os.close(self.theirs)
         self.child.expect(pexpect.EOF)
-        self.child.close()
-        return self.child.exitstatus
+        return code
 
 
 def test_a_conversation_in_a_terminal(talker, tmp_path):
@@ -107,7 +111,7 @@ def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(talker, tmp_path):
     screen.ready()
     screen.child.send("数数\r")
     screen.until(lambda lines: "九十一二三" in "".join(lines))
-    screen.child.sendintr()
+    screen.child.send("\x03")
     screen.ready()
     assert screen.say(f"/save {tmp_path / 'talk.jsonl'}") == []
     (_, told) = json.loads((tmp_path / "talk.jsonl").read_text(encoding="utf-8"))["messages"]
@@ -121,16 +125,15 @@ def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(talker, tmp_path):
 
 @pytest.mark.parametrize("kind", ["xterm", "dumb"])
 def test_json_of_a_conversation_in_a_terminal_goes_elsewhere_alone(talker, tmp_path, kind):
-    shell = f"exec {sys.executable} -m miaobi chat {talker} --json {' '.join(EXACT)} > {tmp_path / 'out.json'}"
-    environment = os.environ | {"TERM": kind, "LANG": "C.UTF-8", "XDG_STATE_HOME": str(tmp_path)}
-    screen = Screen(command=["sh", "-c", shell], **environment)
+    (tmp_path / "out.json").touch()
+    screen = Screen(talker, "--json", *EXACT, stdout=tmp_path / "out.json", TERM=kind, LANG="C.UTF-8",
+                    XDG_STATE_HOME=str(tmp_path))  # fmt: skip
     assert screen.say("你好")[-1] == "你好呀"
     assert "/retry" in "".join(screen.say("/help"))
     screen.ready()
     screen.child.send("\x03")
     screen.until(lambda lines: "Ctrl-C again leaves" in "".join(lines[-2:]) and lines[-1].endswith(">>>"))
-    screen.child.send("exit\r")
-    screen.child.expect(pexpect.EOF)
+    assert screen.leave("exit\r") == 0
     said = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["messages"]
     assert [m["content"] for m in said] == ["你好", "你好呀"]
 
@@ -154,8 +157,9 @@ def piped(lines: bytes, *args: object, **environment: str) -> subprocess.Complet
 
 
 def test_through_a_pipe_only_replies_are_printed(talker):
-    done = piped("你好\nflush\n\n你是谁\nexit\n再见\n".encode(), talker, *EXACT, LANG="C.UTF-8")
-    assert (done.returncode, done.stdout.decode()) == (0, "你好呀\n我叫妙笔\n"), done.stderr
+    command = ["-m", "miaobi", "chat", talker, *EXACT]
+    done = processes.run(command, input="你好\nflush\n\n你是谁\nexit\n再见\n")
+    assert (done.returncode, done.stdout) == (0, "你好呀\n我叫妙笔\n"), done.stderr
     assert not done.stderr
 
 

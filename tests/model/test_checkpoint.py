@@ -7,30 +7,17 @@ import pickle
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from tests.model.conftest import CFG, TOKENIZER
 
-from miaobi.config import ModelConfig
-from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.files import Checksums, point, pointed, put_back, written_whole
 from miaobi.model.checkpoint import load_model, model_directory, save_model
 from miaobi.model.families import to_hf
 from miaobi.model.transformer import Transformer
-
-TOKENIZER = Tokenizer.train_char(Counter("皇马赢得比赛"))
-CFG = ModelConfig(family="gpt2", n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=TOKENIZER.vocab_size)
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    """A model directory."""
-    (tmp_path / "model").mkdir()
-    save_model(tmp_path / "model", Transformer(CFG), TOKENIZER, (TOKENIZER.eot_id,))
-    return tmp_path / "model"
 
 
 def everything(path: Path) -> dict[str, bytes]:

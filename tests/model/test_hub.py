@@ -6,14 +6,14 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import torch
+from tests.flaky import LocalServer
 
 from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ NAME = "someone/tiny-gpt"
 COMMIT = "c" * 40
 
 
-class Hub:
+class Hub(LocalServer):
     """A model as Hugging Face and ModelScope serve it, with faults to order; large files lie in LFS."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -37,27 +37,7 @@ class Hub:
         self.gated = False
         self.config: dict = {"model_type": "gpt2"}
         self.sent: list[tuple[str, int]] = []  # (file, first byte) of every download
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                hub.answer(self)
-
-            do_HEAD = do_GET  # noqa: N815
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__()
 
     def entry(self, name: str) -> dict:
         """What Hugging Face's API says of a file."""

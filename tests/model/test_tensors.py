@@ -7,33 +7,21 @@ import pickle
 import random
 import struct
 import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.model.conftest import CFG
 
-from miaobi.config import ModelConfig
 from miaobi.convert import nanogpt, small_gpt
 from miaobi.corpus.nanogpt import read_characters
-from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.model.checkpoint import load_model, save_model
+from miaobi.model.checkpoint import load_model
 from miaobi.model.families import to_hf
 from miaobi.model.tensors import read_tensors
 from miaobi.model.transformer import Transformer
-
-TOKENIZER = Tokenizer.train_char(Counter("皇马赢得比赛"))
-CFG = ModelConfig(family="gpt2", n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=TOKENIZER.vocab_size)
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    """A model directory."""
-    (tmp_path / "model").mkdir()
-    save_model(tmp_path / "model", Transformer(CFG), TOKENIZER, (TOKENIZER.eot_id,))
-    return tmp_path / "model"
 
 
 def saved(value: object, **how: object) -> bytes:

@@ -120,3 +120,21 @@ def test_measuring_runs_the_steps_of_the_run_and_keeps_nothing(plan, prepared, t
     assert told["time"]["seconds"] == pytest.approx(500 * told["time"]["step"] + 50 * told["time"]["evaluation"])
     assert told["memory"]["measured"] > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_goes_on_too_long_is_told_where_its_validation_turns(miaobi, prepared):
+    answer = miaobi("plan", *tiny(data=prepared(), max_iters=3000, n_embd=128), "--json")
+    told = json.loads(answer.out)["forecast"]
+    assert told["best_epoch"] < 100 < json.loads(answer.out)["run"]["epochs"]
+    assert told["curve"][-1][0] == pytest.approx(json.loads(answer.out)["run"]["epochs"])
+    assert told["bits_at_best"] < told["bits_at_end"]
+    words = " ".join(told["advice"])
+    assert "the validation loss turns after about" in words
+    assert "it stands on" in words, "what it stands on is always told"
+
+
+def test_a_run_unlike_those_measured_is_told_so(miaobi, prepared):
+    answer = miaobi("plan", *tiny(data=prepared(), n_embd=1024, n_layer=4), "--json")
+    told = json.loads(answer.out)["forecast"]
+    assert not told["inside"]
+    assert "outside of what was measured" in told["advice"][0]

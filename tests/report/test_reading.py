@@ -1,6 +1,7 @@
 """A report reads runs that were cut, altered or moved, and says what it lacks."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
+from miaobi.report.page import render
 from miaobi.report.reading import read_run
 from miaobi.report.statistics import COMMON, text_statistics
 
@@ -115,3 +117,16 @@ def test_a_run_goes_on_with_its_samples(train, corpus_file: Path, tmp_path: Path
     assert [sample.step for sample in run.samples] == [10, 20, 30, 40]
     assert "kill" not in run.samples[2].text
     assert run.summary.wall_seconds > run.summary.ended - run.summary.started
+
+
+def test_a_plan_that_was_kept_stands_beside_what_came_of_it(altered):
+    run = altered()
+    assert read_run(str(run)).planned == (None, None)
+    (run / "plan.json").write_text('{"time": {"seconds": 90}, "memory": {"run": 1048576}}', encoding="utf-8")
+    assert read_run(str(run)).planned == (90.0, 1 << 20)
+    assert "planned 1 min 30 s" in re.sub(r"<[^>]+>", "", render([read_run(str(run))]))
+    (run / "plan.json").write_text('{"time": 3, "memory": {"run": "much"}}', encoding="utf-8")
+    assert read_run(str(run)).planned == (None, None)
+    (run / "plan.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"plan\.json"):
+        read_run(str(run))

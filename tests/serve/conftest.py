@@ -17,6 +17,7 @@ import httpx
 import pytest
 import torch
 import uvicorn
+from fastapi import FastAPI
 
 from miaobi.classify import head
 from miaobi.classify.data import Reading
@@ -87,8 +88,9 @@ class Address:
     """A server that runs in a thread of this process."""
 
     url: str
-    served: Served
+    served: Served | None
     cfg: Serve
+    app: FastAPI
 
     @property
     def v1(self) -> str:
@@ -97,7 +99,7 @@ class Address:
 
 
 @contextlib.contextmanager
-def running(cfg: Serve, served: Served) -> Iterator[Address]:
+def running(cfg: Serve, served: Served | None) -> Iterator[Address]:
     """A server on a free port."""
     stopping = threading.Event()
     app = make_app(cfg, served, stopping.is_set)
@@ -109,7 +111,7 @@ def running(cfg: Serve, served: Served) -> Iterator[Address]:
     while not made.started:
         time.sleep(0.01)
     try:
-        yield Address(f"http://127.0.0.1:{listening.getsockname()[1]}", served, cfg)
+        yield Address(f"http://127.0.0.1:{listening.getsockname()[1]}", served, cfg, app)
     finally:
         stopping.set()
         made.should_exit = True
@@ -124,12 +126,13 @@ def judge() -> Callable[[Path, Sequence[str]], Path]:
 
 @pytest.fixture(scope="session")
 def serving() -> Callable:
-    """`with serving(cfg) as address`: models loaded, a server that answers."""
+    """`with serving(cfg) as address`: models loaded, a server that answers; is_loading: that says it has none yet."""
 
     @contextlib.contextmanager
-    def serve(cfg: Serve) -> Iterator[Address]:
+    def serve(cfg: Serve, is_loading: bool = False) -> Iterator[Address]:
         served = load(cfg)
-        with running(cfg, served) as address:
+        with running(cfg, None if is_loading else served) as address:
+            address.served = served
             yield address
         served.close()
 
@@ -154,7 +157,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def site(model_path: Path, place: Path) -> Iterator[Address]:
     """The server: model, classifier, runs."""
     cfg = Serve(model=str(model_path), classifier=str(place / "judge"), runs=str(place / "runs"), device="cpu",
-                dtype="float32", slots=4, max_queue=24, max_tokens=100_000,
+                dtype="float32", slots=4, max_queue=24, max_tokens=100_000, max_new_tokens=16,
                 cors=("http://localhost:3000",))  # fmt: skip
     served = load(cfg)
     with running(cfg, served) as address:

@@ -16,6 +16,7 @@ CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
           negative_data_rejection]  # fmt: skip
 
 
+SIZES = ("n", "max_tokens", "max_completion_tokens", "max_output_tokens")
 SEVERAL = hypothesis.settings(max_examples=10, deadline=None, database=None,
                               suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
 
@@ -37,8 +38,9 @@ def test_answers_are_as_declared(api, mode):
         @SEVERAL
         @hypothesis.given(operation.as_strategy(generation_mode=mode))
         def call(case):
-            if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int):
-                case.body["max_tokens"] = min(case.body["max_tokens"], 4)
+            for name in SIZES:  # to be quick
+                if isinstance(case.body, dict) and isinstance(case.body.get(name), int):
+                    case.body[name] = min(case.body[name], 4)
             case.call_and_validate(checks=CHECKS, timeout=30)
 
         call()

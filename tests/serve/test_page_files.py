@@ -30,6 +30,15 @@ def test_without_a_model_it_says_how_to_serve_one_and_a_key_is_asked_for(visit, 
             expect(page.locator(f"#{tab} code").last).to_have_text(line)
 
 
+def test_it_waits_while_the_model_is_loaded(visit, serving, place):
+    with serving(Serve(runs=str(place / "runs")), is_loading=True) as loading:
+        page = visit(loading.url, "runs", fails=True, until="#server:not([hidden])")
+        expect(page.locator("#server")).to_contain_text("正在载入")
+        loading.app.state.served = loading.served
+        expect(page.locator("[data-runs] .name").first).to_be_visible()
+        expect(page.locator("#server")).to_be_hidden()
+
+
 def test_the_policy_lets_nothing_in_and_is_obeyed(visit, site):
     policy = httpx.get(site.url).headers["content-security-policy"]
     assert "default-src 'none'" in policy
@@ -68,9 +77,10 @@ def test_tables_are_read_as_python_reads_them(visit, site):
     draw, tables = random.Random(0), []
     for _ in range(200):
         rows = [["".join(draw.choices('a字,"\n\r; \t', k=draw.randint(0, 6))) for _ in range(3)] for _ in range(4)]
+        rows.insert(draw.randint(0, 3), [""])  # which Python writes with quotes, and people as a blank line
         sheet = io.StringIO()
         csv.writer(sheet, lineterminator="\r\n").writerows(rows)
-        tables.append((sheet.getvalue(), rows))
+        tables.append((sheet.getvalue().replace('\r\n""\r\n', draw.choice(['\r\n""\r\n', "\r\n\r\n"])), rows))
     page = visit(site.url)
     read = page.evaluate("async texts => { const { parse } = await import('/page/table.js');"
                          " return texts.map((text) => parse(text, ',')); }", [text for text, _ in tables])  # fmt: skip

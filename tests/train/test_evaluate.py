@@ -74,6 +74,7 @@ def test_a_stride_of_one_block_gives_nanogpts_windows(block, count):
     np.testing.assert_array_equal([y for _, y in windows], tokens[1:].reshape(count, block))
 
 
+@pytest.mark.bf16
 @torch.no_grad()
 @pytest.mark.parametrize("n", [2, 3, BLOCK, BLOCK + 1, BLOCK + 2, 61])
 @pytest.mark.parametrize("stride", [1, 4, BLOCK])

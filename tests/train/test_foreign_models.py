@@ -232,7 +232,8 @@ def test_eval_scores_what_transformers_scores(foreign, miaobi, tmp_path):
     assert answer.code == 0, answer.err
     tokenizer = load(directory, device="cpu").tokenizer
     documents = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("eos_token_id") is not None
-    ids = [tokenizer.eot_id, *tokenizer.encode("皇马赢得比赛。"), *([tokenizer.eot_id] if documents else [])]
+    begin = tokenizer.begin_ids or [tokenizer.eot_id]  # BERT's [CLS]
+    ids = [*begin, *tokenizer.encode("皇马赢得比赛。"), *([tokenizer.eot_id] if documents else [])]
     with torch.no_grad():
         loss = theirs(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
     result = json.loads(answer.out)

@@ -65,6 +65,7 @@ def a_step_with_short_windows(run: Run) -> int:
     raise AssertionError
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 def test_micro_batches_of_any_size_give_the_gradient_of_the_whole_batch(new_run, family):
     whole = new_run(family=family)
@@ -141,6 +142,7 @@ def test_a_run_learns_and_writes_down_how(train, prepared, tmp_path, family):
     assert list(run.glob("events.out.tfevents*"))
 
 
+@pytest.mark.bf16
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train, prepared, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(data=prepared(), out_dir=tmp_path / name, seed=seed, dropout=0.2)
@@ -181,6 +183,7 @@ def test_no_evaluation_before_the_first_interval_and_none_dearer_than_the_traini
         assert 0 < windows * 32 <= at * 8 * 32
 
 
+@pytest.mark.bf16
 def test_an_evaluation_before_the_first_step_changes_nothing(train, prepared, tmp_path, capsys):
     for name, first in (("a", False), ("b", True)):
         train(data=prepared(), out_dir=tmp_path / name, eval_first=first, dropout=0.1)

@@ -1,6 +1,8 @@
 """How steps are computed is measured once, remembered, and kept by a run that goes on."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,17 @@ from miaobi.model.transformer import Transformer
 from miaobi.train import computing, measured
 from miaobi.train.computing import choose_computing
 from miaobi.train.layout import Objective, is_compiled, no_recompilation
-from miaobi.train.measured import Computed, Work, choose, choose_compiled, compare, fastest, larger, recall, remember
+from miaobi.train.measured import (
+    ExecutionMode,
+    Work,
+    choose,
+    choose_compiled,
+    compare,
+    fastest,
+    larger,
+    recall,
+    remember,
+)
 from miaobi.train.run_directory import Progress
 from miaobi.train.world import World
 
@@ -39,28 +51,28 @@ def refuse(*_):
     raise AssertionError("measured again")
 
 
-def test_the_first_way_stays_unless_another_is_clearly_faster():
-    a, b, c = (Computed("float32", compiled=part) for part in ("", "blocks", "whole"))
+def test_the_first_mode_stays_unless_another_is_clearly_faster():
+    a, b, c = (ExecutionMode("float32", compiled=part) for part in ("", "blocks", "whole"))
     assert fastest({a: 1.00, b: 0.99, c: 1.2}) == a
     assert fastest({a: 1.00, b: 0.90, c: 0.89}) == b
     assert fastest({a: 1.00, b: 0.90, c: 0.70}) == c
 
 
-def test_ways_take_turns_and_the_first_turn_does_not_count():
-    order, ways = [], {Computed("float32"): 100.0, Computed("bfloat16"): 100.0}
+def test_modes_take_turns_and_the_first_turn_does_not_count():
+    order, modes = [], {ExecutionMode("float32"): 100.0, ExecutionMode("bfloat16"): 100.0}
 
-    def turn(way):
-        order.append(way)
-        return 100.0 if order.count(way) == 1 else float(order.count(way))
+    def turn(mode):
+        order.append(mode)
+        return 100.0 if order.count(mode) == 1 else float(order.count(mode))
 
-    seconds = compare({way: lambda way=way: turn(way) for way in ways})
-    assert order[:4] == [*ways, *ways]
+    seconds = compare({mode: lambda mode=mode: turn(mode) for mode in modes})
+    assert order[:4] == [*modes, *modes]
     assert set(seconds.values()) == {3.0}  # of 2, 3 and 4
 
 
 def test_a_short_run_is_not_measured(monkeypatch):
     monkeypatch.setattr(measured, "compare", refuse)
-    assert choose(work(steps=measured.PIECES - 1), ["float32"], True, "it pays") == Computed("float32")
+    assert choose(work(steps=measured.PIECES - 1), ["float32"], True, "it pays") == ExecutionMode("float32")
 
 
 def test_a_shape_is_measured_once_per_machine(monkeypatch):
@@ -85,10 +97,10 @@ def test_a_shape_is_measured_once_per_machine(monkeypatch):
 def speeds(monkeypatch, **seconds):
     """Ways take so many seconds as the last of `seconds` says whose name their description has in it."""
 
-    def told(way):
-        return [took for name, took in seconds.items() if name in str(way)][-1]
+    def told(mode):
+        return [took for name, took in seconds.items() if name in str(mode)][-1]
 
-    monkeypatch.setattr(measured, "compare", lambda ways: {way: told(way) for way in ways})
+    monkeypatch.setattr(measured, "compare", lambda modes: {mode: told(mode) for mode in modes})
 
 
 def test_probabilities_that_would_take_too_much_memory_are_not_tried(monkeypatch):
@@ -100,8 +112,8 @@ def test_probabilities_that_would_take_too_much_memory_are_not_tried(monkeypatch
 
 
 def test_a_precision_that_is_slower_here_is_not_taken_eager_or_compiled(monkeypatch):
-    monkeypatch.setattr(Work, "set", lambda self, way: True)
-    monkeypatch.setattr(Work, "once", lambda self, way: 1.0)
+    monkeypatch.setattr(Work, "set", lambda self, mode: True)
+    monkeypatch.setattr(Work, "once", lambda self, mode: 1.0)
     speeds(monkeypatch, bfloat16=2.0, float32=1.0, compiled=1.5)
     assert choose(work(), ["bfloat16", "float32"], True, "it pays").dtype == "float32"
     speeds(monkeypatch, bfloat16=2.0, float32=1.0, compiled=0.5)  # compiled, its conversions cost less
@@ -134,24 +146,24 @@ def test_a_larger_micro_batch_is_tried_where_memory_allows_it(monkeypatch):
         (400 * 1000, "", ["blocks", "whole", "whole, explicit", "whole, max_autotune"]),
     ],
 )
-def test_compiled_ways_are_tried_as_far_as_the_run_pays(monkeypatch, steps, why, tried):
+def test_compiled_modes_are_tried_as_far_as_the_run_pays(monkeypatch, steps, why, tried):
     """One second in a thousand steps may go into it."""
     compiled = []
-    monkeypatch.setattr(Work, "set", lambda self, way: compiled.append(way) is None)
+    monkeypatch.setattr(Work, "set", lambda self, mode: compiled.append(mode) is None)
     monkeypatch.setattr(measured, "WORTH", 1e-3)
     speeds(monkeypatch, float32=1.0)
-    choose_compiled(work(steps=steps, rows=1), Computed("float32", seconds=1.0), "float32", why)
+    choose_compiled(work(steps=steps, rows=1), ExecutionMode("float32", seconds=1.0), "float32", why)
     names = [w.compiled + ", explicit" * w.explicit + ", max_autotune" * w.autotuned for w in compiled]
     assert names == tried
 
 
 def test_the_fastest_compiled_way_is_taken(monkeypatch):
-    monkeypatch.setattr(Work, "set", lambda self, way: True)
+    monkeypatch.setattr(Work, "set", lambda self, mode: True)
     speeds(monkeypatch, eager=1.0, blocks=1.1, whole=0.9, explicit=0.95, max_autotune=0.8)
-    found = choose_compiled(work(steps=10**9), Computed("float32", seconds=1.0), "float32", "")
+    found = choose_compiled(work(steps=10**9), ExecutionMode("float32", seconds=1.0), "float32", "")
     assert (found.compiled, found.explicit, found.autotuned, found.seconds) == ("whole", False, True, 0.8)
-    monkeypatch.setattr(Work, "set", lambda self, way: False)  # the compiler fails
-    eager = Computed("float32", seconds=1.0)
+    monkeypatch.setattr(Work, "set", lambda self, mode: False)  # the compiler fails
+    eager = ExecutionMode("float32", seconds=1.0)
     assert choose_compiled(work(steps=10**9), eager, "float32", "it pays") == eager
 
 
@@ -161,7 +173,7 @@ def test_the_fastest_compiled_way_is_taken(monkeypatch):
                                     '{"eager": {"dtype": "float32", "seconds": NaN}}',
                                     '{"eager": {"dtype": "float32", "run": "rm"}}'])  # fmt: skip
 def test_a_damaged_memory_is_no_memory(damage):
-    remember("key", "eager", Computed("float32", explicit=True))
+    remember("key", "eager", ExecutionMode("float32", explicit=True))
     assert recall("key")["eager"].explicit is True
     measured.memory_file("key").write_text(damage)
     assert recall("key") == {}
@@ -172,10 +184,10 @@ def test_a_run_that_goes_on_computes_as_it_began(monkeypatch):
     progress = Progress(step=7, computed={"dtype": "float32", "explicit": True, "why": "another machine"})
     job = work()
     decided = choose_computing(TrainConfig(), job, torch.float32, progress, World())
-    assert decided == Computed("float32", explicit=True, why="another machine")
+    assert decided == ExecutionMode("float32", explicit=True, why="another machine")
     assert all(block.attn.explicit for block in job.objective.model.blocks)
     old = Progress(step=7)  # of a version that did not measure
-    assert choose_computing(TrainConfig(), work(), torch.float32, old, World()) == Computed("float32")
+    assert choose_computing(TrainConfig(), work(), torch.float32, old, World()) == ExecutionMode("float32")
 
 
 def test_the_first_rank_decides_for_all(monkeypatch):
@@ -183,7 +195,7 @@ def test_the_first_rank_decides_for_all(monkeypatch):
         def gather(self, value, group=None):
             return [{"dtype": "float32", "explicit": True}, value]
 
-    monkeypatch.setattr(computing, "choose", lambda *_, **__: Computed("float32", why="slower here"))
+    monkeypatch.setattr(computing, "choose", lambda *_, **__: ExecutionMode("float32", why="slower here"))
     job = work()
     assert choose_computing(TrainConfig(), job, torch.float32, Progress(), Two()).explicit
     assert job.objective.model.blocks[0].attn.explicit
@@ -192,7 +204,7 @@ def test_the_first_rank_decides_for_all(monkeypatch):
 def test_a_precision_that_this_machine_lacks_is_replaced_and_said(capsys):
     progress = Progress(step=7, computed={"dtype": "bfloat16", "explicit": True})
     decided = choose_computing(TrainConfig(), work(), torch.float32, progress, World())
-    assert decided == Computed("float32", explicit=True)
+    assert decided == ExecutionMode("float32", explicit=True)
     assert capsys.readouterr().err.count("warning:") == 1
     damaged = Progress(step=7, computed={"dtype": "int8"})
     with pytest.raises(UserError, match="damaged"):
@@ -218,10 +230,10 @@ def bf16_cpu(monkeypatch) -> list:
 def test_auto_compiles_by_the_work_not_by_the_steps(bf16_cpu, monkeypatch, capsys, steps, pieces, seconds, compiled):
     """A run of 23 seconds in 1,000 steps was compiled once, which took 20; ten minutes in 30 steps were not."""
     took = iter([9 * seconds, seconds])  # the first pass warms up
-    monkeypatch.setattr(Work, "once", lambda self, way: next(took))
+    monkeypatch.setattr(Work, "once", lambda self, mode: next(took))
     progress, job = Progress(), work(steps=steps, rows=pieces)  # a sequence each
-    way = choose_computing(TrainConfig(), job, torch.bfloat16, progress, World())
-    assert bool(way.compiled) == compiled == bool(progress.computed["compiled"])
+    mode = choose_computing(TrainConfig(), job, torch.bfloat16, progress, World())
+    assert bool(mode.compiled) == compiled == bool(progress.computed["compiled"])
     said = capsys.readouterr().err
     assert ("compiling now, which takes some 20 s: the run would take" in said) == compiled
 
@@ -230,7 +242,7 @@ def test_auto_compiles_by_the_work_not_by_the_steps(bf16_cpu, monkeypatch, capsy
 def test_compiling_is_announced_before_it_begins(bf16_cpu, monkeypatch, capsys, asked, begun):
     said = []
     monkeypatch.setattr(measured, "compile_as", lambda *of: said.append(capsys.readouterr().err) or True)
-    monkeypatch.setattr(Work, "once", lambda self, way: 6.0)
+    monkeypatch.setattr(Work, "once", lambda self, mode: 6.0)
     progress = Progress()
     if begun:
         progress = Progress(step=7, computed={"dtype": "bfloat16", "compiled": "blocks", "why": "it saves a lot"})
@@ -245,17 +257,18 @@ def test_no_rank_compiles_where_one_cannot(bf16_cpu, monkeypatch):
         def gather(self, value, group=None):
             return [value, False if isinstance(value, bool) else value]
 
-    monkeypatch.setattr(Work, "once", lambda self, way: 60.0)
+    monkeypatch.setattr(Work, "once", lambda self, mode: 60.0)
     assert not choose_computing(TrainConfig(), work(), torch.bfloat16, Progress(), Two()).compiled
     assert choose_computing(TrainConfig(), work(), torch.bfloat16, Progress(), World()).compiled
 
 
-def test_compiled_blocks_get_their_own_form_of_the_mask(bf16_cpu, monkeypatch):
-    monkeypatch.setattr(Work, "once", lambda self, way: 60.0)
-    job = work()
-    choose_computing(TrainConfig(), job, torch.bfloat16, Progress(), World(), lambda: ("theirs",))
-    choose_computing(TrainConfig(compile=False), job, torch.bfloat16, Progress(), World(), refuse)
-    assert [example for _, example in bf16_cpu] == [("theirs",), job.example]
+def test_compiled_blocks_get_their_own_form_of_the_mask():
+    """On a GPU eager attention takes a matrix, the compiled one FlexAttention's blocks."""
+    job, asked = work(), []
+    job = replace(job, example=lambda rows, compiled: asked.append(compiled) or work().example(rows, compiled))
+    job.once(ExecutionMode("float32"))
+    job.once(ExecutionMode("float32", compiled="blocks"))
+    assert asked == [False, True]
 
 
 def test_a_run_says_below_its_configuration_how_it_computes(train, prepared, tmp_path, monkeypatch):
@@ -276,25 +289,25 @@ def test_a_run_says_below_its_configuration_how_it_computes(train, prepared, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [{"compiled": "blocks"}, {"compiled": "whole", "explicit": True, "autotuned": True}],
+@pytest.mark.parametrize("mode", [{"compiled": "blocks"}, {"compiled": "whole", "explicit": True, "autotuned": True}],
                          ids=["blocks", "whole"])  # fmt: skip
-def test_compiled_ways_have_the_gradients_of_eager_ones_also_of_a_smaller_last_batch(way, capfd):
+def test_compiled_modes_have_the_gradients_of_eager_ones_also_of_a_smaller_last_batch(mode, capfd):
     if not can_compile(CPU):
         pytest.skip("no C++ compiler")
-    job, plain, way = work(family="gpt2"), work(family="gpt2"), Computed("float32", **way)
-    assert job.set(way)
-    assert [line for line in capfd.readouterr().err.splitlines() if not line.startswith("compiled in ")] == []
+    job, plain, mode = work(family="gpt2"), work(family="gpt2"), ExecutionMode("float32", **mode)
+    assert job.set(mode)
+    assert not re.search("autotune|warning", capfd.readouterr().err, re.IGNORECASE), "torch's own words"
     assert is_compiled(job.objective)
     assert not is_compiled(plain.objective)
     compiled = job.objective.whole
-    assert job.set(Computed("float32"))
+    assert job.set(ExecutionMode("float32"))
     assert not is_compiled(job.objective)
-    assert job.set(way)
+    assert job.set(mode)
     assert job.objective.whole is compiled, "compiled once"
     for rows in (3, 2):
         for each in (job, plain):
             each.objective.zero_grad(set_to_none=True)
             with no_recompilation(each.objective):
-                each.objective(*each.example(rows)).backward()
+                each.objective(*each.example(rows, False)).backward()
         for ours, theirs in zip(job.objective.parameters(), plain.objective.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)

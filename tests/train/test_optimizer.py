@@ -122,6 +122,7 @@ def test_wider_models_take_smaller_steps_with_muons_adamw(n_embd, expected):
 # --- Muon --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 96), (8, 64), (128, 16)])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_singular_values_end_near_one(shape, scale):
@@ -144,6 +145,7 @@ def test_iterations_in_float16_keep_gradients_of_any_size(monkeypatch, scale):
     torch.testing.assert_close(orthogonalize(g * scale), exact, atol=0.02, rtol=0)
 
 
+@pytest.mark.bf16
 def test_orthogonalize_turns_each_matrix_towards_its_polar_factor():
     g = torch.randn(4, 32, 48, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(g, full_matrices=False)
@@ -155,6 +157,7 @@ def test_orthogonalize_turns_each_matrix_towards_its_polar_factor():
         torch.testing.assert_close(ours[i], alone, atol=0.03, rtol=0.03)
 
 
+@pytest.mark.bf16
 def test_a_zero_gradient_moves_nothing():
     p = torch.nn.Parameter(torch.ones(8, 8))
     optimizer = Muon([{"params": [p], "parts": [[8]]}], lr=0.1, momentum=0.95)
@@ -175,6 +178,7 @@ def run(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], grad
         optimizer.step()
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("parts", [[16, 16, 16], [16, 8, 8], [24]])
 def test_a_fused_matrix_moves_as_its_parts_would_alone(parts):
     rows = sum(parts)
@@ -191,6 +195,7 @@ def test_a_fused_matrix_moves_as_its_parts_would_alone(parts):
         assert not torch.allclose(whole, fused, atol=1e-3), "orthogonalising the fused matrix is something else"
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("shape", [(32, 32), (64, 16)])
 def test_muon_goes_where_torchs_goes(shape):
     ours, theirs = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))

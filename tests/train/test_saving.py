@@ -112,21 +112,23 @@ def test_weights_that_are_not_finite_are_never_saved(train, prepared, tmp_path, 
 
 @pytest.mark.parametrize("waiting", [True, False])
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_gradients_that_are_not_finite_move_no_optimizer(train, prepared, tmp_path, monkeypatch, family, waiting):
+def test_gradients_that_are_not_finite_move_no_optimizer(
+    train, prepared, tmp_path, monkeypatch, capsys, family, waiting
+):
     """Also where nobody waits for the device to hear of it, as on a GPU."""
     monkeypatch.setattr(optimizer, "WITHOUT_WAITING", () if waiting else ("cpu",))
     runs = []
     init = Run.__init__
 
-    def spied(self, plan):
-        init(self, plan)
+    def spied(self, plan, *started):
+        init(self, plan, *started)
         runs.append(self)
         calls = []
         plan.model.wte.weight.register_hook(lambda g: calls.append(1) or (g * float("nan") if len(calls) == 4 else g))
 
     monkeypatch.setattr(Run, "__init__", spied)
-    with pytest.raises(UserError, match="gradient is not finite at step 4"):
-        train(data=prepared(), out_dir=tmp_path / "run", family=family, log_interval=5)
+    train(data=prepared(), out_dir=tmp_path / "run", family=family, log_interval=5)
+    assert "gradient is not finite at step 4: the step is left out" in capsys.readouterr().err
     model = runs[0].model
     assert all(torch.isfinite(p).all() for p in model.parameters())
     states = [s for o in runs[0].plan.optimizers for state in o.state.values() for s in state.values()]

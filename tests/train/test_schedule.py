@@ -32,7 +32,7 @@ def machine(monkeypatch):
             monkeypatch.setattr(f"miaobi.train.{room}.clock", lambda: now[0])
         monkeypatch.setattr(Run, "step", timed)
         monkeypatch.setattr(Run, "validation_loss", scored)
-        monkeypatch.setattr(schedule.Work, "once", lambda self, way: seconds(0))
+        monkeypatch.setattr(schedule.Work, "once", lambda self, mode: seconds(0))
         return now
 
     return begin
@@ -130,6 +130,7 @@ def test_a_real_run_ends_in_time(train, prepared, tmp_path):
     started = time.perf_counter()
     result = train(data=prepared(), out_dir=tmp_path / "run", max_minutes=0.1, max_iters=10**6, eval_interval=10**6)
     took = time.perf_counter() - started
-    assert took <= 8, f"of 6 s, {took:.1f}"
-    assert result["step"] >= 20
+    assert took <= 15, f"of 6 s, {took:.1f}; machines that run tests are busy"
+    assert result["stopped"] == "max_minutes"
+    assert result["step"] >= 5
     assert not math.isnan(result["val_loss"])

@@ -78,7 +78,7 @@ def ablate(cfg: ClassifyConfig, origin: Origin | None = None) -> dict[str, Any]:
 
 
 class Run:
-    """A run directory: checkpoints/<cell>/result.json, with the classifier beside it where models are kept."""
+    """A run directory: checkpoints/<cell>/result.json, with the classifier next to it where models are saved."""
 
     def __init__(self, cfg: ClassifyConfig, origin: Origin, keep_models: bool) -> None:
         self.keep_models, self.origin = keep_models, origin
@@ -151,31 +151,31 @@ class Run:
         logs = self.out / "logs" / cell.name
         judge, _, row = finetune(self.experiment, cell, logs, lambda: self.stopped is not None, events)
         place = self.out / "checkpoints" / cell.name
-        with written_whole(place) as aside:
+        with written_whole(place) as directory:
             if self.keep_models:
-                head.save(aside, judge)
-                write_card(aside, card_of(self.experiment, judge, row, self.identity), place)
-            write_json(aside / RESULT, {"settings": self.identity, "row": row})
+                head.save(directory, judge)
+                write_card(directory, card_of(self.experiment, judge, row, self.identity), place)
+            write_json(directory / RESULT, {"settings": self.identity, "row": row})
             with Checksums() as checksums:
-                checksums.write(aside)
+                checksums.write(directory)
         log(f"{cell.name}: accuracy {row['accuracy']:.2%}, macro-F1 {row['macro_f1']:.4f}, "
             f"calibration error {row['calibration_error']:.4f}, {row['seconds']:.0f} s")  # fmt: skip
         return row
 
     def earlier(self, cells: list[Cell]) -> list[Row]:
         """Figures that other commands left here, of the same split of the same texts but another pooling or part."""
-        now, told = {(cell.pooling, cell.trainable) for cell in cells}, []
+        now, dated = {(cell.pooling, cell.trainable) for cell in cells}, []
         for path in (self.out / "checkpoints").glob(f"*/{RESULT}"):
             saved = read_result(path)
             if saved is None or any(saved["settings"].get(key) != self.identity[key] for key in SPLIT):
                 continue
             if path.parent.name != "best" and (saved["row"]["pooling"], saved["row"]["trainable"]) not in now:
-                told.append((path.stat().st_mtime, saved["row"]))
-        return [row for _, row in sorted(told, key=lambda one: one[0])]
+                dated.append((path.stat().st_mtime, saved["row"]))
+        return [row for _, row in sorted(dated, key=lambda one: one[0])]
 
     def baselines(self, seeds: Iterable[int]) -> list[Row]:
         """Both baselines on the split of every seed."""
-        found, cfg, data = [], self.experiment.cfg, self.experiment.data
+        results, cfg, data = [], self.experiment.cfg, self.experiment.data
         for seed in sorted(seeds):
             path = self.out / "baselines" / f"{seed}.json"
             saved = read_result(path, "rows")
@@ -185,38 +185,38 @@ class Run:
                 saved = {"settings": self.identity, "rows": baselines(split, data.names, seed)}
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, saved)
-            found += saved["rows"]
-        return found
+            results += saved["rows"]
+        return results
 
     def point_at_best(self) -> None:
         """`checkpoints/best` names this command's classifier that does best on its dev part; of equals the first."""
-        kept = [row for row in self.rows if self.keep_models]
-        if kept:
-            best = max(kept, key=lambda row: row["dev_accuracy"])
+        rows = [row for row in self.rows if self.keep_models]
+        if rows:
+            best = max(rows, key=lambda row: row["dev_accuracy"])
             point(self.out / "checkpoints" / "best", Cell(best["pooling"], best["trainable"], best["seed"]).name)
 
 
 def count(data: Labelled, cfg: ClassifyConfig) -> dict[str, Any]:
     """`differences` of the protocols for the log and the result; {} where a label is too rare for both."""
     try:
-        found = differences(data, cfg.seed, cfg.block_size or 256, cfg.train_fraction)
+        counts = differences(data, cfg.seed, cfg.block_size or 256, cfg.train_fraction)
     except UserError:
         if cfg.protocol == "corrected":
             raise
         return {}
-    published = found["as_published"]
+    published = counts["as_published"]
     log(
-        f"{found['reviews']:,} texts, {len(data.names)} labels: {found['empty']} empty, {found['duplicates']} "
-        f"duplicates ({found['duplicates_with_two_labels']} texts with two labels), {data.skipped} rows left out"
+        f"{counts['reviews']:,} texts, {len(data.names)} labels: {counts['empty']} empty, {counts['duplicates']} "
+        f"duplicates ({counts['duplicates_with_two_labels']} texts with two labels), {data.skipped} rows left out"
     )
     log(
         f"as-published: {published['chunks']:,} chunks, {published['test_chunks']:,} of them to test; "
         f"{published['test_chunks_whose_review_is_also_trained_on']} of a text that is also trained on, "
         f"{published['test_chunks_with_a_duplicate_trained_on']} of a text with a duplicate there"
     )
-    parts = found["corrected"]
+    parts = counts["corrected"]
     log(f"corrected: {parts['train']:,} texts to train, {parts['dev']:,} to choose, {parts['test']:,} to test")
-    return found
+    return counts
 
 
 # Figures
@@ -238,10 +238,10 @@ def versus_svm(rows: list[Row], simple: list[Row]) -> dict[str, float | None]:
 
 def by_cell(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     """(pooling, trainable) -> rows of its seeds."""
-    found: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        found.setdefault((row["pooling"], row["trainable"]), []).append(row)
-    return found
+        groups.setdefault((row["pooling"], row["trainable"]), []).append(row)
+    return groups
 
 
 def write_csv(path: Path, rows: list[Row], simple: list[Row]) -> None:
@@ -286,9 +286,9 @@ def _plot(path: Path, rows: list[Row], simple: list[Row], cfg: ClassifyConfig) -
     axes.set(xticks=range(len(shown)), xticklabels=shown, ylabel="accuracy, %", ylim=(max(0, 100 * lowest - 8), 100))
     axes.set_title(f"{cfg.protocol}: {cfg.data}", parse_math=False)  # a name may have $ in it
     axes.legend(loc="lower left")
-    aside = aside_of(path)  # in place of a link, not through it
+    temporary = aside_of(path)  # in place of a link, not through it
     try:
-        figure.savefig(aside, dpi=150, format="png")
-        aside.replace(path)
+        figure.savefig(temporary, dpi=150, format="png")
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

@@ -39,8 +39,9 @@ def prepare_base(cfg: ClassifyConfig, base: str, seed: int) -> tuple[Transformer
     """The base model, its tokenizer, and how texts are laid out for it.
 
     as-published: `<start>` text `<extract>`, two tokens that the model never saw, drawn as torch draws embeddings
-    (standard deviation 1), as small-gpt does. corrected: the text, and the token that ended texts in pretraining where
-    it is not the padding, which transformers would not pool. A base that is a classifier itself reads on as it did.
+    (standard deviation 1), as small-gpt does. corrected: the text in its tokenizer's own frame (`<s>`, `[CLS]` and
+    `[SEP]`); where that puts nothing behind, the token that ended texts in pretraining; none that is the padding, which
+    transformers would not pool. A base that is a classifier itself reads on as it did.
 
     Raises UserError for a tokenizer without padding, and what `load_model` raises.
     """
@@ -52,13 +53,16 @@ def prepare_base(cfg: ClassifyConfig, base: str, seed: int) -> tuple[Transformer
     pad = tokenizer.eot_id if tokenizer.pad_id is None else tokenizer.pad_id
     if pad is None:
         raise UserError(f"the tokenizer of {base} has neither a padding nor an end token; choose another base_model")
-    if trained and (trained.reading.before or cfg.protocol == "corrected"):
+    has_marks = trained and tokenizer.token_to_id(MARKS[0]) in trained.reading.before
+    if trained and (has_marks or cfg.protocol == "corrected"):
         return model, tokenizer, dataclasses.replace(trained.reading, block_size=size, long_texts=cfg.long_texts)
     if cfg.protocol == "as-published":
         tokenizer, (start, extract) = with_marks(tokenizer, model, seed)
         return model, tokenizer, Reading(size, cfg.long_texts, (start,), (extract,), pad)
+    before, behind = tokenizer.frame
     ends = [id_ for id_ in (*reversed(model.end_ids), tokenizer.eot_id, tokenizer.sep_id) if id_ not in (None, pad)]
-    return model, tokenizer, Reading(size, cfg.long_texts, (), tuple(ends[:1]), pad)
+    after = tuple(id_ for id_ in behind if id_ != pad) or tuple(ends[:1])
+    return model, tokenizer, Reading(size, cfg.long_texts, tuple(before), after, pad)
 
 
 def base_classifier(base: str) -> head.Judge | None:

@@ -1,4 +1,4 @@
-"""What `miaobi classify` can be told, with small-gpt's own key names understood."""
+"""Settings of `miaobi classify`, with small-gpt's own key names understood."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a text becomes rows of token ids; saved beside a classifier."""
+    """How a text becomes rows of token ids; saved with a classifier."""
 
     block_size: int
     """Tokens of a row at most, `before` and `after` included."""
@@ -160,10 +160,10 @@ def find_columns(
     source: Source, names: list[str], text: str | None, label: str | None, labels: bool
 ) -> tuple[str, str | None]:
     """The text and the label column. Raises UserError where one is missing, or there several times."""
-    found = []
+    columns = []
     for asked, known, key in (text, TEXT_COLUMNS, "text_column"), (label, LABEL_COLUMNS, "label_column"):
         if key == "label_column" and asked is None and not labels:
-            return found[0], None
+            return columns[0], None
         name = asked if asked is not None else next((n for n in known if n in names), None)
         if name is None or name not in names:
             asked = f"no column {asked!r}" if asked is not None else f"no column called {', '.join(known)}"
@@ -171,8 +171,8 @@ def find_columns(
                             f"Name one with --{key}")  # fmt: skip
         if name in repeated(names):
             refuse_repeated(source.name, name)
-        found.append(name)
-    return found[0], found[1]
+        columns.append(name)
+    return columns[0], columns[1]
 
 
 def _problem(record: Record, columns: tuple[str, str | None], names: list[str] | None) -> str:
@@ -232,8 +232,8 @@ def distinct(data: Labelled) -> Labelled:
     for i, text in enumerate(data.texts):
         if key := normalized(text):
             first.setdefault(key, i)
-    kept = list(first.values())
-    return Labelled([data.texts[i] for i in kept], data.labels[kept], data.names, data.skipped)
+    rows_left = list(first.values())
+    return Labelled([data.texts[i] for i in rows_left], data.labels[rows_left], data.names, data.skipped)
 
 
 def stratified(labels: np.ndarray, names: list[str], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -243,12 +243,12 @@ def stratified(labels: np.ndarray, names: list[str], seed: int) -> tuple[np.ndar
     """
     parts: list[list[np.ndarray]] = [[], [], []]
     for label, name in enumerate(names):
-        found = np.flatnonzero(labels == label)
-        if len(found) < LEAST:
-            raise UserError(f"label {brief(name)} has {len(found)} distinct texts; at least {LEAST} are needed, one "
+        rows = np.flatnonzero(labels == label)
+        if len(rows) < LEAST:
+            raise UserError(f"label {brief(name)} has {len(rows)} distinct texts; at least {LEAST} are needed, one "
                             "each to train, to choose and to test: add some, or remove the label")  # fmt: skip
-        order = np.random.default_rng(derive(seed, "split", label)).permutation(found)
-        tenth = max(1, round(0.1 * len(found)))
+        order = np.random.default_rng(derive(seed, "split", label)).permutation(rows)
+        tenth = max(1, round(0.1 * len(rows)))
         for part, chosen in zip(parts, (order[2 * tenth :], order[:tenth], order[tenth : 2 * tenth]), strict=True):
             part.append(chosen)
     train, dev, test = (np.sort(np.concatenate(part)) for part in parts)

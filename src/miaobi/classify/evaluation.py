@@ -26,8 +26,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     from scipy.optimize import minimize_scalar
 
     limit = np.log(8)
-    found = minimize_scalar(lambda t: log_loss(logits / np.exp(t), labels), bounds=(-limit, limit), method="bounded")
-    return float(np.exp(found.x))
+    optimum = minimize_scalar(lambda t: log_loss(logits / np.exp(t), labels), bounds=(-limit, limit), method="bounded")
+    return float(np.exp(optimum.x))
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
@@ -73,14 +73,14 @@ def baselines(split: Split, names: list[str], seed: int) -> list[dict[str, Any]]
 
     Returns name, seed, accuracy, macro_f1, confusion and seconds of each.
     """
-    found = []
+    results = []
     for name, predict in ("majority", commonest), ("svm", support_vectors):
         started = time.perf_counter()
         predicted = predict(split.train, split.test)
         seconds = round(time.perf_counter() - started, 2)
-        found.append({"name": name, "seed": seed, **scores(predicted, split.test.labels, len(names)),
+        results.append({"name": name, "seed": seed, **scores(predicted, split.test.labels, len(names)),
                       "seconds": seconds})  # fmt: skip
-    return found
+    return results
 
 
 def commonest(train: Part, test: Part) -> np.ndarray:

@@ -186,11 +186,11 @@ class Finetuning:
             c.eval()
             rows = [ids[i] for i in new]
             if self.cell.trainable == "head":
-                found = self.judge.run(lambda x, lengths: c.pooled(c.lower(x), lengths), rows)
+                states = self.judge.run(lambda x, lengths: c.pooled(c.lower(x), lengths), rows)
             else:
                 padded = self.judge.run(lambda x, _: c.lower(x), rows)
-                found = [s[: full or len(row)].clone() for s, row in zip(padded, rows, strict=True)]
-            self.states |= {keys[i]: state for i, state in zip(new, found, strict=True)}
+                states = [s[: full or len(row)].clone() for s, row in zip(padded, rows, strict=True)]
+            self.states |= {keys[i]: state for i, state in zip(new, states, strict=True)}
         return [self.states[key] for key in keys]
 
     def order(self) -> Iterator[np.ndarray]:

@@ -111,20 +111,20 @@ def buckets(lengths: np.ndarray, tokens: int, slack: float) -> list[np.ndarray]:
     """Indices of rows of like length: each bucket fits into `tokens` when padded (or holds one row), and its shortest
     row has at least `slack` of the longest's length. lengths: (R,). Longest first.
     """
-    order, found, begin = np.argsort(-lengths, kind="stable"), [], 0
+    order, batches, begin = np.argsort(-lengths, kind="stable"), [], 0
     for end in range(1, len(order) + 1):
         longest = lengths[order[begin]]
         full = end < len(order) and ((end - begin + 1) * longest > tokens or lengths[order[end]] < slack * longest)
         if full or end == len(order):
-            found.append(order[begin:end])
+            batches.append(order[begin:end])
             begin = end
-    return found
+    return batches
 
 
-def token_budget(device: torch.device, wish: int | None) -> tuple[int, float]:
+def token_budget(device: torch.device, requested: int | None) -> tuple[int, float]:
     """Tokens of a micro-batch, and the slack of `buckets`, that suit a device."""
     on_cpu = device.type == "cpu"
-    return wish or (CPU_TOKENS if on_cpu else GPU_TOKENS), SLACK if on_cpu else 0.5
+    return requested or (CPU_TOKENS if on_cpu else GPU_TOKENS), SLACK if on_cpu else 0.5
 
 
 def padded(rows: list[Tensor], pad_id: int, length: int | None = None) -> tuple[Tensor, Tensor]:
@@ -178,22 +178,22 @@ class Judge:
 
     def run(self, stage: Callable[[Tensor, Tensor], Tensor], rows: list[Tensor]) -> list[Tensor]:
         """`stage(batch, lengths)` without gradients, a tensor for each row in their order, on the CPU."""
-        found: list[Any] = [None] * len(rows)
+        results: list[Any] = [None] * len(rows)
         with torch.no_grad():
             for chosen in self.buckets(rows):
                 x, lengths = self.batch([rows[i] for i in chosen])
                 with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
                     out = stage(x, lengths).float().cpu()
                 for i, value in zip(chosen, out, strict=True):
-                    found[i] = value
-        return found
+                    results[i] = value
+        return results
 
     def logits(self, rows: list[Tensor], owner: np.ndarray, units: int) -> np.ndarray:
         """Logits (units, labels) float64: the mean over the rows of each. Puts the classifier into eval mode."""
         self.classifier.eval()
-        found = torch.stack(self.run(self.classifier, rows)).double().numpy()
-        total = np.zeros((units, found.shape[1]))
-        np.add.at(total, owner, found)
+        logits = torch.stack(self.run(self.classifier, rows)).double().numpy()
+        total = np.zeros((units, logits.shape[1]))
+        np.add.at(total, owner, logits)
         return total / np.bincount(owner, minlength=units)[:, None]
 
     def probabilities(self, texts: list[str]) -> np.ndarray:

@@ -35,11 +35,11 @@ def run_directory(cfg: ClassifyConfig, origin: Origin, base: str) -> Path:
     Raises UserError for another place that a model has: `best` would no longer be that model.
     """
     out = Path(cfg.out_dir)
-    if origin.get("out_dir", "").endswith(CHECKPOINT_ROOT) and (found := occupant(out, base)):
-        log(f"{CHECKPOINT_ROOT}={out} holds {found}: the classifiers go into {out / 'classify'}")
+    if origin.get("out_dir", "").endswith(CHECKPOINT_ROOT) and (owner := occupant(out, base)):
+        log(f"{CHECKPOINT_ROOT}={out} holds {owner}: the classifiers go into {out / 'classify'}")
         out = out / "classify"
-    if found := occupant(out, base):
-        raise UserError(f"out_dir {out} holds {found}, which a classifier would displace; choose another --out_dir")
+    if owner := occupant(out, base):
+        raise UserError(f"out_dir {out} holds {owner}, which a classifier would displace; choose another --out_dir")
     return out
 
 
@@ -106,15 +106,15 @@ def read_result(path: Path, key: str = "row") -> dict[str, Any] | None:
     nothing, or nothing whole, which is said.
     """
     try:
-        found = read_json(path)
+        result = read_json(path)
     except UserError as e:
         warn_once(f"{e}: what it tells is computed anew")
         return None
-    if not found:
+    if not result:
         return None
-    rows, asked = ([found.get("row")], ROW) if key == "row" else (found.get("rows"), BASELINE)
-    kinds = isinstance(found.get("settings"), dict) and is_a(rows, list[dict]) and bool(rows)
+    rows, asked = ([result.get("row")], ROW) if key == "row" else (result.get("rows"), BASELINE)
+    kinds = isinstance(result.get("settings"), dict) and is_a(rows, list[dict]) and bool(rows)
     if kinds and all(name in row and is_a(row[name], kind) for row in rows for name, kind in asked.items()):
-        return found
+        return result
     warn_once(f"{path} does not hold the figures of a classifier; they are computed anew")
     return None

@@ -50,17 +50,17 @@ def read_input(cfg: PredictConfig) -> Iterator[Row]:
     Rows that `skip_bad` leaves out are counted. Raises UserError for a file that is missing, has no such column or
     cannot be read, and for a directory.
     """
-    given, skipped = cfg.input, 0
-    if given is None or given == "-":
+    texts, skipped = cfg.input, 0
+    if texts is None or texts == "-":
         rows = read_stream(sys.stdin.buffer, "standard input", cfg.skip_bad)
-    elif os.path.isdir(given):  # pathlib's raises on a long text
-        raise UserError(f"{given} is a directory; give a text, a file, or - for lines of standard input")
-    elif os.path.isfile(given) or Path(given).suffix.lower() in FILES:
-        rows = read_file(given, cfg)
-    elif os.path.exists(given):  # <(...) of a shell
-        rows = read_pipe(given, cfg.skip_bad)
+    elif os.path.isdir(texts):  # pathlib's raises on a long text
+        raise UserError(f"{texts} is a directory; give a text, a file, or - for lines of standard input")
+    elif os.path.isfile(texts) or Path(texts).suffix.lower() in FILES:
+        rows = read_file(texts, cfg)
+    elif os.path.exists(texts):  # <(...) of a shell
+        rows = read_pipe(texts, cfg.skip_bad)
     else:
-        rows = iter([Row("the text", given)])
+        rows = iter([Row("the text", texts)])
     for row in rows:
         if row is None:
             skipped += 1
@@ -95,8 +95,8 @@ def predictions(judge: Judge, rows: Iterator[Row], cfg: PredictConfig) -> Iterat
     advice = "try --micro_tokens=1024, then a smaller --batch_size"
     while batch := list(islice(rows, cfg.batch_size)):
         with explain_memory(judge.device, advice):
-            found = judge.probabilities([row.text for row in batch])
-        for row, values in zip(batch, found, strict=True):
+            probabilities = judge.probabilities([row.text for row in batch])
+        for row, values in zip(batch, probabilities, strict=True):
             best = int(values.argmax())
             chances = {name: round(float(p), 4) for name, p in zip(judge.labels, values, strict=True)}
             yield row, {"label": judge.labels[best], "probability": chances[judge.labels[best]],
@@ -129,8 +129,8 @@ class Score:
         """accuracy, macro_f1 and confusion over `labels`; {} without true labels."""
         if not self.true:
             return {}
-        found = scores(np.array(self.predicted), np.array(self.true), len(self.labels))
-        return found | {"labels": self.labels, "unseen_labels": sorted(self.unseen)}
+        figures = scores(np.array(self.predicted), np.array(self.true), len(self.labels))
+        return figures | {"labels": self.labels, "unseen_labels": sorted(self.unseen)}
 
 
 def write(judge: Judge, rows: Iterator[Row], cfg: PredictConfig, as_json: bool) -> None:
@@ -141,22 +141,23 @@ def write(judge: Judge, rows: Iterator[Row], cfg: PredictConfig, as_json: bool) 
     """
     score = Score(judge.labels)
     if as_json:
-        with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as aside:  # as long as the input may be
+        with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as buffer:  # as long as the input may be
             separator = ""
-            for row, found in predictions(judge, rows, cfg):
-                score.add(row, found["label"])
-                aside.write(separator + json_text({"text": row.text, **found}))
+            for row, prediction in predictions(judge, rows, cfg):
+                score.add(row, prediction["label"])
+                buffer.write(separator + json_text({"text": row.text, **prediction}))
                 separator = ", "
-            aside.seek(0)
+            buffer.seek(0)
             print('{"predictions": [', end="")
-            shutil.copyfileobj(aside, sys.stdout)
+            shutil.copyfileobj(buffer, sys.stdout)
             print("]", *(f"{json_text(k)}: {json_text(v)}" for k, v in score.result().items()), sep=", ", end="}\n")
     else:
         warn_of_encoding()
-        for row, found in predictions(judge, rows, cfg):
-            score.add(row, found["label"])
-            label, text = (" ".join(value.split()) for value in (found["label"], row.text))  # one line, three columns
-            print(f"{label}\t{found['probability']:.4f}\t{text}")
+        for row, prediction in predictions(judge, rows, cfg):
+            score.add(row, prediction["label"])
+            # one line, three columns
+            label, text = (" ".join(value.split()) for value in (prediction["label"], row.text))
+            print(f"{label}\t{prediction['probability']:.4f}\t{text}")
         if result := score.result():
             log(f"accuracy {result['accuracy']:.2%}, macro-F1 {result['macro_f1']:.4f}")
     if score.unlabelled:

@@ -1,4 +1,4 @@
-"""What `miaobi convert` can be told."""
+"""Settings of `miaobi convert`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ConvertConfig:
     checkpoint: Positional[Path]
     """The .pth or .pt file."""
     out: Path | None = None
-    """Model directory to write; default: the checkpoint's name with .miaobi, beside it."""
+    """Model directory to write; default: the checkpoint's name with .miaobi, next to it."""
 
     license: str | None = field(default=None, kw_only=True)
     """License of the model, for its card, by the hub's id: apache-2.0, mit, cc-by-4.0, ..."""
@@ -63,4 +63,4 @@ class GGUFConfig(ModelChoice):
     """BPE only. exact = the same ids as here, for a llama.cpp of April 2026 or later; compatible = any llama.cpp, with
     other ids for some texts (the command counts them)."""
     ollama: bool = False
-    """Write a Modelfile beside it: `ollama create NAME -f Modelfile`."""
+    """Write a Modelfile next to it: `ollama create NAME -f Modelfile`."""

@@ -69,32 +69,32 @@ def convert(config: GGUFConfig) -> dict[str, Any]:
     if out.is_dir():
         raise UserError(f"--out={out} is a directory; give the name of a file")
     vocabulary = vocabulary_of(tokenizer, model.cfg.vocab_size, config.bpe)
-    aside = aside_of(out)
+    temporary = aside_of(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(aside, model.cfg.family)
+    writer = gguf.GGUFWriter(temporary, model.cfg.family)
     try:
         writer.add_name(_name(config.model, directory))
         writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[config.quantize]])
         write_shape(writer, model, gguf)
         write_tokenizer(writer, vocabulary, tokenizer, model)
-        odd = write_tensors(writer, model, config.quantize, gguf)
+        unaligned = write_tensors(writer, model, config.quantize, gguf)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        aside.replace(out)
+        temporary.replace(out)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     result = {
         "out": str(out),
         "bytes": out.stat().st_size,
         "parameters": model.num_parameters(),
         "quantize": config.quantize,
         "tokenizer": vocabulary.model + (f"/{vocabulary.pre}" if vocabulary.pre else ""),
-        "kept_in_f16": odd,
+        "kept_in_f16": unaligned,
     } | differences(model, tokenizer, vocabulary)
-    if odd:
-        log(f"{len(odd)} matrices have rows that are no multiple of {BLOCK} and stay f16, such as {odd[0]}")
+    if unaligned:
+        log(f"{len(unaligned)} matrices have rows that are no multiple of {BLOCK} and stay f16, such as {unaligned[0]}")
     if config.ollama:
         result["modelfile"] = str(write_modelfile(out, tokenizer, model))
     return result
@@ -126,9 +126,9 @@ def vocabulary_of(tokenizer: Tokenizer, rows: int, bpe: str = "exact") -> Vocabu
     """
     settings = json.loads(tokenizer.backend.to_str())
     added = {token["id"] for token in settings["added_tokens"]}
-    raw = isinstance(tokenizer.backend.model, models.BPE) and tokenizer.backend.model.byte_fallback
+    byte_fallback = isinstance(tokenizer.backend.model, models.BPE) and tokenizer.backend.model.byte_fallback
     byte_level = (settings.get("pre_tokenizer") or {}).get("type") == "ByteLevel"
-    if not (raw and settings["normalizer"] is None) and not byte_level:
+    if not (byte_fallback and settings["normalizer"] is None) and not byte_level:
         kind = type(tokenizer.backend.model).__name__
         raise UserError(f"llama.cpp has no tokenizer that gives the same ids as this {kind}; models with miaobi's own "
                         "tokenizers (char, bpe) and with GPT-2's can be written")  # fmt: skip
@@ -142,17 +142,18 @@ def vocabulary_of(tokenizer: Tokenizer, rows: int, bpe: str = "exact") -> Vocabu
         elif id_ in added:
             tokens.append(token)
             types.append(CONTROL)
-        elif raw and token == BYTE_PIECES[ord(" ")] and " " not in by_id.values():
+        elif byte_fallback and token == BYTE_PIECES[ord(" ")] and " " not in by_id.values():
             tokens.append(BLANK)  # a text's blanks have become this sign before they could become bytes
             types.append(NORMAL)
-        elif raw and token in BYTE_PIECES:
+        elif byte_fallback and token in BYTE_PIECES:
             tokens.append(token)
             types.append(BYTE)
-        elif raw and BLANK in token:  # in these files ▁ is a blank; the character itself goes through its bytes
+        elif byte_fallback and BLANK in token:
+            # in these files ▁ is a blank; the character itself goes through its bytes
             tokens.append(f"<literal {id_}>")
             types.append(UNUSED)
         else:
-            tokens.append(token.replace(" ", BLANK) if raw else token)
+            tokens.append(token.replace(" ", BLANK) if byte_fallback else token)
             types.append(NORMAL)
     if byte_level:
         return Vocabulary("gpt2", "gpt-2", tokens, types, None, [" ".join(pair) for pair in _merges(settings)])
@@ -240,10 +241,10 @@ def write_tensors(writer: gguf.GGUFWriter, model: Transformer, quantize: str, gg
     kinds = gguf.GGMLQuantizationType
     small = quantize.startswith(("q4", "q5"))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[cfg.family.upper()], cfg.n_layer)
-    odd = []
+    unaligned = []
     for name, weight in to_hf(model).items():
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if theirs is None:
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
             raise UserError(f"GGUF has no name for the tensor {name} of a {cfg.family} model")
         weight = weight.float()
         if cfg.family == "gpt2" and ".c_" in name and weight.ndim == 2:
@@ -251,15 +252,15 @@ def write_tensors(writer: gguf.GGUFWriter, model: Transformer, quantize: str, gg
         if cfg.family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             weight = _interleaved(weight, head_dim(cfg))
         array = np.ascontiguousarray(weight.numpy())
-        if array.ndim == 1 or "position_embd" in theirs or quantize == "f32":
-            writer.add_tensor(theirs, array)
+        if array.ndim == 1 or "position_embd" in gguf_name or quantize == "f32":
+            writer.add_tensor(gguf_name, array)
             continue
-        kind = kinds["Q8_0" if small and "embd" in theirs else quantize.upper()]
+        kind = kinds["Q8_0" if small and "embd" in gguf_name else quantize.upper()]
         if quantize.startswith("q") and array.shape[1] % BLOCK:
             kind = kinds.F16
-            odd.append(theirs)
-        writer.add_tensor(theirs, gguf.quants.quantize(array, kind), raw_dtype=kind)
-    return odd
+            unaligned.append(gguf_name)
+        writer.add_tensor(gguf_name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    return unaligned
 
 
 def _interleaved(weight: torch.Tensor, width: int) -> torch.Tensor:
@@ -273,27 +274,27 @@ SAMPLE = "中国队在比赛中取得了胜利，记者昨天从北京了解到�
 @torch.no_grad()
 def differences(model: Transformer, tokenizer: Tokenizer, vocabulary: Vocabulary) -> dict[str, Any]:
     """What llama.cpp computes otherwise, measured, and said in a line each."""
-    found: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     if model.cfg.family == "gpt2" and model.cfg.activation == "gelu":
         ids = torch.tensor([tokenizer.encode(SAMPLE)[: model.cfg.block_size]])
         exact = model(ids)
         for block in model.blocks:
             block.mlp.approximate = "tanh"
         tanh = model(ids)
-        found["gelu_logit_difference"] = (exact - tanh).abs().max().item()
+        report["gelu_logit_difference"] = (exact - tanh).abs().max().item()
         warn("llama.cpp computes GELU by its tanh approximation, this model was trained with the exact one: logits "
-             f"differ by up to {found['gelu_logit_difference']:.4f} on a sentence")  # fmt: skip
+             f"differ by up to {report['gelu_logit_difference']:.4f} on a sentence")  # fmt: skip
     literal = sum(token.startswith("<literal ") for token in vocabulary.tokens)
     if literal:
-        found["pieces_left_out"] = literal
+        report["pieces_left_out"] = literal
         warn(
             f"{literal} pieces hold the character {BLANK}, which stands for a blank there; texts with it get other ids"
         )
-    return found
+    return report
 
 
 def write_modelfile(out: Path, tokenizer: Tokenizer, model: Transformer) -> Path:
-    """Ollama's Modelfile beside the file. Returns its path."""
+    """Ollama's Modelfile next to the file. Returns its path."""
     template = source_of(tokenizer)
     lines = [f"FROM ./{out.name}"]
     if template in OLLAMA_TEMPLATES:

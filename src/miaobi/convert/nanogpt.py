@@ -50,16 +50,16 @@ def convert(
     if meta is not None:
         pieces = read_characters(Path(meta).expanduser())
         tokenizer = character_tokenizer(pieces, [], first_byte=rows, config={})
-        known, source = len(pieces), meta
+        size, source = len(pieces), meta
     else:
-        found = Tokenizer.load(Path(tokenizer_dir).expanduser())
-        tokenizer = Tokenizer(found.backend, {"eos_token": EOT})  # nothing else of the other model's configuration
-        known, source = tokenizer.vocab_size, tokenizer_dir
-    if rows != known and (rows < known or rows % VOCAB_MULTIPLE):
-        raise UserError(f"{path} has {rows:,} tokens, {source} has {known:,}: it is not the vocabulary that this model "
+        loaded = Tokenizer.load(Path(tokenizer_dir).expanduser())
+        tokenizer = Tokenizer(loaded.backend, {"eos_token": EOT})  # nothing else of the other model's configuration
+        size, source = tokenizer.vocab_size, tokenizer_dir
+    if rows != size and (rows < size or rows % VOCAB_MULTIPLE):
+        raise UserError(f"{path} has {rows:,} tokens, {source} has {size:,}: it is not the vocabulary that this model "
                         "was trained with; give that one")  # fmt: skip
     model = reading.build(cfg, checkpoint["model"], LAYER, MASK, path)
-    doubts = doubt(model, known, path, source) if rows - known >= VOCAB_MULTIPLE else None
+    doubts = doubt(model, size, path, source) if rows - size >= VOCAB_MULTIPLE else None
     if doubts is not None:
         warn(doubts)
     if meta is not None:
@@ -71,7 +71,7 @@ def convert(
         "out": str(out),
         "parameters": model.num_parameters(),
         "vocab_size": model.cfg.vocab_size,
-        "spare_rows": rows - known,
+        "spare_rows": rows - size,
         "step": checkpoint.get("iter_num"),
         "doubt": doubts,
     }

@@ -1,4 +1,4 @@
-"""Other projects' GPT checkpoints: read without executing anything, their weights put into our decoder, and kept."""
+"""Other projects' GPT checkpoints: read without executing anything, converted to our decoder, and saved."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
-    found = load_plain(path, mmap=True)
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}, not a checkpoint with its settings")
-    return found
+    checkpoint = load_plain(path, mmap=True)
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint with its settings")
+    return checkpoint
 
 
 def read_sizes(values: dict[str, Any], path: Path, project: str) -> dict[str, int]:
@@ -75,30 +75,30 @@ def build(cfg: ModelConfig, state: Any, layer: dict[str, tuple[str, ...]], mask:
         UserError: a tensor is missing, left over, of another shape than `cfg` gives, or the output layer is not the
             embedding.
     """
-    rest = _their_tensors(state, mask, cfg.n_layer, path)
+    unused = _their_tensors(state, mask, cfg.n_layer, path)
     with torch.device("meta"):
         model = Transformer(cfg)
     names = _their_names(model, layer)
     for name, parameter in model.named_parameters():
         rows = cfg.vocab_size if name == "wte.weight" else len(parameter)  # without padding rows
-        wanted = (rows // len(names[name]), *parameter.shape[1:])
+        expected = (rows // len(names[name]), *parameter.shape[1:])
         for theirs in names[name]:
-            if theirs not in rest:
+            if theirs not in unused:
                 raise UserError(f"{path}: tensor {theirs} is missing, though its own settings ask for it; get it again")
-            if rest[theirs].shape != wanted:
-                has = tuple(rest[theirs].shape)
-                raise UserError(f"{path}: {theirs} has shape {has}, its own settings say {wanted}; get it again")
-    head = rest.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, rest["transformer.wte.weight"]):
+            if unused[theirs].shape != expected:
+                has = tuple(unused[theirs].shape)
+                raise UserError(f"{path}: {theirs} has shape {has}, its own settings say {expected}; get it again")
+    head = unused.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, unused["transformer.wte.weight"]):
         raise UserError(f"{path}: lm_head.weight is not the embedding; only tied output layers can be converted")
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            source = torch.cat([rest.pop(theirs) for theirs in names[name]])
+            source = torch.cat([unused.pop(theirs) for theirs in names[name]])
             parameter[: len(source)] = source
             parameter[len(source) :] = 0  # padding rows
-    if rest:
-        raise UserError(f"{path}: {len(rest)} tensors too many for its own settings, such as {next(iter(rest))}")
+    if unused:
+        raise UserError(f"{path}: {len(unused)} tensors too many for its own settings, such as {next(iter(unused))}")
     return model
 
 
@@ -106,13 +106,13 @@ def _their_tensors(state: Any, mask: str, n_layer: int, path: Path) -> dict[str,
     """A state dict without the prefixes of torch.compile and DDP, and without masks."""
     if not isinstance(state, dict) or not all(map(is_plain, state.values())):
         raise UserError(f"{path}: its weights are not a table of tensors; it was altered, get it again")
-    found = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
-    blocks = {int(number) for number in re.findall(r"^transformer\.h\.(\d{1,9})\.", "\n".join(found), re.MULTILINE)}
+    tensors = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
+    blocks = {int(number) for number in re.findall(r"^transformer\.h\.(\d{1,9})\.", "\n".join(tensors), re.MULTILINE)}
     if n_layer != len(blocks):
         raise UserError(f"{path} says n_layer={n_layer}, but has weights of {len(blocks)} blocks; get it again")
     for i in blocks:
-        found.pop(f"transformer.h.{i}.{mask}", None)
-    return found
+        tensors.pop(f"transformer.h.{i}.{mask}", None)
+    return tensors
 
 
 def _their_names(model: Transformer, layer: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -162,12 +162,12 @@ def write(
 ) -> None:
     """The model directory with its card, whole or not at all. end_ids: as `save_model` takes them."""
     check_out(out)
-    with written_whole(out) as aside:
-        save_model(aside, model, tokenizer, end_ids)
-        write_json(aside / RECORD, record | {"miaobi": __version__})
+    with written_whole(out) as directory:
+        save_model(directory, model, tokenizer, end_ids)
+        write_json(directory / RECORD, record | {"miaobi": __version__})
+        write_card(directory, card_of(out, model, record, license), out)
         with Checksums() as checksums:
-            checksums.write(aside)
-        write_card(aside, card_of(out, model, record, license), out)
+            checksums.write(directory)
 
 
 def card_of(out: Path, model: Transformer, record: dict[str, Any], license: str | None) -> Card:

@@ -117,7 +117,7 @@ def convert_checkpoint(cfg: SmallGPTConfig) -> dict[str, Any]:
 
 
 def converted(path: Path, corpus: str | None) -> Path:
-    """The model directory beside `path`, X.miaobi for X.pth, made anew where the checkpoint or the corpus changed.
+    """The model directory next to `path`, X.miaobi for X.pth, converted anew if checkpoint or corpus changed.
 
     Raises what `convert` raises.
     """
@@ -155,16 +155,16 @@ def _start_from(path: Path, cfg: RunConfig, origin: Origin) -> tuple[RunConfig, 
     if cfg.train.init_from == "scratch" and origin.get("init_from") == "command line":
         log(f"--init_from=scratch: {path} is left alone")
         return with_values(cfg, {"resume_from": None}), origin
-    has, asked = flatten(with_values(RunConfig(), read_shape(path))), flatten(cfg)
+    stored, wanted = flatten(with_values(RunConfig(), read_shape(path))), flatten(cfg)
     for key in ("family", *reading.SIZES, "bias"):
-        if asked[key] != has[key] and not origin.get(key, "default").startswith(("default", "auto")):
-            raise UserError(f"{path} has {key}={has[key]}, but {key}={asked[key]} was asked for ({origin[key]}); "
-                            f"write {key}={has[key]} there, or leave it out")  # fmt: skip
+        if wanted[key] != stored[key] and not origin.get(key, "default").startswith(("default", "auto")):
+            raise UserError(f"{path} has {key}={stored[key]}, but {key}={wanted[key]} was asked for ({origin[key]}); "
+                            f"write {key}={stored[key]} there, or leave it out")  # fmt: skip
     model = converted(path, cfg.data.data)
     if pointed(Path(cfg.train.out_dir) / "checkpoints" / "last") is None:  # else the run goes on from its own
         log(f"{path}: its weights are taken, by way of {model}; its optimizer is not, and steps count from 0")
-    rows = f"the checkpoint's {has['vocab_size']} and {len(BYTE_PIECES)} bytes"
-    values = {"init_from": str(model), "resume_from": None, "vocab_size": has["vocab_size"] + len(BYTE_PIECES)}
+    rows = f"the checkpoint's {stored['vocab_size']} and {len(BYTE_PIECES)} bytes"
+    values = {"init_from": str(model), "resume_from": None, "vocab_size": stored["vocab_size"] + len(BYTE_PIECES)}
     return with_values(cfg, values), origin | {"init_from": f"converted from {path}", "vocab_size": rows}
 
 
@@ -208,8 +208,8 @@ def vocabulary(corpus: Path) -> tuple[list[str], float]:
     those equally frequent as they first occur. A newline is `<sep>`, or the end of a dialogue, and no character.
     And the entropy of how often they occur, in nats per token, newlines included.
     """
-    found = find_sources([str(corpus)], "text")  # whatever its name ends in
-    sources = [replace(source, is_exact=True) for source in found]  # small-gpt counts every character
+    listed = find_sources([str(corpus)], "text")  # whatever its name ends in
+    sources = [replace(source, is_exact=True) for source in listed]  # small-gpt counts every character
     total, in_order = np.zeros(N_CODE_POINTS, np.int64), []
     contents = (((block,), read_block(block, whole=True)) for block in iter_blocks(sources, whole=True))
     for (block,), content in with_progress(contents, sources, "reading the corpus"):

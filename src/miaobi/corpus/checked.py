@@ -24,20 +24,20 @@ def hashes(directory: Path, files: list[Path]) -> dict[str, str]:
     Of processes that ask at the same time, one reads and the others wait.
     """
     with _remembered(directory) as known:
-        found = {}
+        digests = {}
         for file in files:
             state = _state(file)
             entry = known.get(file.name)
             if isinstance(entry, list) and len(entry) == 2 and entry[0] == state and isinstance(entry[1], str):
-                found[file.name] = entry[1]
+                digests[file.name] = entry[1]
                 continue
-            found[file.name] = sha256(file)
+            digests[file.name] = sha256(file)
             changed = max(state[1:3]) / 1e9
             if _state(file) == state and time.time() - changed > JUST_NOW:
-                known[file.name] = [state, found[file.name]]
+                known[file.name] = [state, digests[file.name]]
             else:
                 known.pop(file.name, None)
-    return found
+    return digests
 
 
 def _state(file: Path) -> list[int]:

@@ -1,8 +1,8 @@
-"""Dialogues on their way from a file to tokens.
+"""Dialogues, from a file to tokens.
 
 Between reading and encoding a dialogue is one string: small-gpt's utterances, one a line; or, where roles matter, every
 message behind a noncharacter that stands for its role, so that digests, counts and splits need not know of dialogues.
-What a message has beside its words (a thought, calls of tools) follows it behind noncharacters of its own.
+What a message has besides its text (reasoning, tool calls) follows it, each behind a noncharacter of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from miaobi.errors import UserError
 MARKS = dict(zip((*ROLES, "tool", "reasoning_content", "unscored", "extras"),
                  "\ufdd8\ufdd9\ufdda\ufddb\ufddc\ufddd\ufdde", strict=True))  # fmt: skip
 ROLE_OF = {mark: role for role, mark in MARKS.items()}
-"""Of every mark what it stands for: a role, or what the message before it has beside its words."""
+"""Of every mark what it stands for: a role, or what the message before it has besides its text."""
 GREETING = "你好"
 _MARK = re.compile(f"([{''.join(ROLE_OF)}])")
 _PACKED_AS_JSON = ("tools", "tool_calls", "tool_call_id", "name")
@@ -106,9 +106,9 @@ def encode_roles(tokenizer: Tokenizer, documents: Sequence[str], replies_only: b
             ids += example.ids
             scored.append(example.is_reply)
             position += len(example.ids)
-    places = np.union1d(np.array(starts, np.int64), np.array(turns, np.int64))
+    cuts = np.union1d(np.array(starts, np.int64), np.array(turns, np.int64))
     flags = np.concatenate(scored) if scored else np.empty(0, bool)
-    return Encoded(np.array(ids, np.uint32), np.array(starts, np.int64), places, flags if replies_only else None)
+    return Encoded(np.array(ids, np.uint32), np.array(starts, np.int64), cuts, flags if replies_only else None)
 
 
 def _refuse_lost(messages: Messages, template: ChatTemplate) -> None:
@@ -138,7 +138,7 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
 def first_message(tokenizer: Tokenizer, ids: list[int]) -> str:
     """What the user says first in a dialogue of token ids: the text between what the template puts around a message.
 
-    GREETING where the template keeps that from being told. Raises UserError as `encode`.
+    GREETING where the template does not show it. Raises UserError as `encode`.
     """
     template = _template_of(tokenizer)
     one, two = (template.encode([{"role": "user", "content": c}], add_generation_prompt=True) for c in "12")
@@ -146,8 +146,8 @@ def first_message(tokenizer: Tokenizer, ids: list[int]) -> str:
     before, after = one[:start], one[start + 1 :]
     marks = [i for i, id_ in enumerate(before) if tokenizer.is_control(id_)]
     before = before[marks[-1] :] if marks else before  # without a system message that the template adds
-    found = (i + len(before) for i in range(len(ids)) if ids[i : i + len(before)] == before)
-    begin = next(found, len(ids))
+    starts = (i + len(before) for i in range(len(ids)) if ids[i : i + len(before)] == before)
+    begin = next(starts, len(ids))
     message = itertools.takewhile(lambda id_: not tokenizer.is_control(id_) and id_ not in after[:1], ids[begin:])
     return tokenizer.decode(list(message)).strip() or GREETING
 

@@ -13,7 +13,16 @@ from miaobi.console import warn
 from miaobi.corpus import blocks, clean, dialogue, overlap
 from miaobi.corpus.blocks import Block, NotTextError, decoded, text_blocks, without_noise
 from miaobi.corpus.messages import ALL_EXTRAS
-from miaobi.corpus.records import first_line, is_in_order, line_texts, parsed_line, record_blocks, taker
+from miaobi.corpus.records import (
+    RECORDS,
+    first_line,
+    is_in_order,
+    line_texts,
+    parsed_line,
+    record_blocks,
+    refuse_other_records,
+    taker,
+)
 from miaobi.corpus.sources import Source, find_sources, refuse_contradictions
 from miaobi.corpus.template import NONCHARACTER
 from miaobi.errors import UserError
@@ -45,7 +54,7 @@ class DocumentOptions:
     replies_only: bool = False
     """Dialogues with roles: only the assistant's turns are learned."""
     extras: frozenset[str] = ALL_EXTRAS
-    """What a dialogue may have beside roles and words, see `messages.messages_of`."""
+    """What a dialogue may have besides roles and text, see `messages.messages_of`."""
     without: tuple[str, ...] = ()
     """Files with whose texts a document may share nothing, see `overlap`."""
     delimiter: str = ""
@@ -84,6 +93,8 @@ def iter_blocks(
     """
     for index, source in enumerate(sources):
         try:
+            if source.is_listed and source.format in RECORDS:
+                refuse_other_records(source, field, skip_bad, delimiter)
             if is_in_order(source):
                 yield from record_blocks(source, index, field, skip_bad, extras, delimiter)
             else:
@@ -208,10 +219,10 @@ def documents_of(block: Block, options: DocumentOptions) -> tuple[Content, list[
         documents = [dialogue.as_lines(document) for document in documents]
     elif options.dialogue:
         documents = [dialogue.packed(dialogue.unpacked(document)) for document in documents]
-    found = len(documents)
+    count = len(documents)
     if options.without:
         documents = overlap.without(documents, options.without)
-    dropped = found - len(documents)
+    dropped = count - len(documents)
     if options.cut:
         documents = [piece for document in documents for piece in clean.cut_document(document)]
     return content, documents, dropped

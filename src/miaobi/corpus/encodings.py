@@ -246,8 +246,8 @@ def _text_with_zeros(sample: bytes, is_whole: bool) -> tuple[str, int] | None:
     rest = sample.replace(b"\0", b"")
     if sum(map(rest.count, _CONTROLS)) > len(rest) // 1000:
         return None
-    found = detect(rest, is_whole)
-    return found if found and found[0] not in UNITS and "\ufffd" not in _reading(rest, found[0]) else None
+    encoding = detect(rest, is_whole)
+    return encoding if encoding and encoding[0] not in UNITS and "\ufffd" not in _reading(rest, encoding[0]) else None
 
 
 @functools.cache
@@ -290,22 +290,22 @@ def _foreign_passages(data: bytes, bounds: list[int], encoding: str) -> Iterator
     for first in range(0, len(bounds) - 1, _STRETCH):
         passages = [data[a:b] for a, b in itertools.pairwise(bounds[first : first + _STRETCH + 1])]
         for number in np.flatnonzero(_unlikely(passages, encoding)).tolist():
-            if found := _better_reading(passages[number], encoding):
-                yield first + number, found
+            if better := _better_reading(passages[number], encoding):
+                yield first + number, better
 
 
 def _by_encoding(data: bytes, encoding: str) -> Iterator[tuple[bytes, str]]:
-    """(piece, its encoding): line by line where something does not fit, and beside it, where one encoding ends."""
+    """(piece, its encoding): line by line where something does not fit and next to it, where one encoding ends."""
     position = 0
     if encoding in ("utf-8", "utf-8-sig", *_ALIKE):
         bounds = _passages(data)
         foreign = [number for number, _ in _foreign_passages(data, bounds, encoding)]
-        beside = {number + step for number in foreign for step in (-1, 0, 1)}
+        neighbours = {number + step for number in foreign for step in (-1, 0, 1)}
         for number, (start, end) in enumerate(itertools.pairwise(bounds)):
-            if number not in beside and _is_valid(data[start:end], encoding):
+            if number not in neighbours and _is_valid(data[start:end], encoding):
                 continue
             yield data[position:start], encoding
-            read_as = _likeliest if number in beside else _better_reading
+            read_as = _likeliest if number in neighbours else _better_reading
             for line in data[start:end].splitlines(keepends=True):
                 yield line, read_as(line, encoding) or encoding
             position = end

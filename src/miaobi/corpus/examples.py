@@ -40,24 +40,24 @@ class TrainingTemplate(ChatTemplate):
         learned = {i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight") != 0}
         if self._is_regular and _is_plain(messages):
             return [self.render(messages, learned)]
-        found, left = [], set(learned)
-        while left or not found:
-            part = messages if not found else messages[: max(left) + 1]
-            example, agreeing = self._compared(part, left)
-            if not agreeing and part[-1]["role"] == "assistant" and len(part) - 1 in left:
+        examples, open_replies = [], set(learned)
+        while open_replies or not examples:
+            part = messages if not examples else messages[: max(open_replies) + 1]
+            example, agreeing = self._compared(part, open_replies)
+            if not agreeing and part[-1]["role"] == "assistant" and len(part) - 1 in open_replies:
                 raise UserError(
                     "the chat template begins a reply otherwise than its own prompt for one (add_generation_prompt): "
                     "what is trained would never be asked. Take another template; or is there a thought, and "
                     "--enable_thinking=False?"
                 )
-            if agreeing or not left:
-                found.append(example)
-                left -= agreeing
-            elif not found and max(left) + 1 < len(messages):
-                messages = messages[: max(left) + 1]  # what follows the last reply is not learned anyway
+            if agreeing or not open_replies:
+                examples.append(example)
+                open_replies -= agreeing
+            elif not examples and max(open_replies) + 1 < len(messages):
+                messages = messages[: max(open_replies) + 1]  # what follows the last reply is not learned anyway
             else:
                 raise AssertionError("a reply at the end agrees with itself")  # refused above
-        return found
+        return examples
 
     def render(self, messages: Messages, learned: set[int] | None = None) -> Rendered:
         """A whole dialogue in which the template copies every message as it is.
@@ -96,27 +96,27 @@ class TrainingTemplate(ChatTemplate):
         if self.is_ours:
             return True
         turns = [{"role": ROLES[1 + i % 2], "content": word} for i, word in enumerate("一二三四五六")]
-        told = [{"role": "system", "content": "零"}, *turns]
+        with_system = [{"role": "system", "content": "零"}, *turns]
         regular = []
-        for messages in (turns, told):
+        for messages in (turns, with_system):
             replies = {i for i, m in enumerate(messages) if m["role"] == "assistant"}
             try:
                 example, agreeing = self._compared(messages, replies)
                 simple = self.render(messages)
             except UserError:
-                regular.append(messages is told)  # no place for a system message
+                regular.append(messages is with_system)  # no place for a system message
                 continue
             same = example.ids == simple.ids and np.array_equal(example.is_reply, simple.is_reply)
             regular.append(agreeing == replies and same)
         return all(regular)
 
-    def _compared(self, messages: Messages, wanted: set[int]) -> tuple[Rendered, set[int]]:
+    def _compared(self, messages: Messages, replies: set[int]) -> tuple[Rendered, set[int]]:
         """The dialogue with those of the `wanted` replies marked that stand in it as in a chat, and which those are.
 
         Of those, the text up to the reply is the prompt for it, and the reply is written as at the end of a dialogue.
         """
         safe = list(map(self.safe, messages))
-        order = sorted(wanted)
+        order = sorted(replies)
         calls = [self.call(safe, False)]
         calls += [call for i in order for call in (self.call(safe[:i], True), self.call(safe[: i + 1], False))]
         full, *others = self.texts(calls)
@@ -160,8 +160,8 @@ class TrainingTemplate(ChatTemplate):
     ) -> list[int]:
         """Where in the tokens each of the messages but the first begins, behind the end of the one before."""
         starts, ends, is_control = tokens
-        places = iter(opens)
-        begins = [next(places) if m["role"] != "assistant" else closes[i] for i, m in enumerate(messages)]
+        openings = iter(opens)
+        begins = [next(openings) if m["role"] != "assistant" else closes[i] for i, m in enumerate(messages)]
         turns = []
         for close, begin in zip(closes, begins[1:], strict=False):
             after, following = int(np.searchsorted(starts, close)), int(np.searchsorted(starts, begin))
@@ -175,16 +175,16 @@ class TrainingTemplate(ChatTemplate):
 
 def _is_plain(messages: Messages) -> bool:
     """Roles and words alone, user and assistant in turn, and no thoughts inside the words."""
-    said = messages[1:] if messages[0]["role"] == "system" else messages
+    turns = messages[1:] if messages[0]["role"] == "system" else messages
     return all(
         m.keys() <= {"role", "content", "weight"} and m["role"] == ROLES[1 + i % 2] and "think>" not in m["content"]
-        for i, m in enumerate(said)
+        for i, m in enumerate(turns)
     )
 
 
 def _place(text: str, at: int) -> int:
     """Where in `text` the character number `at` is, BREAKs not counted."""
-    place = at
-    while (passed := place - text.count(BREAK, 0, place)) < at:
-        place += at - passed
-    return place
+    end = at
+    while (passed := end - text.count(BREAK, 0, end)) < at:
+        end += at - passed
+    return end

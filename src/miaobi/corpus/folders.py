@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ def reason_by_name(name: str) -> str:
         return ""
     if inner.name.split(".")[0].lower() in _NOT_CORPUS:
         return "about the files, by its name"
+    if re.fullmatch(r"tokenized_train_\d+\.txt", inner.name):  # GPT2-Chinese's
+        return "token ids, by its name"
     return "" if not suffix or suffix in TEXT_SUFFIXES else f"not text by its suffix {suffix}"
 
 
@@ -103,7 +106,7 @@ def is_hidden(name: str) -> bool:
 
 
 def files_below(root: Path, leave: Callable[[Path, str], None]) -> Iterator[Path]:
-    """Files that their names and the directories they are in do not rule out; `leave` is told of the others.
+    """Files that their names and the directories they are in do not rule out; `leave` is called with the others.
 
     Links to directories are followed; each real directory is read once.
     """

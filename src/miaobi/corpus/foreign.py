@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from miaobi.errors import UserError
 from miaobi.files import read_json
@@ -65,7 +65,7 @@ def read_foreign(directory: Path) -> tuple[tokenizers.Tokenizer, Json] | None:
         backend, config = _bert(directory / "vocab.txt", config)
     elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         kind = str(config.get("tokenizer_class", "GPT2Tokenizer"))
-        if not kind.startswith("GPT2"):  # Qwen's and others cut words in their own ways, told only by tokenizer.json
+        if not kind.startswith("GPT2"):  # Qwen's and others split words as only their tokenizer.json says
             raise UserError(f"{directory}: a {kind} needs its tokenizer.json; write it with "
                             "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)")  # fmt: skip
         backend, config = _gpt2(directory, config)
@@ -102,8 +102,8 @@ def check_control(name: str) -> None:
     """Raises ValueError for the name of a control token that breaks the rules by which text is kept apart from it."""
     if len(name) > MAX_CONTROL_CHARACTERS:
         raise ValueError(f"a control token has {len(name):,} characters, more than {MAX_CONTROL_CHARACTERS}")
-    if found := re.search("[\ufdd0-\ufdef]", name):
-        raise ValueError(f"a control token has U+{ord(found[0]):04X}, which is not a character")
+    if match := re.search("[\ufdd0-\ufdef]", name):
+        raise ValueError(f"a control token has U+{ord(match[0]):04X}, which is not a character")
 
 
 def _guarded(make: Callable[[], Any]) -> Any:
@@ -162,6 +162,9 @@ def _bert(file: Path, config: Json) -> tuple[tokenizers.Tokenizer, Json]:
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##")
+    around = [(name, vocab[name]) for name in map(_name, (config["cls_token"], config["sep_token"])) if name in vocab]
+    if len(around) == 2:
+        backend.post_processor = processors.BertProcessing(around[1], around[0])
     return backend, config
 
 

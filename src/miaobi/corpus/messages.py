@@ -12,7 +12,7 @@ from miaobi.corpus.template import NONCHARACTER, ROLES, Messages
 from miaobi.errors import brief, names_listed
 
 ALL_EXTRAS = frozenset(("tool", "tools", "tool_calls", "reasoning_content", "weight"))
-"""What a record may have beside system, user, assistant and their words, where the template can render it."""
+"""What a record may have besides system, user, assistant and their text, where the template can render it."""
 _SPEAKERS = {  # ShareGPT's names and their relatives
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bot": "assistant", "model": "assistant", "system": "system", "developer": "system", "tool": "tool",
@@ -83,8 +83,8 @@ def _check(messages: Messages, extras: frozenset[str]) -> None:
             what = f"the role {lost[0]!r}" if lost[0] == "tool" else f"`{lost[0]}`"
             raise _RefusedError(f"turn {number} has {what}, which {_REMEDY.get(lost[0], _REMEDY[''])}")
         text = "".join(_strings(message))
-        if found := NONCHARACTER.search(text):  # it would be taken for one of our own marks
-            raise _RefusedError(f"U+{ord(found[0]):04X} is not a character")
+        if match := NONCHARACTER.search(text):  # it would be taken for one of our own marks
+            raise _RefusedError(f"U+{ord(match[0]):04X} is not a character")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
@@ -107,14 +107,14 @@ def _strings(value: Any) -> list[str]:
 
 
 def _with_system(system: object, messages: Messages) -> Messages:
-    """`messages` with the system message that stands beside them in a record."""
+    """`messages` with the system message that a record holds next to them."""
     if system is None or (isinstance(system, str) and not system.strip()):
         return messages
     if not isinstance(system, str):
         raise _RefusedError(f"`system` is {type(system).__name__}, not text")
     inside = [m["content"] for m in messages if m["role"] == "system"]
     if inside and inside != [system.strip()]:
-        raise _RefusedError("`system` stands beside the turns and in them, and the two differ; remove one of them")
+        raise _RefusedError("`system` stands next to the turns and in them, and the two differ; remove one of them")
     return messages if inside else [{"role": "system", "content": system.strip()}, *messages]
 
 
@@ -238,18 +238,18 @@ def _is_learned(turn: dict, number: int) -> bool:
 
 
 def _alpaca(record: dict) -> Messages:
-    asked, more, answer = (record.get(key) or "" for key in ("instruction", "input", "output"))
-    if not all(isinstance(part, str) for part in (asked, more, answer)):
+    instruction, more, answer = (record.get(key) or "" for key in ("instruction", "input", "output"))
+    if not all(isinstance(part, str) for part in (instruction, more, answer)):
         raise _RefusedError("instruction, input and output must be texts")
-    if not asked.strip() or not answer.strip():
-        raise _RefusedError(f"`{'instruction' if not asked.strip() else 'output'}` is empty")
+    if not instruction.strip() or not answer.strip():
+        raise _RefusedError(f"`{'instruction' if not instruction.strip() else 'output'}` is empty")
     messages: Messages = []
     history = record.get("history") or []
     for pair in history if isinstance(history, list) else [history]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) and p.strip() for p in pair)):
             raise _RefusedError("`history` must be a list of [question, answer]")
         messages += [{"role": role, "content": p.strip()} for role, p in zip(ROLES[1:], pair, strict=True)]
-    question = f"{asked.strip()}\n{more.strip()}" if more.strip() else asked.strip()
+    question = f"{instruction.strip()}\n{more.strip()}" if more.strip() else instruction.strip()
     messages.append({"role": "user", "content": question})
     thought = next((record[key] for key in _THOUGHTS if record.get(key)), "")
     if not isinstance(thought, str):

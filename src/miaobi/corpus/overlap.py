@@ -27,8 +27,8 @@ _POWERS = np.array([pow(1_000_003, i, 1 << 64) for i in range(WINDOW)], np.uint6
 
 def normalized(text: str) -> str:
     """What two texts must share to be duplicates: letters and digits, width and case aside (NFKC)."""
-    kept = "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
-    return kept or text.strip()
+    letters = "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
+    return letters or text.strip()
 
 
 def window_hashes(text: str) -> np.ndarray:
@@ -52,10 +52,10 @@ class Evaluation:
         key = normalized(text)
         if key[:PREFIX] in self.prefixes:
             return "prefix"
-        found = window_hashes(key)
-        places = np.searchsorted(self.windows, found)
-        places[places == len(self.windows)] = 0
-        return "window" if len(self.windows) and bool((self.windows[places] == found).any()) else ""
+        hashes = window_hashes(key)
+        indices = np.searchsorted(self.windows, hashes)
+        indices[indices == len(self.windows)] = 0
+        return "window" if len(self.windows) and bool((self.windows[indices] == hashes).any()) else ""
 
 
 @functools.lru_cache(maxsize=2)

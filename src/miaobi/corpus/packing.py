@@ -129,19 +129,19 @@ class PackedDialogues:
             turns = self.stream.turns
             low, high = np.searchsorted(turns, (starts[i], ends[i]))
             pieces.append(self._cut(np.append(turns[low:high], ends[i])))
-        found = np.concatenate(pieces)
-        found = found[found[:, 1] - found[:, 0] >= 2]
-        found = found[np.argsort(found[:, 0], kind="stable")]
-        if len(found):
+        joined = np.concatenate(pieces)
+        joined = joined[joined[:, 1] - joined[:, 0] >= 2]
+        joined = joined[np.argsort(joined[:, 0], kind="stable")]
+        if len(joined):
             learned = np.append(self.stream.read_scored(0, len(self.stream)), False)
-            targets = np.stack((found[:, 0] + 1, found[:, 1]), 1)  # a piece's first token is no target
-            found = found[np.logical_or.reduceat(learned, targets.ravel())[::2]]
-            if not len(found):
+            targets = np.stack((joined[:, 0] + 1, joined[:, 1]), 1)  # a piece's first token is no target
+            joined = joined[np.logical_or.reduceat(learned, targets.ravel())[::2]]
+            if not len(joined):
                 raise UserError(
                     "no turn of the assistant is in the data, and only those are learned; prepare it with --loss=all, "
                     "or give dialogues with replies"
                 )
-        return found[:, 0].copy(), found[:, 1] - found[:, 0]
+        return joined[:, 0].copy(), joined[:, 1] - joined[:, 0]
 
     def _cut(self, edges: np.ndarray) -> np.ndarray:
         """Pieces (n, 2) of a dialogue whose turns lie between `edges`, each as many whole turns as fit."""

@@ -65,7 +65,7 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
     sizes = [len(group) for group in groups]
     weights = np.repeat([*(cfg.weights or [1.0] * len(sources)), *([1.0] if cfg.val else [])], sizes)
     is_val = np.repeat(np.arange(len(groups)) >= len(sources), sizes)
-    out = Path(cfg.out).expanduser().resolve()  # `.` has no name to put another beside; a link stays a link
+    out = Path(cfg.out).expanduser().resolve()  # `.` has no name to derive a temporary one from; a link stays a link
     if not out.name:
         raise UserError(f"--out={cfg.out} is the root of a disk; choose a directory of its own")
     workers = workers_for(files, cfg)
@@ -109,7 +109,11 @@ def _taken(records: list[dict]) -> Counter[str]:
 
 
 def _say_what_was_left(records: list[dict], left: list[LeftOut], removed: int) -> None:
-    refused = [LeftOut(record["path"], record["reason"]) for record in records if record.get("reason")]
+    refused = [
+        LeftOut(record["path"], record["reason"].removeprefix(f"{record['path']}: "))
+        for record in records
+        if record.get("reason")
+    ]
     if left or refused:
         for line in folders.table_lines(_taken(records), [*left, *refused]):
             console.log(console.one_line(line))
@@ -149,7 +153,7 @@ def _document_options(files: list[Source], cfg: PrepareConfig) -> DocumentOption
             "--split=tail takes the text as one stream and knows no documents; for --without use --split=hash"
         )
     if cfg.without:
-        overlap.evaluation_of(cfg.without)  # read before anything else, so that a wrong name is told at once
+        overlap.evaluation_of(cfg.without)  # read before anything else, so that a wrong name is reported at once
     return DocumentOptions(
         cfg.field, cfg.skip_bad, cfg.split == "tail" and not way, cfg.normalize, cfg.simplify,
         near=cfg.dedup == "near" and cfg.split == "hash", dialogue=way, replies_only=replies_only,

@@ -117,9 +117,9 @@ class _Array:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Those at [start, stop)."""
         width = self.dtype.itemsize
-        wanted = max(0, stop - start) * width
-        data = self._bytes(start * width, wanted) if wanted else b""
-        if len(data) != wanted:
+        size = max(0, stop - start) * width
+        data = self._bytes(start * width, size) if size else b""
+        if len(data) != size:
             raise UserError(f"{self.path} was cut short while it was in use; prepare the data again")
         return np.frombuffer(data, self.dtype)
 
@@ -152,7 +152,7 @@ class PreparedData:
 
     @classmethod
     def open(cls, path: str | Path) -> PreparedData:
-        """Read the manifest and check every shard, and what lies beside it, against its size and SHA-256.
+        """Read the manifest and check every shard, and the files that belong to it, against its size and SHA-256.
 
         A file that was checked before and has not been touched since is not read again. Raises UserError naming the
         file that is missing, cut short or altered.
@@ -234,7 +234,7 @@ def is_prepared(directory: str | Path) -> bool:
 
 
 def _beside(manifest: dict) -> list[dict]:
-    """Files beside the shards: idx, turns, scored. Directories of the first version do not list them."""
+    """Files next to the shards: idx, turns, scored. Directories of the first version do not list them."""
     return [entry for split in ("train", "val") for entry in manifest[split].get("beside", [])]
 
 
@@ -319,7 +319,7 @@ def _nanogpt_manifest(path: Path) -> dict:
             counts += np.bincount(tokens.read(start, min(start + PIECE, tokens.length)), minlength=65536)
         if counts[len(pieces) :].any():
             highest = int(np.flatnonzero(counts)[-1])
-            raise UserError(f"{file} has token {highest}, but meta.pkl beside it knows {len(pieces)} characters: they "
+            raise UserError(f"{file} has token {highest}, but meta.pkl next to it knows {len(pieces)} characters: they "
                             "do not belong together; run nanoGPT's prepare.py again")  # fmt: skip
         shard = {"file": file.name, "tokens": tokens.length, "sha256": hashes[file.name]}
         manifest[name] = {"tokens": tokens.length, "characters": tokens.length, "documents": 1, "shards": [shard],

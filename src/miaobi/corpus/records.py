@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from miaobi.corpus import blocks, encodings
-from miaobi.corpus.blocks import Block, decode_block, text_blocks
+from miaobi.corpus.blocks import Block, NotTextError, decode_block, text_blocks
 from miaobi.corpus.dialogue import packed
 from miaobi.corpus.messages import ALL_EXTRAS, messages_of
 from miaobi.corpus.sources import FORMAT_BY_NAME, Source
@@ -90,7 +90,7 @@ def column_of(source: Source, names: list[str], column: str) -> None:
 def taker(source: Source, field: str, extras: frozenset[str] = ALL_EXTRAS) -> Take:
     """What is taken out of each record of a source: the text in `field`, or a whole dialogue, packed.
 
-    extras: what the template can render beside roles and words, see `messages_of`.
+    extras: what the template can render besides roles and text, see `messages_of`.
     """
     if source.format != "messages":
         return lambda values: _field_text(values, field)
@@ -133,6 +133,29 @@ def record_blocks(
             yield Block(source, index, encoding=encoding, records=tuple(texts), skipped=bad)
             texts, size, bad = [], 0, 0
     yield Block(source, index, encoding=encoding, records=tuple(texts), skipped=bad)
+
+
+RECORDS = ("jsonl", "csv", "parquet", "messages")
+"""Formats of files that hold records."""
+_NO_OBJECT = "instead of an object"
+
+
+def refuse_other_records(source: Source, field: str, skip_bad: bool, delimiter: str = "") -> None:
+    """Raises NotTextError for a table or JSON whose columns, or whose first record, are of something else than text.
+
+    For files of a directory or an archive, which nobody named: figures of runs, lists, other people's settings.
+    """
+    names, records = open_records(source, skip_bad, None, delimiter)
+    first = next(records, None) if names is None else None
+    known = names if names is not None else [*first.values] if first is not None else [field]
+    if {"messages", "conversations", "instruction"} & set(known) if source.format == "messages" else field in known:
+        return
+    if first is None or not first.problem:
+        what = "dialogue" if source.format == "messages" else f"field {field!r}"
+        hint = "" if source.format == "messages" else ". If one of them is the text, name it with --field"
+        raise NotTextError(f"{source.name}: no {what}; the fields are {', '.join(map(str, known)) or 'none'}{hint}")
+    if first.problem.endswith(_NO_OBJECT):
+        raise NotTextError(f"{source.name}: {first.problem}: no records")
 
 
 def line_texts(block: Block, text: str, take: Take, skip_bad: bool) -> tuple[list[str], int]:
@@ -230,7 +253,7 @@ def _array_records(source: Source, skip_bad: bool) -> Iterator[Record]:
             array.peek()
             place = f"{source.name}, line {array.line}"
             value = array.value()
-            problem = "" if isinstance(value, dict) else f"{type(value).__name__} instead of an object"
+            problem = "" if isinstance(value, dict) else f"{type(value).__name__} {_NO_OBJECT}"
             yield Record(place, {} if problem else value, problem, array.lost, array.encoding)
             array.lost = 0
             if array.peek() != ",":
@@ -263,15 +286,16 @@ class _Array:
 
     def take(self, character: str) -> None:
         """Raises UserError unless `character` comes next."""
-        if (found := self.peek()) != character:
-            raise self.error(f"{character!r} is missing" + (f" before {found!r}" if found else "; is the file whole?"))
+        if (actual := self.peek()) != character:
+            where = f" before {actual!r}" if actual else "; is the file whole?"
+            raise self.error(f"{character!r} is missing{where}")
         self.at += 1
 
     def value(self) -> Any:
-        """Raises UserError for what is not JSON: where the next value begins cannot be told then."""
+        """Raises UserError for what is not JSON: the start of the next value is unknown then."""
         while True:
             try:
-                found, end = self._decoder.raw_decode(self.text, self.at)
+                value, end = self._decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 if len(self.text) - self.at > blocks.MAX_DOCUMENT_BYTES or not self._more():
                     raise self.error(f"not JSON ({error.msg})") from error
@@ -280,7 +304,7 @@ class _Array:
             else:
                 self.line += self.text.count("\n", self.at, end)
                 self.at = end
-                return found
+                return value
 
     def error(self, problem: str) -> UserError:
         """What is wrong, and near which line."""
@@ -290,8 +314,8 @@ class _Array:
     def _more(self) -> bool:
         """At least as much again as is left, so that a long value is not tried too often."""
         rest, needed = [self.text[self.at :]], max(1, len(self.text) - self.at)
-        while needed > 0 and (found := next(self._blocks, None)) is not None:
-            text, self.encoding, lost = found
+        while needed > 0 and (block := next(self._blocks, None)) is not None:
+            text, self.encoding, lost = block
             rest.append(text)
             needed -= len(text)
             self.lost += lost
@@ -316,7 +340,7 @@ class _Spooled(Source):
 def spooled(stream: BinaryIO, name: str) -> Iterator[Source]:
     """A stream as a source of text, so that its encoding is found out as a file's is; gone afterwards.
 
-    The whole of it is read first: what its first lines are in may only be told by later ones.
+    The whole is read first: only later lines may show the encoding of the first ones.
     """
     handle, path = tempfile.mkstemp(prefix="miaobi-")
     try:

@@ -10,7 +10,7 @@ from miaobi.corpus.config import PrepareConfig
 from miaobi.errors import UserError
 
 DROP, TRAIN, VAL = 0, 1, 2
-"""What a document is chosen for; a number above VAL: TRAIN, one time less than it says."""
+"""What a document is used for; a number above VAL: TRAIN, one time less than it says."""
 
 
 def choose(
@@ -79,18 +79,18 @@ def fill_empty_side(choice: np.ndarray, digests: np.ndarray, characters: int) ->
 
     Raises UserError where there are not two of them.
     """
-    kept = np.flatnonzero(choice != DROP)
-    if len(kept) < 2:
+    used = np.flatnonzero(choice != DROP)
+    if len(used) < 2:
         raise UserError(
-            f"the text is {len(kept)} document{'' if len(kept) == 1 else 's'} of {characters} characters: too little "
+            f"the text is {len(used)} document{'' if len(used) == 1 else 's'} of {characters} characters: too little "
             "to keep some for validation. Give more text; or --format=lines if every line is a document; "
             "or --split=tail to cut the characters instead"
         )
     for side in (VAL, TRAIN):
         if not (choice == side).any():
-            ranks = digests[kept][:, 8:].copy().view("<u8").ravel()
-            choice[kept[ranks.argmin() if side == VAL else ranks.argmax()]] = side
+            ranks = digests[used][:, 8:].copy().view("<u8").ravel()
+            choice[used[ranks.argmin() if side == VAL else ranks.argmax()]] = side
             console.warn(
-                f"only {len(kept)} documents: one of them was put into {'validation' if side == VAL else 'training'}, "
+                f"only {len(used)} documents: one of them was put into {'validation' if side == VAL else 'training'}, "
                 "which had none"
             )

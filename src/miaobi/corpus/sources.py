@@ -206,8 +206,8 @@ def _printable_part(name: str) -> str:
 
 def _archive(path: Path) -> zipfile.ZipFile:
     """The archive, opened once for all its members: to read the list of 4,000 members 4,000 times takes minutes."""
-    found = path.stat()
-    return _open_archive(path, found.st_mtime_ns, found.st_size, os.getpid())  # processes may not share a position
+    status = path.stat()
+    return _open_archive(path, status.st_mtime_ns, status.st_size, os.getpid())  # processes may not share a position
 
 
 @functools.lru_cache(maxsize=2)

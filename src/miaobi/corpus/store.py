@@ -123,7 +123,7 @@ class SplitWriter:
 
 
 class PreparedWriter:
-    """Context manager around a directory beside `out` that takes its place on `commit`, and vanishes otherwise."""
+    """Context manager around a directory next to `out` that replaces it on `commit`, and is removed otherwise."""
 
     def __init__(self, out: Path, dtype: str):
         self.out = out
@@ -184,7 +184,7 @@ class PreparedWriter:
 
 @contextlib.contextmanager
 def aside(out: Path) -> Iterator[Path]:
-    """A directory beside `out` for what the passes of `prepare` hand on, gone afterwards."""
+    """A temporary directory next to `out`, for what one pass of `prepare` leaves for the next."""
     directory = _beside(out, "aside")
     shutil.rmtree(directory, ignore_errors=True)
     with explain_refusal(out):
@@ -197,7 +197,7 @@ def aside(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def one_writer(out: Path) -> Iterator[None]:
-    """The lock of `out` while the body runs; it lies beside it, as `out` is replaced as a whole.
+    """The lock of `out` while the body runs; it lies next to it, as `out` is replaced as a whole.
 
     Raises UserError naming the process that holds it.
     """
@@ -209,15 +209,15 @@ def one_writer(out: Path) -> Iterator[None]:
 
 
 def clear_leftovers(out: Path) -> None:
-    """Removes what killed runs on this machine left beside `out`; data that one had just moved aside comes back."""
+    """Removes what killed runs on this machine left next to `out`; data that one had just moved away is restored."""
     if os.name != "posix" or not out.parent.is_dir():  # elsewhere one cannot ask whether a process lives
         return
     name = re.compile(re.escape(_beside(out, "KIND", 0).name[:-1]).replace("KIND", "(tmp|aside|old)") + r"(\d+)")
     for path in list(out.parent.iterdir()):
-        found = name.fullmatch(path.name)
-        if not found or _is_running(int(found[2])):
+        match = name.fullmatch(path.name)
+        if not match or _is_running(int(match[2])):
             continue
-        if found[1] == "old" and not out.exists():
+        if match[1] == "old" and not out.exists():
             os.replace(path, out)
         shutil.rmtree(path, ignore_errors=True)
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import mmap
-import os
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from xxhash import xxh3_128
 
 from miaobi import console
 from miaobi.corpus import blocks, characters, clean, dialogue, documents, near, scan, selection
@@ -43,7 +40,7 @@ class BlockStatistics(NamedTuple):
     skipped: int
     removed: int
     reason: str
-    sha256: str = ""  # of a small file that is one block
+    hash: str = ""  # of a small file that is one block
 
 
 @dataclass
@@ -123,7 +120,7 @@ def take_survey(
 
     Raises UserError for unreadable sources and for text too small to split.
     """
-    corpus = _first_pass(sources, options, workers, is_val, aside, {})
+    corpus = _first_pass(sources, options, workers, is_val, aside, Hashes())
     if options.whole:
         return corpus
     _choose(corpus, cfg, weights)
@@ -134,44 +131,51 @@ def take_survey(
         )
         for abandoned in aside.iterdir() if aside is not None else ():
             abandoned.unlink()
-        hashes = {source.path: record["sha256"] for source, record in zip(sources, corpus.records, strict=True)}
+        hashes = Hashes()
+        hashes |= {source.path: record[HASH] for source, record in zip(sources, corpus.records, strict=True)}
         corpus = _first_pass(sources, dataclasses.replace(options, cut=True), workers, is_val, aside, hashes)
         _choose(corpus, cfg, weights)
     _check_sides(corpus, weights)
     return corpus
 
 
-HASHED_AT_ONCE = 16 << 20
-"""Bytes; a multiple of every system's granularity of maps."""
+HASH = "xxh3_128"
+"""How the manifest knows a source: what `xxh128sum` prints. SHA-256 would add a seventh to --split=tail."""
 
 
-@contextlib.contextmanager
-def _hashing(sources: list[Source], hashes: dict[Path, str]) -> Iterator[None]:
-    """Puts the SHA-256 of the files that no worker reads in one piece into `hashes`, beside the reading."""
-    wanted = {source.path: None for source in sources if source.path not in hashes and not _is_one_block(source)}
+class Hashes(dict[Path, str]):
+    """The hashes of files. Those of large plain files come with their last block, as the blocks pass in their order."""
 
-    def work() -> None:
-        with contextlib.suppress(OSError):  # the reading says what is wrong
-            for path in wanted:
-                hashes[path] = _mapped_sha256(path)
+    def __init__(self) -> None:
+        super().__init__()
+        self.path, self.digest, self.position = None, xxh3_128(), 0
 
-    thread = threading.Thread(target=work, daemon=True)  # hashlib lets other threads run
-    thread.start()
-    yield
-    thread.join()
+    def data(self, block: Block) -> bytes | None:
+        """The bytes of a block, which count for the hash of its file; None where that is known, or found otherwise."""
+        source = block.source
+        is_piece = block.encoding is not None and block.data is None and block.records is None
+        if not is_piece or source.compression or source.path in self:
+            return None
+        if source.path != self.path:
+            self.path, self.digest, self.position = source.path, xxh3_128(), 0
+        with source.opened() as file:
+            file.seek(self.position)
+            data = file.read(block.end - self.position)
+        self.digest.update(data)
+        mark, self.position = block.start - self.position, block.end
+        if self.position == source.size:
+            self[source.path] = self.digest.hexdigest()
+        return data[mark:]
 
 
-def _mapped_sha256(path: Path) -> str:
-    """SHA-256 of a file, a long piece at a time: for each the thread must win the interpreter back from the reader, and
-    what is mapped counts as memory of this process."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        for start in range(0, size, HASHED_AT_ONCE):
-            length = min(HASHED_AT_ONCE, size - start)
-            with mmap.mmap(file.fileno(), length, offset=start, access=mmap.ACCESS_READ) as data:
-                digest.update(data)
-    return digest.hexdigest()
+def _file_hash(path: Path) -> str:
+    """The hash of a file that is read in another way: packed, a table."""
+    digest = xxh3_128()
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # the reading says what is wrong
+        while data := file.read(blocks.BLOCK_BYTES):
+            digest.update(data)
+        return digest.hexdigest()
+    return ""
 
 
 def _is_one_block(source: Source) -> bool:
@@ -184,35 +188,42 @@ def _first_pass(
     workers: Workers,
     is_val: np.ndarray,
     aside: Path | None,
-    hashes: dict[Path, str],
+    hashes: Hashes,
 ) -> Corpus:
-    nothing = {"encoding": "skipped", "sha256": "", "documents": 0, "characters": 0, "skipped": 0, "removed": 0}
+    nothing = {"encoding": "skipped", HASH: "", "documents": 0, "characters": 0, "skipped": 0, "removed": 0}
     records = [{"path": s.name, "format": s.format, "bytes": s.size, **nothing} for s in sources]
     for index in np.flatnonzero(is_val).tolist():
         records[index]["split"] = "val"
     corpus = Corpus(sources, options, is_val, records)
     is_there = np.zeros(N_CODE_POINTS, bool)
-    jobs = ((task, options, aside) for task in corpus.tasks())
+    here = workers.count == 1  # then the bytes are in the cache when they are read
+    jobs = ((task, options, aside, hashes if here else None) for task in corpus.tasks())
     scan.get_ready(sources)
-    with workers.started() as run, _hashing(sources, hashes):  # the thread begins after processes were forked
+    with workers.started() as run:
         for task, survey in with_progress(run(survey_task, jobs), sources, "reading"):
             survey: Survey
             if survey.aside is not None:
                 survey.blocks = tuple(dataclasses.replace(b, data=None, records=None) for b in task)
+            for block in () if here else task:
+                hashes.data(block)
             is_there[survey.distinct] = True
             survey.distinct = NONE  # much memory for many tasks
             for block in survey.statistics:
                 _count_block(records[block.source], block, options.whole)
             corpus.surveys.append(survey)
     for record, source in zip(records, sources, strict=True):
-        record["sha256"] = record["sha256"] or hashes.get(source.path, "")
+        if not record[HASH]:
+            hashes[source.path] = hashes.get(source.path) or _file_hash(source.path)
+            record[HASH] = hashes[source.path]
     if options.without:
         shared = sum(survey.shared for survey in corpus.surveys)
         console.log(f"{shared:,} documents share text with {', '.join(options.without)} and are left out")
     corpus.n_distinct = int(is_there.sum())
     if corpus.total("characters") == 0:
         skipped = corpus.total("skipped")
-        raise UserError("no text in the sources" + (f"; {skipped} were skipped" if skipped else ""))
+        reasons = "; ".join(dict.fromkeys(record["reason"] for record in records if record.get("reason")))
+        why = f" ({reasons[:500]})" if reasons else ""
+        raise UserError("no text in the sources" + (f"; {skipped} were skipped{why}" if skipped else ""))
     return corpus
 
 
@@ -225,7 +236,7 @@ def _count_block(record: dict, block: BlockStatistics, is_stream: bool) -> None:
     record["removed"] += block.removed
     if block.reason:
         record["reason"] = block.reason
-    record["sha256"] = block.sha256 or record["sha256"]
+    record[HASH] = block.hash or record[HASH]
 
 
 def _choose(corpus: Corpus, cfg: PrepareConfig, weights: np.ndarray) -> None:
@@ -250,7 +261,7 @@ def _check_sides(corpus: Corpus, weights: np.ndarray) -> None:
     if not corpus.is_val.any():
         selection.fill_empty_side(choice, digests, int(corpus.joined("lengths").sum()))
     elif not (choice == VAL).any() or not (choice == selection.TRAIN).any():
-        side = "--val" if not (choice == VAL).any() else "the sources, beside what is in --val as well"
+        side = "--val" if not (choice == VAL).any() else "the sources, besides what is in --val as well"
         raise UserError(f"there is no document in {side}; give more text")
     selection.repeat(choice, digests, weights[corpus.joined("owners")])
     corpus.set_choice(choice)
@@ -259,10 +270,16 @@ def _check_sides(corpus: Corpus, weights: np.ndarray) -> None:
 # In any process
 
 
-def survey_task(_: Tokenizer | None, task: Task, options: DocumentOptions, aside: Path | None) -> Survey:
-    """The survey of a task; puts its characters into the directory `aside` if there is one."""
-    task, hashes = zip(*map(_with_data, task), strict=True)
+def survey_task(
+    _: Tokenizer | None, task: Task, options: DocumentOptions, aside: Path | None, passing: Hashes | None = None
+) -> Survey:
+    """The survey of a task; puts its characters into the directory `aside` if there is one.
+
+    passing: where the blocks' bytes are to be counted.
+    """
+    task, hashes = zip(*(_with_data(block, passing) for block in task), strict=True)
     text, statistics, empty, shared = _scanned(task, options) or _read(task, options)
+    del task  # the memory of its bytes is used again
     return Survey(
         blocks=(),
         digests=text.digests,
@@ -272,20 +289,22 @@ def survey_task(_: Tokenizer | None, task: Task, options: DocumentOptions, aside
         counts=text.counts,
         distinct=text.distinct,
         sketches=near.sketches(characters.wide(text.points, text.beyond), text.lengths) if options.near else None,
-        statistics=[block._replace(sha256=digest) for block, digest in zip(statistics, hashes, strict=True)],
+        statistics=[block._replace(hash=digest) for block, digest in zip(statistics, hashes, strict=True)],
         empty=empty,
         shared=shared,
         aside=None if aside is None else Aside.put(aside, text.points, text.lengths, text.beyond),
     )
 
 
-def _with_data(block: Block) -> tuple[Block, str]:
-    """A block that is a whole small file with its bytes, and their SHA-256; others as they are."""
+def _with_data(block: Block, passing: Hashes | None) -> tuple[Block, str]:
+    """A block with its bytes where they were read for a hash: that of a whole small file is given, too."""
+    if passing is not None and (data := passing.data(block)) is not None:
+        return dataclasses.replace(block, data=data), ""
     if block.encoding is not None or block.data is not None or not _is_one_block(block.source):
         return block, ""
     with block.source.opened() as file:
         data = file.read()
-    return dataclasses.replace(block, data=data), hashlib.sha256(data).hexdigest()
+    return dataclasses.replace(block, data=data), xxh3_128(data).hexdigest()
 
 
 def _scanned(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatistics], int, int] | None:
@@ -303,13 +322,13 @@ def _read(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatist
     """The text of a task, `Survey.statistics`, `empty` and `shared`; by Python, which reads everything."""
     texts, raw, statistics, empty, shared = [], [], [], 0, 0
     for block in task:
-        content, found, dropped = documents_of(block, options)
+        content, documents, dropped = documents_of(block, options)
         shared += dropped
-        kept = found if options.whole else not_blank(found)
-        empty += len(found) - len(kept)
-        texts += kept
+        filled = documents if options.whole else not_blank(documents)
+        empty += len(documents) - len(filled)
+        texts += filled
         raw.append(content.raw)
-        statistics.append(BlockStatistics(block.index, content.encoding, len(kept), len(content.raw), content.skipped,
+        statistics.append(BlockStatistics(block.index, content.encoding, len(filled), len(content.raw), content.skipped,
                                           content.removed, content.reason))  # fmt: skip
     if options.whole:
         texts = ["".join(texts)]

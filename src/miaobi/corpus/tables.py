@@ -53,7 +53,7 @@ def repeated(names: list[str]) -> frozenset[str]:
 
 def refuse_repeated(name: str, column: str) -> NoReturn:
     """Raises UserError: a column that is asked for is there several times."""
-    raise UserError(f"{name}: several columns are called {column!r}, and which one is meant cannot be told; "
+    raise UserError(f"{name}: several columns are called {column!r}, and which one is meant is unclear; "
                     "rename all but one, or name another column")  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def refuse_repeated(name: str, column: str) -> NoReturn:
 
 
 class Dialect(NamedTuple):
-    """How the cells of a table are told apart."""
+    """How the cells of a table are separated and quoted."""
 
     delimiter: str
     blanks: bool
@@ -81,8 +81,8 @@ def csv_records(source: Source, skip_bad: bool, delimiter: str = "") -> tuple[li
     lines = Lines(source, skip_bad)
     head = list(itertools.islice(lines, _SAMPLE_LINES))
     first = 1
-    if head and (told := re.fullmatch(r'"?sep=(.|\\t)"?[,;\t]*\r?\n?', head[0])):  # Excel's
-        delimiter, first = delimiter or told[1].replace("\\t", "\t"), 2
+    if head and (separator := re.fullmatch(r'"?sep=(.|\\t)"?[,;\t]*\r?\n?', head[0])):  # Excel's
+        delimiter, first = delimiter or separator[1].replace("\\t", "\t"), 2
         del head[0]
     dialect = _dialect(source, head, delimiter)
     quoting = csv.QUOTE_MINIMAL
@@ -151,13 +151,13 @@ def _dialect(source: Source, head: list[str], delimiter: str) -> Dialect:
     is_tsv = source.inner_name.lower().endswith(".tsv")
     sample = "".join(head)[:_SAMPLE_CHARACTERS].splitlines(keepends=True)
     tried = [delimiter] if delimiter else ["\t"] if is_tsv else list(DELIMITERS)
-    best, most = Dialect(tried[0], False), 1
+    best, columns = Dialect(tried[0], False), 1
     for char in tried:
         has_blanks = char != "\t" and re.search(re.escape(char) + ' +"', "".join(sample)) is not None
         for blanks in (True, False) if has_blanks else (False,):
             agreeing = _agreeing(sample, Dialect(char, blanks))
-            if agreeing > most:
-                best, most = Dialect(char, blanks), agreeing
+            if agreeing > columns:
+                best, columns = Dialect(char, blanks), agreeing
     if not delimiter and not is_tsv and best.delimiter != ",":
         _say_once(f"{source.name}: its columns are taken to be separated by {DELIMITERS[best.delimiter]} "
                   "(--delimiter says otherwise)")  # fmt: skip
@@ -232,15 +232,15 @@ def parquet_records(source: Source, columns: list[str] | None = None) -> tuple[l
     Raises UserError for a damaged file, and one that grows beyond MAX_GROWTH.
     """
     names = _guarded(source, lambda: _open_table(source)[0].schema_arrow.names)
-    wanted = None if columns is None else [name for name in dict.fromkeys(columns) if name in names]
-    return list(names), _parquet_rows(source, wanted)
+    present = None if columns is None else [name for name in dict.fromkeys(columns) if name in names]
+    return list(names), _parquet_rows(source, present)
 
 
 def _parquet_rows(source: Source, columns: list[str] | None) -> Iterator[Record]:
     table, stream = _guarded(source, lambda: _open_table(source))
-    size, row, most = 0, 0, MAX_GROWTH * max(source.size, 128 << 10)
+    size, row, limit = 0, 0, MAX_GROWTH * max(source.size, 128 << 10)
     groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
-    if sum(group.total_byte_size for group in groups) > most:
+    if sum(group.total_byte_size for group in groups) > limit:
         refuse_growth(source)
     per_row = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
     rows = max(1, min(256, _BATCH_BYTES // max(1, per_row)))
@@ -254,7 +254,7 @@ def _parquet_rows(source: Source, columns: list[str] | None) -> Iterator[Record]
                 for name, column in zip(batch.schema.names, batch.columns, strict=True):
                     values[name] = _guarded(source, functools.partial(_value, column, i))
                     size += _text_size(values[name])
-                if size > most:
+                if size > limit:
                     refuse_growth(source)
                 yield Record(f"{source.name}, row {row}", values)
     finally:

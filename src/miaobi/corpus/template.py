@@ -1,7 +1,7 @@
 """Chat templates: messages -> token ids, the ones that transformers' `apply_chat_template` gives.
 
 A template is Jinja source in the model directory. It is rendered in a sandbox with bounds, and what a user typed never
-becomes a control token: control strings inside a message are broken up before rendering and mended after it.
+becomes a control token: control strings inside a message are broken up before rendering and restored after it.
 """
 
 from __future__ import annotations
@@ -100,29 +100,29 @@ class ChatTemplate:
 
     @functools.cached_property
     def extras(self) -> frozenset[str]:
-        """What the template renders beside system, user, assistant and their words: tool (a role), tools, tool_calls,
+        """What the template renders besides system, user, assistant and their text: tool (a role), tools, tool_calls,
         reasoning_content."""
-        asked, said = {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}
+        user, assistant = {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}
         function = {"name": "zeta", "description": "eta", "parameters": {"type": "object", "properties": {}}}
         tools = [{"type": "function", "function": function}]
         call = {"type": "function", "function": {"name": "zeta", "arguments": {"kappa": "theta"}}}
         tried = {
             "tool": (
-                [asked, said | {"tool_calls": [call]}, {"role": "tool", "name": "zeta", "content": "iota"}],
+                [user, assistant | {"tool_calls": [call]}, {"role": "tool", "name": "zeta", "content": "iota"}],
                 ["iota"],
             ),
-            "tools": ([asked | {"tools": tools}, said], ["zeta"]),
-            "tool_calls": ([asked, said | {"content": "", "tool_calls": [call]}], ["zeta", "theta"]),
-            "reasoning_content": ([asked, said | {"reasoning_content": "lambda"}], ["lambda"]),
+            "tools": ([user | {"tools": tools}, assistant], ["zeta"]),
+            "tool_calls": ([user, assistant | {"content": "", "tool_calls": [call]}], ["zeta", "theta"]),
+            "reasoning_content": ([user, assistant | {"reasoning_content": "lambda"}], ["lambda"]),
         }
-        found = set()
+        extras = set()
         for name, (messages, expected) in tried.items():
             try:
                 (text,) = self.texts([self.call(messages, False)])
             except UserError:
                 continue
-            found |= {name} if all(word in text for word in expected) else set()
-        return frozenset(found)
+            extras |= {name} if all(word in text for word in expected) else set()
+        return frozenset(extras)
 
     def marked(self, messages: Messages, marks: list[str]) -> tuple[str, list[int], list[int]]:
         """The dialogue's text, and where in it (BREAKs not counted) messages begin and end; no places at all where the
@@ -190,12 +190,12 @@ class ChatTemplate:
     def tokens(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
         """ids; where each begins and ends in the text without BREAKs; whether it is a control token."""
         if BREAK not in text:
-            found = self._parsing.encode(text, add_special_tokens=False)
+            encoding = self._parsing.encode(text, add_special_tokens=False)
             control = set(self._control.values())
-            spans = np.array(found.offsets, np.int64).reshape(-1, 2)
+            spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
             names = [id_ in control and self._names.fullmatch(text[a:b].strip()) is not None
-                     for id_, (a, b) in zip(found.ids, found.offsets, strict=True)]  # fmt: skip
-            return found.ids, spans[:, 0], spans[:, 1], np.array(names, bool)
+                     for id_, (a, b) in zip(encoding.ids, encoding.offsets, strict=True)]  # fmt: skip
+            return encoding.ids, spans[:, 0], spans[:, 1], np.array(names, bool)
         ids, spans, is_control, position = [], [], [], 0
         for piece, control in self._pieces(text):
             if control is not None:
@@ -204,13 +204,13 @@ class ChatTemplate:
                 is_control.append(True)
             else:
                 piece = piece.replace(BREAK, "")
-                found = self._plain.encode(piece, add_special_tokens=False)
-                ids += found.ids
-                spans += [(position + start, position + end) for start, end in found.offsets]
-                is_control += [False] * len(found.ids)
+                encoding = self._plain.encode(piece, add_special_tokens=False)
+                ids += encoding.ids
+                spans += [(position + start, position + end) for start, end in encoding.offsets]
+                is_control += [False] * len(encoding.ids)
             position += len(piece)
-        places = np.array(spans, np.int64).reshape(-1, 2)
-        return ids, places[:, 0], places[:, 1], np.array(is_control, bool)
+        bounds = np.array(spans, np.int64).reshape(-1, 2)
+        return ids, bounds[:, 0], bounds[:, 1], np.array(is_control, bool)
 
     def _pieces(self, text: str) -> list[tuple[str, int | None]]:
         """Stretches of text, and control tokens with their ids; the white space a control token swallows is its."""
@@ -255,8 +255,8 @@ def source_of(tokenizer: Tokenizer) -> str | None:
 
 def _broken_up(text: str, names: re.Pattern[str]) -> str:
     """`text` without the control strings `names` in one piece. Raises UserError for noncharacters."""
-    if found := NONCHARACTER.search(text):
-        raise UserError(f"a message contains U+{ord(found[0]):04X}, which is not a character; remove it")
+    if match := NONCHARACTER.search(text):
+        raise UserError(f"a message contains U+{ord(match[0]):04X}, which is not a character; remove it")
     while names.search(text):
         text = names.sub(lambda m: m[0][0] + BREAK + m[0][1:], text)
     return text

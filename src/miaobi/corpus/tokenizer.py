@@ -93,8 +93,8 @@ class Tokenizer:
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
-            if (found := read_foreign(path)) is not None:
-                return cls(*found)
+            if (foreign := read_foreign(path)) is not None:
+                return cls(*foreign)
             raise UserError(f"{path}: no tokenizer.json there, nor vocab.txt, nor vocab.json with merges.txt; give a "
                             "directory that miaobi prepare or train wrote, or a whole model of the hub")  # fmt: skip
         config = read_config(file.parent)
@@ -126,6 +126,7 @@ class Tokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],  # a GPT-2 would add BERT's token_type_ids as tokens
             # A literal special in text stays text, there too; but transformers renders templates to text first.
             "split_special_tokens": template is None,
             **{
@@ -148,16 +149,19 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     @functools.cached_property
-    def begin_ids(self) -> list[int]:
-        """What a foreign tokenizer puts before every text, `<s>` mostly; the model was trained with it there.
-
-        Not what it puts behind: a prompt goes on. Nor BERT's `[CLS]`, which comes with a `[SEP]` behind the text.
-        """
-        if self._word_pieces is not None or self.config.get("add_bos_token") is False:
-            return []
+    def frame(self) -> tuple[list[int], list[int]]:
+        """What a foreign tokenizer's post-processor puts before and behind every text: `<s>`; `[CLS]` and `[SEP]`."""
         framed, bare = (self.backend.encode("a", add_special_tokens=special).ids for special in (True, False))
         at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
-        return framed[:at]
+        before, behind = framed[:at], framed[at + len(bare) :]
+        told = [self.config.get(key) is not False for key in ("add_bos_token", "add_eos_token")]
+        return before if told[0] else [], behind if told[1] else []
+
+    @property
+    def begin_ids(self) -> list[int]:
+        """What stands before every text: the model was trained with it there. Not what stands behind: a prompt goes on
+        (transformers' own generation writes BERT's `[SEP]` there, and what then follows is another text)."""
+        return self.frame[0]
 
     def encode_prompt(self, text: str) -> list[int]:
         """`encode`, behind what the tokenizer puts before every text. Raises UserError on a lone surrogate."""
@@ -302,8 +306,8 @@ class Tokenizer:
         """A foreign tokenizer names its end-of-text and padding in its config, ours by fixed names."""
         named = self.config.get(role)
         name = named.get("content") if isinstance(named, dict) else named
-        found = self.token_to_id(name) if isinstance(name, str) else None
-        return self.token_to_id(ours) if found is None else found
+        id_ = self.token_to_id(name) if isinstance(name, str) else None
+        return self.token_to_id(ours) if id_ is None else id_
 
     def _character_table(self) -> np.ndarray | None:
         """(0x110000,) code point -> id when this is a character vocabulary as train_char makes it, else None."""

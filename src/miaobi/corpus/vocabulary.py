@@ -33,7 +33,7 @@ def of_characters(
         min_frequency: characters seen less often become bytes.
 
     Raises:
-        UserError: `vocab_size` leaves no room beside the specials and bytes.
+        UserError: `vocab_size` leaves no room besides the specials and bytes.
     """
     if vocab_size is not None and vocab_size <= N_RESERVED:
         raise UserError(_too_small(vocab_size))
@@ -49,7 +49,7 @@ def of_merges(
     """Merges learned from `texts`. Half of the vocabulary at most goes to single characters, the rest to merges.
 
     Raises:
-        UserError: `vocab_size` leaves no room beside the specials and bytes.
+        UserError: `vocab_size` leaves no room besides the specials and bytes.
     """
     if vocab_size <= N_RESERVED:
         raise UserError(_too_small(vocab_size))
@@ -72,8 +72,8 @@ def of_merges(
     merges = [tuple(pair) for pair in model["merges"]]
     # The trainer may exceed its size by a small alphabet; a merge goes with the piece it makes.
     if len(pieces) > room:
-        kept = set(pieces[:room])
-        pieces, merges = pieces[:room], [pair for pair in merges if "".join(pair) in kept]
+        vocabulary = set(pieces[:room])
+        pieces, merges = pieces[:room], [pair for pair in merges if "".join(pair) in vocabulary]
     return _assemble(pieces, merges, learner.pre_tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""Who works on the tasks of `survey` and `encode`: this process, processes beside it, or a Ray cluster.
+"""Who works on the tasks of `survey` and `encode`: this process, worker processes, or a Ray cluster.
 
 Results come back in the order of the tasks, so it makes no difference to them.
 """

@@ -19,7 +19,7 @@ from miaobi.generate.engine import LanguageModel, control_ids
 from miaobi.generate.stream import Stream
 from miaobi.model.transformer import Transformer
 
-UNKNOWN = ("<unk>", "[UNK]")  # control tokens that end nothing; a reply made of them says nothing either
+UNKNOWN = ("<unk>", "[UNK]")  # control tokens that do not end a reply; a reply of them alone would be empty
 
 MODEL_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """What a model's generation_config.json may say about how it is to be sampled; the names are transformers'."""
@@ -31,22 +31,22 @@ def model_settings(cfg: ChatConfig, generation: dict[str, Any] | None, given: Co
     generation: the content of generation_config.json. given: names of settings that the user chose; these stay.
     Raises UserError for a value that cannot be.
     """
-    told = {name: value for name in MODEL_SETTINGS if (value := (generation or {}).get(name)) is not None}
+    advice = {name: value for name in MODEL_SETTINGS if (value := (generation or {}).get(name)) is not None}
     if generation and generation.get("do_sample") is False:  # transformers draws nothing then
-        told["temperature"] = 0.0
-    told = {name: value for name, value in told.items() if name not in given and value != getattr(cfg, name)}
-    if not told:
+        advice["temperature"] = 0.0
+    advice = {name: value for name, value in advice.items() if name not in given and value != getattr(cfg, name)}
+    if not advice:
         return cfg
-    for name, value in told.items():
+    for name, value in advice.items():
         if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else (int, float)):
-            raise UserError(f"generation_config.json of the model: {name} is {value!r:.40}, not a number; mend the "
+            raise UserError(f"generation_config.json of the model: {name} is {value!r:.40}, not a number; correct the "
                             f"file, or give --{name}=...")  # fmt: skip
     try:
-        cfg = replace(cfg, **told)
+        cfg = replace(cfg, **advice)
     except UserError as e:
         raise UserError(f"generation_config.json of the model: {e}, or give it on the command line") from e
-    said = ", ".join(f"{name}={value}" for name, value in told.items())
-    log(f"sampled as the model's generation_config.json says: {said} (flags win)")
+    listed = ", ".join(f"{name}={value}" for name, value in advice.items())
+    log(f"sampled as the model's generation_config.json says: {listed} (flags win)")
     return cfg
 
 
@@ -83,9 +83,9 @@ class Chat:
 
     def retry(self) -> Iterator[str]:
         """Another reply to the last message; nothing when there is none."""
-        asked = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else []
-        if asked:
-            yield from self._answer(asked)
+        messages = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else []
+        if messages:
+            yield from self._answer(messages)
 
     def flush(self) -> None:
         """Forget the conversation; a system message stays."""
@@ -96,12 +96,12 @@ class Chat:
 
         Raises UserError when the template has no place for one, or it leaves no room for a message.
         """
-        said = self.messages[len(self._system()) :]
+        turns = self.messages[len(self._system()) :]
         system = [{"role": "system", "content": text}] if text.strip() else []
         if len(self._encode([*system, {"role": "user", "content": "？"}])) > self.room:
             raise UserError(f"the system message is too long: with it no message fits into {self.room} tokens; "
                             "shorten it")  # fmt: skip
-        self.messages, self._first = [*system, *said], 0
+        self.messages, self._first = [*system, *turns], 0
 
     def save(self, path: Path) -> None:
         """Write the conversation: .jsonl as one line of OpenAI's `messages`, anything else as readable text.
@@ -131,13 +131,13 @@ class Chat:
     def prompt(self, messages: Messages) -> list[int]:
         """Ids of a conversation that ends in a message of the user, at most `room` of them.
 
-        The oldest exchanges that do not fit are left out; of a last message too long by itself the end is kept.
+        The oldest exchanges that do not fit are left out; a last message that is too long by itself is cut to its end.
         """
         system = messages[: int(messages[0]["role"] == "system")]
-        said = messages[len(system) :]
-        while len(ids := self._encode([*system, *said[self._first :]])) > self.room:
-            if self._first >= len(said) - 1:
-                return self._shortened(system, said[-1]["content"])
+        turns = messages[len(system) :]
+        while len(ids := self._encode([*system, *turns[self._first :]])) > self.room:
+            if self._first >= len(turns) - 1:
+                return self._shortened(system, turns[-1]["content"])
             self._first += 2  # an exchange: some templates insist on user and assistant in turn
         return ids
 
@@ -148,17 +148,17 @@ class Chat:
     def _shortened(self, system: Messages, text: str) -> list[int]:
         """Ids of the longest end of a message that fits."""
 
-        def ids(kept: int) -> list[int]:
-            return self._encode([*system, {"role": "user", "content": text[len(text) - kept :]}])
+        def ids(length: int) -> list[int]:
+            return self._encode([*system, {"role": "user", "content": text[len(text) - length :]}])
 
-        kept = bisect.bisect_right(range(1, len(text) + 1), self.room, key=lambda n: len(ids(n)))
-        if not kept:
-            raise UserError(f"not even one character fits into {self.room} tokens beside the chat template; "
+        length = bisect.bisect_right(range(1, len(text) + 1), self.room, key=lambda n: len(ids(n)))
+        if not length:
+            raise UserError(f"not even one character fits into {self.room} tokens besides the chat template; "
                             "use a model with a larger block_size")  # fmt: skip
         if not self._told:
             self._told = True
-            warn(f"the message is too long for the model: only its last {kept} of {len(text)} characters are read")
-        return ids(kept)
+            warn(f"the message is too long for the model: only its last {length} of {len(text)} characters are read")
+        return ids(length)
 
     def _encode(self, messages: Messages) -> list[int]:
         return self.template.encode(messages, add_generation_prompt=True)
@@ -166,18 +166,18 @@ class Chat:
     def _system(self) -> Messages:
         return [m for m in self.messages[:1] if m["role"] == "system"]
 
-    def _answer(self, asked: Messages) -> Iterator[str]:
+    def _answer(self, messages: Messages) -> Iterator[str]:
         """Stream a reply to the last of `asked`; then, or where it was broken off, the conversation is that far."""
-        tokens = self._slots.write(self.stream(self.prompt(asked)))
-        said = ""
+        tokens = self._slots.write(self.stream(self.prompt(messages)))
+        reply = ""
         try:
             with explain_memory(self.lm.device, "`flush` forgets the conversation; a smaller --max_new_tokens helps"):
                 for piece in self.lm.pieces(tokens, self.ends):
-                    said += piece
+                    reply += piece
                     yield piece
         finally:
-            if said:
-                self.messages = [*asked, {"role": "assistant", "content": said}]
+            if reply:
+                self.messages = [*messages, {"role": "assistant", "content": reply}]
 
 
 def preview(
@@ -188,7 +188,7 @@ def preview(
     if not is_dialogue:
         return lm.generate(prompt, cfg)[0].text
     chat = Chat(lm, ChatConfig(max_new_tokens=tokens, seed=cfg.seed))
-    asked = chat.template.encode([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    prompt_ids = chat.template.encode([{"role": "user", "content": prompt}], add_generation_prompt=True)
     # Not chat.reply: it refuses a template that fills a small block, and a sample is no reason to end a run.
-    drawn = lm.slots().write(chat.stream(asked))
+    drawn = lm.slots().write(chat.stream(prompt_ids))
     return f">>>{prompt}\n" + "".join(lm.pieces(drawn, chat.ends))

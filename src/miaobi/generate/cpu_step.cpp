@@ -152,23 +152,32 @@ static void product(const Matrix& a, int from, int to, int K, const float* x, in
                     Mode mode) {
     constexpr int R = 2, M = 3, N = 3;  // with these sums and their factors 16 registers are full
     constexpr int MANY = 12;  // from here on tiles are faster
+    constexpr int ROWS = 32;  // of a at a time, which stay in the second-level cache while all x go by
     const T* w = (const T*)a.w;
-    for (int o = from; o < to; o += R) {
-        const int last = o + R < to ? o + R : to;
-        int b = 0;
-        for (float out[R * M]; B >= MANY && o + R <= to && b + M <= B; b += M) {
-            tile<R, M>(w + (size_t)o * K, x + (size_t)b * K, K, out);
-            for (int j = 0; j < R * M; j++) put(a, y, stride, mode, b + j / R, o + j % R, out[j]);
+    const int tiled = B >= MANY ? B / M * M : 0;
+    for (int block = from; block < to; block += ROWS) {
+        const int end = block + ROWS < to ? block + ROWS : to, pairs = block + (end - block) / R * R;
+        const char *next = (const char*)(w + (size_t)end * K), *stop = (const char*)(w + (size_t)to * K);
+        const size_t share = tiled ? ((size_t)ROWS * K * sizeof(T)) / (size_t)(tiled / M * (ROWS / R)) + 64 : 0;
+        for (int b = 0; b < tiled; b += M) {
+            for (int o = block; o < pairs; o += R) {
+                float out[R * M];
+                for (const char* until = next + share; next < until && next < stop; next += 64)
+                    __builtin_prefetch(next, 0, 2);  // the next rows come while these are at work
+                tile<R, M>(w + (size_t)o * K, x + (size_t)b * K, K, out);
+                for (int j = 0; j < R * M; j++) put(a, y, stride, mode, b + j / R, o + j % R, out[j]);
+            }
         }
-        for (int r = o, from_b = b; r < last; r++) {
+        for (int o = block; o < end; o++) {
             float out[N];
-            for (b = from_b; b + N <= B; b += N) {
-                dots<N>(w + (size_t)r * K, x + (size_t)b * K, K, out);
-                for (int n = 0; n < N; n++) put(a, y, stride, mode, b + n, r, out[n]);
+            int b = o < pairs ? tiled : 0;
+            for (; b + N <= B; b += N) {
+                dots<N>(w + (size_t)o * K, x + (size_t)b * K, K, out);
+                for (int n = 0; n < N; n++) put(a, y, stride, mode, b + n, o, out[n]);
             }
             for (; b < B; b++) {
-                dots<1>(w + (size_t)r * K, x + (size_t)b * K, K, out);
-                put(a, y, stride, mode, b, r, *out);
+                dots<1>(w + (size_t)o * K, x + (size_t)b * K, K, out);
+                put(a, y, stride, mode, b, o, *out);
             }
         }
     }

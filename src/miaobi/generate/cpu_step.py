@@ -90,8 +90,8 @@ class CpuStep:
         self.model, self.kind = model, kind
         self.cache_dtype = torch.float32 if kind == "float32" else torch.bfloat16
         self.kept: list[Tensor] = []  # memory that the structures point to
-        each = {"float32": 0, "bfloat16": 2, "int8": 1}[kind]  # fp32 weights stay where they are
-        self.free = large_pages(each * sum(p.numel() for p in model.parameters()))
+        bytes_per_weight = {"float32": 0, "bfloat16": 2, "int8": 1}[kind]  # fp32 weights stay where they are
+        self.free = large_pages(bytes_per_weight * sum(p.numel() for p in model.parameters()))
         self.layers = (Layer * cfg.n_layer)(*(self.layer(block) for block in model.blocks))
         inner = intermediate_size(cfg)
         self.about = Model(
@@ -123,8 +123,8 @@ class CpuStep:
     def place(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """A copy in large pages, in `dtype`."""
         size = tensor.numel() * dtype.itemsize
-        stretch, self.free = self.free[:size], self.free[size:]
-        return stretch.view(dtype).view(tensor.shape).copy_(tensor)
+        memory, self.free = self.free[:size], self.free[size:]
+        return memory.view(dtype).view(tensor.shape).copy_(tensor)
 
     def matrix(self, weight: Tensor, bias: Tensor | None = None) -> Matrix:
         """Pack a weight (N, K), and round it in place to what was packed."""
@@ -175,16 +175,16 @@ class CpuStep:
         """`miaobi_step` of cpu_step.cpp; row: all tokens are of this one, one behind the other."""
         model, cache, B, first = self.model, caches[0], len(tokens), row or 0
         rows, _, S, _ = cache.k.shape
-        places = torch.tensor(positions)
-        x = model.wte(tokens[:, 0]) if model.wpe is None else model.wte(tokens[:, 0]) + model.wpe(places)
+        position_ids = torch.tensor(positions)
+        x = model.wte(tokens[:, 0]) if model.wpe is None else model.wte(tokens[:, 0]) + model.wpe(position_ids)
         x, logits = x.float().contiguous(), torch.empty(B - unscored, model.cfg.vocab_size)
         threads = torch.get_num_threads()
         scratch = torch.empty(B * self.per_stream + threads * (B * model.cfg.n_embd + self.per_thread))
-        is_short = cache.k.dtype == torch.bfloat16
-        memory = (places, cache.k[first:], cache.v[first:], x, logits, scratch)  # what lies before that row, it leaves
+        bf16_cache = cache.k.dtype == torch.bfloat16
+        memory = (position_ids, cache.k[first:], cache.v[first:], x, logits, scratch)  # rows before that are untouched
         addresses = (ctypes.c_void_p(t.data_ptr()) for t in memory)
-        library().miaobi_step(ctypes.byref(self.about), self.layers, KINDS.index(self.kind), is_short, row is not None,
-                              unscored, B, rows, S, *addresses, threads)  # fmt: skip
+        library().miaobi_step(ctypes.byref(self.about), self.layers, KINDS.index(self.kind), bf16_cache,
+                              row is not None, unscored, B, rows, S, *addresses, threads)  # fmt: skip
         return logits
 
 

@@ -20,7 +20,7 @@ class Recorded:
     """A step of a fixed number of rows, whose tensors stay where they are."""
 
     ids: Tensor
-    places: Tensor
+    position_ids: Tensor
     logits: Tensor
     replay: Callable[[], None]
 
@@ -66,7 +66,7 @@ class CudaStep:
                 return self.eager(tokens, caches, positions)
         step = self.recorded[rows]
         step.ids[:n].copy_(tokens)
-        step.places.copy_(torch.tensor([*positions, *[length - 1] * (rows - n)]))
+        step.position_ids.copy_(torch.tensor([*positions, *[length - 1] * (rows - n)]))
         step.replay()
         return step.logits[:n]
 
@@ -74,25 +74,26 @@ class CudaStep:
         """A step that looks at all positions of the caches behind a mask: no size in it depends on where a row is."""
         device, last = self.model.wte.weight.device, caches[0].k.shape[2] - 1
         ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        places = torch.full((rows,), last, device=device)  # what recording writes there is written again before use
-        part = [RowCache(cache.k[:rows], cache.v[:rows], last, places) for cache in caches]
+        position_ids = torch.full((rows,), last, device=device)  # recording writes there, before any use
+        part = [RowCache(cache.k[:rows], cache.v[:rows], last, position_ids) for cache in caches]
 
         def step() -> Tensor:
-            mask = torch.arange(last + 1, device=device) <= places[:, None]
-            return self.model(ids, places[:, None], mask[:, None, None], part, last_only=True)[:, -1]
+            mask = torch.arange(last + 1, device=device) <= position_ids[:, None]
+            return self.model(ids, position_ids[:, None], mask[:, None, None], part, last_only=True)[:, -1]
 
-        return Recorded(ids, places, *self.capture(step))
+        return Recorded(ids, position_ids, *self.capture(step))
 
     def capture(self, step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-        """What `step` returns, and what computes it anew in the same place."""
+        """What `step` returns, and what computes it anew into the same memory."""
         with torch.cuda.device(self.model.wte.weight.device):  # not the current one, which may be another
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
+            side_stream = torch.cuda.Stream()
+            side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side_stream):
                 for _ in range(2):  # libraries allocate what they need the first time
                     step()
-            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.current_stream().wait_stream(side_stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=aside):  # its own choice is a stream of the first device ever used
+            # its own choice is a stream of the first device ever used
+            with torch.cuda.graph(graph, stream=side_stream):
                 logits = step()
         return logits, graph.replay

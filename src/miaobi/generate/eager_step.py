@@ -29,7 +29,7 @@ class EagerStep:
         if min(positions) == last:
             part = [KVCache(cache.k[:n], cache.v[:n], last) for cache in caches]
             return self.model(tokens, caches=part, last_only=True)[:, -1]
-        places = torch.tensor(positions, device=tokens.device)
-        mask = torch.arange(last + 1, device=tokens.device) <= places[:, None]
-        part = [RowCache(cache.k[:n], cache.v[:n], last, places) for cache in caches]
-        return self.model(tokens, places[:, None], mask[:, None, None], part, last_only=True)[:, -1]
+        position_ids = torch.tensor(positions, device=tokens.device)
+        mask = torch.arange(last + 1, device=tokens.device) <= position_ids[:, None]
+        part = [RowCache(cache.k[:n], cache.v[:n], last, position_ids) for cache in caches]
+        return self.model(tokens, position_ids[:, None], mask[:, None, None], part, last_only=True)[:, -1]

@@ -137,17 +137,17 @@ class LanguageModel:
         """One continuation of each prompt, in their order and as many at a time as go well together; where one ends,
         the next begins. `prompts` are taken when there is room for them. The nth has the seed `seed + n`.
 
-        wrote: is told after each step how many tokens it wrote.
+        wrote: called after each step with the number of tokens it wrote.
         """
         cfg = replace(cfg or SampleConfig(), **overrides)
-        coming = enumerate(prompts)
-        first = list(islice(coming, SLOTS.get(self.device.type, SLOTS["cpu"])))
-        coming, slots = chain(first, coming), self.slots(max(1, len(first)))
+        queue = enumerate(prompts)
+        first = list(islice(queue, SLOTS.get(self.device.type, SLOTS["cpu"])))
+        queue, slots = chain(first, queue), self.slots(max(1, len(first)))
         drafts: dict[Stream, tuple[int, Draft]] = {}
         done: dict[int, Completion] = {}
-        given = 0
+        next_number = 0
         while True:
-            for number, prompt in islice(coming, slots.free):
+            for number, prompt in islice(queue, slots.free):
                 stream = self.open(prompt, cfg, number)
                 drafts[stream] = number, Draft(self, prompt, self.ids_before(prompt, stream.ids), cfg.stop)
                 slots.add(stream)
@@ -161,9 +161,9 @@ class LanguageModel:
                 slots.end(stream)
                 number, draft = drafts.pop(stream)
                 done[number] = draft.finish()
-            while given in done:
-                yield done.pop(given)
-                given += 1
+            while next_number in done:
+                yield done.pop(next_number)
+                next_number += 1
 
     def stream(self, prompt: str, cfg: SampleConfig | None = None, **overrides) -> Iterator[str]:
         """Pieces of one continuation as they are written; together they are what `generate` gives for one sample.
@@ -183,21 +183,21 @@ class LanguageModel:
         before: ids of the text that it goes on from; a reply in a conversation stands alone.
         """
         ids: list[int] = []
-        given = 0
+        emitted = 0
         for token in tokens:
             if token in ends:
                 break
             ids.append(token)
             text = self.tokenizer.decode_stable(ids, before)
             if (end := first_stop(text, stop)) is not None:
-                if end > given:
-                    yield text[given:end]
+                if end > emitted:
+                    yield text[emitted:end]
                 return
             ready = len(text) - held_back(text, stop)
-            if ready > given:
-                yield text[given:ready]
-                given = ready
-        rest = self.tokenizer.decode(ids, before)[given:]
+            if ready > emitted:
+                yield text[emitted:ready]
+                emitted = ready
+        rest = self.tokenizer.decode(ids, before)[emitted:]
         if rest:
             yield rest
 
@@ -223,7 +223,7 @@ class LanguageModel:
         return list(ids) if prompt and not blank else []
 
     def generator(self, seed: int | None) -> torch.Generator:
-        """Randomness for drawing; from nowhere where there is no seed."""
+        """The generator of the draws; seeded by the system where there is no seed."""
         generator = torch.Generator(self.device)
         if seed is None:
             generator.seed()
@@ -260,8 +260,8 @@ def text_ends(model: Transformer, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def first_stop(text: str, stops: tuple[str, ...]) -> int | None:
     """Where the first stop string begins in `text`, or None."""
-    found = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
-    return min(found, default=None)
+    positions = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
+    return min(positions, default=None)
 
 
 def held_back(text: str, stops: tuple[str, ...]) -> int:
@@ -279,19 +279,19 @@ def load(
     device, dtype: as in `miaobi sample`; None = auto. Raises UserError if there is no whole model.
     """
     keep_allocations()
-    where, wish = pick_device(device or "auto"), dtype or "auto"
+    where, precision_name = pick_device(device or "auto"), dtype or "auto"
     path = model_directory(name, checkpoint)
     model, tokenizer = load_model(path)
     step: Step | None = None
-    if where.type == "cpu" and wish != "float16" and can_compile(where) and can_step(model):
-        kind = "bfloat16" if wish == "auto" else wish
+    if where.type == "cpu" and precision_name != "float16" and can_compile(where) and can_step(model):
+        kind = "bfloat16" if precision_name == "auto" else precision_name
         step = CpuStep(model, kind)
         precision = torch.bfloat16 if kind == "bfloat16" and cpu_has_bf16() else torch.float32
     else:
-        if wish == "int8":
+        if precision_name == "int8":
             warn("int8 weights need a CPU and a C++ compiler; using --dtype=auto")
-            wish = "auto"
-        precision = pick_dtype(wish, where)
+            precision_name = "auto"
+        precision = pick_dtype(precision_name, where)
     model = model.to(where, precision)
     if where.type == "cuda":
         step = CudaStep(model)

@@ -1,4 +1,4 @@
-"""Streams decoded together, each at a place of its own and with settings of its own.
+"""Streams decoded together, each at its own position and with its own sampling settings.
 
 A stream takes a row of the KV caches when it comes and gives it back when it ends, so that none waits for the longest
 (continuous batching: Yu et al., Orca, OSDI 2022). What a prompt has in common with a row is copied, not computed.
@@ -20,7 +20,7 @@ from miaobi.generate.stream import Stream, score
 from miaobi.model.transformer import KVCache, Transformer
 
 PREFILL_TOKENS = 8192  # of several prompts in one forward pass, which bounds its memory
-CHUNK = 32  # tokens of a prompt that an exact step reads at once
+CHUNK = 48  # tokens of a prompt that an exact step reads at once
 ADMITTED = 1024  # tokens of prompts read between two steps, in which those who write wait
 
 
@@ -95,9 +95,9 @@ class Slots:
         self.prefill(full, [self.running[row].ids[-half:-1] for row in full])
         if proposed := self.propose():
             return self.verify(proposed)
-        given = [stream.ids[-1] for stream in self.running]
-        logits = self.logits(given, [len(self.known[row]) for row, _ in enumerate(given)])
-        for row, token in enumerate(given):
+        tokens = [stream.ids[-1] for stream in self.running]
+        logits = self.logits(tokens, [len(self.known[row]) for row, _ in enumerate(tokens)])
+        for row, token in enumerate(tokens):
             self.known[row].append(token)
         drawn = list(zip(self.running, self.draw(logits), strict=True))
         for stream, token in drawn:
@@ -202,10 +202,10 @@ class Slots:
 
     def recall(self, row: int, prompt: list[int]) -> int:
         """Let `row` begin with what `prompt` has in common with the row most like it; how many tokens that is."""
-        like = max(range(self.size), key=lambda other: (common(prompt, self.known[other]), other == row))
-        shared = common(prompt, self.known[like])
-        if like != row and shared:
-            self.copy(like, row, shared)
+        nearest = max(range(self.size), key=lambda other: (common(prompt, self.known[other]), other == row))
+        shared = common(prompt, self.known[nearest])
+        if nearest != row and shared:
+            self.copy(nearest, row, shared)
         self.known[row] = prompt[:shared]
         return shared
 
@@ -225,8 +225,8 @@ class Slots:
         """
         for row in rows:
             self.known[row] = self.known[row][:start]
-        most = max(map(len, prompts), default=0)
-        if most <= start:
+        longest = max(map(len, prompts), default=0)
+        if longest <= start:
             return
         if self.step.is_exact:
             for row, prompt in zip(rows, prompts, strict=True):
@@ -234,11 +234,11 @@ class Slots:
                     self.read(row, prompt[at : at + CHUNK])
             return
         for _, consecutive in groupby(enumerate(rows), key=lambda at: at[1] - at[0]):
-            places = [at for at, _ in consecutive]
-            at_once = max(1, PREFILL_TOKENS // most)
-            for some in (places[i : i + at_once] for i in range(0, len(places), at_once)):
-                ids = [prompts[i][start:] + [0] * (most - len(prompts[i])) for i in some]
-                of = slice(rows[some[0]], rows[some[-1]] + 1)
+            indices = [at for at, _ in consecutive]
+            batch_size = max(1, PREFILL_TOKENS // longest)
+            for batch in (indices[i : i + batch_size] for i in range(0, len(indices), batch_size)):
+                ids = [prompts[i][start:] + [0] * (longest - len(prompts[i])) for i in batch]
+                of = slice(rows[batch[0]], rows[batch[-1]] + 1)
                 self.model.hidden(torch.tensor(ids, device=self.device),
                                   caches=self.part(lambda k, v, of=of: KVCache(k[of], v[of], start)))  # fmt: skip
         for row, prompt in zip(rows, prompts, strict=True):
@@ -289,9 +289,9 @@ class Slots:
             if stream.has_bias:
                 stream.bias(logits[row])
         for rows in groups.values():
-            few, cfg = rows if len(groups) > 1 else slice(n), self.running[rows[0]].cfg
-            fair = penalize_repeats(logits[few], self.seen[few], cfg.repetition_penalty)
-            tokens[few] = next_token(fair, cfg, [self.running[row].generator for row in rows])
+            members, cfg = rows if len(groups) > 1 else slice(n), self.running[rows[0]].cfg
+            penalized = penalize_repeats(logits[members], self.seen[members], cfg.repetition_penalty)
+            tokens[members] = next_token(penalized, cfg, [self.running[row].generator for row in rows])
         self.tell(own, tokens)
         self.seen[:n].scatter_(1, tokens[:, None], True)
         for row, stream in enumerate(self.running):

@@ -1,4 +1,4 @@
-"""A text being written, as `slots` advances it: tokens, the settings of its draws, and what is told about them."""
+"""A text being written, as `slots` advances it: tokens, the sampling settings, and what is reported about them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Stream:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these tokens."""
     alternatives: int | None = None
-    """Score each token, beside this many of the likeliest; None = do not."""
+    """Score each token, and this many of the likeliest; None = do not."""
     scores_prompt: bool = False
     """Score the prompt's tokens too, all but the first; it may be no longer than the block."""
     left: int = field(init=False)

@@ -70,14 +70,14 @@ def chat(cfg: ChatRequest, origin: Origin, as_json: bool = False) -> dict[str, A
     run, settings = None, ChatConfig()
     if cfg.model.endswith((".yaml", ".yml")):
         run, settings = configured(find_config(cfg.model))
-    given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(ChatConfig) if f.name in origin}
-    settings = dataclasses.replace(settings, **given)
+    flags = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(ChatConfig) if f.name in origin}
+    settings = dataclasses.replace(settings, **flags)
     from miaobi.generate import engine
     from miaobi.generate.chat import MODEL_SETTINGS, Chat, model_settings
 
-    said = {name for name in MODEL_SETTINGS if getattr(settings, name) != getattr(ChatConfig, name)} | origin.keys()
+    chosen = {name for name in MODEL_SETTINGS if getattr(settings, name) != getattr(ChatConfig, name)} | origin.keys()
     lm = engine.load(cfg.model if run is None else model_of(run), settings.device, settings.dtype, cfg.checkpoint)
-    conversation = Chat(lm, model_settings(settings, lm.model.generation, said))
+    conversation = Chat(lm, model_settings(settings, lm.model.generation, chosen))
     talk(conversation, silent=as_json)
     return {"messages": conversation.messages}
 
@@ -149,7 +149,7 @@ def obey(chat: Chat, line: str, out: TextIO, silent: bool) -> bool:
         chat.flush()
     elif command == "/retry":
         if not chat.messages or chat.messages[-1]["role"] == "system":
-            raise UserError("/retry: there is no reply yet to be told differently; say something first")
+            raise UserError("/retry: there is no reply yet that could be tried again; say something first")
         say(chat.retry(), out, silent)
     elif command == "/system":
         chat.system(rest.strip())
@@ -164,18 +164,18 @@ def obey(chat: Chat, line: str, out: TextIO, silent: bool) -> bool:
 
 def say(pieces: Iterator[str], out: TextIO, silent: bool) -> None:
     """Print a reply as it is written, on a line of its own; in a terminal Ctrl-C stops it."""
-    said = False
+    printed = False
     try:
         with closing(pieces):
             for piece in pieces:
-                said = True
+                printed = True
                 if not silent:
                     print(piece, end="", flush=True, file=out)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
     finally:
-        if said and not silent:
+        if printed and not silent:
             print(flush=True, file=out)
 
 

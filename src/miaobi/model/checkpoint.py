@@ -71,13 +71,13 @@ def model_directory(name: str | Path, checkpoint: str = "best") -> Path:
     if (path / "config.json").is_file():
         return path
     if (path / "checkpoints").is_dir():
-        found = pointed(path / "checkpoints" / checkpoint)
-        if found is None and checkpoint == "best":
-            found = pointed(path / "checkpoints" / "last")  # interrupted before its first evaluation
-        if found is not None:
-            return found
-        there = sorted(p.name for p in (path / "checkpoints").iterdir() if not p.name.startswith("."))
-        raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has: {names_listed(there)}")
+        directory = pointed(path / "checkpoints" / checkpoint)
+        if directory is None and checkpoint == "best":
+            directory = pointed(path / "checkpoints" / "last")  # interrupted before its first evaluation
+        if directory is not None:
+            return directory
+        names = sorted(p.name for p in (path / "checkpoints").iterdir() if not p.name.startswith("."))
+        raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has: {names_listed(names)}")
     if not path.exists():
         raise UserError(f"no model at {path}: no such directory. Give a run directory (out_dir of `miaobi train`), "
                         "a Hugging Face model directory, or a model of the hub as OWNER/NAME")  # fmt: skip
@@ -135,9 +135,9 @@ def generation_settings(path: Path, vocab_size: int) -> dict[str, Any]:
     """What generation_config.json says besides what ends a text, and the bos_token_id; without ids that the model does
     not have, which is said in a line. Raises UserError if damaged.
     """
-    told = read_json(path / "generation_config.json")
+    generation = read_json(path / "generation_config.json")
     settings = {"bos_token_id": read_json(path / "config.json").get("bos_token_id")}
-    settings |= {key: value for key, value in told.items() if key not in WRITTEN_ANEW}
+    settings |= {key: value for key, value in generation.items() if key not in WRITTEN_ANEW}
     for key in IDS:
         if settings.get(key) is not None and not _all_ids(settings[key], vocab_size):
             warn(f"{path}: {key} is {brief(settings[key])}, not of the model's ids 0 to {vocab_size - 1}: not used")
@@ -156,13 +156,13 @@ def sampling_settings(generation: Mapping[str, Any] | None) -> dict[str, float |
     """How a model's makers want it to be sampled: those of temperature, top_k, top_p, min_p and repetition_penalty that
     its generation_config.json states and that make sense; do_sample=false is a temperature of 0.
     """
-    told = generation or {}
-    numbers = {key: told.get(key) for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
-    found = {key: value for key, value in numbers.items()
+    settings = generation or {}
+    numbers = {key: settings.get(key) for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
+    sane = {key: value for key, value in numbers.items()
              if type(value) in (int, float) and 0 <= value < 1 << 31 and (key[-2:] != "_p" or value <= 1)}  # fmt: skip
-    if type(found.get("top_k")) is float or found.get("repetition_penalty") == 0:
-        found = {key: value for key, value in found.items() if key not in ("top_k", "repetition_penalty")}
-    return found | ({"temperature": 0.0} if told.get("do_sample") is False else {})
+    if type(sane.get("top_k")) is float or sane.get("repetition_penalty") == 0:
+        sane = {key: value for key, value in sane.items() if key not in ("top_k", "repetition_penalty")}
+    return sane | ({"temperature": 0.0} if settings.get("do_sample") is False else {})
 
 
 class Unfilled(TorchFunctionMode):

@@ -124,46 +124,48 @@ def check_hf(cfg: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> dic
 
     Raises UserError naming the first one that is missing, left over, of another shape, or not of finite numbers.
     """
-    rest = dict(tensors)
+    unused = dict(tensors)
     if cfg.family == "gpt2":
-        rest = {(n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}"): t for n, t in rest.items()}
-    found = {}
+        unused = {
+            (n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}"): t for n, t in unused.items()
+        }
+    checked = {}
     for name, shape in hf_shapes(cfg):
-        if name not in rest:
+        if name not in unused:
             if name == "lm_head.weight":
                 raise UserError(f"{where}: lm_head.weight is missing although tie_word_embeddings is false")
             raise UserError(f"{where}: tensor {name} is missing; the checkpoint does not match its config.json")
-        found[name] = rest.pop(name)
-        if found[name].shape != shape:
-            has = tuple(found[name].shape)
+        checked[name] = unused.pop(name)
+        if checked[name].shape != shape:
+            has = tuple(checked[name].shape)
             raise UserError(f"{where}: {name} has shape {has}, config.json says {shape}")
-    for name in list(rest):
-        weight = found.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
+    for name in list(unused):
+        weight = checked.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
         if cfg.family == "gpt2" and weight is not None:  # zeros, where `bias` is false
-            bias = rest.pop(name)
+            bias = unused.pop(name)
             if bias.shape != weight.shape[-1:]:
                 has = tuple(bias.shape)
                 raise UserError(f"{where}: {name} has shape {has}, config.json says {tuple(weight.shape[-1:])}")
-            found[name] = bias
+            checked[name] = bias
         elif CONSTANT.fullmatch(name) or name == "lm_head.weight":  # which is the embedding where those are tied
-            del rest[name]
-    if rest:
-        first = brief(next(iter(rest))).strip("'")
-        raise UserError(f"{where}: {len(rest)} tensors that the model does not have, such as {first}")
+            del unused[name]
+    if unused:
+        first = brief(next(iter(unused))).strip("'")
+        raise UserError(f"{where}: {len(unused)} tensors that the model does not have, such as {first}")
     if cfg.bias:
         for name in [
-            name for name in found if name.endswith(".weight") and ".wte." not in name and ".wpe." not in name
+            name for name in checked if name.endswith(".weight") and ".wte." not in name and ".wpe." not in name
         ]:
-            if (bias := f"{name.removesuffix('weight')}bias") not in found and name != "lm_head.weight":
+            if (bias := f"{name.removesuffix('weight')}bias") not in checked and name != "lm_head.weight":
                 raise UserError(f"{where}: tensor {bias} is missing, though others have biases; copy the model again")
-    for name, tensor in found.items():
+    for name, tensor in checked.items():
         if tensor.dtype not in FLOATS:
             raise UserError(f"{where}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not the numbers of a "
                             "model; take the one whose weights are not quantized")  # fmt: skip
         if not is_finite(tensor):
             raise UserError(f"{where}: {name} has numbers that are not finite (nan or inf): it was damaged, or the "
                             "run that wrote it diverged; copy it again, or use an older checkpoint")  # fmt: skip
-    return found
+    return checked
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""config.json of Hugging Face <-> ModelConfig. What a stranger's file says is checked before anything is made of it."""
+"""config.json of Hugging Face <-> ModelConfig. A file from elsewhere is checked before anything is built from it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LONGEST_CONTEXT = 1 << 17
 def hf_config(cfg: ModelConfig, end_ids: tuple[int, ...]) -> dict:
     """config.json of the family.
 
-    `rope_theta` and `rope_scaling` are written beside `rope_parameters`: transformers 4 reads those, 5 this.
+    `rope_theta` and `rope_scaling` are written next to `rope_parameters`: transformers 4 reads those, 5 this.
     """
     common = {
         "architectures": [ARCHITECTURES[cfg.family]],
@@ -147,8 +147,8 @@ def model_config(hf: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelC
                     f"miaobi runs {', '.join(ARCHITECTURES.values())}")  # fmt: skip
 
 
-def _wrong(key: str, value: Any, wanted: str) -> UserError:
-    return UserError(f"config.json has {key}={brief(value)}, a value of the wrong kind; it must be {wanted}")
+def _wrong(key: str, value: Any, expected: str) -> UserError:
+    return UserError(f"config.json has {key}={brief(value)}, a value of the wrong kind; it must be {expected}")
 
 
 def _size(hf: Mapping[str, Any], key: str) -> int:
@@ -207,20 +207,20 @@ def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     _refuse(rope, partial_rotary_factor=1.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = _number(rope if "rope_theta" in rope else hf, "rope_theta", 10000.0)
-    found = {"rope_type": kind, "rope_theta": theta}
+    settings = {"rope_type": kind, "rope_theta": theta}
     if kind == "default":
-        return found
+        return settings
     if kind in ("linear", "dynamic"):
-        return found | {"rope_factor": _number(rope, "factor")}
+        return settings | {"rope_factor": _number(rope, "factor")}
     if kind == "llama3":
-        return found | {
+        return settings | {
             "rope_factor": _number(rope, "factor"),
             "rope_low_freq_factor": _number(rope, "low_freq_factor"),
             "rope_high_freq_factor": _number(rope, "high_freq_factor"),
             "rope_original_context": _size(rope, "original_max_position_embeddings"),
         }
     if kind == "yarn":
-        return found | _yarn(hf, rope)
+        return settings | _yarn(hf, rope)
     raise UserError(f"rope type {brief(kind)} is not supported, only default, linear, dynamic, llama3 and yarn")
 
 

@@ -112,22 +112,22 @@ def from_model_scope(name: str) -> Path:
 
     download = functools.partial(HubApi().download_repo, name, "model")
     try:
-        found = with_weights(download)
+        directory = with_weights(download)
     except (HubError, OSError, *UNUSABLE) as e:
         if not_the_network(e):
             raise
         advice = next_step(e, "MODELSCOPE_API_TOKEN", "MODELSCOPE_ENDPOINT")
         offline = not isinstance(e, HubError) or isinstance(e, (NetworkError, RequestTimeoutError, ServerError))
-        found = in_cache(functools.partial(download, local_files_only=True)) if offline else None
-        if found is None:
+        directory = in_cache(functools.partial(download, local_files_only=True)) if offline else None
+        if directory is None:
             raise UserError(
                 f"{MODELSCOPE}{name} could not be fetched ({reason(e)}). "
                 + (advice or "Check the name; run the command again: the download goes on where it stopped")
             ) from e
         tell_cached("ModelScope", e, name, advice)
-    if found is None:
+    if directory is None:
         raise UserError(f"{MODELSCOPE}{name} has neither model.safetensors nor pytorch_model.bin; take another model")
-    return found
+    return directory
 
 
 def wanted(files: list[str]) -> list[str]:

@@ -91,7 +91,7 @@ def part_rows(block: Block, name: str, parts: int) -> list[int]:
 
 
 def add_lora(model: Transformer, cfg: LoraConfig) -> None:
-    """Freeze every weight of `model` and put an adapter beside the linears of its blocks, in place.
+    """Freeze every weight of `model` and add an adapter to the linears of its blocks, in place.
 
     The global random state decides A. The logits stay what they were, bit for bit.
     """
@@ -161,7 +161,7 @@ def save_adapter(directory: Path, model: Transformer, base_name: str) -> None:
             "r": one.rank,
             "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
             "lora_dropout": one.dropout,
-            # PEFT matches the ends of names; GPT-2 has two c_proj, told apart by what they are in
+            # PEFT matches the ends of names; GPT-2 has two c_proj, distinguished by their parent module
             "target_modules": modules if gpt2 else [theirs.split(".")[1] for theirs in modules],
             "fan_in_fan_out": gpt2,  # Conv1D stores its weight transposed
             "bias": "none",

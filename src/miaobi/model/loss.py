@@ -25,9 +25,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         N, V = x.shape[0], weight.shape[0]
         w = weight.to(dtype)
         train = any(ctx.needs_input_grad[:2])
-        moves = ctx.needs_input_grad[1]  # not so under LoRA: a third of the work less
+        needs_weight_grad = ctx.needs_input_grad[1]  # not so under LoRA: a third of the work less
         grad_x = torch.empty_like(x) if train else None
-        grad_w = torch.zeros_like(w, dtype=torch.float32) if moves else None  # sums over chunks need fp32
+        grad_w = torch.zeros_like(w, dtype=torch.float32) if needs_weight_grad else None  # sums over chunks need fp32
         total = x.new_zeros((), dtype=torch.float32)
         rows = max(1, (CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK) // V)
         for i in range(0, N, rows):
@@ -41,7 +41,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad.scatter_add_(1, index, grad.new_full((), -1.0).expand_as(index))
                 grad = grad.mul_(scored.unsqueeze(1)).to(dtype)
                 grad_x[i : i + rows] = grad @ w
-                if not moves:
+                if not needs_weight_grad:
                     continue
                 if dtype == torch.float32:
                     grad_w.addmm_(grad.T, x_i)

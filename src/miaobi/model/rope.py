@@ -37,15 +37,15 @@ def rope_frequencies(cfg: ModelConfig, width: int) -> Tensor:
     if cfg.rope_type == "llama3":
         turns = cfg.rope_original_context * frequency / (2 * math.pi)
         low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        unscaled_share = ((turns - low) / (high - low)).clamp(0, 1)
     else:
         low, high = (_index(cfg, width, turns) for turns in (cfg.rope_beta_fast, cfg.rope_beta_slow))
         if cfg.rope_truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, width - 1)
         high += 0.001 if low == high else 0
-        kept = 1 - ((torch.arange(half, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return frequency * (kept + (1 - kept) / cfg.rope_factor)
+        unscaled_share = 1 - ((torch.arange(half, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return frequency * (unscaled_share + (1 - unscaled_share) / cfg.rope_factor)
 
 
 def _index(cfg: ModelConfig, width: int, turns: float) -> float:

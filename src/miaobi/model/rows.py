@@ -35,8 +35,8 @@ def add_rows(model: Transformer, n: int, first: int | None = None) -> None:
         if table is None:  # tied
             continue
         weight = table.weight.new_zeros(rows, model.cfg.n_embd)
-        kept = min(rows, len(table.weight))
-        weight[:kept] = table.weight[:kept]
+        old_rows = min(rows, len(table.weight))
+        weight[:old_rows] = table.weight[:old_rows]
         weight[known : known + n] = table.weight[:known].mean(0)
         table.weight = nn.Parameter(weight)
     model.wte.num_embeddings = rows

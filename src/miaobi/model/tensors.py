@@ -1,4 +1,4 @@
-"""Weights of strangers' files: read without executing anything, whole or with the reason why not."""
+"""Weights from files of any origin, read without executing anything; a damaged file is refused with the reason."""
 
 from __future__ import annotations
 

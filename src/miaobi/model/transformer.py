@@ -45,17 +45,17 @@ class KVCache:
 
 @dataclass
 class RowCache(KVCache):
-    """The same where each row is at a position of its own: `append` stores one token per row at `places` (B,) and gives
-    all positions up to `length`, the furthest of them. Who may look where is for a mask to say.
+    """A cache whose rows are at different positions: `append` stores one token per row at `position_ids` (B,) and
+    returns all positions up to `length`, the largest of them. The attention mask hides what a row must not see.
     """
 
-    places: Tensor | None = None
+    position_ids: Tensor | None = None
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, H_kv, 1, D); return the positions of the longest row in their precision."""
         rows, end = torch.arange(len(k), device=k.device), self.length + 1
-        self.k[rows, :, self.places] = k[:, :, 0].to(self.k.dtype)
-        self.v[rows, :, self.places] = v[:, :, 0].to(self.v.dtype)
+        self.k[rows, :, self.position_ids] = k[:, :, 0].to(self.k.dtype)
+        self.v[rows, :, self.position_ids] = v[:, :, 0].to(self.v.dtype)
         return self.k[:, :, :end].to(k.dtype), self.v[:, :, :end].to(v.dtype)
 
 

@@ -1,4 +1,4 @@
-"""What `miaobi plan` can be told: everything that `miaobi train` can, and what it is to be planned for."""
+"""Settings of `miaobi plan`: those of `miaobi train`, and the machines to plan for."""
 
 from __future__ import annotations
 

@@ -9,12 +9,13 @@ of the parameters per token, which decay and dropout make less. Fitted to `grid.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from typing import Any
+
+import numpy as np
 
 MOST_EPOCHS = 64
 """Passes that are looked at."""
@@ -55,20 +56,19 @@ class Law:
     dropout: float
     """And by e^(this x dropout)."""
 
-    def bits(self, run: Setting, epochs: float) -> float:
+    def bits(self, run: Setting, epochs: float | np.ndarray) -> float | np.ndarray:
         """Bits per character of the validation text after `epochs` passes."""
         n, u = run.parameters / UNIT_N, run.tokens / UNIT_U
-        seen = u * min(1.0, epochs)
-        if epochs > 1:
-            seen += u * self.worth * (1 - math.exp(-(epochs - 1) / self.worth))
+        again = np.maximum(0.0, epochs - 1.0)
+        seen = u * (np.minimum(1.0, epochs) + self.worth * (1 - np.exp(-again / self.worth)))
         spared = math.exp(-self.decay * run.muon_weight_decay - self.dropout * run.dropout)
         heart = self.heart * epochs**self.heart_passes * (n / u) ** self.heart_ratio * spared
         return self.floor + self.size * n**-self.size_power + self.data * seen**-self.data_power + heart
 
     def best(self, run: Setting, most: float = MOST_EPOCHS) -> float:
         """Passes after which the curve is lowest, in halves; `most` where it still falls then."""
-        halves = range(1, max(2, round(2 * most)) + 1)
-        return min(halves, key=lambda half: self.bits(run, half / 2)) / 2
+        passes = np.arange(1, max(2, round(2 * most)) + 1) / 2
+        return float(passes[np.argmin(self.bits(run, passes))])
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Basis:
     """Fewest and most."""
     tokens: list[float]
     bits_error: float
-    """Root mean square on runs held out, after the level of each run's text is known."""
+    """Root mean square, on runs held out."""
     epoch_error: float
     """Median of |forecast / measured - 1| of the pass with the lowest loss, on runs held out."""
     epochs_right: float
@@ -93,23 +93,17 @@ def basis() -> Basis:
     return Basis(**json.loads(files(__package__).joinpath("forecast.json").read_text(encoding="utf-8")))
 
 
-def grid() -> list[dict[str, Any]]:
-    """The runs that were measured, one each, with their curves: `bits` after each pass."""
-    text = files(__package__).joinpath("grid.csv").read_text(encoding="utf-8")
-    return [row | {"bits": [float(b) for b in row["bits"].split()]} for row in csv.DictReader(text.splitlines())]
-
-
 def forecast(run: Setting, epochs: float) -> dict[str, Any]:
     """What is to be expected of `run` for `epochs` passes: JSON."""
     found = basis()
     law = Law(**found.law)
     best = law.best(run, max(MOST_EPOCHS, epochs))
-    points = sorted({epoch for epoch in (0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if epoch < epochs} | {epochs})
+    points = sorted({epoch for epoch in (0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if epoch < 0.95 * epochs} | {epochs})
     return {
-        "curve": [[epoch, round(law.bits(run, epoch), 3)] for epoch in points],
+        "curve": [[epoch, round(float(law.bits(run, epoch)), 3)] for epoch in points],
         "best_epoch": best,
-        "bits_at_best": law.bits(run, min(best, epochs)),
-        "bits_at_end": law.bits(run, epochs),
+        "bits_at_best": float(law.bits(run, min(best, epochs))),
+        "bits_at_end": float(law.bits(run, epochs)),
         "carries": carries(law, run),
         "inside": all(low / 2 <= value <= high * 2 for (low, high), value in
                       ((found.parameters, run.parameters), (found.tokens, run.tokens))),
@@ -117,7 +111,34 @@ def forecast(run: Setting, epochs: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def advice(told: dict[str, Any], run: Setting, epochs: float) -> list[str]:
+    """What the forecast means for the run, in words; where it stands on nothing like it, that first."""
+    found, words = told["basis"], []
+    if not told["inside"]:
+        words.append("this run is outside of what was measured: take it as a direction")
+    if epochs > 1.25 * told["best_epoch"] and epochs > told["best_epoch"] + 1:
+        words.append(
+            f"the validation loss turns after about {told['best_epoch']:g} passes over the text: "
+            f"--max_epochs={max(1, math.ceil(told['best_epoch']))} ends there, and --patience stops there"
+        )
+    elif told["best_epoch"] > 1.5 * epochs:
+        words.append(f"the validation loss still falls at the end: about {told['best_epoch']:g} passes would be best")
+    if run.parameters > 2 * told["carries"]:
+        words.append(f"this text carries about {told['carries'] / 1e6:.2g}M parameters: a smaller model, or more text; "
+                     "--dropout=0.2 and up delays the turn")  # fmt: skip
+    words.append(
+        f"it stands on {found['runs']} small runs ({found['parameters'][0] / 1e6:.2g}M to "
+        f"{found['parameters'][1] / 1e6:.2g}M parameters), and was {found['bits_error']:.1f} bits/char off on "
+        f"runs it had not seen, the turn right to a quarter or one pass in {found['epochs_right']:.0%}"
+    )
+    return words
+
+
 def carries(law: Law, run: Setting) -> float:
     """Parameters of the model that is best on the text of `run`, each at its own best pass."""
-    sizes = [run.tokens * 10 ** (power / 10) for power in range(-20, 31)]
-    return min(sizes, key=lambda n: law.bits(replace(run, parameters=n), law.best(replace(run, parameters=n))))
+
+    def lowest(n: float) -> float:
+        other = replace(run, parameters=n)
+        return float(law.bits(other, law.best(other)))
+
+    return min((run.tokens * 10 ** (power / 10) for power in range(-20, 31)), key=lowest)

@@ -61,7 +61,9 @@ def measure(cfg: PlanConfig, origin: Origin, aside: Path) -> Measured:
             evaluation = time.perf_counter() - started
         share = len(run.plan.train_windows.inputs) / len(run.plan.val_windows.inputs) if run.plan.train_windows else 0
         return Measured(
-            statistics.median(seconds[STEPS // 4 :]), evaluation * (1 + share), peak_memory(device) - before
+            statistics.median(seconds[STEPS // 4 :]),
+            evaluation * ((2 if run.plan.average else 1) + share),
+            peak_memory(device) - before,
         )
     finally:
         world.leave()

@@ -54,7 +54,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a step by part, and at its fullest moment; what a checkpoint and a generation take beside it."""
+    """Bytes of a step by part, and at its fullest moment; what a checkpoint and a generation take in addition."""
 
     weights: int
     gradients: int

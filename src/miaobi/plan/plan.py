@@ -20,8 +20,10 @@ from miaobi.model.transformer import Transformer, head_dim
 from miaobi.plan import memory
 from miaobi.plan.cards import GIB, Card, find_card, here
 from miaobi.plan.config import PlanConfig
+from miaobi.plan.forecast import Setting, advice, forecast
 from miaobi.plan.measure import Measured, measure
 from miaobi.settings import Origin
+from miaobi.train.average import decide
 from miaobi.train.data import Blocks, open_blocks, open_data
 from miaobi.train.recipe import micro_batch, resolve_model, resolve_optim, total_steps
 from miaobi.train.world import World
@@ -29,6 +31,9 @@ from miaobi.train.world import World
 UTILISATION = {"cuda": 0.30, "mps": 0.20, "cpu": 0.45}
 """Share of the peak that steps reach, where they are not measured. CPU: measured here, 0.3 to 0.5 (docs/lab-notes.md);
 GPUs: between what small and large models are known to reach."""
+LAUNCHES, LAUNCH = 150, 7e-6
+"""Kernels of a block, forward and backward, and the seconds that Python takes to start one: small models on a GPU wait
+for that."""
 CONTEXT = int(0.6 * GIB)
 """What CUDA and its libraries take of a GPU themselves."""
 ROUNDED = 0.93
@@ -61,6 +66,11 @@ class Run:
         return self.steps * self.cfg.train.global_batch / max(1, len(self.blocks))
 
     @property
+    def averages(self) -> bool:
+        """Whether the weights are averaged along the run."""
+        return decide(self.cfg.train, self.epochs, self.cfg.train.base_model is not None)
+
+    @property
     def parameters(self) -> int:
         """As nanoGPT counts them: without positions."""
         return sum(count for name, count in self.parts.items() if name != "positions")
@@ -86,6 +96,7 @@ def plan(cfg: PlanConfig, origin: Origin) -> dict[str, Any]:
             "run": run_facts(run),
             "memory": memory_facts(run, measured),
             **cost_facts(run, cfg, measured),
+            "forecast": forecast_facts(run),
         }
 
 
@@ -168,9 +179,10 @@ def memory_facts(run: Run, measured: Measured | None) -> dict[str, Any]:
     """Bytes by part, and what fits."""
     work = step_work(run)
     told = memory.step_memory(work)
-    beside = told.checkpoint if run.device.type == "cpu" else 0
+    average = told.weights if run.averages else 0
+    beside = average + (told.checkpoint + average if run.device.type == "cpu" else 0)
     free = free_memory(run)
-    facts = asdict(told) | {"run": told.peak + beside, "free": free, "micro_batch": work.micro}
+    facts = asdict(told) | {"average": average, "run": told.peak + beside, "free": free, "micro_batch": work.micro}
     rows = run.cfg.train.global_batch
     facts["largest_micro_batch"] = memory.largest_micro(work, rows, free - beside) if free else None
     return facts | ({"measured": measured.memory} if measured else {})
@@ -186,6 +198,16 @@ def free_memory(run: Run) -> int | None:
         return None
 
 
+def forecast_facts(run: Run) -> dict[str, Any]:
+    """The validation curve that is to be expected of a run from scratch, and what it means; {} for one that tunes."""
+    if run.cfg.train.base_model:
+        return {}
+    decay = run.optim.muon_weight_decay if run.optim.optimizer == "muon" else 0.0
+    setting = Setting(run.parameters, len(run.data.train), decay, run.shape.dropout)
+    told = forecast(setting, run.epochs)
+    return told | {"advice": advice(told, setting, run.epochs)}
+
+
 def cost_facts(run: Run, cfg: PlanConfig, measured: Measured | None) -> dict[str, Any]:
     """Time, energy and money."""
     if measured is not None:
@@ -196,8 +218,11 @@ def cost_facts(run: Run, cfg: PlanConfig, measured: Measured | None) -> dict[str
             peak = peak_flops(run.device, precision(run))
         reached = UTILISATION[run.device.type]
         step = run.flops_per_token() * run.tokens / run.steps / (peak * reached)
+        if run.device.type == "cuda":
+            pieces = -(-cfg.train.global_batch // micro_batch(cfg, run.device, World().size))
+            step = max(step, pieces * run.shape.n_layer * LAUNCHES * LAUNCH)
         windows = min(cfg.train.eval_iters * cfg.train.batch_size, cfg.train.eval_interval * cfg.train.global_batch)
-        evaluation = step / 3 * windows / cfg.train.global_batch * 1.25
+        evaluation = step / 3 * windows / cfg.train.global_batch * (2.25 if run.averages else 1.25)
         basis = f"{peak / 1e12:.2f} TFLOP/s, of which {reached:.0%} are assumed to be reached; --measure knows better"
     seconds = run.steps * step + math.ceil(run.steps / cfg.train.eval_interval) * evaluation
     watts = cfg.plan.watts if cfg.plan.watts is not None else (run.card.watts or None) if run.card else None

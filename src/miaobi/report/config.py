@@ -1,4 +1,4 @@
-"""What `miaobi report` can be told."""
+"""Settings of `miaobi report`."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from miaobi.errors import UserError
-from miaobi.files import pointed
+from miaobi.files import pointed, read_json
 from miaobi.report.statistics import TextStatistics, text_statistics
 from miaobi.settings import flatten, load_config, read_yaml, sections
 from miaobi.train.run_directory import Progress, load_progress
@@ -72,6 +72,8 @@ class RunRecord:
     """None where no checkpoint was written."""
     summary: Summary | None
     text: TextStatistics | None
+    planned: tuple[float | None, int | None]
+    """(seconds, bytes of tensors) that plan.json foretells, where `miaobi plan ... --json` was kept as that."""
     missing: list[str] = field(default_factory=list)
     """What could not be read, and why, in English."""
 
@@ -110,7 +112,7 @@ def read_run(name: str) -> RunRecord:
     return RunRecord(
         path=path, name=path.resolve().name, settings=settings, curves=curves, not_finite=not_finite,
         evaluations=evaluations_of(rows), samples=read_samples(path / "samples.jsonl", missing), progress=progress,
-        summary=read_summary(path), text=read_text(path, settings, missing), missing=missing,
+        summary=read_summary(path), text=read_text(path, settings, missing), planned=read_plan(path), missing=missing,
     )  # fmt: skip
 
 
@@ -193,6 +195,14 @@ def read_samples(file: Path, missing: list[str]) -> list[Sample]:
         return []  # of a run without samples, or of an older version
     rows = read_lines(file, missing)
     return [Sample(row["step"], row["text"]) for row in rows if isinstance(row.get("text"), str)]
+
+
+def read_plan(run: Path) -> tuple[float | None, int | None]:
+    """What plan.json foretells. Raises UserError where it is damaged."""
+    told = read_json(run / "plan.json")
+    time, memory = (told.get(key) if isinstance(told.get(key), dict) else {} for key in ("time", "memory"))
+    seconds, size = time.get("seconds"), memory.get("run")
+    return float(seconds) if is_finite(seconds) else None, size if type(size) is int and size >= 0 else None
 
 
 def read_text(run: Path, settings: list[Setting], missing: list[str]) -> TextStatistics | None:

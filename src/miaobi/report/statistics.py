@@ -78,7 +78,7 @@ def text_statistics(directory: Path) -> TextStatistics:
 def document_lengths(data: PreparedData) -> tuple[list[tuple[int, int, int]], int]:
     """Lengths of the training documents, in classes whose borders rise by one factor, and their median.
 
-    Tokens are counted, and told as characters by the mean of the text.
+    Tokens are counted, and shown as characters by the mean of the text.
     """
     starts = data.train.starts
     if len(starts) < 2 or not len(data.train):

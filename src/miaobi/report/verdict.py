@@ -33,9 +33,12 @@ class Verdict:
 
 ENDS = {
     "max_iters": Words("跑完了计划的步数", "it took all the steps that were planned"),
+    "max_minutes": Words(
+        "时间到了（--max_minutes），学习率已降完", "its time was over (--max_minutes), with its decay done"
+    ),
     "patience": Words("验证损失不再下降，提前停止", "validation no longer improved (early stopping)"),
     "interrupted": Words("被 Ctrl-C 中断", "it was interrupted (Ctrl-C)"),
-    "terminated": Words("收到终止信号（例如集群抢占）", "it was told to end (SIGTERM, such as pre-emption)"),
+    "terminated": Words("收到终止信号（例如集群抢占）", "it was asked to end (SIGTERM, such as pre-emption)"),
     "failed": Words("出错中止", "it failed"),
 }
 UNKNOWN_END = Words(

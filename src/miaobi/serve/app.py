@@ -89,15 +89,17 @@ def add_writing(app: FastAPI, server: Serve) -> None:
 
     @app.get("/v1/models", response_model=schemas.Models)
     async def models(served: Current) -> Response:
-        return json_response({"object": "list", "data": [model_entry(w) for w in (served.writing,) if w is not None]})
+        return json_response(
+            {"object": "list", "data": [model_entry(w) for w in (served.writing or served.chatting,) if w is not None]}
+        )
 
     @app.get("/v1/models/{model:path}", response_model=schemas.Model)
     async def one_model(model: str, served: Current) -> Response:
-        return json_response(model_entry(model_of(served.writing, model)))
+        return json_response(model_entry(model_of(served.writing or served.talking, model)))
 
     @app.post("/tokenize", response_model=schemas.Tokens)
     async def tokenize(told: schemas.TokenizeRequest, served: Current) -> Response:
-        writing = model_of(served.writing, told.model)
+        writing = model_of(served.writing if told.messages is None else served.talking, told.model)
         if (told.prompt is None) == (told.messages is None):
             raise refused("give either prompt or messages", "prompt", "missing_required_parameter")
         if told.messages is not None:
@@ -127,7 +129,7 @@ def add_others(app: FastAPI, is_stopping: Callable[[], bool]) -> None:
 
     @app.get("/health")
     async def health(served: Current) -> Response:
-        if served.writing is not None and not served.writing.worker.is_alive():
+        if not all(worker.is_alive() for worker in served.workers):
             raise APIError(503, "the thread that writes has ended; start the server again", "dead")
         return json_response({"status": "ok"})
 
@@ -139,9 +141,10 @@ def add_others(app: FastAPI, is_stopping: Callable[[], bool]) -> None:
     async def info(served: Current) -> Response:
         judge = served.judge
         classifier = None if judge is None else {"name": served.judge_name, "labels": judge.labels}
-        model = None if served.writing is None else model_info(served.writing)
-        return json_response({"model": model, "classifier": classifier, "runs": served.runs is not None,
-                              "version": __version__})  # fmt: skip
+        model = None if served.talking is None else model_info(served.writing or served.talking, served.talking)
+        other = None if served.chatting is None else model_info(served.chatting, served.chatting)
+        return json_response({"model": model, "chat_model": other, "classifier": classifier,
+                              "runs": served.runs is not None, "version": __version__})  # fmt: skip
 
     @app.get("/api/runs")
     async def all_runs(served: Current) -> Response:
@@ -152,7 +155,7 @@ def add_others(app: FastAPI, is_stopping: Callable[[], bool]) -> None:
         run = await asyncio.to_thread(runs.found, served.runs, name)
         return json_response(await asyncio.to_thread(runs.run_of, name, run, after))
 
-    @app.get("/api/runs/{name}/stream", response_class=EventStream)
+    @app.get("/api/runs/{name}/stream", response_class=PlainTextResponse, responses={200: {"content": STREAM}})
     async def run_stream(name: str, served: Current) -> Response:
         run = await asyncio.to_thread(runs.found, served.runs, name)
         return EventStream(runs.live(run, is_stopping), lambda: None)
@@ -168,8 +171,8 @@ def model_entry(writing: Writing) -> dict[str, Any]:
     return {"id": writing.name, "object": "model", "created": writing.created, "owned_by": "miaobi"}
 
 
-def model_info(writing: Writing) -> dict[str, Any]:
-    """What the page tells of a model."""
+def model_info(writing: Writing, talking: Writing) -> dict[str, Any]:
+    """What the page tells of a model, and of what answers chats in its name."""
     lm, path = writing.lm, writing.lm.path
     step = re.fullmatch(r"step-(\d+)", path.resolve().name) if path is not None else None
     card = path / "README.md" if path is not None else None
@@ -177,9 +180,9 @@ def model_info(writing: Writing) -> dict[str, Any]:
     return {
         "name": writing.name, "parameters": lm.model.num_parameters(), "family": lm.model.cfg.family,
         "block_size": writing.block, "vocab_size": lm.model.cfg.vocab_size, "step": int(step[1]) if step else None,
-        "chat": writing.chat is not None, "control_tokens": sorted(writing.names.control.values()),
+        "chat": talking.chat is not None, "control_tokens": sorted(writing.names.control.values()),
         "card": card.read_text(encoding="utf-8", errors="replace")[:100_000] if card and card.is_file() else None,
-        "sampling": {name: getattr(writing.chatting if writing.chat else writing.sampling, name) for name in names},
+        "sampling": {name: getattr(talking.chatting if talking.chat else writing.sampling, name) for name in names},
     }  # fmt: skip
 
 
@@ -217,9 +220,9 @@ def document(app: FastAPI) -> dict[str, Any]:
         for operation in path.values():
             operation["responses"].pop("422", None)
     served = app.state.served
-    if served is not None and served.writing is not None:
+    if served is not None and served.talking is not None:
         for name, schema in made["components"]["schemas"].items():
             about = schema.get("properties", {}).get("model")
             if name.endswith("Request") and about is not None and name != "ClassifyRequest":
-                about["enum"] = [served.writing.name] if about.get("type") == "string" else [served.writing.name, None]
+                about["enum"] = [served.talking.name] if about.get("type") == "string" else [served.talking.name, None]
     return made

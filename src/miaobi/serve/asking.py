@@ -39,7 +39,7 @@ class Asked:
     stop: tuple[str, ...] = ()
     logit_bias: dict[int, float] = field(default_factory=dict)
     alternatives: int | None = None
-    """Log-probabilities of so many tokens beside each; None = of none."""
+    """Log-probabilities of this many alternatives of each token; None = none."""
     is_reply: bool = False
     """A turn of a conversation: it stands alone, and is not empty."""
     scores_prompt: bool = False

@@ -1,4 +1,4 @@
-"""What `miaobi serve` can be told."""
+"""Settings of `miaobi serve`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ class Serve(SamplingConfig):
     """Run directory, model directory or hub name: what completes and chats."""
     checkpoint: str = field(default="best", kw_only=True)
     """Which checkpoint of a run: best, last or step-N."""
+    chat_model: Location | None = None
+    """What answers chats where MODEL has no chat template; default: a model with one that lies in MODEL's run."""
     classifier: Location | None = None
-    """Run of `miaobi classify train`, or the directory of a classifier: what POST /classify asks."""
+    """Run of `miaobi classify train`, or the directory of a classifier: what POST /classify asks; default: the one that
+    lies in MODEL's run."""
     runs: Location | None = None
-    """A directory with runs of `miaobi train` in it: their curves are on the page."""
+    """A directory with runs of `miaobi train` in it: their curves are on the page; default: MODEL where it is a run."""
     host: str = "127.0.0.1"
     """Address to listen on; any but this machine's own needs an --api_key."""
     port: int = 8000
@@ -50,7 +53,7 @@ class Serve(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model is None and self.classifier is None and self.runs is None:
+        if not (self.model or self.chat_model or self.classifier or self.runs):
             raise UserError("what is to be served? give a model (miaobi serve my_run), --classifier=DIR or --runs=DIR")
         if self.api_key is None and KEY_VARIABLE in os.environ:
             object.__setattr__(self, "api_key", os.environ[KEY_VARIABLE])

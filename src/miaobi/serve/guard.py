@@ -20,7 +20,7 @@ from miaobi.serve.sse import GoneError
 MAX_BODY = 4 << 20
 BODY_SECONDS = 30.0  # in which a body must have come
 OPEN = ("/health",)
-"""Paths that need no key, beside the page and its assets."""
+"""Paths that need no key, besides the page and its assets."""
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 

@@ -34,16 +34,15 @@ class Metrics:
         self.request_seconds = Histogram("miaobi_request_seconds", "From request to last token.", buckets=SECONDS,
                                          **where)  # fmt: skip
         self.mean = 1.0  # seconds of a request, of late
+        self.workers: list[Worker] = []
+        for name, what, count in (
+            ("running", "Texts being written.", lambda worker: len(worker.active)),
+            ("waiting", "Texts that wait for a slot.", lambda worker: len(worker.waiting)),
+            ("slots", "Texts that can be written at once.", lambda worker: worker.size),
+        ):
+            Gauge(f"miaobi_texts_{name}", what, **where).set_function(lambda count=count: sum(map(count, self.workers)))
         for kind in ("prompt", "recalled", "written"):
             self.tokens.labels(kind)
-
-    def watch(self, worker: Worker) -> None:
-        """Tell how many texts there are."""
-        Gauge("miaobi_texts_running", "Texts being written.", registry=self.registry).set_function(
-            lambda: len(worker.active))  # fmt: skip
-        Gauge("miaobi_texts_waiting", "Texts that wait for a slot.", registry=self.registry).set_function(
-            lambda: len(worker.waiting))  # fmt: skip
-        Gauge("miaobi_slots", "Texts that can be written at once.", registry=self.registry).set(worker.size)
 
     def wrote(self, stream: Stream, tokens: int) -> None:
         """A text has ended."""

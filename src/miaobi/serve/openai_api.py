@@ -24,7 +24,7 @@ COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 
 async def chat_completions(told: ChatRequest, request: Request, served: Served, server: Serve) -> Response:
     """A reply to a conversation. Raises APIError."""
-    writing = model_of(served.writing, told.model)
+    writing = model_of(served.talking, told.model)
     unserved(told)
     if told.top_logprobs is not None and not told.logprobs:
         raise refused("top_logprobs needs logprobs: true", "top_logprobs")
@@ -150,7 +150,7 @@ class CompletionShape(Shape):
         self.offset: dict[int, int] = {}  # of each choice: characters in front of what was written
 
     def logprobs(self, index: int, tokens: Sequence[Told]) -> dict[str, Any] | None:
-        """OpenAI's older shape, and beside it the bytes of each token."""
+        """OpenAI's older shape, and the bytes of each token."""
         if self.asked.alternatives is None:
             return None
         tops = [told.score and {self.names.name(id_, "bytes:"): value for id_, value in told.score.top}

@@ -24,7 +24,7 @@ LOGPROBS = "message.output_text.logprobs"
 
 async def responses(told: ResponseRequest, request: Request, served: Served, server: Serve) -> Response:
     """A reply to an input. Raises APIError."""
-    writing = model_of(served.writing, told.model)
+    writing = model_of(served.talking, told.model)
     unserved(told)
     listed = [] if isinstance(told.input, str) else [(message.role, message.words) for message in told.input]
     turns = [("system", told.instructions)] if told.instructions else []
@@ -50,7 +50,7 @@ async def responses(told: ResponseRequest, request: Request, served: Served, ser
 
 
 class Answer:
-    """One response, as it is told at different times."""
+    """One response, as it is sent at different times."""
 
     def __init__(self, asked: Asked, told: ResponseRequest) -> None:
         self.asked, self.told, self.item = asked, told, f"msg_{uuid.uuid4().hex}"

@@ -21,6 +21,7 @@ from miaobi.generate import cpu_step, engine
 from miaobi.generate.chat import Chat, model_settings
 from miaobi.generate.config import ChatConfig, SampleConfig, SamplingConfig
 from miaobi.generate.engine import LanguageModel
+from miaobi.model.checkpoint import model_directory
 from miaobi.serve.config import Serve
 from miaobi.serve.errors import refused
 from miaobi.serve.metrics import Metrics
@@ -116,34 +117,78 @@ class Served:
 
     metrics: Metrics
     writing: Writing | None = None
+    chatting: Writing | None = None
+    """Another model, for chats; it goes by the same name."""
     judge: Judge | None = None
     judge_name: str = ""
     runs: Path | None = None
     judging: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def talking(self) -> Writing | None:
+        """What answers chats."""
+        return self.chatting or self.writing
+
+    @property
+    def workers(self) -> list[Worker]:
+        """Of all models."""
+        return [writing.worker for writing in (self.writing, self.chatting) if writing is not None]
+
     def close(self) -> None:
-        """Let the worker end when its texts have."""
-        if self.writing is not None:
-            self.writing.worker.close()
+        """Let the workers end when their texts have."""
+        for worker in self.workers:
+            worker.close()
 
 
 def load(cfg: Serve, given: Sequence[str] = (), metrics: Metrics | None = None) -> Served:
     """Read the models and start the worker. given: names of settings that the user chose. Raises UserError."""
-    served = Served(metrics or Metrics(), runs=None if cfg.runs is None else Path(cfg.runs))
+    served = Served(metrics or Metrics())
     if cfg.model is not None:
-        lm = engine.load(cfg.model, cfg.device, cfg.dtype, cfg.checkpoint)
-        wait_for_step(lm)
-        served.writing = writing(lm, served_name(cfg.model), cfg, given, served.metrics)
-        served.writing.worker.start()
+        served.writing = writing(loaded(cfg.model, cfg), served_name(cfg.model), cfg, given, served.metrics)
+        cfg = with_what_lies_inside(cfg, has_chat=served.writing.chat is not None)
+    if cfg.chat_model is not None:
+        name = served.writing.name if served.writing is not None else served_name(cfg.chat_model)
+        served.chatting = writing(loaded(cfg.chat_model, cfg), name, cfg, given, served.metrics)
+        if served.chatting.chat is None:
+            raise UserError(f"--chat_model={cfg.chat_model} has no chat template: a model of dialogues has one")
     if cfg.classifier is not None:
         keep_allocations()
-        device = pick_device(cfg.device)
-        served.judge = head.load(
-            cfg.classifier, device, pick_dtype("auto" if cfg.dtype == "int8" else cfg.dtype, device)
-        )
+        device, wish = pick_device(cfg.device), "auto" if cfg.dtype == "int8" else cfg.dtype
+        served.judge = head.load(cfg.classifier, device, pick_dtype(wish, device))
         served.judge.classifier.eval()
         served.judge_name = served_name(cfg.classifier)
+    served.runs = None if cfg.runs is None else Path(cfg.runs)
+    for worker in served.workers:
+        worker.start()
     return served
+
+
+def loaded(model: str, cfg: Serve) -> LanguageModel:
+    """A MODEL. Raises UserError."""
+    lm = engine.load(model, cfg.device, cfg.dtype, cfg.checkpoint if model == cfg.model else "best")
+    wait_for_step(lm)
+    return lm
+
+
+def with_what_lies_inside(cfg: Serve, has_chat: bool) -> Serve:
+    """`cfg` with what it does not name and the run of its model has in it, as that of `miaobi demo`; said in a line."""
+    run, found = Path(cfg.model), {}
+    if not (run / "checkpoints").is_dir():
+        return cfg
+    found["runs"] = str(run)
+    for folder in sorted(entry for entry in run.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        try:
+            model = model_directory(folder)
+        except UserError:
+            continue
+        if (model / head.SETTINGS).is_file():
+            found.setdefault("classifier", str(folder))
+        elif (model / "chat_template.jinja").is_file() and not has_chat:
+            found.setdefault("chat_model", str(folder))
+    found = {key: value for key, value in found.items() if getattr(cfg, key) is None}
+    if found:
+        log(f"found in {run}: " + ", ".join(f"--{key}={value}" for key, value in found.items()))
+    return replace(cfg, **found)
 
 
 def writing(lm: LanguageModel, name: str, cfg: Serve, given: Sequence[str], metrics: Metrics) -> Writing:
@@ -173,7 +218,7 @@ def wait_for_step(lm: LanguageModel) -> None:
         time.sleep(0.05)
     if not lm.step.ready:
         warn("there is no compiled step here (is there a C++ compiler?): texts are written several times slower, and "
-             "what is written beside a text may round its last bits differently")  # fmt: skip
+             "what is decoded in the same batch may round its last bits differently")  # fmt: skip
 
 
 def served_name(model: str) -> str:

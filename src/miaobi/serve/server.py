@@ -65,7 +65,7 @@ def serve(cfg: Serve, origin: Origin) -> None:
             failed.append(e)
             server.should_exit = True
 
-    log(f"loading {cfg.model or cfg.classifier or cfg.runs}; {address} answers already")
+    log(f"loading {cfg.model or cfg.chat_model or cfg.classifier or cfg.runs}; {address} answers already")
     threading.Thread(target=load, name="load", daemon=True).start()
     server.run([listening])
     if app.state.served is not None:

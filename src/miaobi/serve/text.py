@@ -1,4 +1,4 @@
-"""From tokens to what a client is told: pieces of text, and each token with its bytes and its probability."""
+"""From tokens to what a client receives: pieces of text, and each token with its bytes and its probability."""
 
 from __future__ import annotations
 

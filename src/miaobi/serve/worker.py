@@ -115,7 +115,7 @@ class Worker(threading.Thread):
         self.closed = False
         self.slots = lm.slots(size)
         self.slots.reserve(min(lm.model.cfg.block_size, 2048))  # once and for all, where blocks are small
-        metrics.watch(self)
+        metrics.workers.append(self)
 
     # Called by requests
 

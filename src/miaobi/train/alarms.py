@@ -118,7 +118,7 @@ class Alarms:
                 f"The best model is step {p.best_step} (val {p.best_val_loss:.4f})")  # fmt: skip
 
     def disk(self) -> None:
-        """Say once that the disk will not take two more checkpoints: a new one lies beside the old one for a while."""
+        """Say once that the disk will not take two more checkpoints: a new one is written before the old one goes."""
         if self.told_full or not self.plan.world.is_first:
             return
         needed = 2 * checkpoint_size(self.plan)
@@ -128,7 +128,7 @@ class Alarms:
             return
         if free < needed:
             warn(f"the disk of {self.plan.out} has {free / 2**20:,.0f} MiB left, and a checkpoint takes about "
-                 f"{needed / 2**21:,.0f} MiB, beside the one before it: free some space")  # fmt: skip
+                 f"{needed / 2**21:,.0f} MiB, besides the one before it: free some space")  # fmt: skip
             self.told_full = True
 
 

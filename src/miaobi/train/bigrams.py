@@ -50,18 +50,18 @@ def initial_weights(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> d
 
 
 def wanted(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> bool:
-    """Whether a new model of `shape` starts from the pairs of its text: as told, or by the length of the run.
+    """Whether a new model of `shape` starts from the pairs of its text: by bigram_init, or the length of the run.
 
     Raises UserError where that is asked for and the model has no room for it.
     """
-    wish = cfg.train.bigram_init
+    setting = cfg.train.bigram_init
     rank = factor_rank(shape)
     fits = shape.family != "gpt2" and shape.tie_word_embeddings and rank >= 2
-    if wish is True and not fits:
+    if setting is True and not fits:
         raise UserError("bigram_init needs a qwen3 or llama from scratch with tied embeddings and n_embd of 6 or more; "
                         "leave bigram_init out")  # fmt: skip
-    if wish != "auto":
-        return bool(wish)
+    if setting != "auto":
+        return bool(setting)
     return fits and not data.is_dialogue and is_short(cfg, shape, data)
 
 

@@ -16,7 +16,7 @@ from miaobi.errors import UserError
 from miaobi.files import write_text
 from miaobi.train.evaluate import place
 from miaobi.train.layout import Objective, is_sharded
-from miaobi.train.measured import COMPILING, Computed, Work, checked, choose, is_long
+from miaobi.train.measured import COMPILING, ExecutionMode, Work, checked, choose, is_long
 from miaobi.train.micro import find
 from miaobi.train.run_directory import Progress
 from miaobi.train.setup import Plan
@@ -25,7 +25,7 @@ from miaobi.train.world import World
 
 SAVED = {"cpu": 0.1, "cuda": 0.25}
 """Share of an eager step in half precision that compiling its blocks saves, at least (docs/lab-notes.md). In fp32 on a
-CPU it is SAVED_IN_FP32: that is left alone, unless the run is so long that its ways are timed."""
+CPU it is SAVED_IN_FP32: that is left alone, unless the run is so long that its modes are timed."""
 SAVED_IN_FP32 = 0.04
 NOTED = "# How its steps are computed: decided before the first of them, and kept when the run goes on."
 
@@ -46,46 +46,48 @@ def decide(plan: Plan, objective: Objective) -> tuple[Plan, bool]:
         return place(plan.blocks.fixed(rows), slice(None), plan.device, can_flex and compiled)
 
     plan = find(plan, work, str(plan.dtype).removeprefix("torch."))
-    way = choose_computing(cfg, work(plan.micro), plan.dtype, plan.progress, plan.world)
+    mode = choose_computing(cfg, work(plan.micro), plan.dtype, plan.progress, plan.world)
     told = cfg.micro_batch_size is not None or plan.progress.micro  # by the user, or by the memory
-    plan = replace(plan, dtype=getattr(torch, way.dtype), micro=plan.micro if told else way.micro or plan.micro)
+    plan = replace(plan, dtype=getattr(torch, mode.dtype), micro=plan.micro if told else mode.micro or plan.micro)
     if plan.world.is_first:
-        note(plan.out / "config.yaml", way)
-    return plan, can_flex and bool(way.compiled)
+        note(plan.out / "config.yaml", mode)
+    return plan, can_flex and bool(mode.compiled)
 
 
-def choose_computing(cfg: TrainConfig, work: Work, dtype: torch.dtype, progress: Progress, world: World) -> Computed:
+def choose_computing(
+    cfg: TrainConfig, work: Work, dtype: torch.dtype, progress: Progress, world: World
+) -> ExecutionMode:
     """How the steps of this run are computed, from here on: decided before the first one and kept in
     `Progress.computed`, so that a resumed run computes as it began. Rank 0 decides for all.
     """
-    usual = Computed(str(dtype).removeprefix("torch."))
+    usual = ExecutionMode(str(dtype).removeprefix("torch."))
     # Sharded models answer only together, and adapters are left alone.
     can_measure = work.device.type != "mps" and not is_sharded(work.objective.model) and cfg.trainable == "full"
     dtypes = candidate_dtypes(cfg.dtype, work.device, dtype)
     if progress.computed:
-        way = continued(progress.computed, dtypes)
+        mode = continued(progress.computed, dtypes)
     else:
         why = f"--compile says so; it saves some {saved(work, usual):.0%} of a step" if cfg.compile is True else ""
         if cfg.compile == "auto":
             why = why_compile(work, usual, world)
-        way = replace(usual, compiled="blocks", why=why) if why else usual
+        mode = replace(usual, compiled="blocks", why=why) if why else usual
         if can_measure and progress.step == 0 and is_long(work):
             compiles = cfg.compile is True or (cfg.compile == "auto" and can_compile(work.device))
-            way = choose(work, dtypes, compiles, why)
-        progress.computed = world.gather(asdict(way))[0]
-        way = Computed(**progress.computed)
-    if replace(way, seconds=0.0, why=usual.why) != usual:
-        log(f"computing in {way}")
-    return way if work.set(way) else usual
+            mode = choose(work, dtypes, compiles, why)
+        progress.computed = world.gather(asdict(mode))[0]
+        mode = ExecutionMode(**progress.computed)
+    if replace(mode, seconds=0.0, why=usual.why) != usual:
+        log(f"computing in {mode}")
+    return mode if work.set(mode) else usual
 
 
-def saved(work: Work, usual: Computed) -> float:
+def saved(work: Work, usual: ExecutionMode) -> float:
     """The share of an eager step that compiling its blocks saves."""
     is_fp32_cpu = work.device.type == "cpu" and usual.dtype == "float32"
     return SAVED_IN_FP32 if is_fp32_cpu else SAVED.get(work.device.type, 0.0)
 
 
-def why_compile(work: Work, usual: Computed, world: World) -> str:
+def why_compile(work: Work, usual: ExecutionMode, world: World) -> str:
     """What compiling the blocks will win of the time that the run would take without; "" where it does not win its own
     time back, or cannot be done.
 
@@ -101,24 +103,24 @@ def why_compile(work: Work, usual: Computed, world: World) -> str:
     return f"the run would take {duration(seconds)} without, and it saves about {duration(seconds * share)} of that"
 
 
-def continued(fields: dict[str, Any], dtypes: list[str]) -> Computed:
+def continued(fields: dict[str, Any], dtypes: list[str]) -> ExecutionMode:
     """What a run was begun with, on a machine where `dtypes` make sense: another one may lack a precision.
 
     Raises UserError for fields that no run has written.
     """
     try:
-        way = checked(fields)
+        mode = checked(fields)
     except (TypeError, ValueError) as e:
         raise UserError(f"progress.json of the last checkpoint is damaged ({e}); "
                         "continue from another checkpoint with --resume_from") from e  # fmt: skip
-    if way.dtype in dtypes:
-        return way
-    warn(f"this run was computed in {way.dtype}; on this machine it goes on in {dtypes[0]}, with other roundings")
-    return replace(way, dtype=dtypes[0])
+    if mode.dtype in dtypes:
+        return mode
+    warn(f"this run was computed in {mode.dtype}; on this machine it goes on in {dtypes[0]}, with other roundings")
+    return replace(mode, dtype=dtypes[0])
 
 
-def note(config: Path, way: Computed) -> None:
+def note(config: Path, mode: ExecutionMode) -> None:
     """Write below a run's config.yaml, as comments, how it is computed and why."""
-    told = textwrap.wrap(f"{way} ({way.why})", 112, break_on_hyphens=False)
+    told = textwrap.wrap(f"{mode} ({mode.why})", 112, break_on_hyphens=False)
     before = config.read_text(encoding="utf-8").partition(NOTED)[0]
     write_text(config, "\n".join([before.rstrip("\n"), NOTED, *(f"#   {line}" for line in told), ""]))

@@ -1,4 +1,4 @@
-"""What `miaobi eval` can be told."""
+"""Settings of `miaobi eval`."""
 
 from __future__ import annotations
 

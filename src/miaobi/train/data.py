@@ -57,16 +57,16 @@ def open_data(cfg: RunConfig, out: Path, prepares: bool) -> PreparedData:
     if begun and pointed(out / "checkpoints" / "last") is not None:
         refuse_changed_text(cfg.data, out)
         return PreparedData.open(own)
-    wanted = prepare_settings(cfg, own)
+    settings = prepare_settings(cfg, own)
     was = read_text(out) if begun else None
-    now = describe_text(cfg.data, was, settings_of(wanted))
+    now = describe_text(cfg.data, was, settings_of(settings))
     if was is not None and (change := changed(was, now)) is None:
         return PreparedData.open(own)
     if begun:
         log(f"{own} is prepared anew: {change if was is not None else 'of what it was made is not known'}")
     log(f"preparing {source} into {own}")
-    (out / TEXT).unlink(missing_ok=True)  # it must not stand beside data that a kill left between the two
-    prepare([cfg.data.data], wanted)
+    (out / TEXT).unlink(missing_ok=True)  # it must not describe data that a kill left half replaced
+    prepare([cfg.data.data], settings)
     write_json(out / TEXT, asdict(now))
     return PreparedData.open(own)
 
@@ -92,8 +92,8 @@ def read_text(out: Path) -> Text | None:
 def describe_text(data: DataConfig, before: Text | None, settings: dict[str, Any]) -> Text:
     """What the run's text is now. Raises UserError where there is none."""
     text = Text(settings, {}, {}, {})
-    given = [data.data, *([data.val] if data.val else [])]
-    for file in sorted({source.path.resolve() for source in find_sources(given, data.format)}):
+    sources = [data.data, *([data.val] if data.val else [])]
+    for file in sorted({source.path.resolve() for source in find_sources(sources, data.format)}):
         name, stat = str(file), file.stat()
         text.sizes[name], text.times[name] = stat.st_size, stat.st_mtime_ns
         same = before is not None and (before.sizes.get(name), before.times.get(name)) == (

@@ -133,7 +133,7 @@ def fill(model: Transformer, values: dict[str, Tensor] | None) -> None:
 
 
 def is_sharded(held: Tensor | nn.Module) -> bool:
-    """Whether this rank has only a part of it: a DTensor, an FSDPModule (told by what they do: slow to import)."""
+    """Whether this rank has only a part of it: a DTensor, an FSDPModule (known by attributes: slow to import)."""
     return hasattr(held, "full_tensor") or hasattr(held, "reshard")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -187,23 +188,17 @@ class Run:
         speed, per_step = tokens / seconds, seconds / len(losses)
         losses = self.alarms.finite(p.step - len(losses), losses, norms)
         self.alarms.speed(speed, self.fetching / seconds)
-        self.fetching = 0.0
         if self.deadline is not None:
             self.deadline.note_steps(per_step)
         p.loss_sum, p.loss_steps = p.loss_sum + losses.sum().item(), p.loss_steps + len(losses)
-        p.seconds += seconds
+        p.seconds, self.fetching = p.seconds + seconds, 0.0
         mean = losses.mean().item() if len(losses) else math.nan
         mfu = speed * plan.flops_per_token() / (self.peak * self.world.size)
         if self.metrics is not None:
-            self.metrics.log(
-                p.step,
-                train_loss=mean if len(losses) else None,
-                learning_rate=share_of_rate(p.step - 1, plan.optim, p) * plan.optim.learning_rate,
-                grad_norm=norms[-1].item() if norms[-1].isfinite() else None,
-                tokens_per_second=speed,
-                mfu=mfu,
-                epoch=p.step * self.cfg.global_batch / len(plan.blocks),
-            )
+            share, epoch = share_of_rate(p.step - 1, plan.optim, p), p.step * self.cfg.global_batch / len(plan.blocks)
+            self.metrics.log(p.step, train_loss=mean if len(losses) else None, tokens_per_second=speed, mfu=mfu,
+                             learning_rate=share * plan.optim.learning_rate, epoch=epoch,
+                             grad_norm=norms[-1].item() if norms[-1].isfinite() else None)  # fmt: skip
         figures = f"loss {mean:.3f}  {speed:,.0f} tok/s  {1000 * per_step:,.0f} ms/step  mfu {mfu:.1%}"
         left = time_left((plan.total_steps - p.step) * per_step)
         if not console.is_terminal:
@@ -227,10 +222,11 @@ class Run:
         limit = plan.optim.grad_clip or math.inf
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         set_rate(plan.optimizers, share_of_rate(step, plan.optim, self.progress))
-        move(
-            plan.optimizers, norm + total if world.size == 1 else norm
-        )  # of several ranks each knows its own loss only
-        self.model.zero_grad(set_to_none=True)
+        move(plan.optimizers, norm + total if world.size == 1 else norm)  # of several ranks, each has its own total
+        if plan.average is not None:
+            plan.average.update(step + 1)
+        for optimizer in plan.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         plan.scaler.update()
         return total, norm, scored
 
@@ -260,7 +256,7 @@ class Run:
         return step % self.cfg.eval_interval == 0 or step == self.plan.total_steps
 
     def evaluate_first(self) -> None:
-        """How good the model is before it learns anything; only told, it is neither kept nor compared."""
+        """How good the model is before it learns anything: printed, but neither stored nor compared."""
         loss = self.validation_loss()
         bits = bits_per_char(self.plan, loss)
         if self.metrics is not None:
@@ -274,6 +270,8 @@ class Run:
         p.val_loss = self.validation_loss()
         if not math.isfinite(p.val_loss):
             raise NotFiniteError("loss of the validation text", p.step)
+        if plan.average is not None:
+            p.val_loss = plan.average.better(p.val_loss, self.validation_loss)
         p.val_bits_per_char = bits_per_char(plan, p.val_loss)
         p.note_evaluation()
         now = mean_loss(plan, plan.train_windows) if plan.train_windows is not None else None
@@ -281,23 +279,21 @@ class Run:
             self.metrics.log(p.step, val_loss=p.val_loss, val_bits_per_char=p.val_bits_per_char, train_eval_loss=now)
         before = "none" if p.train_loss is None else f"{p.train_loss:.4f}"
         log(f"step {p.step}: train loss {before}{f' (now {now:.4f})' if now is not None else ''}, "
-            f"val loss {p.val_loss:.4f}, {p.val_bits_per_char:.3f} bits/char"
+            f"val loss {p.val_loss:.4f}, {p.val_bits_per_char:.3f} bits/char{' (averaged weights)' * p.averaged}"
             f"{', best so far' if p.best_step == p.step else ''}")  # fmt: skip
         self.alarms.evaluated()
         if preview is not None and cfg.sample_tokens and self.world.is_first and not is_sharded(self.model):
             prompt = cfg.sample_start or opening(plan.data, plan.tokenizer)
             told = plan.tokenizer, prompt, cfg.sample_tokens, plan.data.end_ids, plan.data.is_dialogue
-            with evaluating(self.model):
+            with evaluating(self.model), plan.average.shown() if plan.average else nullcontext():
                 text = preview(self.model, *told)
             log("  " + text.replace("\n", "\n  "))
             if self.metrics is not None:
                 self.metrics.sample(p.step, text)
 
     def interrupt(self, reason: str) -> None:
-        """Ask the loop to save after the step at hand; Ctrl-C once more stops at once.
-
-        SIGTERM may well come twice: SLURM tells every process, and torchrun passes its own on. Only a note is taken
-        here: a signal may come while a line is being printed.
+        """Ask the loop to save after the step at hand; Ctrl-C once more stops at once. Only a note is taken here: a
+        signal may come while a line is being printed, and SIGTERM twice (from SLURM, and passed on by torchrun).
         """
         if self.interrupted and reason == "interrupted":
             raise KeyboardInterrupt

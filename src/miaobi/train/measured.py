@@ -27,22 +27,22 @@ from miaobi.train.layout import EAGER, Objective, compile_as, compiled_parts, us
 from miaobi.train.watch import duration
 
 PIECES = 400
-"""Micro-batches of a run from which on ways are compared: eager ones take as long as about ten of them."""
+"""Micro-batches of a run from which on modes are compared: eager ones take as long as about ten of them."""
 KEPT_SHARE = 0.15
 """Of the memory of a step: as much as explicit attention or a larger micro-batch may add to it."""
 LARGER = 4
 """How many times the usual micro-batch is tried, where that share allows it."""
 GAIN = 1.03
-"""A way must be this much faster than the one before it in the list: less is noise."""
+"""A mode must be this much faster than the one before it in the list: less is noise."""
 ROUNDS = 3
 COMPILING = {"blocks": 20.0, "whole": 30.0, "autotuned": 120.0}
 """Seconds that compiling takes on two cores, roughly; of the whole, for each six layers (docs/lab-notes.md)."""
 WORTH = 0.03
-"""Share of a run that trying compiled ways may cost."""
+"""Share of a run that trying compiled modes may cost."""
 
 
 @dataclass(frozen=True)
-class Computed:
+class ExecutionMode:
     """How the steps of a run are computed."""
 
     dtype: str
@@ -81,30 +81,30 @@ class Work:
     """Sequences at once, as `recipe.micro_batch` says."""
     bound: bool = False
     """The user says how many."""
-    ready: dict[Computed, tuple] = field(default_factory=dict)
+    ready: dict[ExecutionMode, tuple] = field(default_factory=dict)
     """Ways that are compiled, by their `compiled_parts`."""
 
-    def set(self, way: Computed) -> bool:
-        """Compute as `way` says from now on; where the compiler fails, as before, with a line of warning, and False."""
-        self.objective.model.use_explicit_attention(way.explicit)
-        known = replace(way, seconds=0.0, why="")
-        if not way.compiled:
+    def set(self, mode: ExecutionMode) -> bool:
+        """Compute in `mode` from now on. Where the compiler fails, as before: a line of warning, and False."""
+        self.objective.model.use_explicit_attention(mode.explicit)
+        known = replace(mode, seconds=0.0, why="")
+        if not mode.compiled:
             use_compiled(self.objective, EAGER)
         elif known in self.ready:
             use_compiled(self.objective, self.ready[known])
         else:
-            log(f"compiling now, which takes some {compiling_seconds(self, way):.0f} s: {way.why}")
-            if not compile_as(self.objective, way.compiled, way.autotuned, lambda: self.once(way)):
+            log(f"compiling now, which takes some {compiling_seconds(self, mode):.0f} s: {mode.why}")
+            if not compile_as(self.objective, mode.compiled, mode.autotuned, lambda: self.once(mode)):
                 return False
             self.ready[known] = compiled_parts(self.objective)
         return True
 
-    def once(self, way: Computed) -> float:
+    def once(self, mode: ExecutionMode) -> float:
         """Seconds of a forward and backward pass, for each sequence. Gradients and random states are left as they were
         found; what is compiled, and attention, are as `set` has made them.
         """
-        dtype = getattr(torch, way.dtype)
-        example = self.example(way.micro or self.micro, bool(way.compiled))
+        dtype = getattr(torch, mode.dtype)
+        example = self.example(mode.micro or self.micro, bool(mode.compiled))
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             self.wait()
             started = time.perf_counter()
@@ -121,68 +121,68 @@ class Work:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def timed(self, way: Computed) -> float:
-        """`once`, computed as `way` says. `way` is eager or compiled already."""
-        self.set(way)
-        return self.once(way)
+    def timed(self, mode: ExecutionMode) -> float:
+        """`once` in `mode`, which is eager or compiled already."""
+        self.set(mode)
+        return self.once(mode)
 
-    def key(self, way: Computed) -> str:
+    def key(self, mode: ExecutionMode) -> str:
         """Of this machine, its threads and versions, and everything that the speed depends on."""
         model, (ids, _, _, mask) = self.objective.model, self.example(self.micro, False)
         device = cpu_flags() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
-        told = (
-            device, torch.__version__, torch.get_num_threads(), asdict(model.cfg), model.recompute, way.dtype,
+        facts = (
+            device, torch.__version__, torch.get_num_threads(), asdict(model.cfg), model.recompute, mode.dtype,
             tuple(ids.shape), None if mask is None else tuple(mask.shape), self.rows, self.bound,
             [tuple(p.shape) for p in model.parameters()],
         )  # fmt: skip
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:24]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
 
-def compiling_seconds(work: Work, way: Computed) -> float:
-    """What compiling the way takes before its first step, roughly."""
-    if way.compiled == "blocks":
+def compiling_seconds(work: Work, mode: ExecutionMode) -> float:
+    """What compiling the mode takes before its first step, roughly."""
+    if mode.compiled == "blocks":
         return COMPILING["blocks"]
-    return COMPILING["autotuned" if way.autotuned else "whole"] * math.ceil(len(work.objective.model.blocks) / 6)
+    return COMPILING["autotuned" if mode.autotuned else "whole"] * math.ceil(len(work.objective.model.blocks) / 6)
 
 
-def compare(ways: dict[Computed, Callable[[], float]]) -> dict[Computed, float]:
-    """Median seconds of each way, which take turns; one turn before does not count."""
-    turns: dict[Computed, list[float]] = {way: [] for way in ways}
+def compare(modes: dict[ExecutionMode, Callable[[], float]]) -> dict[ExecutionMode, float]:
+    """Median seconds of each mode, which take turns; one turn before does not count."""
+    turns: dict[ExecutionMode, list[float]] = {mode: [] for mode in modes}
     for number in range(ROUNDS + 1):
-        for way, once in ways.items():
+        for mode, once in modes.items():
             took = once()
             if number:
-                turns[way].append(took)
-    return {way: statistics.median(each) for way, each in turns.items()}
+                turns[mode].append(took)
+    return {mode: statistics.median(times) for mode, times in turns.items()}
 
 
-def fastest(seconds: dict[Computed, float]) -> Computed:
-    """The first of the ways, unless a later one is faster by GAIN."""
+def fastest(seconds: dict[ExecutionMode, float]) -> ExecutionMode:
+    """The first of the modes, unless a later one is faster by GAIN."""
     best = next(iter(seconds))
-    for way, took in seconds.items():
+    for mode, took in seconds.items():
         if took * GAIN < seconds[best]:
-            best = way
+            best = mode
     return best
 
 
-def compared(work: Work, ways: list[Computed], before: str = "") -> Computed:
-    """The fastest of ways that are eager or compiled already, with its seconds and why it was taken.
+def compared(work: Work, modes: list[ExecutionMode], before: str = "") -> ExecutionMode:
+    """The fastest of modes that are eager or compiled already, with its seconds and why it was taken.
 
     before: what was found earlier.
     """
-    seconds = compare({way: lambda way=way: work.timed(way) for way in ways})
+    seconds = compare({mode: lambda mode=mode: work.timed(mode) for mode in modes})
     best = fastest(seconds)
-    told = "; ".join(f"{way}: {1000 * took:.3g} ms" for way, took in seconds.items())
+    told = "; ".join(f"{mode}: {1000 * took:.3g} ms" for mode, took in seconds.items())
     return replace(best, seconds=seconds[best], why=f"{before or 'measured, a sequence each'}; {told}")
 
 
-def choose(work: Work, dtypes: list[str], compiles: bool, why: str) -> Computed:
-    """The fastest way for a run of PIECES micro-batches or more; the usual one, not measured, for a shorter.
+def choose(work: Work, dtypes: list[str], compiles: bool, why: str) -> ExecutionMode:
+    """The fastest mode for a run of PIECES micro-batches or more; the usual one, not measured, for a shorter.
 
-    dtypes: precisions that make sense, the usual one first. compiles: compiled ways are tried too, as many as the
+    dtypes: precisions that make sense, the usual one first. compiles: compiled modes are tried too, as many as the
     length of the run pays for. why: the blocks are in any case, and this is what to say of it; "" = they are not.
     """
-    usual = Computed(dtypes[0])
+    usual = ExecutionMode(dtypes[0])
     if not is_long(work):
         return usual
     key = work.key(usual)
@@ -200,18 +200,18 @@ def is_long(work: Work) -> bool:
     return work.steps * math.ceil(work.rows / work.micro) >= PIECES
 
 
-def choose_eager(work: Work, dtypes: list[str]) -> Computed:
+def choose_eager(work: Work, dtypes: list[str]) -> ExecutionMode:
     """Precision, attention and micro-batch by timing eager passes on a CPU."""
-    usual = Computed(dtypes[0])
+    usual = ExecutionMode(dtypes[0])
     work.set(usual)
     reset_peak_memory(work.device)
     held = peak_memory(work.device)
     work.once(usual)
     peak = peak_memory(work.device)
-    ways = [Computed(dtype) for dtype in dtypes]
+    modes = [ExecutionMode(dtype) for dtype in dtypes]
     if explicit_fits(work):
-        ways += [replace(way, explicit=True) for way in ways]
-    best = compared(work, ways)
+        modes += [replace(mode, explicit=True) for mode in modes]
+    best = compared(work, modes)
     more = larger(work, KEPT_SHARE * peak / max(1, peak - held))
     return compared(work, [best, replace(best, micro=more)], best.why) if more else best
 
@@ -237,8 +237,8 @@ def explicit_fits(work: Work) -> bool:
     return kept <= KEPT_SHARE * peak_memory(work.device)
 
 
-def choose_compiled(work: Work, best: Computed, usual: str, why: str) -> Computed:
-    """`best`, or a compiled way that is faster: they are tried one by one for as long as the run pays for it.
+def choose_compiled(work: Work, best: ExecutionMode, usual: str, why: str) -> ExecutionMode:
+    """`best`, or a compiled mode that is faster: they are tried one by one for as long as the run pays for it.
 
     Compiled, the usual precision may win although it lost by its conversions; and so may explicit attention.
     """
@@ -247,42 +247,42 @@ def choose_compiled(work: Work, best: Computed, usual: str, why: str) -> Compute
     plain = replace(best, dtype=usual, compiled="blocks", seconds=0.0, why=tried)
     whole = replace(plain, compiled="whole")
     spent = 0.0
-    for way in (plain, whole, replace(whole, explicit=not plain.explicit), replace(whole, autotuned=True)):
-        spent += compiling_seconds(work, way)
-        if spent > WORTH * run_seconds and not (why and way.compiled == "blocks"):
+    for mode in (plain, whole, replace(whole, explicit=not plain.explicit), replace(whole, autotuned=True)):
+        spent += compiling_seconds(work, mode)
+        if spent > WORTH * run_seconds and not (why and mode.compiled == "blocks"):
             break
-        if way.explicit and not plain.explicit and (work.device.type != "cpu" or not explicit_fits(work)):
+        if mode.explicit and not plain.explicit and (work.device.type != "cpu" or not explicit_fits(work)):
             continue
-        if way.autotuned:
-            way = replace(way, explicit=best.explicit)
-        if not work.set(way):
+        if mode.autotuned:
+            mode = replace(mode, explicit=best.explicit)
+        if not work.set(mode):
             break
         # On a GPU eager attention over packed documents would fill the memory: its blocks are compiled to begin with.
-        rivals = [way] if work.device.type == "cuda" and not best.compiled else [best, way]
+        rivals = [mode] if work.device.type == "cuda" and not best.compiled else [best, mode]
         best = compared(work, rivals, best.why if best.seconds else "")
     return best
 
 
-def recall(key: str) -> dict[str, Computed]:
+def recall(key: str) -> dict[str, ExecutionMode]:
     """What was remembered of a shape, by name; {} where nothing can be read."""
     try:
-        found = json.loads(memory_file(key).read_text(encoding="utf-8"))
-        return {name: checked(fields) for name, fields in found.items()}
+        stored = json.loads(memory_file(key).read_text(encoding="utf-8"))
+        return {name: checked(fields) for name, fields in stored.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 
-def remember(key: str, name: str, way: Computed) -> Computed:
+def remember(key: str, name: str, mode: ExecutionMode) -> ExecutionMode:
     """Keep a choice for the next run of this shape; a home that cannot be written forgets. Returns it."""
     file = memory_file(key)
     known = {each: asdict(other) for each, other in recall(key).items()}
     try:
-        aside = file.with_name(f".{file.name}.{os.getpid()}")
-        aside.write_text(json.dumps(known | {name: asdict(way)}), encoding="utf-8")
-        os.replace(aside, file)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(known | {name: asdict(mode)}), encoding="utf-8")
+        os.replace(temporary, file)
     except OSError as e:
         warn(f"{file} cannot be written ({e.strerror}); the next run measures again")
-    return way
+    return mode
 
 
 def memory_file(key: str) -> Path:
@@ -290,18 +290,18 @@ def memory_file(key: str) -> Path:
     return private_cache() / f"computed-{key}.json"
 
 
-def checked(fields: dict[str, Any]) -> Computed:
-    """Fields from a file as `Computed`. Raises ValueError or TypeError for any that it cannot be."""
-    way = Computed(**fields)
-    flags = isinstance(way.explicit, bool) and isinstance(way.autotuned, bool) and isinstance(way.why, str)
+def checked(fields: dict[str, Any]) -> ExecutionMode:
+    """Fields from a file as `ExecutionMode`. Raises ValueError or TypeError for any that it cannot be."""
+    mode = ExecutionMode(**fields)
+    flags = isinstance(mode.explicit, bool) and isinstance(mode.autotuned, bool) and isinstance(mode.why, str)
     numbers = (
-        type(way.micro) is int
-        and way.micro >= 0
-        and isinstance(way.seconds, int | float)
-        and 0 <= way.seconds < math.inf
+        type(mode.micro) is int
+        and mode.micro >= 0
+        and isinstance(mode.seconds, int | float)
+        and 0 <= mode.seconds < math.inf
     )
     if not flags or not numbers:
-        raise TypeError(f"{way} is not known")
-    if way.dtype not in ("float32", "bfloat16", "float16") or way.compiled not in ("", "blocks", "whole"):
-        raise ValueError(f"{way} is not known")
-    return way
+        raise TypeError(f"{mode} is not known")
+    if mode.dtype not in ("float32", "bfloat16", "float16") or mode.compiled not in ("", "blocks", "whole"):
+        raise ValueError(f"{mode} is not known")
+    return mode

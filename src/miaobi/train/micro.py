@@ -13,7 +13,7 @@ import torch
 
 from miaobi.console import log, warn
 from miaobi.device import is_out_of_memory, peak_memory, reset_peak_memory
-from miaobi.train.measured import Computed, Work
+from miaobi.train.measured import ExecutionMode, Work
 from miaobi.train.setup import Plan
 
 PROBES = 1, 3
@@ -34,7 +34,7 @@ def fitting(peaks: dict[int, int], free: int, asked: int) -> int:
 
 
 def find(plan: Plan, works: Callable[[int], Work], dtype: str) -> Plan:
-    """The plan with a micro-batch that the GPU's memory holds. A run that has begun, or was told, keeps what it has.
+    """The plan with a micro-batch that the GPU's memory holds. Kept as it is in a resumed run, or if it was set.
 
     works: sequences -> what a pass of so many is.
     """
@@ -47,7 +47,7 @@ def find(plan: Plan, works: Callable[[int], Work], dtype: str) -> Plan:
     peaks = {}
     for micro in PROBES:
         reset_peak_memory(plan.device)
-        works(micro).once(Computed(dtype))
+        works(micro).once(ExecutionMode(dtype))
         peaks[micro] = peak_memory(plan.device)
     free, _ = torch.cuda.mem_get_info(plan.device)
     room = int(FILLED * (free + torch.cuda.memory_allocated(plan.device))) - state_bytes(plan)

@@ -83,10 +83,10 @@ class Mirror:
         try:
             self.files.makedirs(self.root, exist_ok=True)
             known = {posixpath.basename(path.rstrip("/")) for path in self.files.ls(self.root, detail=False)}
-            there = {name: step for name in NAMES if name in known and (step := self._read(name))}
-            whole = {step for step in set(there.values()) & set(named.values()) if self._is_copy(checkpoints / step)}
+            present = {name: step for name in NAMES if name in known and (step := self._read(name))}
+            whole = {step for step in set(present.values()) & set(named.values()) if self._is_copy(checkpoints / step)}
             for step in sorted(set(named.values()) - whole):
-                for link in (link for link, other in there.items() if other == step):
+                for link in (link for link, other in present.items() if other == step):
                     self.files.rm_file(self._at(link))
                 self.files.put(f"{checkpoints / step}/", f"{self._at(step)}/", recursive=True)
             self.files.pipe_file(self._at("config.yaml"), (run / "config.yaml").read_bytes())
@@ -116,8 +116,8 @@ class Mirror:
                     check(file)
             for step in sorted({step for step in named.values() if step}):
                 log(f"fetching {step} from {self.url}")
-                with written_whole(checkpoints / step) as aside:
-                    self.files.get(f"{self._at(step)}/", f"{aside}/", recursive=True)
+                with written_whole(checkpoints / step) as directory:
+                    self.files.get(f"{self._at(step)}/", f"{directory}/", recursive=True)
         for name, step in named.items():
             if step:
                 point(checkpoints / name, step)

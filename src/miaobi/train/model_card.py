@@ -25,7 +25,7 @@ PRIVATE = {
 }
 """Settings that tell of the machine, or stand elsewhere in the card."""
 PLACES = {"data", "val", "without", "tokenizer"}
-"""Settings of which only the last part of the path is told."""
+"""Settings of which only the last part of the path is shown."""
 
 
 def card_of(plan: Plan, progress: Progress) -> Card:

@@ -96,7 +96,7 @@ def held(model: Transformer, optimizers: Optimizers) -> dict[str, Tensor]:
 def local_part(tensor: Any) -> Part | None:
     """This rank's rows of a DTensor; None where it has none, or where another rank has the same and writes them."""
     mesh, placements = tensor.device_mesh, tensor.placements
-    replicated = any(place.is_replicate() and mesh.get_local_rank(i) for i, place in enumerate(placements))
+    replicated = any(placement.is_replicate() and mesh.get_local_rank(i) for i, placement in enumerate(placements))
     offset, local = offset_of(tensor), tensor.to_local()
     if replicated or not local.numel():
         return None
@@ -205,11 +205,11 @@ class Saved:
         inside = len(shape) == len(offset) == len(extent) and all(
             o >= 0 and o + e <= s for o, e, s in zip(offset, extent, shape, strict=True)
         )
-        there = self.parts.setdefault(name, [])
-        apart = all(not overlap(offset, extent, other, theirs) for _, other, theirs in there)
+        parts = self.parts.setdefault(name, [])
+        apart = all(not overlap(offset, extent, other, theirs) for _, other, theirs in parts)
         if not inside or not apart or self.shapes.setdefault(name, shape) != shape:
             raise ValueError(f"{name} is in parts that do not fit together")
-        there.append((file, offset, extent))
+        parts.append((file, offset, extent))
 
     def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """A region of a tensor: only what lies in it is read."""

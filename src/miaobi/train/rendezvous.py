@@ -97,17 +97,17 @@ def fresh_store(timeout: timedelta) -> dist.Store:
     if rank:
         store.set(f"question/{rank}", name)
         name = store.get(f"answer/{name}").decode()
-        store.set(f"{name}/heard/{rank}", "")
+        store.set(f"{name}/joined/{rank}", "")
         return dist.PrefixStore(name, store)
     missing, give_up = set(range(1, size)), time.monotonic() + timeout.total_seconds()
     while missing:
         if time.monotonic() > give_up:
             raise dist.DistStoreError(f"rank {min(missing)} did not come within {timeout.total_seconds():.0f} s")
         for other in missing:
-            if store.check([f"question/{other}"]):  # perhaps that of a dead process: answered again until heard
+            if store.check([f"question/{other}"]):  # perhaps that of a dead process: answered again until it joins
                 store.set(f"answer/{store.get(f'question/{other}').decode()}", name)
         time.sleep(0.02)
-        missing = {other for other in missing if not store.check([f"{name}/heard/{other}"])}
+        missing = {other for other in missing if not store.check([f"{name}/joined/{other}"])}
     return dist.PrefixStore(name, store)
 
 
@@ -141,8 +141,8 @@ def choose_interface(address: str) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an IPv4 address
-                found = fcntl.ioctl(s.fileno(), 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
-                if socket.inet_ntoa(found[20:24]) == address:
+                reply = fcntl.ioctl(s.fileno(), 0x8915, struct.pack("256s", name.encode()))  # SIOCGIFADDR
+                if socket.inet_ntoa(reply[20:24]) == address:
                     os.environ["GLOO_SOCKET_IFNAME"] = name
                     return
 
@@ -155,9 +155,9 @@ def rank_device(name: str, world: World) -> torch.device:
     device = pick_device(name)
     if device.type != "cuda" or world.size == 1:
         return device
-    there = torch.cuda.device_count()
-    if world.local_rank >= there:
-        raise UserError(f"rank {world.rank} has no GPU of its own: this machine has {there}; "
-                        f"start torchrun with --nproc_per_node={there}")  # fmt: skip
+    gpus = torch.cuda.device_count()
+    if world.local_rank >= gpus:
+        raise UserError(f"rank {world.rank} has no GPU of its own: this machine has {gpus}; "
+                        f"start torchrun with --nproc_per_node={gpus}")  # fmt: skip
     torch.cuda.set_device(world.local_rank)
     return torch.device("cuda", world.local_rank)

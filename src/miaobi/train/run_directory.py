@@ -25,7 +25,7 @@ STEERING = {"init_from", "resume_from", "eval_only", "eval_first", "out_dir", "m
             "fsdp_shard_size", "activation_checkpointing", "comm_timeout", "mirror", "tensorboard_path",
             "license"}  # fmt: skip
 # What a run writes besides its checkpoints; `data` only where TEXT says that the run prepared it.
-OWN = ("metrics.jsonl", "samples.jsonl", "summary.json", "report.html", "wandb", "config.yaml")
+OWN = ("metrics.jsonl", "samples.jsonl", "summary.json", "plan.json", "report.html", "wandb", "config.yaml")
 TEXT = "text.json"
 """Which text a run prepared for itself: see train/data.py."""
 # What users may edit in a model directory: it says how to sample, and changes nothing in training.
@@ -66,7 +66,7 @@ class Progress:
     base: str = ""
     """MODEL that is tuned: directory or hub name; empty from scratch."""
     computed: dict = field(default_factory=dict)
-    """How steps are computed (`measured.Computed`); empty before it was decided."""
+    """How steps are computed (`measured.ExecutionMode`); empty before it was decided."""
     base_weights: str = ""
     """LoRA: fingerprint of that MODEL's weights."""
     warned: bool = False
@@ -77,6 +77,10 @@ class Progress:
     """max_minutes: seconds that the run had taken, evaluations included, when this was written."""
     micro: int = 0
     """Sequences at once, where memory did not hold as many as asked for; 0 = as asked."""
+    averaging: bool = False
+    """The weights are averaged (`average`)."""
+    averaged: bool = False
+    """The average was better at the last evaluation: it is what the checkpoint shows."""
     slowed: float = 1.0
     """Rates are multiplied by this since the run went back from a loss that was not finite."""
     run: str = field(default_factory=lambda: uuid4().hex)
@@ -126,10 +130,10 @@ def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, resta
     """
     out = Path(cfg.train.out_dir)
     link = out / "checkpoints" / "last"
-    asked = cfg.train.init_from == "scratch" and origin.get("init_from") == "command line" and not restarted
-    if asked and (os.path.lexists(link) or step_directories(link.parent)):
+    begins_anew = cfg.train.init_from == "scratch" and origin.get("init_from") == "command line" and not restarted
+    if begins_anew and (os.path.lexists(link) or step_directories(link.parent)):
         move_aside(out)
-    if asked and mirror is not None:
+    if begins_anew and mirror is not None:
         mirror.forget()
     if not only_reads(cfg):
         restore_links(link.parent)
@@ -137,7 +141,7 @@ def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, resta
     if last is None and os.path.lexists(link):
         raise UserError(f"{link} names a checkpoint that is gone; continue from another with --resume_from="
                         f"{link.parent}/step-N in a new --out_dir, or start over with --init_from=scratch")  # fmt: skip
-    if mirror is not None and not asked:
+    if mirror is not None and not begins_anew:
         if last is None:
             mirror.pull(out, lambda config: refuse_changes(config, cfg, f"the mirror {mirror.url}"))
             last = pointed(link)
@@ -157,24 +161,24 @@ def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, resta
 def move_aside(out: Path) -> None:
     """Move what the run in `out` wrote, and nothing else, into the first free of `out`.old-1, `out`.old-2 ..."""
     out, number = out.resolve(), 1
-    while (aside := out.with_name(f"{out.name}.old-{number}")).exists():
+    while (old := out.with_name(f"{out.name}.old-{number}")).exists():
         number += 1
     checkpoints = out / "checkpoints"
     theirs = [checkpoints / "last", checkpoints / "best", *step_directories(checkpoints).values()]
     theirs += [*out.glob("events.out.tfevents.*"), *(out / name for name in OWN)]
     if (out / TEXT).is_file():
         theirs += [out / "data", out / TEXT]
-    (aside / "checkpoints").mkdir(parents=True)
+    (old / "checkpoints").mkdir(parents=True)
     for path in theirs:
         if os.path.lexists(path):
-            path.rename(aside / path.relative_to(out))
-    log(f"--init_from=scratch: the run that was in {out} is now {aside}")
+            path.rename(old / path.relative_to(out))
+    log(f"--init_from=scratch: the run that was in {out} is now {old}")
 
 
 def step_directories(checkpoints: Path) -> dict[int, Path]:
-    """The checkpoints in a run's directory by their step. What users put beside them, step-10.bak, is theirs."""
-    there = checkpoints.glob("step-*")
-    return {int(path.name[5:]): path for path in there
+    """The checkpoints in a run's directory by their step. What users put next to them, step-10.bak, is theirs."""
+    found_steps = checkpoints.glob("step-*")
+    return {int(path.name[5:]): path for path in found_steps
             if re.fullmatch("step-(0|[1-9][0-9]{0,17})", path.name) and path.is_dir()}  # fmt: skip
 
 
@@ -185,9 +189,9 @@ def restore_links(checkpoints: Path) -> None:
     """
     for older in checkpoints.glob(".step-*.old"):
         put_back(older.with_name(older.name.removeprefix(".").removesuffix(".old")))
-    for aside in checkpoints.glob(".*.tmp"):
-        if re.fullmatch(r"\.(step-[0-9]+|best|last)(\.[0-9]+-[0-9a-f]{8})?\.tmp", aside.name):
-            remove(aside)  # of a killed process: this one holds the run's lock
+    for leftover in checkpoints.glob(".*.tmp"):
+        if re.fullmatch(r"\.(step-[0-9]+|best|last)(\.[0-9]+-[0-9a-f]{8})?\.tmp", leftover.name):
+            remove(leftover)  # of a killed process: this one holds the run's lock
     last, best = checkpoints / "last", checkpoints / "best"
     for link in (last, best):
         if link.is_dir() and not link.is_symlink() and pointed(link) == link:
@@ -197,15 +201,15 @@ def restore_links(checkpoints: Path) -> None:
             else:
                 link.rename(step)
             point_at(link, step.name)
-    there = step_directories(checkpoints)
-    resumable = [n for n, path in there.items() if (path / "train_state" / "progress.json").is_file()]
+    steps = step_directories(checkpoints)
+    resumable = [n for n, path in steps.items() if (path / "train_state" / "progress.json").is_file()]
     if resumable and not os.path.lexists(last):
         point_at(last, f"step-{max(resumable)}")
         log(f"{last} is missing; the run goes on from the highest step there is, {max(resumable)}")
     if (path := pointed(last)) is not None and not os.path.lexists(best):
         best_step = load_progress(path).best_step
-        if best_step in there:
-            point_at(best, there[best_step].name)
+        if best_step in steps:
+            point_at(best, steps[best_step].name)
 
 
 def only_reads(cfg: RunConfig) -> bool:
@@ -219,11 +223,11 @@ def find_state(name: str) -> Path:
     if path.suffix in (".pth", ".pt"):
         raise UserError(f"resume_from: {path} is another project's checkpoint; convert it (miaobi convert --help) and "
                         "start from the result with --init_from")  # fmt: skip
-    found = pointed(path / "checkpoints" / "last") or pointed(path) or path
-    if not (found / "train_state" / "progress.json").is_file():
+    directory = pointed(path / "checkpoints" / "last") or pointed(path) or path
+    if not (directory / "train_state" / "progress.json").is_file():
         raise UserError(f"resume_from: no train_state in {path}; give a run directory, RUN/checkpoints/step-N, "
                         "or use --init_from to start from a model's weights alone")  # fmt: skip
-    return found
+    return directory
 
 
 def verified(checkpoint: Path | None, is_first: bool) -> AbstractContextManager:

@@ -9,21 +9,22 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
 
 import torch
+from torch import Tensor
 
 from miaobi.console import warn
 from miaobi.errors import UserError
 from miaobi.files import Checksums, point, pointed, sha256, write_text, written_whole
 from miaobi.model.card import write_card
-from miaobi.model.checkpoint import Unfilled, save_model
+from miaobi.model.checkpoint import Unfilled, save_model, save_tensors
 from miaobi.model.lora import adapters, merged, save_adapter
 from miaobi.model.transformer import Transformer
-from miaobi.train import optimizer_state
+from miaobi.train import average, optimizer_state
 from miaobi.train.layout import is_sharded, whole
 from miaobi.train.model_card import card_of
 from miaobi.train.run_directory import Progress, step_directories
@@ -55,10 +56,12 @@ class Saver:
         """Copy everything and go on; a checkpoint still being written is waited for first."""
         self.finish()
         plan = self.plan
-        plain = snapshot(plan.model, self.world)
+        with plan.average.shown() if plan.average else nullcontext():
+            plain = snapshot(plan.model, self.world)
+        other = plan.average.hidden() if plan.average and self.world.is_first else None
         state = optimizer_state.copied(plan.model, plan.optimizers, plan.scaler, self.world)
         # a daemon: a rank that lost the others must be able to leave
-        self.thread = Thread(target=self._run, args=(plain, state, copy.deepcopy(plan.progress)), daemon=True)
+        self.thread = Thread(target=self._run, args=(plain, state, copy.deepcopy(plan.progress), other), daemon=True)
         self.thread.start()
 
     def refuse_lost(self) -> None:
@@ -96,26 +99,34 @@ class Saver:
         except BaseException as e:  # raised again by `finish`, in the run's own thread
             self.outcome = e
 
-    def _write(self, plain: Transformer | None, state: optimizer_state.State, progress: Progress) -> bool:
+    def _write(
+        self,
+        plain: Transformer | None,
+        state: optimizer_state.State,
+        progress: Progress,
+        other: dict[str, Tensor] | None = None,
+    ) -> bool:
         """Whether the checkpoint is whole on the disk."""
         path = self.root / f"step-{progress.step}"
         try:
             with ExitStack() as stack:
-                aside, error = None, None
+                temporary, error = None, None
                 try:
                     if plain is not None:
                         refuse_not_finite(plain)
-                        aside = stack.enter_context(written_whole(path))
+                        temporary = stack.enter_context(written_whole(path))
                 except OSError as e:
                     error = str(e)
-                place, error = self.world.gather([str(aside) if aside else None, error], self.world.slow)[0]
+                directory, error = self.world.gather([str(temporary) if temporary else None, error], self.world.slow)[0]
                 if error:
                     raise OSError(error)
                 checksums = stack.enter_context(Checksums())
-                self._write_state(state, Path(place), checksums)
+                self._write_state(state, Path(directory), checksums)
                 if plain is not None:
-                    self._write_plain(Path(place), plain, progress)
-                    checksums.write(Path(place))
+                    if other is not None:
+                        save_tensors(Path(directory) / "train_state" / average.FILE, other)
+                    self._write_plain(Path(directory), plain, progress)
+                    checksums.write(Path(directory))
             if plain is not None:
                 self._show(path, progress)
         except OSError as e:

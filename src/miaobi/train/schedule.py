@@ -19,7 +19,7 @@ from miaobi.corpus.dataset import Batch
 from miaobi.model.transformer import Transformer
 from miaobi.train.evaluate import place
 from miaobi.train.layout import Objective
-from miaobi.train.measured import Computed, Work
+from miaobi.train.measured import ExecutionMode, Work
 from miaobi.train.optimizer import rate
 from miaobi.train.recipe import total_steps
 from miaobi.train.run_directory import Progress
@@ -53,11 +53,11 @@ def lay_first(
     A run that has begun keeps what it began with. most: steps that it may have at all.
     """
     if not progress.laid:
-        device, way = model.wte.weight.device, Computed(str(dtype).removeprefix("torch."))
+        device, mode = model.wte.weight.device, ExecutionMode(str(dtype).removeprefix("torch."))
         pieces = math.ceil(cfg.train.global_batch / world.size / len(batch.inputs))
         work = Work(Objective(model), place(batch, slice(None), device), device, 0, pieces)
-        work.once(way)
-        steps = int(60 * cfg.train.max_minutes / (work.once(way) * pieces))
+        work.once(mode)
+        steps = int(60 * cfg.train.max_minutes / (work.once(mode) * pieces))
         progress.laid = [[0, world.gather(max(1, min(most, steps)))[0], 0.0]]
         log(f"max_minutes={cfg.train.max_minutes:g}: about {progress.laid[0][1]:,} steps by the first measurement")
     return int(progress.laid[0][1])

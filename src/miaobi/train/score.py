@@ -53,8 +53,8 @@ def score(cfg: EvalConfig) -> dict:
             tokens, characters, text_bytes = raw_tokens(read, tokenizer, ends, cfg.format)
         if len(tokens) < 2 or not characters:
             raise nothing_in(sources)
-        given = [id_ for id_ in tokenizer.begin_ids if id_ != tokenizer.eot_id]
-        return evaluate(model.to(where), tokens, characters, text_bytes, steps, precision, size, given)
+        begin_ids = [id_ for id_ in tokenizer.begin_ids if id_ != tokenizer.eot_id]
+        return evaluate(model.to(where), tokens, characters, text_bytes, steps, precision, size, begin_ids)
 
 
 def nothing_in(sources: list[str]) -> UserError:

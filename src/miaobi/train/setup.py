@@ -24,6 +24,7 @@ from miaobi.model.rows import add_rows, added_tokens
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
 from miaobi.settings import Origin
 from miaobi.train import bigrams
+from miaobi.train.average import Average
 from miaobi.train.data import Blocks, open_blocks, open_data
 from miaobi.train.layout import placed
 from miaobi.train.mirror import Mirror
@@ -68,6 +69,8 @@ class Plan:
     micro: int
     """Sequences of a rank that go through the model at once."""
     mirror: Mirror | None
+    average: Average | None
+    """Of the weights, where they are averaged."""
     parameters: int
     """Those of the checkpoints, where adapters are merged."""
     trained_parameters: int
@@ -150,12 +153,13 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
         scaler = GradScaler(device.type, enabled=dtype == torch.float16)
         if checkpoint is not None and not cfg.train.eval_only:
             load_optimizers(checkpoint / "train_state", model, optimizers, scaler)
+        average = Average.of(cfg.train, checkpoint, model, progress, steps * cfg.train.global_batch / len(blocks))
     val_windows, train_windows = evaluation_windows(cfg, progress, steps, blocks, val_blocks)
     adapted = adapter_parameters(model)
     parameters = model.num_parameters() - adapted
     return Plan(
         cfg, world, device, dtype, data, tokenizer, model, optim, optimizers, scaler, progress, blocks, val_windows,
-        train_windows, total, micro, mirror, parameters, adapted or parameters,
+        train_windows, total, micro, mirror, average, parameters, adapted or parameters,
     )  # fmt: skip
 
 
@@ -169,8 +173,8 @@ def enter(cfg: RunConfig, origin: Origin, world: World, mirror: Mirror | None) -
                 start_run(cfg, origin)
         data = open_data(cfg, out, world.is_first)
     check_same(world, cfg, data.fingerprint)
-    found = world.gather(str(checkpoint) if checkpoint else None)[0]
-    return Path(found) if found else None, data
+    state = world.gather(str(checkpoint) if checkpoint else None)[0]
+    return Path(state) if state else None, data
 
 
 def evaluation_windows(
@@ -179,11 +183,11 @@ def evaluation_windows(
     """Windows of validation and of training text that every evaluation scores: the same ones each time, and never more
     tokens than were trained until the first of them.
     """
-    wished = cfg.train.eval_iters * cfg.train.batch_size
+    requested = cfg.train.eval_iters * cfg.train.batch_size
     trained = min(cfg.train.eval_interval, progress.planned or steps) * cfg.train.global_batch
     if not progress.windows:  # checkpoints that do not know it were to take `planned` steps
-        progress.windows = min(wished, trained)
-    val = val_blocks.fixed(wished if cfg.train.eval_only else progress.windows)
+        progress.windows = min(requested, trained)
+    val = val_blocks.fixed(requested if cfg.train.eval_only else progress.windows)
     share = min(len(val.inputs) // TRAIN_SHARE, trained - len(val.inputs))
     return val, blocks.fixed(share) if share > 0 and not cfg.train.eval_only else None
 
@@ -257,8 +261,8 @@ def build_model(cfg: RunConfig, origin: Origin, start: Start, place: Place) -> T
         )
     own = checkpoint is not None and is_own(checkpoint, cfg)  # from when only the sizes were compared, maybe
     refuse_shape(cfg.model, origin, model.cfg, source, SIZES if own else SHAPE, may_shorten=source != checkpoint)
-    asked = model.cfg.block_size if origin.get("block_size", "default") == "default" else cfg.model.block_size
-    changed = dataclasses.replace(model.cfg, dropout=cfg.model.dropout, block_size=min(asked, model.cfg.block_size))
+    longest = model.cfg.block_size if origin.get("block_size", "default") == "default" else cfg.model.block_size
+    changed = dataclasses.replace(model.cfg, dropout=cfg.model.dropout, block_size=min(longest, model.cfg.block_size))
     weights = model.state_dict()
     if model.wpe is not None:
         weights["wpe.weight"] = weights["wpe.weight"][: changed.block_size]
@@ -270,7 +274,7 @@ def build_model(cfg: RunConfig, origin: Origin, start: Start, place: Place) -> T
 
 
 def refuse_shape(
-    asked: ModelConfig, origin: Origin, has: ModelConfig, source: Path | str, keys: tuple[str, ...], may_shorten: bool
+    cfg: ModelConfig, origin: Origin, has: ModelConfig, source: Path | str, keys: tuple[str, ...], may_shorten: bool
 ) -> None:
     """Raise UserError naming the first of `keys` that was given explicitly and is not what `source` has.
 
@@ -280,10 +284,10 @@ def refuse_shape(
         "n_kv_head": has.n_kv_head or has.n_head, "head_dim": head_dim(has), "intermediate_size": intermediate_size(has)
     }  # fmt: skip
     for key in keys:
-        now = getattr(asked, key)
+        now = getattr(cfg, key)
         shorter = key == "block_size" and may_shorten and now < has.block_size
-        given = now is not None and not origin.get(key, "default").startswith(("default", "auto"))
-        if given and now != actual[key] and not shorter:
+        was_set = now is not None and not origin.get(key, "default").startswith(("default", "auto"))
+        if was_set and now != actual[key] and not shorter:
             raise UserError(f"{source} has {key}={actual[key]}, asked for was {key}={now}; leave {key} out")
 
 
@@ -315,13 +319,13 @@ def adapt(model: Transformer, cfg: RunConfig, checkpoint: Path | None, progress:
 
     Raises UserError for another base than the checkpoint's.
     """
-    found = fingerprint(model)
+    hash_of_base = fingerprint(model)
     torch.manual_seed(cfg.train.seed)
     add_lora(model, cfg.lora)
     if checkpoint is None:
-        progress.base_weights = found
+        progress.base_weights = hash_of_base
         return
-    if found != progress.base_weights:
+    if hash_of_base != progress.base_weights:
         raise UserError(f"the weights of {progress.base} are not those that {checkpoint} tunes: "
                         "they were changed since; put them back, or start another --out_dir")  # fmt: skip
     load_adapter(checkpoint / "adapter", model)

@@ -43,7 +43,7 @@ class Summary(Environment):
     data: str = ""
     """Fingerprint of the prepared data."""
     stopped: str | None = None
-    """max_iters, patience, interrupted, terminated, failed; None while it runs, and after a kill."""
+    """max_iters, max_minutes, patience, interrupted, terminated, failed; None while it runs, and after a kill."""
     error: str = ""
     """Why it failed."""
     started: float = 0.0
@@ -75,7 +75,7 @@ def summarized(plan: Plan) -> Iterator[None]:
     keep(plan, summary)
     try:
         yield
-        summary.stopped = plan.progress.stopped or "max_iters"
+        summary.stopped = plan.progress.stopped or plan.end
     except KeyboardInterrupt:
         summary.stopped = "interrupted"
         raise
@@ -83,7 +83,7 @@ def summarized(plan: Plan) -> Iterator[None]:
         summary.stopped, summary.error = "failed", str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
         raise
     finally:
-        summary.ended = time.time()
+        summary.ended, summary.total_steps = time.time(), plan.progress.planned  # max_minutes lays them anew
         summary.wall_seconds = summary.ended - summary.started + (before.wall_seconds if before else 0.0)
         summary.peak_memory_bytes = max(peak_memory(plan.device), before.peak_memory_bytes if before else 0)
         keep(plan, summary)

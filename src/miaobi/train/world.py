@@ -110,23 +110,23 @@ class World:
 
     def unreachable(self) -> list[str]:
         """What is wrong with the other ranks, as far as a new connection to each can tell."""
-        found: dict[str, None] = {}
+        problems: dict[str, None] = {}
         for rank, (host, address, port) in enumerate(self.hosts):
             no_way = f"host {host} ({address}) cannot be reached"
-            if rank == self.rank or no_way in found:
+            if rank == self.rank or no_way in problems:
                 continue
             try:
                 socket.create_connection((address, port), timeout=3).close()
             except ConnectionRefusedError:
-                found[f"the process of rank {rank} on {host} is gone"] = None
+                problems[f"the process of rank {rank} on {host} is gone"] = None
             except OSError:
-                found[no_way] = None
-        return list(found)
+                problems[no_way] = None
+        return list(problems)
 
     def lost_ranks_error(self, why: str) -> UserError:
-        """The error that the other ranks do not answer any more: which of them, as far as can be told."""
-        found = "; ".join(self.unreachable()) or "all processes still answer: one of them is stuck, or was too slow"
-        return UserError(f"{socket.gethostname()} lost the other ranks: {found} ({why}). "
+        """The error that the other ranks do not answer any more: which of them, as far as is known."""
+        problems = "; ".join(self.unreachable()) or "all processes still answer: one of them is stuck, or was too slow"
+        return UserError(f"{socket.gethostname()} lost the other ranks: {problems} ({why}). "
                          "docs/cluster.md says what to try")  # fmt: skip
 
     def answer(self) -> None:
@@ -158,7 +158,7 @@ def check_same(world: World, cfg: RunConfig, fingerprint: str) -> None:
                 raise SystemExit(2)  # rank 0 says it
             key = differ[0]
             raise UserError(f"rank {rank} on {world.hosts[rank][0]} differs from rank 0: {key} is {theirs[key]}, "
-                            f"rank 0 has {settings[0][key]}; all must be told the same")  # fmt: skip
+                            f"rank 0 has {settings[0][key]}; all ranks need the same settings")  # fmt: skip
 
 
 def check_batch(world: World, cfg: TrainConfig) -> None:

@@ -98,7 +98,7 @@ async function start() {
   root.classList.remove("starting");
   const found = await info();
   const { model, classifier, runs } = found;
-  prepareSettings(model, found.version);
+  prepareSettings(found.chat_model ?? model, found.version); // the card stands beside the chat
   if (model) startContinue(model);
   else empty("continue", "empty.model", ["miaobi serve MODEL"]);
   if (model?.chat) startChat(model);

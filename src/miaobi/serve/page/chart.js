@@ -42,6 +42,15 @@ function nearest(points, step) {
   return low && step - points[low - 1][0] < points[low][0] - step ? low - 1 : low;
 }
 
+/** The values that a chart must hold: all of its lines, and of paler ones what lies near: they may begin and end far off. */
+function heights(lines) {
+  const own = lines.flatMap(({ points }) => points.map(([, y]) => y)), paler = lines.flatMap(({ pale }) => pale.map(([, y]) => y));
+  if (!own.length) return paler;
+  const low = own.reduce((a, b) => Math.min(a, b)), high = own.reduce((a, b) => Math.max(a, b));
+  const near = Math.max(high - low, 0.05 * Math.abs(high)) / 2;
+  return [...own, ...paler.map((y) => Math.min(high + near, Math.max(low - near, y)))];
+}
+
 export class Chart {
   /** title, why: keys of words.js; from: what makes points [[step, y], ...] of a run, `faint` a second, paler line. */
   constructor(title, { why, from, faint }) {
@@ -72,8 +81,7 @@ export class Chart {
     this.node.hidden = !this.lines.length;
     this.width = this.svg.clientWidth;
     if (!this.lines.length || !this.width) return;
-    const drawn = this.lines.flatMap(({ points, pale }) => [...points, ...pale.slice(Math.floor(pale.length / 20))]); // a first loss far above would flatten the rest
-    const ys = drawn.map(([, y]) => y), xs = this.lines.flatMap(({ points, pale }) => [points, pale].flatMap((p) => (p.length ? [p[0][0], p.at(-1)[0]] : [])));
+    const ys = heights(this.lines), xs = this.lines.flatMap(({ points, pale }) => [points, pale].flatMap((p) => (p.length ? [p[0][0], p.at(-1)[0]] : [])));
     const most = (list, pick) => list.reduce((a, b) => pick(a, b));
     this.x0 = most(xs, Math.min);
     this.x1 = Math.max(most(xs, Math.max), this.x0 + 1);
@@ -84,7 +92,8 @@ export class Chart {
     const y = (value) => TOP + (1 - (value - this.y0) / (this.y1 - this.y0)) * (HEIGHT - TOP - BOTTOM);
     this.x = x;
     this.y = y;
-    const parts = [];
+    const window = el("svg:clipPath", { id: `window-${this.title}` }, el("svg:rect", { x: LEFT, y: TOP - 2, width: this.inner + 2, height: HEIGHT - TOP - BOTTOM + 4 }));
+    const parts = [window], curves = el("svg:g", { "clip-path": `url(#window-${this.title})` });
     for (const value of ticks(this.y0, this.y1, 4)) {
       parts.push(el("svg:line", { class: "grid", x1: LEFT, x2: this.width - RIGHT, y1: y(value), y2: y(value) }),
         el("svg:text", { x: LEFT - 8, y: y(value) + 4, "text-anchor": "end", text: figure(value) }));
@@ -94,15 +103,15 @@ export class Chart {
       parts.push(el("svg:text", { x: x(value), y: HEIGHT - 6, "text-anchor": anchor, text: compact(value) }));
     }
     const path = (points, name) => el("svg:polyline", { class: name, points: thinned(points, this.inner / 3)
-      .map(([step, value]) => `${x(step).toFixed(1)},${Math.max(TOP - 4, y(value)).toFixed(1)}`).join(" ") });
+      .map(([step, value]) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`).join(" ") });
     for (const { run, points, pale } of this.lines) {
-      if (pale.length) parts.push(path(pale, `line pale s${run.slot}`));
-      if (points.length === 1) parts.push(el("svg:circle", { class: `dot s${run.slot}`, cx: x(points[0][0]), cy: y(points[0][1]), r: 3 }));
-      else parts.push(path(points, `line s${run.slot}`));
+      if (pale.length) curves.append(path(pale, `line pale s${run.slot}`));
+      if (points.length === 1) curves.append(el("svg:circle", { class: `dot s${run.slot}`, cx: x(points[0][0]), cy: y(points[0][1]), r: 3 }));
+      else curves.append(path(points, `line s${run.slot}`));
     }
     this.cross = el("svg:g", { class: "cross" });
     this.svg.setAttribute("viewBox", `0 0 ${this.width} ${HEIGHT}`);
-    this.svg.replaceChildren(...parts, this.cross);
+    this.svg.replaceChildren(...parts, curves, this.cross);
     this.read(this.at);
     const last = this.lines.map(({ run, points, pale }) => `${visible(run.name)} ${figure((points.at(-1) ?? pale.at(-1))[1])}`);
     say(this.svg, "runs.chart", { title: t(this.title), values: last.join(", ") }, "label");

@@ -73,18 +73,24 @@ async function open(file) {
     column.replaceChildren(...header.map((name, i) => el("option", { value: i, text: name || String(i + 1) })));
     column.value = textColumn(header, named.checked ? table.rows.slice(1) : table.rows);
   };
-  const described = el("p");
+  const described = el("p"), sample = el("blockquote", { class: "text" });
+  const show = () => { // whether it was read rightly, and is the column that was meant
+    const texts = named.checked ? table.rows.slice(1) : table.rows;
+    sample.textContent = visible(texts.map((row) => row[column.value] ?? "").find((text) => text.trim()) ?? "").slice(0, 80);
+  };
   const describe = () => say(described, "file.read", { name: file.name, rows: grouped(table.rows.length - named.checked), encoding: table.encoding });
-  named.addEventListener("change", () => { columns(); describe(); });
+  named.addEventListener("change", () => { columns(); describe(); show(); });
+  column.addEventListener("change", show);
   columns();
   describe();
+  show();
   const start = button("file.start", () => {
     const header = named.checked ? table.rows[0] : table.rows[0].map((_, i) => `column_${i + 1}`);
     judgeFile(file.name, header, named.checked ? table.rows.slice(1) : table.rows, Number(column.value));
   }, { class: "main" });
   const options = table.isTable ? [el("label", { class: "field" }, named, " ", el("span", { t: "file.named" })),
     el("label", { class: "field" }, el("span", { t: "file.column" }), " ", column)] : [];
-  fileBox.replaceChildren(described, el("div", { class: "bar" }, ...options, el("span", { class: "space" }), start));
+  fileBox.replaceChildren(described, sample, el("div", { class: "bar" }, ...options, el("span", { class: "space" }), start));
   start.focus();
   return undefined;
 }
@@ -106,9 +112,11 @@ async function judgeFile(name, header, rows, column) {
   const finish = (key) => {
     const shown = [...counts].sort((a, b) => b[1] - a[1]).map(([label, n]) => `${label} ${grouped(n)}`).join(" · ");
     say(told, key, { counts: shown, done: grouped(done) });
-    const labelled = rows.map((row, i) => [...header.map((_, c) => row[c] ?? ""), ...(answers.get(i) ?? ["", ""])]);
+    const width = rows.reduce((most, row) => Math.max(most, row.length), header.length); // a row may have more fields
+    const padded = (row) => Array.from({ length: width }, (_, c) => row[c] ?? "");
+    const labelled = rows.map((row, i) => [...padded(row), ...(answers.get(i) ?? ["", ""])]);
     const out = `${name.replace(/\.[^.]*$/, "")}-labelled.csv`;
-    const save = button(["file.save", { name: out }], () => download(out, csv([[...header, "predicted_label", "probability"], ...labelled]), "text/csv"), { class: "main" });
+    const save = button(["file.save", { name: out }], () => download(out, csv([[...padded(header), "predicted_label", "probability"], ...labelled]), "text/csv"), { class: "main" });
     foot.replaceChildren(...(full.length < rows.length ? [el("span", { class: "soft", t: ["file.blank", { n: grouped(rows.length - full.length) }] })] : []), el("span", { class: "space" }), save);
     save.focus();
   };

@@ -15,7 +15,7 @@ function decoded(bytes, name) {
   throw new Failure("file.encoding", { name });
 }
 
-/** Rows of fields. Throws Failure where a quote is never closed. */
+/** Rows of fields; a blank line is one empty field. Throws Failure where a quote is never closed. */
 export function parse(text, delimiter) {
   const rows = [];
   let row = [], field = "", at = 0;
@@ -48,7 +48,8 @@ export function parse(text, delimiter) {
     }
   }
   if (field !== "" || row.length) endRow();
-  return rows.filter((fields) => fields.length > 1 || fields[0] !== "");
+  while (rows.length && rows.at(-1).length === 1 && rows.at(-1)[0] === "") rows.pop(); // blank lines at the end
+  return rows;
 }
 
 const unquoted = (text) => text.slice(0, 65536).replace(/"[^"]*"/g, "").split(/\r?\n|\r/, 1)[0];
@@ -59,17 +60,18 @@ export async function read(file) {
   if (file.size > LARGEST) throw new Failure("file.big", { name });
   const { text, encoding } = decoded(new Uint8Array(await file.arrayBuffer()), name);
   if (name.toLowerCase().endsWith(".txt")) {
-    return { rows: text.split(/\r?\n|\r/).filter((line) => line.trim()).map((line) => [line]), encoding, isTable: false };
+    const lines = text.trimEnd().split(/\r?\n|\r/);
+    return { rows: lines[0] || lines.length > 1 ? lines.map((line) => [line]) : [], encoding, isTable: false };
   }
   const first = unquoted(text), count = (c) => first.split(c).length;
   const delimiter = name.toLowerCase().endsWith(".tsv") ? "\t" : [",", "\t", ";"].sort((a, b) => count(b) - count(a))[0];
   return { rows: parse(text, delimiter), encoding, isTable: true };
 }
 
-const quoted = (field) => (/[",\r\n]/.test(field) ? `"${field.replaceAll('"', '""')}"` : field);
+const quoted = (field, _, row) => (/[",\r\n]/.test(field) || (row.length === 1 && field === "") ? `"${field.replaceAll('"', '""')}"` : field);
 
 /** The rows as CSV that Excel opens with its Chinese: a byte order mark, CRLF. */
-export const csv = (rows) => `\ufeff${rows.map((row) => row.map((field) => quoted(String(field))).join(",")).join("\r\n")}\r\n`;
+export const csv = (rows) => `\ufeff${rows.map((row) => row.map(String).map(quoted).join(",")).join("\r\n")}\r\n`;
 
 const NAMES = ["text", "review", "comment", "content", "sentence", "文本", "内容", "评论", "正文", "句子"];
 
