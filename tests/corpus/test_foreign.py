@@ -295,3 +295,18 @@ def test_any_bytes_in_a_tokenizers_files_are_a_result_or_a_users_error(tmp_path_
             (place / name).write_bytes(data)
             with contextlib.suppress(UserError):
                 Tokenizer.load(place).encode("好a")
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer"])
+def test_patterns_that_give_up_on_a_text_are_an_error(part):
+    """The library panics in the middle of an encoding, which is no Exception; it takes no time."""
+    content = json.loads(Tokenizer.train_char(dict.fromkeys("皇马ab", 3)).backend.to_str())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    replace = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "b"}
+    content[part] = split if part == "pre_tokenizer" else replace
+    tokenizer = Tokenizer.from_json(json.dumps(content), {})
+    hostile = "a" * 3000 + "!"
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_documents([text], end_id=1)):
+        with pytest.raises(UserError, match=r"patterns in tokenizer\.json give up on this text"):
+            encode(hostile)
+    assert tokenizer.decode(tokenizer.encode("ab"))

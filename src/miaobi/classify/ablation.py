@@ -286,9 +286,9 @@ def _plot(path: Path, rows: list[Row], simple: list[Row], cfg: ClassifyConfig) -
     axes.set(xticks=range(len(shown)), xticklabels=shown, ylabel="accuracy, %", ylim=(max(0, 100 * lowest - 8), 100))
     axes.set_title(f"{cfg.protocol}: {cfg.data}", parse_math=False)  # a name may have $ in it
     axes.legend(loc="lower left")
-    aside = aside_of(path)  # in place of a link, not through it
+    temporary = aside_of(path)  # in place of a link, not through it
     try:
-        figure.savefig(aside, dpi=150, format="png")
-        aside.replace(path)
+        figure.savefig(temporary, dpi=150, format="png")
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

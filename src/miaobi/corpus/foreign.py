@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,18 @@ def check_control(name: str) -> None:
         raise ValueError(f"a control token has {len(name):,} characters, more than {MAX_CONTROL_CHARACTERS}")
     if match := re.search("[\ufdd0-\ufdef]", name):
         raise ValueError(f"a control token has U+{ord(match[0]):04X}, which is not a character")
+
+
+@contextmanager
+def without_panic() -> Iterator[None]:
+    """Raises UserError for a panic of the tokenizers library, which is no Exception: its patterns give up on a text."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"the patterns in tokenizer.json give up on this text ({error}); use a model with another "
+                        "tokenizer, or leave out what repeats itself thousands of times") from error  # fmt: skip
 
 
 def _guarded(make: Callable[[], Any]) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 
 from miaobi.corpus import rendering
+from miaobi.corpus.foreign import without_panic
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 
@@ -190,7 +191,8 @@ class ChatTemplate:
     def tokens(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
         """ids; where each begins and ends in the text without BREAKs; whether it is a control token."""
         if BREAK not in text:
-            encoding = self._parsing.encode(text, add_special_tokens=False)
+            with without_panic():
+                encoding = self._parsing.encode(text, add_special_tokens=False)
             control = set(self._control.values())
             spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
             names = [id_ in control and self._names.fullmatch(text[a:b].strip()) is not None
@@ -204,7 +206,8 @@ class ChatTemplate:
                 is_control.append(True)
             else:
                 piece = piece.replace(BREAK, "")
-                encoding = self._plain.encode(piece, add_special_tokens=False)
+                with without_panic():
+                    encoding = self._plain.encode(piece, add_special_tokens=False)
                 ids += encoding.ids
                 spans += [(position + start, position + end) for start, end in encoding.offsets]
                 is_control += [False] * len(encoding.ids)

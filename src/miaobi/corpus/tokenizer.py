@@ -19,7 +19,7 @@ from tokenizers import models
 
 from miaobi.corpus import vocabulary
 from miaobi.corpus.characters import N_CODE_POINTS, code_points
-from miaobi.corpus.foreign import backend_of, join_word_pieces, read_config, read_foreign
+from miaobi.corpus.foreign import backend_of, join_word_pieces, read_config, read_foreign, without_panic
 from miaobi.corpus.vocabulary import (  # noqa: F401 - the names of the specials are found here as well
     BYTE_PIECES,
     DEFAULT_BPE_VOCAB_SIZE,
@@ -146,7 +146,8 @@ class Tokenizer:
         if self._table is not None and len(text) > 64:
             return self.encode_array(text).tolist()
         _reject_surrogates(text)
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with without_panic():
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     @functools.cached_property
     def frame(self) -> tuple[list[int], list[int]]:
@@ -238,11 +239,13 @@ class Tokenizer:
         for document in documents:
             _reject_surrogates(document)
         if newline_id is None:
-            rows = [e.ids for e in self.backend.encode_batch_fast(documents, add_special_tokens=False)]
+            with without_panic():
+                rows = [e.ids for e in self.backend.encode_batch_fast(documents, add_special_tokens=False)]
         else:
             rows = []
             for document in documents:
-                lines = self.backend.encode_batch_fast(document.split("\n"), add_special_tokens=False)
+                with without_panic():
+                    lines = self.backend.encode_batch_fast(document.split("\n"), add_special_tokens=False)
                 row = lines[0].ids
                 for line in lines[1:]:
                     row += [newline_id, *line.ids]
