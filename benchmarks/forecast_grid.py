@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import json
 import shutil
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,6 +115,8 @@ def run(cell: Cell, args: Args) -> dict[str, object]:
     }  # fmt: skip
     started = time.process_time()
     result = train(*load_config(None, [(key, str(value)) for key, value in settings.items()]))
+    if result["stopped"] in ("interrupted", "terminated"):
+        sys.exit(f"{result['stopped']}: the same command goes on with {cell.name}")
     lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     curve = [round(line["val_bits_per_char"], 4) for line in lines if "val_bits_per_char" in line]
     fit = [round(line["train_eval_loss"], 4) for line in lines if "train_eval_loss" in line]
