@@ -140,7 +140,7 @@ def imported() -> dict[str, set[str]]:
 def test_every_package_that_is_imported_is_declared():
     declared = {normal(Requirement(text).name) for text in re.findall(r'^\s+"([\w\[].*?)",', PROJECT, re.MULTILINE)
                 if re.match(r"[\w.-]+(\[[\w,]+\])?[<>=]", text)}  # fmt: skip
-    declared |= {normal(name) for name in re.findall(r'"([\w-]+)(?:\[\w+\])?[<>=]=?[\d.]+"', PROJECT)}
+    declared |= {normal(name) for name in re.findall(r'"(\w[\w-]*)(?:\[\w+\])?[<>=]=?[\d.]+"', PROJECT)}
     providers = packages_distributions()
     missing = {
         name: sorted(files)
@@ -151,6 +151,6 @@ def test_every_package_that_is_imported_is_declared():
 
 
 def test_every_package_that_is_declared_has_a_pin():
-    names = {normal(name) for name in re.findall(r'"([\w-]+)(?:\[\w+\])?[<>=]=?[\d.]+"', PROJECT)} - {"setuptools"}
+    names = {normal(name) for name in re.findall(r'"(\w[\w-]*)(?:\[\w+\])?[<>=]=?[\d.]+"', PROJECT)} - {"setuptools"}
     for python in PYTHONS:
         assert names - set(pins(python)) <= {"wandb"}, python  # what CI does not install
