@@ -23,9 +23,9 @@ UNPICKLED = r"(numpy|collections|builtins|miaobi\.corpus|pathlib|concurrent|mult
 PROCESSES = (
     r"subprocess\.Popen (\S+ -I \S+/miaobi/corpus/jinja_process\.py \S+|sh -c umask 077; .*|.*resource_tracker.*|"
     r"git -c core\.fsmonitor=false -c core\.hooksPath=/dev/null -C \S+ (rev-parse HEAD|status --porcelain "
-    r"--untracked-files=no))"
+    r"--untracked-files=no)|fc-list .*)"
 )
-"""The commit of this code stands in cards and reports.
+"""The commit of this code stands in cards and reports; matplotlib asks the system for its fonts.
 Templates are rendered in a process of their own; the compiler of what is written in C++; prepare's workers."""
 
 

@@ -78,7 +78,8 @@ def test_who_reads_nothing_holds_nobody_up(site):
 def test_a_full_queue_says_when_to_come_back(site):
     with another(site, slots=1, max_queue=1) as small, httpx.Client(base_url=small.url, timeout=30) as client:
         with client.stream("POST", "/v1/completions", json=LONG | {"n": 2, "stream": True}) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()  # dropped, it would close the connection
+            next(lines)
             refused = client.post("/v1/completions", json=LONG)
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) >= 1
