@@ -40,7 +40,7 @@ SAME_EVERYWHERE = {"dtype": "float32"}
 """Such small models lose by bf16 (the classifier took 38 s in it, where fp32 took 11 s on an older CPU), and what they
 learn does not depend on the machine's units."""
 STOPPED = ("interrupted", "terminated")
-SHORT = {"bigram_init": True, "max_iters": 260, "eval_interval": 40}
+SHORT = {"bigram_init": True, "max_iters": 300, "eval_interval": 50}
 """Instead of demo.yaml's 800 steps: BPE reads more text in each, and how often each pair occurs is counted first."""
 QUICK = {
     "max_iters": 40,
