@@ -35,11 +35,10 @@ VERBS = {
                  "demo:DemoConfig", "demo:demo"),
     "prepare": Verb("text of any encoding and format -> tokens on disk",
                     "corpus.config:PrepareConfig", "corpus.prepare:prepare_sources", "prepared"),
-    "plan": Verb("what a run will be before it begins: size, passes over the text, memory, time, cost",
-                 "plan.config:PlanConfig", "plan.plan:plan", "planned", "TRAIN", "plan.config:load_config",
-                 ("origin",)),
-    "train": Verb("train a model, or continue the run: the same command again", "config:RunConfig", "cli:train",
-                  "trained", "TRAIN", "settings:load_config", ("origin",)),
+    "plan": Verb("a run before it begins: size, passes over the text, memory, time, cost", "plan.config:PlanConfig",
+                 "plan.plan:plan", "planned", "TRAIN", "plan.config:load_config", ("origin",)),
+    "train": Verb("train a model, or continue the run: the same command again", "config:RunConfig",
+                  "training:train", "trained", "TRAIN", "settings:load_config", ("origin",)),
     "sample": Verb("continue a prompt", "generate.config:SampleRequest", "generate.sample:sample", "samples", "SAMPLE",
                    also=("as_json",)),
     "chat": Verb("talk with a model that learned from dialogues", "generate.config:ChatRequest",
@@ -51,8 +50,7 @@ VERBS = {
     "report": Verb("one page of a run, or of several: curves, samples, text, the verdict and what to try next",
                    "report.config:ReportConfig", "report.page:report", "reported"),
     "doctor": Verb("what this machine has and lacks, with remedies", "doctor:DoctorConfig", "doctor:doctor", "doctor"),
-    "push": Verb("a model to Hugging Face or ModelScope: weights, card, GGUF beside", "push:PushConfig", "push:push",
-                 "pushed", "MODEL"),
+    "push": Verb("a model to a hub: weights, card, GGUF beside", "push:PushConfig", "push:push", "pushed", "MODEL"),
     "classify train": Verb("tune a model on labelled texts", "classify.config:ClassifyConfig",
                            "classify.ablation:train", "classifier", "CLASSIFY", "classify.config:load_config",
                            ("origin",)),
@@ -62,8 +60,7 @@ VERBS = {
     "classify predict": Verb("labels of new texts", "classify.config:PredictConfig", "classify.predict:predict",
                              also=("as_json",)),
     "data list": Verb("public texts that have names", "datasets:ListConfig", "datasets:data_list", "public_texts"),
-    "data get": Verb("a public text by name, or a data set of a hub: resumed, verified, ready for prepare",
-                     "datasets:GetConfig", "datasets:data_get", "downloaded"),
+    "data get": Verb("one of them, or a data set of a hub", "datasets:GetConfig", "datasets:data_get", "downloaded"),
     "convert small-gpt": Verb("a .pth of small-gpt, with the text it was trained on", "convert.config:SmallGPTConfig",
                               "convert.small_gpt:convert_checkpoint", "converted"),
     "convert nanogpt": Verb("a ckpt.pt of nanoGPT, with its meta.pkl or GPT-2's tokenizer",
@@ -82,9 +79,7 @@ SIGNALLED = {"interrupted": 130, "terminated": 143}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 1 a bug (`doctor`: something needed is missing), 2 the user's mistake, 130
-    interrupted, 143 terminated.
-    """
+    """Entry point. Exit codes: 0 done, 1 a bug, or what `doctor` misses, 2 the user's mistake, 130 and 143 signals."""
     args = list(sys.argv[1:] if argv is None else argv)
     if debug := "--debug" in args:
         args.remove("--debug")
@@ -94,20 +89,16 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.flush()
         if code:
             sys.exit(code)
-    except UserError as e:
+    except BrokenPipeError:  # `miaobi sample ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, OSError) as e:  # OSError: a file or directory that cannot be read or written, a full disk
         if debug:
             raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(1)  # what all ranks would say, rank 0 says; torchrun ends the others when it leaves
         rank = f"rank {os.environ.get('RANK', '0')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-        error(f"{rank}{e}")
-        sys.exit(2)
-    except BrokenPipeError:  # `miaobi sample ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as e:  # a file or directory that cannot be read or written, a full disk
-        if debug:
-            raise
-        error(f"{e.strerror or e}{f': {str(e.filename)[:200]}' if e.filename else ''}")
+        where = f": {str(e.filename)[:200]}" if isinstance(e, OSError) and e.filename else ""
+        error(f"{rank}{getattr(e, 'strerror', None) or e}{where}")
         sys.exit(2)
     except KeyboardInterrupt:
         error("interrupted")
@@ -147,18 +138,6 @@ def run(args: list[str]) -> int:
     if not (result or {}).get("healthy", True):
         return 1
     return SIGNALLED.get((result or {}).get("stopped"), 0)
-
-
-def train(cfg: Any, origin: dict[str, str]) -> dict[str, Any]:
-    """`miaobi train`: from a checkpoint of small-gpt if resume_from names one, with samples written at evaluations."""
-    from miaobi.convert.small_gpt import start_from_checkpoint
-    from miaobi.generate.chat import preview
-    from miaobi.report.page import reported
-    from miaobi.train.loop import train as train_run
-
-    cfg, origin = start_from_checkpoint(cfg, origin)
-    with reported(cfg.train.out_dir):
-        return train_run(cfg, origin, preview)
 
 
 def imported(name: str) -> Any:

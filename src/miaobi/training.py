@@ -1,0 +1,23 @@
+"""`miaobi train`: a run, with what rooms above `train` add to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from miaobi.config import RunConfig
+from miaobi.settings import Origin
+
+
+def train(cfg: RunConfig, origin: Origin) -> dict[str, Any]:
+    """Train from a checkpoint of small-gpt if resume_from names one, with samples at evaluations and a report.
+
+    Returns what `train.loop.train` does. Raises UserError.
+    """
+    from miaobi.convert.small_gpt import start_from_checkpoint
+    from miaobi.generate.chat import preview
+    from miaobi.report.page import reported
+    from miaobi.train.loop import train as train_run
+
+    cfg, origin = start_from_checkpoint(cfg, origin)
+    with reported(cfg.train.out_dir):
+        return train_run(cfg, origin, preview)
