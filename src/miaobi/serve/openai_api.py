@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ async def prompts_of(body: CompletionRequest, writing: Writing) -> list[Prompt]:
     return await asyncio.to_thread(lambda: [writing.encode(text) for text in texts])
 
 
-class Shape:
+class Shape(ABC):
     """How the texts of a request are sent; `object` and what a choice holds are of the kinds below."""
 
     whole = part = ""
@@ -91,21 +92,21 @@ class Shape:
     def __init__(self, asked: Asked) -> None:
         self.asked, self.names = asked, asked.writing.names
 
+    @abstractmethod
     def choice(self, index: int, text: str, tokens: list[ScoredToken], finish: str) -> dict[str, Any]:
         """A choice that is all there."""
-        raise NotImplementedError
 
     def begin(self, index: int) -> dict[str, Any] | None:
         """A choice of a stream before its first token."""
         return None
 
+    @abstractmethod
     def piece(self, piece: Piece) -> dict[str, Any]:
         """A choice of a stream: some more of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self, piece: Piece) -> dict[str, Any]:
         """A choice of a stream: that it has ended, and why."""
-        raise NotImplementedError
 
     def take(self, piece: Piece, job: Job) -> Piece:
         """A piece as it is sent."""
