@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 import miaobi
+from miaobi.cli import VERBS
 
 SOURCES = Path(miaobi.__file__).parent
 CODE = [Path(p).resolve() for p in (sys.prefix, sys.base_prefix, sysconfig.get_paths()["stdlib"], SOURCES, __file__)]
-CODE += [Path(__file__).with_name("audited.py").resolve(), Path(sysconfig.get_paths()["purelib"]).resolve()]
+CODE += [Path(__file__).with_name(name).resolve() for name in ("audited.py", "convert/originals.py")]
+CODE += [Path(sysconfig.get_paths()["purelib"]).resolve()]
 UNPICKLED = r"(numpy|collections|builtins|miaobi\.corpus|pathlib|concurrent|multiprocessing)\b.*"
 """Modules of what prepare's own workers send back."""
 PROCESSES = (
@@ -50,6 +52,13 @@ def test_every_verb_ends_well_or_with_the_users_mistake(report):
     ]
     assert "Traceback" not in report["said"]
     assert len(report["ended"]) > 25
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_verb_is_left_out(report, verb):
+    """A new one belongs into audited.py, on clean files and on hostile ones."""
+    for how in ("clean", "hostile"):
+        assert any(name.startswith(f"{how}: {verb}") for name in report["ended"]), how
 
 
 def test_nothing_of_a_file_is_executed(report):

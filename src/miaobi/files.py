@@ -12,6 +12,7 @@ import os
 import pickle  # for the name of its error: nothing here reads one
 import re
 import shutil
+import stat
 import sys
 import types
 import typing
@@ -28,6 +29,8 @@ PIECE = 4 << 20
 """Bytes that are hashed at once: between two pieces Python's lock is asked for, which an import keeps for long."""
 TARGET = ".target"
 """In a directory of hard links that stands for a symlink: which sibling it is made of."""
+MOST = 32 << 20
+"""Bytes of a file of settings that are read: JSON takes 25 times as much memory at worst."""
 Record = TypeVar("Record")
 
 
@@ -217,12 +220,27 @@ def write_json(path: Path, value: dict) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+def read_whole(file: Path, most: int = MOST) -> bytes:
+    """The bytes of a small file. Raises UserError for a larger one, and for what is no file: a pipe would never end;
+    OSError where there is none.
+    """
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{file} is not a file")
+    with file.open("rb") as opened:
+        content = opened.read(most + 1) if status.st_size <= most else b""
+    if max(status.st_size, len(content)) > most:  # it may have grown meanwhile
+        raise UserError(f"{file} has {max(status.st_size, len(content)):,} bytes; at most {most:,} are read of a file "
+                        "of this kind")  # fmt: skip
+    return content
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A file that holds a JSON object; {} where there is no such file. Raises UserError if it is damaged."""
     if not file.is_file():
         return {}
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_whole(file).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({str(error)[:200]}); copy it again") from error
     if not isinstance(value, dict):

@@ -19,7 +19,7 @@ from tokenizers import models
 
 from miaobi.corpus import vocabulary
 from miaobi.corpus.characters import N_CODE_POINTS, code_points
-from miaobi.corpus.foreign import backend_of, join_word_pieces, read_config, read_foreign, without_panic
+from miaobi.corpus.foreign import backend_of, join_word_pieces, read_config, read_foreign, text_of, without_panic
 from miaobi.corpus.vocabulary import (  # noqa: F401 - the names of the specials are found here as well
     BYTE_PIECES,
     DEFAULT_BPE_VOCAB_SIZE,
@@ -99,7 +99,7 @@ class Tokenizer:
                             "directory that miaobi prepare or train wrote, or a whole model of the hub")  # fmt: skip
         config = read_config(file.parent)
         try:
-            return cls.from_json(file.read_text(encoding="utf-8"), config)
+            return cls.from_json(text_of(file), config)
         except ValueError as error:
             raise UserError(f"{file} is not a tokenizer the tokenizers library can read: {error}") from error
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from miaobi.config import LoraConfig, ModelConfig
 from miaobi.errors import UserError, brief
-from miaobi.files import write_json
+from miaobi.files import read_whole, write_json
 from miaobi.model.checkpoint import save_tensors
 from miaobi.model.families import qkv_widths
 from miaobi.model.transformer import Block, Transformer
@@ -179,7 +179,7 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """
     config, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
     try:
-        peft = json.loads(config.read_text(encoding="utf-8"))
+        peft = json.loads(read_whole(config).decode())
         tensors = load_file(weights)
         for key, plain in PLAIN.items():
             if (value := peft.get(key, plain[0])) not in plain:

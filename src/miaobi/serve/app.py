@@ -181,7 +181,7 @@ def model_info(writing: Writing, talking: Writing) -> dict[str, Any]:
         "name": writing.name, "parameters": lm.model.num_parameters(), "family": lm.model.cfg.family,
         "block_size": writing.block, "vocab_size": lm.model.cfg.vocab_size, "step": int(step[1]) if step else None,
         "chat": talking.chat is not None, "control_tokens": sorted(writing.names.control.values()),
-        "card": card.read_text(encoding="utf-8", errors="replace")[:100_000] if card and card.is_file() else None,
+        "card": runs.beginning(card) if card and card.is_file() else None,
         "sampling": {name: getattr(talking.chatting if talking.chat else writing.sampling, name) for name in names},
     }  # fmt: skip
 
