@@ -18,16 +18,17 @@ from miaobi.cli import VERBS
 
 SOURCES = Path(miaobi.__file__).parent
 CODE = [Path(p).resolve() for p in (sys.prefix, sys.base_prefix, sysconfig.get_paths()["stdlib"], SOURCES, __file__)]
-CODE += [Path(__file__).with_name(name).resolve() for name in ("audited.py", "convert/originals.py")]
+CODE += [(Path(__file__).parent / name).resolve() for name in ("audited.py", "convert/originals.py")]
 CODE += [Path(sysconfig.get_paths()["purelib"]).resolve()]
 UNPICKLED = r"(numpy|collections|builtins|miaobi\.corpus|pathlib|concurrent|multiprocessing)\b.*"
 """Modules of what prepare's own workers send back."""
 PROCESSES = (
     r"subprocess\.Popen (\S+ -I \S+/miaobi/corpus/jinja_process\.py \S+|sh -c umask 077; .*|.*resource_tracker.*|"
     r"git -c core\.fsmonitor=false -c core\.hooksPath=/dev/null -C \S+ (rev-parse HEAD|status --porcelain "
-    r"--untracked-files=no)|fc-list .*)"
+    r"--untracked-files=no)|fc-list .*|nvidia-smi|uname -p)"
 )
-"""The commit of this code stands in cards and reports; matplotlib asks the system for its fonts.
+"""The commit of this code stands in cards and reports; matplotlib asks the system for its fonts,
+doctor for the card's driver and the processor.
 Templates are rendered in a process of their own; the compiler of what is written in C++; prepare's workers."""
 
 

@@ -132,8 +132,8 @@ def good(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = ["label,review", *(f"{i % 2},{'皇马赢得比赛' if i % 2 else '曼联输掉比赛'}{i}" for i in range(40))]
     (place / "reviews.csv").write_text("\n".join(rows), encoding="utf-8")
     where = {"base_model": str(place / "run"), "data": str(place / "reviews.csv"), "out_dir": str(place / "tuned")}
-    classify(ClassifyConfig(**where, max_epoch=1, device="cpu", dtype="float32", trainable=("head",)), {})
-    shutil.copytree(next((place / "tuned" / "checkpoints").glob("*-seed*")), place / "judge")
+    classify(ClassifyConfig(**where, max_epoch=1, device="cpu", dtype="float32", trainable="head"), {})
+    shutil.copytree(next((place / "tuned" / "checkpoints").glob("mask-*")), place / "judge")
     return place
 
 
