@@ -185,7 +185,10 @@ def test_browsers_of_other_origins_only_where_asked(site):
     url = f"{site.v1}/chat/completions"
     ask = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
     ours, others = {"origin": "http://localhost:3000"}, {"origin": "http://evil.example"}
-    assert httpx.options(url, headers=ask | ours).headers["access-control-allow-origin"] == ours["origin"]
+    preflight = httpx.options(url, headers=ask | ours)
+    assert preflight.headers["access-control-allow-origin"] == ours["origin"]
+    assert preflight.headers["x-request-id"].startswith("req_")
+    assert "x-request-id" in httpx.options(url, headers=ask | others).headers  # refused ones too
     assert "access-control-allow-origin" not in httpx.options(url, headers=ask | others).headers
     assert "access-control-allow-origin" not in httpx.get(f"{site.v1}/models", headers=others).headers
     assert "access-control-allow-origin" in httpx.post(url, headers=ours, json={}).headers

@@ -21,7 +21,7 @@ from miaobi.serve import judging, openai_api, responses, runs, schemas
 from miaobi.serve.asking import model_of
 from miaobi.serve.config import Serve, is_loopback
 from miaobi.serve.errors import APIError, ErrorBody, json_response, of_validation, on_api_error, on_http_error, refused
-from miaobi.serve.guard import Guard
+from miaobi.serve.guard import Guard, Named
 from miaobi.serve.metrics import Metrics
 from miaobi.serve.served import Served, Writing
 from miaobi.serve.sse import EventStream
@@ -52,6 +52,7 @@ def make_app(server: Serve, served: Served | None = None, is_stopping: Callable[
     if server.cors:
         app.add_middleware(CORSMiddleware, allow_origins=list(server.cors), allow_methods=["GET", "POST"],
                            allow_headers=["*"], expose_headers=["x-request-id", "retry-after"])  # fmt: skip
+    app.add_middleware(Named)
     add_writing(app, server)
     add_others(app, is_stopping)
     add_page(app)
