@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from miaobi.console import log
 from miaobi.serve.errors import APIError
 from miaobi.serve.metrics import Metrics
-from miaobi.serve.sse import GoneError
+from miaobi.serve.sse import ClientGoneError
 
 MAX_BODY = 4 << 20
 BODY_SECONDS = 30.0  # in which a body must have come
@@ -91,7 +91,7 @@ class Guard:
             await self.app(scope, Body(receive), tell)
         except APIError as error:
             await error.response()(scope, receive, tell)
-        except GoneError:  # nobody to answer
+        except ClientGoneError:  # nobody to answer
             pass
         except Exception as error:
             log("".join(traceback.format_exception(error)))
