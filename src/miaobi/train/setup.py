@@ -128,7 +128,7 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
     """
     mirror = Mirror(cfg.train.mirror) if cfg.train.mirror else None
     checkpoint, data = enter(cfg, origin, world, mirror)
-    tokenizer = data.tokenizer
+    tokenizer, given = data.tokenizer, cfg
     with verified(checkpoint, world.is_first):
         progress = start_or_continue(cfg, data, checkpoint)
         make = partial(placed, cfg.train, world, device, dtype)
@@ -154,6 +154,8 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
         if checkpoint is not None and not cfg.train.eval_only:
             load_optimizers(checkpoint / "train_state", model, optimizers, scaler)
         average = Average.of(cfg.train, checkpoint, model, progress, steps * cfg.train.global_batch / len(blocks))
+    if world.is_first and not only_reads(given):  # not before: a damaged checkpoint leaves everything as it is
+        start_run(given, origin)
     val_windows, train_windows = evaluation_windows(cfg, progress, steps, blocks, val_blocks)
     adapted = adapter_parameters(model)
     parameters = model.num_parameters() - adapted
@@ -169,8 +171,6 @@ def enter(cfg: RunConfig, origin: Origin, world: World, mirror: Mirror | None) -
     with world.first():
         if world.is_first:
             checkpoint = open_run(cfg, origin, mirror, world.restarted)
-            if not only_reads(cfg):
-                start_run(cfg, origin)
         data = open_data(cfg, out, world.is_first)
     check_same(world, cfg, data.fingerprint)
     state = world.gather(str(checkpoint) if checkpoint else None)[0]
