@@ -16,11 +16,9 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
-from uuid import uuid4
 
 from miaobi.errors import UserError
 
@@ -77,7 +75,7 @@ def remove(path: Path) -> None:
 
 def aside_of(path: Path) -> Path:
     """Where something is while it is being written: a new name at every call, that tells the process."""
-    return path.parent / f".{path.name}.{os.getpid()}-{uuid4().hex[:8]}.tmp"
+    return path.parent / f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
 
 
 def clear_leftovers(path: Path) -> None:
@@ -286,16 +284,24 @@ def sha256(file: Path) -> str:
     return checksum(file, hashlib.sha256())
 
 
-class Checksums(ThreadPoolExecutor):
+class Checksums:
     """A thread that hashes files while others are written, and all while they are flushed to the disk."""
 
     def __init__(self) -> None:
-        super().__init__(1)
+        from concurrent.futures import ThreadPoolExecutor  # with logging and more: `prepare` need not wait for them
+
+        self._thread = ThreadPoolExecutor(1)
         self.begun: dict[Path, Callable[[], str]] = {}
+
+    def __enter__(self) -> Checksums:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
 
     def add(self, file: Path, digest: str = "") -> None:
         """Begin to hash a file that is whole; digest: its SHA-256, where somebody else has computed it."""
-        self.begun[file] = (lambda: digest) if digest else self.submit(sha256, file).result
+        self.begun[file] = (lambda: digest) if digest else self._thread.submit(sha256, file).result
 
     def write(self, directory: Path) -> None:
         """Write the SHA-256 of every file in `directory` into its checksums.json. Raises OSError."""
@@ -315,6 +321,8 @@ def verifying(directory: Path, wanted: Callable[[str], bool] = bool) -> Iterator
 
     Raises its UserError also in place of what the body made of an altered file.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(1) as pool:
         check = pool.submit(verify_manifest, directory, wanted)
         try:

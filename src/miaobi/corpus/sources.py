@@ -7,7 +7,6 @@ import difflib
 import functools
 import glob
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -316,6 +315,8 @@ def spooled(stream: BinaryIO, name: str) -> Iterator[Source]:
 
     The whole is read first: only later lines may show the encoding of the first ones.
     """
+    import tempfile  # with random and more, for which files need not wait
+
     handle, path = tempfile.mkstemp(prefix="miaobi-")
     try:
         with open(handle, "wb") as file:
