@@ -190,7 +190,7 @@ def looked_at():
     from miaobi.serve.errors import json_bytes
 
     for name, path in runs.listing(Path()).items():
-        told = json_bytes([runs.about(name, path), runs.run_of(name, path, -1)])
+        told = json_bytes([runs.summary(name, path), runs.contents(name, path, -1)])
         json.loads(told, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
 
 

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
-from uuid import uuid4
 
 from miaobi.errors import UserError
 
@@ -79,7 +78,7 @@ def remove(path: Path) -> None:
 
 def aside_of(path: Path) -> Path:
     """Where something is while it is being written: a new name at every call, that tells the process."""
-    return path.parent / f".{path.name}.{os.getpid()}-{uuid4().hex[:8]}.tmp"
+    return path.parent / f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
 
 
 def clear_leftovers(path: Path) -> None:

@@ -22,8 +22,8 @@ METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 MOST_RUNS = 1000
 MOST_BYTES = 16 << 20
 """Of a file of metrics or samples, that are read at once."""
-EACH = 1.0  # seconds between looks at a file that grows
-ALIVE = 180.0  # seconds after which a run of which nothing was written is not training
+LOOK_EVERY = 1.0  # seconds between looks at a file that grows
+TRAINING_FOR = 180.0  # seconds after which a run of which nothing was written is not training
 
 
 def listing(place: Path) -> dict[str, Path]:
@@ -73,7 +73,7 @@ def finite(word: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def about(name: str, run: Path) -> dict[str, Any]:
+def summary(name: str, run: Path) -> dict[str, Any]:
     """One line of the list."""
     measured, _ = rows(run / METRICS)
     last = max((row["step"] for row in measured if type(row.get("step")) is int), default=0)
@@ -89,7 +89,7 @@ def state_of(run: Path, step: int, planned: int | None, updated: float) -> str:
     """training, finished or stopped."""
     if planned is not None and step >= planned:
         return "finished"
-    return "training" if time.time() - updated < ALIVE else "stopped"
+    return "training" if time.time() - updated < TRAINING_FOR else "stopped"
 
 
 def config_of(run: Path) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def beginning(card: Path) -> str:
         return file.read(100_000)
 
 
-def found(place: Path | None, name: str) -> Path:
+def run_named(place: Path | None, name: str) -> Path:
     """The run of a name in the list. Raises APIError."""
     run = listing(place).get(name) if place is not None else None
     if run is None:
@@ -133,7 +133,7 @@ def found(place: Path | None, name: str) -> Path:
     return run
 
 
-def run_of(name: str, run: Path, after: int) -> dict[str, Any]:
+def contents(name: str, run: Path, after: int) -> dict[str, Any]:
     """A run's settings, its rows of metrics behind step `after`, and its samples."""
     measured, _ = rows(run / METRICS)
     samples, _ = rows(run / SAMPLES)
@@ -145,7 +145,7 @@ def run_of(name: str, run: Path, after: int) -> dict[str, Any]:
     }
 
 
-async def live(run: Path, is_stopping: Callable[[], bool]) -> AsyncIterator[bytes]:
+async def live_metrics(run: Path, is_stopping: Callable[[], bool]) -> AsyncIterator[bytes]:
     """New rows of metrics as they come, each an event."""
     file, quiet = run / METRICS, 0.0
     at = file.stat().st_size if file.exists() else 0
@@ -160,5 +160,5 @@ async def live(run: Path, is_stopping: Callable[[], bool]) -> AsyncIterator[byte
         elif quiet >= 15:
             yield STILL_HERE
             quiet = 0.0
-        await asyncio.sleep(EACH)
-        quiet += EACH
+        await asyncio.sleep(LOOK_EVERY)
+        quiet += LOOK_EVERY

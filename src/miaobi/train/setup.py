@@ -139,7 +139,6 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
         steps, micro = total_steps(cfg, len(blocks)), micro_batch(cfg, device, world.size)
         if cfg.train.max_minutes is not None and not cfg.train.eval_only:
             steps = lay_first(cfg, progress, world, model, blocks.fixed(micro), dtype, steps)
-            cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr_decay_iters=steps))
             total = int(progress.laid[-1][1])
         else:
             total = steps
@@ -148,7 +147,10 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
                             "nothing is left to train; give a larger --max_iters")  # fmt: skip
         tuning = cfg.train.trainable if progress.base else None
         short = progress.bigrams and bigrams.is_short(cfg, shape, data)  # it may have been extended
-        optim = resolve_optim(grown(cfg, progress).optim, shape.family, steps, tuning, short, shape.n_embd)
+        asked = grown(cfg, progress).optim
+        if progress.laid:  # the decay ends with the time
+            asked = dataclasses.replace(asked, lr_decay_iters=None)
+        optim = resolve_optim(asked, shape.family, steps, tuning, short, shape.n_embd)
         optimizers = make_optimizers(model, optim, optim.optimizer)
         scaler = GradScaler(device.type, enabled=dtype == torch.float16)
         if checkpoint is not None and not cfg.train.eval_only:
