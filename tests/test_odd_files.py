@@ -65,8 +65,9 @@ ODD: dict[str, Callable[[Path], object]] = {
     "merging": lambda path: path.write_text("a: &a\n  <<: *a\n<<: *a\nseed: !!python/tuple [1]\nseed: 0x" + "f" * 999),
 }  # fmt: skip
 
-TRAIN = ["train", *tiny(data="data", out_dir="run", max_iters=4, eval_interval=2)]
+TRAIN = ["train", *tiny(data="data", out_dir="run", max_iters=4, eval_interval=2, n_layer=1)]
 SAMPLE = ["sample", "run", "--start=皇马", "--max_new_tokens=2", "--device=cpu"]
+FETCH = ["train", *tiny(data="data", out_dir="fetched", max_iters=4, eval_interval=2, n_layer=1), "--mirror=far"]
 REPORT, PLAN = ["report", "run"], ["plan", *tiny(data="data", out_dir="planned")]
 GGUF = ["convert", "gguf", "run", "--out=model.gguf"]
 PUSH = ["push", "run", "me/mine", "--dry_run"]
@@ -97,6 +98,12 @@ READ: dict[str, list[list[str]]] = {  # file -> commands that read it
     "data/tokenizer.json": [TRAIN, PLAN],
     "data/train.bin": [TRAIN, PLAN],
     "data/train.idx": [TRAIN, PLAN],
+    "far/last": [FETCH],
+    "far/best": [FETCH],
+    "far/run": [FETCH],
+    "far/config.yaml": [FETCH],
+    "far/writer.json": [FETCH],
+    "far/step-2/checksums.json": [FETCH],
     "judge/classifier.json": [JUDGE],
     "judge/tokenizer.json": [JUDGE],
     "mine.yaml": [["train", "mine.yaml", *TRAIN[1:]], ["plan", "mine.yaml", *PLAN[1:]]],
@@ -128,6 +135,7 @@ def good(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(corpus_file, place / "text.txt")
     prepare([str(corpus_file)], PrepareConfig(out=place / "data", workers=1))
     flags = tiny(data=place / "data", out_dir=place / "run", max_iters=2, eval_interval=2, n_layer=1)
+    flags += [f"--mirror={place / 'far'}"]
     train(*load_config(None, [tuple(flag[2:].split("=", 1)) for flag in flags]))
     rows = ["label,review", *(f"{i % 2},{'皇马赢得比赛' if i % 2 else '曼联输掉比赛'}{i}" for i in range(40))]
     (place / "reviews.csv").write_text("\n".join(rows), encoding="utf-8")
@@ -219,9 +227,34 @@ def test_what_is_no_such_file_ends_in_a_result_or_one_clear_error(miaobi, place,
         if os.path.lexists(path):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         ODD[kind](path)
-        said = run(miaobi, words)
-        if said is not None:
-            assert said.code in (0, 2), (words, said.err[-3000:])
-            assert "Traceback" not in said.err
-            assert len(said.err) < 6000, (words, said.err[:500])
-            assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", said.err), (words, said.err)
+        ends_well(words, run(miaobi, words))
+
+
+def ends_well(words: list[str], said) -> None:
+    """A result, or an error that is short and steers no terminal."""
+    if said is not None:
+        assert said.code in (0, 2), (words, said.err[-3000:])
+        assert "Traceback" not in said.err
+        assert len(said.err) < 6000, (words, said.err[:500])
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", said.err), (words, said.err)
+
+
+@pytest.mark.parametrize(
+    "name", [STEER, os.fsdecode(b"\xff\xfe\x80"), "two\nlines\r", "$(touch x);`touch x`|x", "名" * 84, "{0}%s[red]\\n"]
+)
+def test_names_of_places_neither_steer_nor_break_a_verb(miaobi, place, in_bounds, name):
+    (place / name).mkdir()
+    for part in ("run", "data", "judge", "text.txt"):
+        shutil.move(place / part, place / name / part)
+    at = f"./{name}"
+    for words in (
+        ["prepare", f"{at}/text.txt", f"--out={at}/new", "--workers=1"], ["plan", *tiny(data=f"{at}/data")],
+        ["train", *tiny(data=f"{at}/data", out_dir=f"{at}/trained", max_iters=2, eval_interval=2, n_layer=1)],
+        ["sample", f"{at}/trained", f"--start=FILE:{at}/text.txt", "--max_new_tokens=1", "--device=cpu"],
+        ["eval", f"{at}/trained", f"{at}/data", "--device=cpu"], ["report", f"{at}/trained"],
+        ["convert", "gguf", f"{at}/trained", f"--out={at}/model.gguf"], ["serve", f"{at}/nothing"],
+        ["classify", "predict", f"{at}/judge", "皇马赢了", "--device=cpu"], ["serve runs"],
+        ["push", f"{at}/trained", "me/mine", "--dry_run"],
+        ["chat", f"{at}/nothing"], ["data", "get", name], ["doctor", name], ["convert", "nanogpt", f"{at}/ckpt.pt"],
+    ):  # fmt: skip
+        ends_well(words, run(miaobi, words))
