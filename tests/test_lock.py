@@ -119,7 +119,7 @@ def test_a_second_writer_of_any_kind_is_refused_and_changes_nothing(miaobi, prep
         shutil.copytree(prepared(), out / "data")
         shutil.copytree(prepared(), out / "chat" / "data")
     out.mkdir(exist_ok=True)
-    with locked(out):
+    with locked(out, file=out.with_name(".out.lock") if verb == "prepare" else None):
         before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
         answer = miaobi(*words)
         assert answer.code == 2

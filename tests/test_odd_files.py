@@ -219,7 +219,7 @@ def of_each() -> Iterator[object]:
             yield pytest.param(file, kind, id=f"{file}-{kind}")
 
 
-@pytest.mark.parametrize(("file", "kind"), of_each())
+@pytest.mark.parametrize(("file", "kind"), list(of_each()))
 def test_what_is_no_such_file_ends_in_a_result_or_one_clear_error(miaobi, place, in_bounds, file, kind):
     path = place / file
     path.unlink(missing_ok=True)
