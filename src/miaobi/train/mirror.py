@@ -116,7 +116,8 @@ class Mirror:
                     (file := Path(folder) / "config.yaml").write_text(config, encoding="utf-8")
                     check(file)
             for step in sorted({step for step in named.values() if step}):
-                size, free = self.files.du(self._at(step)), shutil.disk_usage(run).free
+                checkpoints.mkdir(parents=True, exist_ok=True)
+                size, free = self.files.du(self._at(step)), shutil.disk_usage(checkpoints).free
                 if size > free:
                     raise UserError(f"{step} in the mirror {self.url} has {size:,} bytes, and the disk of {run} has "
                                     f"{free:,} left; free some space")  # fmt: skip
