@@ -16,7 +16,7 @@ from miaobi.corpus import checked, nanogpt, store
 from miaobi.corpus.config import MOST_ROWS
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.files import read_whole
+from miaobi.files import MOST_OF_A_LIST, read_whole
 
 PIECE = 1 << 22
 """Tokens that are counted together."""
@@ -243,7 +243,7 @@ def _beside(manifest: dict) -> list[dict]:
 def _read_manifest(file: Path) -> dict:
     """Raises UserError for one that is missing or damaged; what it gives has every key with a value of its kind."""
     try:
-        manifest = json.loads(read_whole(file).decode())
+        manifest = json.loads(read_whole(file, MOST_OF_A_LIST).decode())
     except OSError as e:
         raise UserError(
             f"{file.parent} is not prepared data: no manifest.json. Run: miaobi prepare TEXT --out {file.parent}"
