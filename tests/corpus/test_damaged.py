@@ -88,7 +88,7 @@ def test_what_is_damaged_in_a_directory_is_left_out_and_listed(tmp_path, capsys)
 def test_a_directory_of_nothing_else_says_why(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "cut.parquet").write_bytes(table(999)[:-100])
-    with pytest.raises(UserError, match=r"no text in the sources; 1 were skipped \(.*not a readable parquet file"):
+    with pytest.raises(UserError, match=r"no text in the sources; skipped: 1 \(.*not a readable parquet file"):
         prepare([str(tmp_path / "in")], PrepareConfig(out=tmp_path / "out"))
 
 

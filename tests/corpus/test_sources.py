@@ -246,7 +246,7 @@ def test_a_folder_of_strangers_ends_in_a_table(tmp_path, capsys):
 def test_a_folder_without_the_field_says_which_there_are(tmp_path, name, content, format):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=rf"no text in the sources; 1 were skipped \(.*{name}: no .*the fields are"):
+    with pytest.raises(UserError, match=rf"no text in the sources; skipped: 1 \(.*{name}: no .*the fields are"):
         prepare([str(tmp_path / "in")], PrepareConfig(out=tmp_path / "out", format=format))
     with pytest.raises(UserError, match=rf"{name}.*: no (field|dialogue)"):  # by its name: at once
         prepare([str(tmp_path / "in" / name)], PrepareConfig(out=tmp_path / "out", format=format))

@@ -19,7 +19,7 @@ from miaobi.corpus.records import HALF_A_CHARACTER, is_whole, open_records
 from miaobi.corpus.sources import Source, find_sources
 from miaobi.corpus.tables import Lines, Record, refuse_repeated, repeated, wrong_width
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.errors import UserError, brief, names_listed
+from miaobi.errors import UserError, brief, names_listed, number_of
 
 LABEL_COLUMNS = ("label", "labels", "sentiment", "class")
 LEAST = 3  # examples of a label: one for each part
@@ -153,7 +153,7 @@ def _rows(
 
 def _say_lost(source: Source, lost: int) -> None:
     if lost:
-        warn(f"{source.name}: {lost:,} bytes could not be read and were replaced")
+        warn(f"{source.name}: replaced, as it could not be read: {number_of(lost, 'byte')}")
 
 
 def find_columns(
@@ -204,7 +204,7 @@ def read_labelled(cfg: ClassifyConfig) -> Labelled:
     if cfg.without:
         evaluation, before = evaluation_of((cfg.without,)), len(rows)
         rows = [row for row in rows if not evaluation.overlaps(row.text)]
-        log(f"{before - len(rows):,} texts share text with {cfg.without} and are left out")
+        log(f"left out, as in {cfg.without} too: {number_of(before - len(rows), 'text')}")
     found = label_names(row.label for row in rows)
     unlabelled = [row.location for row in rows if row.label not in found]
     if unlabelled and not cfg.skip_bad:
@@ -268,7 +268,9 @@ def make_split(data: Labelled, cfg: ClassifyConfig, seed: int, reading: Reading,
         rows, owner = reading.rows(texts, tokenizer)
         cut = int(len(rows) * cfg.train_fraction)
         if not 0 < cut < len(rows):
-            raise UserError(f"{cfg.data}: {len(rows)} chunks cannot be cut at {cfg.train_fraction}; give more texts")
+            raise UserError(
+                f"{cfg.data}: {number_of(len(rows), 'chunk')} cannot be cut at {cfg.train_fraction}; give more texts"
+            )
         bare = slice(len(reading.before), -len(reading.after) or None)
         chunks = [tokenizer.decode(row[bare]) for row in rows]
         train, test = (

@@ -25,7 +25,7 @@ from miaobi.corpus.selection import VAL
 from miaobi.corpus.sources import NotTextError, Source
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.corpus.workers import Workers
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 
 MIN_VAL_DOCUMENTS, MIN_VAL_TOKENS = 20, 10 * 256
 """A hash split with less for validation first cuts long documents into pieces."""
@@ -220,13 +220,13 @@ def _first_pass(
             record[HASH] = hashes[source.path]
     if options.without:
         shared = sum(survey.shared for survey in corpus.surveys)
-        console.log(f"{shared:,} documents share text with {', '.join(options.without)} and are left out")
+        console.log(f"left out, as they share text with {', '.join(options.without)}: {number_of(shared, 'document')}")
     corpus.n_distinct = int(is_there.sum())
     if corpus.total("characters") == 0:
         skipped = corpus.total("skipped")
         reasons = "; ".join(dict.fromkeys(record["reason"] for record in records if record.get("reason")))
         why = f" ({reasons[:500]})" if reasons else ""
-        raise UserError("no text in the sources" + (f"; {skipped} were skipped{why}" if skipped else ""))
+        raise UserError("no text in the sources" + (f"; skipped: {skipped}{why}" if skipped else ""))
     return corpus
 
 
