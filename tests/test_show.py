@@ -28,7 +28,8 @@ def prepared(out: str, **settings: object) -> dict:
 @pytest.mark.parametrize(
     ("out", "settings", "config"),
     [("data/novel", {}, "demo"), ("data/TH", {}, "train_TH"), ("/x/data/TH", {"split": "tail"}, "train_TH"),
-     ("data/TH", {"format": "dialogue"}, "chat-13m"), ("TH", {}, "demo"), ("my data/小说's", {"format": "lines"}, "demo")],
+     ("data/TH", {"format": "dialogue"}, "chat-13m"), ("TH", {}, "demo"),
+     ("my data/小说's", {"format": "lines"}, "demo")],
 )  # fmt: skip
 def test_prepare_ends_in_a_command_that_a_shell_reads_as_meant(out, settings, config, capsys):
     prepared(out, **settings)
