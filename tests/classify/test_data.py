@@ -106,7 +106,7 @@ def test_rows_without_a_label_are_named_or_left_out_and_counted(tmp_path: Path, 
     ("content", "message"),
     [
         ('label,review\n1,"好\n0,坏\n', "line 2: .*is a quote not closed"),
-        ("label,review\n1,好\n0\n", "line 3: 1 columns where the header has 2"),
+        ("label,review\n1,好\n0\n", "line 3: 1 column where the header has 2"),
         ("label,review\n1,好,吃\n0,坏\n", "line 2: 3 columns where the header has 2"),
         ("label,review\n1,好\n1,很好\n", "only one label, '1'"),
         ("label,review\n", "no labelled rows"),
