@@ -14,7 +14,7 @@ NOUNS = (
     "heads|labels|layers|lines|machines|matrices|messages|models|parameters|pieces|places|positions|processes|records|"
     "reviews|rows|samples|sequences|sources|steps|streams|tensors|texts|threads|tokens|turns|weights|workers"
 )
-_PLURAL = re.compile(rf"( more| training| other)? ({NOUNS})\b(?!/)")
+_PLURAL = re.compile(rf"( more| training| other| such)? ({NOUNS})\b(?!/)")
 
 
 @pytest.mark.parametrize(("n", "one", "shown"), [

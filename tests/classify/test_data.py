@@ -127,6 +127,20 @@ def test_rows_that_are_too_short_are_left_out_when_asked(tmp_path: Path):
     assert (found.texts, found.skipped) == (["好", "坏"], 1)
 
 
+def test_damaged_tables_of_a_directory_are_left_out_and_said(tmp_path: Path, capsys):
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "a.csv", ROWS)
+    (tmp_path / "in" / "b.parquet").write_bytes(b"PAR1 no table")
+    (tmp_path / "in" / "c.csv.gz").write_bytes(gzip.compress("label,review\n1,好极了\n".encode() * 99)[:-20])
+    found = read(tmp_path / "in")
+    assert found.texts == read(tmp_path / "in" / "a.csv").texts
+    said = capsys.readouterr().err
+    for name, why in {"b.parquet": "not a readable parquet", "c.csv.gz": "damaged or cut short"}.items():
+        assert f"{tmp_path / 'in' / name} is {why}" in said
+        with pytest.raises(UserError, match=why):
+            read(tmp_path / "in" / name)
+
+
 def test_json_that_is_no_record_names_its_line(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"label": 1, "text": "好"}\n[1]\n{"label": 0, "text": 5}\n', encoding="utf-8")

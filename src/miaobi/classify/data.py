@@ -16,7 +16,7 @@ from miaobi.console import log, warn
 from miaobi.corpus.dataset import derive
 from miaobi.corpus.overlap import TEXT_COLUMNS, evaluation_of, normalized
 from miaobi.corpus.records import HALF_A_CHARACTER, is_whole, open_records
-from miaobi.corpus.sources import Source, find_sources
+from miaobi.corpus.sources import NotTextError, Source, find_sources
 from miaobi.corpus.tables import Lines, Record, refuse_repeated, repeated, wrong_width
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, brief, names_listed, number_of
@@ -112,11 +112,15 @@ def read_rows(name: str, text_column: str | None, label_column: str | None, skip
         UserError: missing files and columns, rows that cannot be read.
     """
     for source in find_sources([name]):
-        yield from (
-            read_lines(source, skip_bad)
-            if source.format == "text"
-            else _rows(source, text_column, label_column, skip_bad, labels)
-        )
+        try:
+            if source.format == "text":
+                yield from read_lines(source, skip_bad)
+            else:
+                yield from _rows(source, text_column, label_column, skip_bad, labels)
+        except NotTextError as error:
+            if not source.is_listed:
+                raise
+            warn(f"left out from where it is damaged: {error}")
 
 
 def read_lines(source: Source, skip_bad: bool) -> Iterator[Row]:
@@ -208,7 +212,7 @@ def read_labelled(cfg: ClassifyConfig) -> Labelled:
     found = label_names(row.label for row in rows)
     unlabelled = [row.location for row in rows if row.label not in found]
     if unlabelled and not cfg.skip_bad:
-        raise UserError(f"{unlabelled[0]}: no label ({len(unlabelled)} such rows in all); fill them in, "
+        raise UserError(f"{unlabelled[0]}: no label ({number_of(len(unlabelled), 'such row')} in all); fill them in, "
                         "or leave them out with --skip_bad=True")  # fmt: skip
     skipped += len(unlabelled)
     texts = [row.text for row in rows if row.label in found]
