@@ -349,6 +349,7 @@ def verify_manifest(directory: Path, wanted: Callable[[str], bool] = bool) -> No
         if not file.is_file():
             raise UserError(f"{file} is missing: the copy of {directory.name} is not whole; copy it again")
         if sha256(file) != sums[name]:
+            refuse_pointers([file])
             raise UserError(f"{file} is not what was written (its SHA-256 differs): it was cut short or altered; "
                             "copy it again, or use another checkpoint")  # fmt: skip
 

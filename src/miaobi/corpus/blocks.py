@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple
 
 from miaobi import console
@@ -154,7 +155,14 @@ def _find_encoding(source: Source, data: Bytes) -> tuple[str, int, bool]:
     return name, mark, name != "utf-8"
 
 
+_OFFICE_REMEDY = "save it as plain text, a table as .csv, and give that"
+_OFFICE = {".doc", ".docx", ".wps", ".odt", ".rtf", ".pdf", ".epub", ".mobi", ".azw3", ".xls", ".xlsx", ".et", ".ods",
+           ".ppt", ".pptx"}  # fmt: skip
+
+
 def _detect(source: Source, sample: bytes, is_whole: bool) -> tuple[str, int]:
+    if sample.startswith((b"{\\rtf", b"%PDF-")):  # which may be ASCII from end to end
+        raise NotTextError(f"{source.name} is a document with its layout, not text; {_OFFICE_REMEDY}")
     if pointer := pointer_reason(sample):
         raise NotTextError(f"{source.name} is {pointer}")
     detected = encodings.detect(sample, is_whole)
@@ -162,7 +170,8 @@ def _detect(source: Source, sample: bytes, is_whole: bool) -> tuple[str, int]:
         return detected
     if b"\0" in sample:
         raise NotTextError(
-            f"{source.name} is a binary file (it has zero bytes and is not UTF-16), not text; leave it out"
+            f"{source.name} is a binary file (it has zero bytes and is not UTF-16), not text; "
+            + (_OFFICE_REMEDY if Path(source.inner_name).suffix.lower() in _OFFICE else "leave it out")
         )
     raise NotTextError(
         f"{source.name}: neither UTF-8, GB18030, Big5 nor UTF-16 makes sense of it; if it is text, convert it: "
