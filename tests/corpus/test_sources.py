@@ -278,9 +278,8 @@ def test_a_pointer_that_is_named_is_refused(tmp_path, name, pointer):
         contents(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "name", ["a.tar.gz", "a.tgz", "a.tar", "a.7z", "a.rar", "a.tar.xz", "a.tbz", "a.tar.zst", "a.txt.lz4", "a.Z"]
-)
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar", "a.7z", "a.rar", "a.tar.xz", "a.tbz", "a.tar.zst",
+                                  "a.txt.lz4", "a.Z"])  # fmt: skip
 def test_an_archive_that_is_named_says_to_unpack_it(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x1f\x8b")
     with pytest.raises(UserError, match=r"is an archive; unpack it"):

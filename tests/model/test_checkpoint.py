@@ -289,3 +289,13 @@ def test_a_flipped_bit_of_a_checkpoint_of_ours_is_noticed(directory, name):
     (directory / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name} is not what was written"):
         load_model(directory)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_model_of_ours_from_a_clone_without_lfs_says_so(directory, name):
+    """Its SHA-256 differs too, but what is to be done is not to copy it again."""
+    with Checksums() as checksums:
+        checksums.write(directory)
+    (directory / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
+        load_model(directory)

@@ -28,6 +28,10 @@ MAX_DOCUMENT_BYTES = 32 << 20
 MAX_FILE_BYTES = 64 << 20
 """Largest file that can be one document (--format=files)."""
 
+_OFFICE_REMEDY = "save it as plain text, a table as .csv, and give that"
+_OFFICE = {".doc", ".docx", ".wps", ".odt", ".rtf", ".pdf", ".epub", ".mobi", ".azw3", ".xls", ".xlsx", ".et", ".ods",
+           ".ppt", ".pptx"}  # fmt: skip
+
 NOISE = "\0\ufeff"
 """What `without_noise` looks for."""
 _JOINT = re.compile("(?:^|(?<=[\\s。！？!?….;；”’」』》）)}\\]]))\ufeff+")
@@ -145,6 +149,8 @@ def _cut(data: Bytes, start: int, encoding: str, at_blank_line: bool) -> int:
 
 def _find_encoding(source: Source, data: Bytes) -> tuple[str, int, bool]:
     """Encoding, length of the byte order mark, and whether there was more than plain ASCII to tell it by."""
+    if bytes(data[:5]) in (b"{\\rtf", b"%PDF-") and not source.is_exact:  # which may be ASCII from end to end
+        raise NotTextError(f"{source.name} is a document with its layout, not text; {_OFFICE_REMEDY}")
     for offset in range(0, len(data), encodings.SAMPLE):
         sample = bytes(data[offset : offset + encodings.SAMPLE])
         if not sample.isascii() or b"\0" in sample:
@@ -155,14 +161,7 @@ def _find_encoding(source: Source, data: Bytes) -> tuple[str, int, bool]:
     return name, mark, name != "utf-8"
 
 
-_OFFICE_REMEDY = "save it as plain text, a table as .csv, and give that"
-_OFFICE = {".doc", ".docx", ".wps", ".odt", ".rtf", ".pdf", ".epub", ".mobi", ".azw3", ".xls", ".xlsx", ".et", ".ods",
-           ".ppt", ".pptx"}  # fmt: skip
-
-
 def _detect(source: Source, sample: bytes, is_whole: bool) -> tuple[str, int]:
-    if sample.startswith((b"{\\rtf", b"%PDF-")):  # which may be ASCII from end to end
-        raise NotTextError(f"{source.name} is a document with its layout, not text; {_OFFICE_REMEDY}")
     if pointer := pointer_reason(sample):
         raise NotTextError(f"{source.name} is {pointer}")
     detected = encodings.detect(sample, is_whole)
