@@ -33,7 +33,8 @@ Templates are rendered in a process of their own; the compiler of what is writte
 def report(tmp_path_factory) -> dict:
     """What the session in audited.py reports."""
     work = tmp_path_factory.mktemp("audited")
-    env = os.environ | {"TMPDIR": str(tmp_path_factory.mktemp("temporary")), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"TMPDIR": str(tmp_path_factory.mktemp("temporary")), "OMP_NUM_THREADS": "1",
+                        "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
     command = [sys.executable, Path(__file__).with_name("audited.py"), work]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

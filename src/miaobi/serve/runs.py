@@ -19,8 +19,8 @@ from miaobi.yaml_file import Mapping
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 MOST_RUNS = 1000
-EACH = 1.0  # seconds between looks at a file that grows
-ALIVE = 180.0  # seconds after which a run of which nothing was written is not training
+LOOK_EVERY = 1.0  # seconds between looks at a file that grows
+TRAINING_FOR = 180.0  # seconds after which a run of which nothing was written is not training
 
 
 def listing(place: Path) -> dict[str, Path]:
@@ -62,7 +62,7 @@ def rows(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
     return found, start + len(whole)
 
 
-def about(name: str, run: Path) -> dict[str, Any]:
+def summary(name: str, run: Path) -> dict[str, Any]:
     """One line of the list."""
     measured, _ = rows(run / METRICS)
     last = max((row["step"] for row in measured if isinstance(row.get("step"), int)), default=0)
@@ -78,7 +78,7 @@ def state_of(run: Path, step: int, planned: int | None, updated: float) -> str:
     """training, finished or stopped."""
     if planned is not None and step >= planned:
         return "finished"
-    return "training" if time.time() - updated < ALIVE else "stopped"
+    return "training" if time.time() - updated < TRAINING_FOR else "stopped"
 
 
 def config_of(run: Path) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def plain(value: Any) -> Any:
     return str(value) if number is None else int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
-def found(place: Path | None, name: str) -> Path:
+def run_named(place: Path | None, name: str) -> Path:
     """The run of a name in the list. Raises APIError."""
     run = listing(place).get(name) if place is not None else None
     if run is None:
@@ -114,7 +114,7 @@ def found(place: Path | None, name: str) -> Path:
     return run
 
 
-def run_of(name: str, run: Path, after: int) -> dict[str, Any]:
+def contents(name: str, run: Path, after: int) -> dict[str, Any]:
     """A run's settings, its rows of metrics behind step `after`, and its samples."""
     measured, _ = rows(run / METRICS)
     samples, _ = rows(run / SAMPLES)
@@ -126,7 +126,7 @@ def run_of(name: str, run: Path, after: int) -> dict[str, Any]:
     }
 
 
-async def live(run: Path, is_stopping: Callable[[], bool]) -> AsyncIterator[bytes]:
+async def live_metrics(run: Path, is_stopping: Callable[[], bool]) -> AsyncIterator[bytes]:
     """New rows of metrics as they come, each an event."""
     file, quiet = run / METRICS, 0.0
     at = file.stat().st_size if file.exists() else 0
@@ -141,5 +141,5 @@ async def live(run: Path, is_stopping: Callable[[], bool]) -> AsyncIterator[byte
         elif quiet >= 15:
             yield STILL_HERE
             quiet = 0.0
-        await asyncio.sleep(EACH)
-        quiet += EACH
+        await asyncio.sleep(LOOK_EVERY)
+        quiet += LOOK_EVERY

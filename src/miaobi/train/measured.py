@@ -7,10 +7,8 @@ again in the same way.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -21,9 +19,12 @@ from typing import Any
 import torch
 
 from miaobi.cache import private_cache
-from miaobi.console import log, warn
-from miaobi.device import cpu_flags, peak_memory, reset_peak_memory
+from miaobi.console import log
+from miaobi.device import peak_memory, reset_peak_memory
+from miaobi.train import compile_time
+from miaobi.train.compile_time import digest, machine, store
 from miaobi.train.layout import EAGER, Objective, compile_as, compiled_parts, use_compiled
+from miaobi.train.threads import Others
 from miaobi.train.watch import duration
 
 PIECES = 400
@@ -35,8 +36,8 @@ LARGER = 4
 GAIN = 1.03
 """A mode must be this much faster than the one before it in the list: less is noise."""
 ROUNDS = 3
-COMPILING = {"blocks": 20.0, "whole": 30.0, "autotuned": 120.0}
-"""Seconds that compiling takes on two cores, roughly; of the whole, for each six layers (docs/lab-notes.md)."""
+DISTURBED = 0.3
+"""Cores taken by others, from which on what was timed beside them is not remembered."""
 WORTH = 0.03
 """Share of a run that trying compiled modes may cost."""
 
@@ -83,6 +84,8 @@ class Work:
     """The user says how many."""
     ready: dict[ExecutionMode, tuple] = field(default_factory=dict)
     """Ways that are compiled, by their `compiled_parts`."""
+    others: list[float] = field(default_factory=list)
+    """Cores that other programs took while modes were timed."""
 
     def set(self, mode: ExecutionMode) -> bool:
         """Compute in `mode` from now on. Where the compiler fails, as before: a line of warning, and False."""
@@ -93,9 +96,12 @@ class Work:
         elif known in self.ready:
             use_compiled(self.objective, self.ready[known])
         else:
-            log(f"compiling now, which takes some {compiling_seconds(self, mode):.0f} s: {mode.why}")
+            log(f"compiling now, which takes about {compiling_seconds(self, mode):.0f} s: {mode.why}")
+            started = time.perf_counter()
             if not compile_as(self.objective, mode.compiled, mode.autotuned, lambda: self.once(mode)):
                 return False
+            kind, times = compiling_kind(self, mode)
+            compile_time.remember(self.device, kind, (time.perf_counter() - started) / times)
             self.ready[known] = compiled_parts(self.objective)
         return True
 
@@ -129,20 +135,24 @@ class Work:
     def key(self, mode: ExecutionMode) -> str:
         """Of this machine, its threads and versions, and everything that the speed depends on."""
         model, (ids, _, _, mask) = self.objective.model, self.example(self.micro, False)
-        device = cpu_flags() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
-        facts = (
-            device, torch.__version__, torch.get_num_threads(), asdict(model.cfg), model.recompute, mode.dtype,
-            tuple(ids.shape), None if mask is None else tuple(mask.shape), self.rows, self.bound,
+        return digest(
+            *machine(self.device), asdict(model.cfg), model.recompute, mode.dtype, tuple(ids.shape),
+            None if mask is None else tuple(mask.shape), self.rows, self.bound,
             [tuple(p.shape) for p in model.parameters()],
         )  # fmt: skip
-        return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+
+
+def compiling_kind(work: Work, mode: ExecutionMode) -> tuple[str, int]:
+    """What `compile_time` calls a compiled mode, and how many times its seconds the model takes."""
+    if mode.compiled == "blocks":
+        return "blocks", 1
+    return "autotuned" if mode.autotuned else "whole", math.ceil(len(work.objective.model.blocks) / 6)
 
 
 def compiling_seconds(work: Work, mode: ExecutionMode) -> float:
-    """What compiling the mode takes before its first step, roughly."""
-    if mode.compiled == "blocks":
-        return COMPILING["blocks"]
-    return COMPILING["autotuned" if mode.autotuned else "whole"] * math.ceil(len(work.objective.model.blocks) / 6)
+    """About what compiling the mode takes before its first step."""
+    kind, times = compiling_kind(work, mode)
+    return times * compile_time.expected(work.device, kind)
 
 
 def compare(modes: dict[ExecutionMode, Callable[[], float]]) -> dict[ExecutionMode, float]:
@@ -170,7 +180,9 @@ def compared(work: Work, modes: list[ExecutionMode], before: str = "") -> Execut
 
     before: what was found earlier.
     """
+    others = Others()
     seconds = compare({mode: lambda mode=mode: work.timed(mode) for mode in modes})
+    work.others.append(others.cores())
     best = fastest(seconds)
     told = "; ".join(f"{mode}: {1000 * took:.3g} ms" for mode, took in seconds.items())
     return replace(best, seconds=seconds[best], why=f"{before or 'measured, a sequence each'}; {told}")
@@ -188,11 +200,11 @@ def choose(work: Work, dtypes: list[str], compiles: bool, why: str) -> Execution
     key = work.key(usual)
     best = usual
     if work.device.type == "cpu":
-        best = recall(key).get("eager") or remember(key, "eager", choose_eager(work, dtypes))
+        best = recall(key).get("eager") or keep(work, key, "eager", choose_eager(work, dtypes))
     if not compiles:
         return best
     name = f"compiled for {work.steps} steps{', blocks anyway' if why else ''}"
-    return recall(key).get(name) or remember(key, name, choose_compiled(work, best, dtypes[0], why))
+    return recall(key).get(name) or keep(work, key, name, choose_compiled(work, best, dtypes[0], why))
 
 
 def is_long(work: Work) -> bool:
@@ -272,17 +284,20 @@ def recall(key: str) -> dict[str, ExecutionMode]:
         return {}
 
 
-def remember(key: str, name: str, mode: ExecutionMode) -> ExecutionMode:
-    """Keep a choice for the next run of this shape; a home that cannot be written forgets. Returns it."""
-    file = memory_file(key)
-    known = {each: asdict(other) for each, other in recall(key).items()}
-    try:
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(known | {name: asdict(mode)}), encoding="utf-8")
-        os.replace(temporary, file)
-    except OSError as e:
-        warn(f"{file} cannot be written ({e.strerror}); the next run measures again")
+def keep(work: Work, key: str, name: str, mode: ExecutionMode) -> ExecutionMode:
+    """`remember` what was chosen, unless other programs had a part in it. Returns it."""
+    cores = max(work.others, default=0.0)
+    if cores < DISTURBED:
+        remember(key, name, mode)
+    else:
+        log(f"other programs took {cores:.1f} cores while this was timed: the next run of this shape times it again")
     return mode
+
+
+def remember(key: str, name: str, mode: ExecutionMode) -> None:
+    """Keep a choice for the next run of this shape."""
+    known = {each: asdict(other) for each, other in recall(key).items()}
+    store(memory_file(key), known | {name: asdict(mode)})
 
 
 def memory_file(key: str) -> Path:
