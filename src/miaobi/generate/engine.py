@@ -323,7 +323,7 @@ def timed(lm: LanguageModel, prompt: str, cfg: SampleConfig) -> tuple[list[Compl
     """Continuations of `prompt`, and the tokens per second over all streams."""
     started = time.perf_counter()
     with (
-        explain_memory(lm.device, f"{cfg.num_samples} streams were too many; try a smaller --num_samples"),
+        explain_memory(lm.device, f"too many streams ({cfg.num_samples}); try a smaller --num_samples"),
         token_bar("sample", cfg.num_samples * cfg.max_new_tokens) as wrote,
     ):
         completions = list(lm.complete([prompt] * cfg.num_samples, cfg, wrote))

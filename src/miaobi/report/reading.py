@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 from miaobi.files import pointed, read_json
 from miaobi.report.statistics import TextStatistics, text_statistics
 from miaobi.settings import flatten, load_config, read_yaml, sections
@@ -146,7 +146,7 @@ def read_lines(file: Path, missing: list[str]) -> list[dict[str, Any]]:
             else:
                 damaged += 1
     if damaged:
-        missing.append(f"{damaged} of {len(rows) + damaged} lines of {file.name} could not be read")
+        missing.append(f"{damaged} of {number_of(len(rows) + damaged, 'line')} of {file.name} could not be read")
     return sorted(rows, key=lambda row: row["step"])
 
 
