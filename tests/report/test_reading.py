@@ -9,6 +9,7 @@ import pytest
 
 from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
+from miaobi.files import pointed
 from miaobi.report.page import render
 from miaobi.report.reading import read_run
 from miaobi.report.statistics import COMMON, text_statistics
@@ -76,14 +77,31 @@ def test_a_figure_that_is_none_is_not_drawn(altered, value: str):
     assert found.evaluations[-1].step == 20
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", '{"peak_memory_bytes": "much"}', '{"gpus": {}}', '{"who": 1}', '{"started": NaN']
-)
+@pytest.mark.parametrize("content", ["", "[]", '{"peak_memory_bytes": "much"}', '{"gpus": {}}', '{"started": NaN'])
 def test_a_damaged_summary_is_refused_by_name(altered, content: str):
     run = altered()
     (run / "summary.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=r"summary\.json"):
         read_run(str(run))
+
+
+def test_a_run_of_another_version_is_told_without_what_is_not_known_here(altered):
+    """Keys and fields that this version lacks; counters that it cannot read."""
+    run = altered()
+    config, summary = run / "config.yaml", json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    config.write_text(config.read_text(encoding="utf-8") + "later:\n  warp_speed: 9\n", encoding="utf-8")
+    (run / "summary.json").write_text(json.dumps(summary | {"joules": 3}), encoding="utf-8")
+    progress = pointed(run / "checkpoints" / "last") / "train_state" / "progress.json"
+    progress.write_text(json.dumps(json.loads(progress.read_text(encoding="utf-8")) | {"aura": 1}), encoding="utf-8")
+    found = read_run(str(run))
+    said = " ".join(found.missing)
+    assert "warp_speed" in said
+    assert "joules" in said
+    assert "aura" in said
+    assert found.value("n_layer") == 2
+    assert found.summary.stopped == "max_iters"
+    assert found.progress is None
+    assert "warp_speed" in render([found]), "said on the page"
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path):

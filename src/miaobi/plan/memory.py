@@ -26,6 +26,9 @@ from miaobi.model.transformer import Transformer, head_dim
 from miaobi.train.layout import Objective
 from miaobi.train.optimizer import make_optimizers
 
+PROCESS = 320 << 20
+"""Bytes that a run on a CPU takes besides its tensors: Python, torch and the other libraries, the text being prepared.
+Measured by benchmarks/plan_memory.py with torch 2.13 for CPUs."""
 LOOKS = 5
 """Steps at most that are run to find the largest micro-batch."""
 

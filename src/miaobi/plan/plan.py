@@ -180,9 +180,17 @@ def memory_facts(run: Run, measured: Measured | None) -> dict[str, Any]:
     work = step_work(run)
     told = memory.step_memory(work)
     average = told.weights if run.averages else 0
-    beside = average + (told.checkpoint + average if run.device.type == "cpu" else 0)
+    on_cpu = run.device.type == "cpu"
+    process = memory.PROCESS if on_cpu else 0
+    beside = average + process + (told.checkpoint + average if on_cpu else 0)
     free = free_memory(run)
-    facts = asdict(told) | {"average": average, "run": told.peak + beside, "free": free, "micro_batch": work.micro}
+    facts = asdict(told) | {
+        "average": average,
+        "process": process,
+        "run": told.peak + beside,
+        "free": free,
+        "micro_batch": work.micro,
+    }
     rows = run.cfg.train.global_batch
     facts["largest_micro_batch"] = memory.largest_micro(work, rows, free - beside) if free else None
     return facts | ({"measured": measured.memory} if measured else {})
@@ -203,7 +211,7 @@ def forecast_facts(run: Run) -> dict[str, Any]:
     if run.cfg.train.base_model:
         return {}
     decay = run.optim.muon_weight_decay if run.optim.optimizer == "muon" else 0.0
-    setting = Setting(run.parameters, len(run.data.train), decay, run.shape.dropout)
+    setting = Setting(run.parameters, len(run.data.train), decay, run.shape.dropout, run.averages)
     told = forecast(setting, run.epochs)
     return told | {"advice": advice(told, setting, run.epochs)}
 
