@@ -107,6 +107,8 @@ def test_a_run_of_another_version_is_told_without_what_is_not_known_here(altered
 def test_what_is_no_run_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="no such directory"):
         read_run(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="that is a file"):
+        read_run(__file__)
     with pytest.raises(UserError, match=r"no config\.yaml"):
         read_run(str(tmp_path))
     (tmp_path / "config.yaml").write_text("pooling: mask\n", encoding="utf-8")

@@ -187,7 +187,7 @@ def memory_facts(run: Run, measured: Measured | None) -> dict[str, Any]:
     facts = asdict(told) | {
         "average": average,
         "process": process,
-        "run": told.peak + beside,
+        "run": told.peak + told.fragments + beside,
         "free": free,
         "micro_batch": work.micro,
     }
@@ -220,7 +220,9 @@ def cost_facts(run: Run, cfg: PlanConfig, measured: Measured | None) -> dict[str
     """Time, energy and money."""
     if measured is not None:
         step, evaluation, basis = measured.step, measured.evaluation, "20 steps measured here"
+        start = measured.start
     else:
+        start = 0.0
         peak = run.card.flops if run.card else peak_flops(run.device, precision(run))
         if not peak:
             peak = peak_flops(run.device, precision(run))
@@ -232,13 +234,13 @@ def cost_facts(run: Run, cfg: PlanConfig, measured: Measured | None) -> dict[str
         windows = min(cfg.train.eval_iters * cfg.train.batch_size, cfg.train.eval_interval * cfg.train.global_batch)
         evaluation = step / 3 * windows / cfg.train.global_batch * (2.25 if run.averages else 1.25)
         basis = f"{peak / 1e12:.2f} TFLOP/s, of which {reached:.0%} are assumed to be reached; --measure knows better"
-    seconds = run.steps * step + math.ceil(run.steps / cfg.train.eval_interval) * evaluation
+    seconds = start + run.steps * step + math.ceil(run.steps / cfg.train.eval_interval) * evaluation
     watts = cfg.plan.watts if cfg.plan.watts is not None else (run.card.watts or None) if run.card else None
     hours, price = seconds / 3600, cfg.plan.price_per_hour
     return {
         "device": {"name": run.card.name if run.card else run.device.type, "dtype": str(precision(run))[6:],
                    "memory": run.card.memory if run.card else None},
-        "time": {"seconds": seconds, "step": step, "evaluation": evaluation, "basis": basis},
+        "time": {"seconds": seconds, "start": start, "step": step, "evaluation": evaluation, "basis": basis},
         "energy_kwh": None if watts is None else watts * hours / 1000,
         "cost": None if price is None else price * hours,
     }  # fmt: skip

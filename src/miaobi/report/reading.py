@@ -98,7 +98,8 @@ def read_run(name: str) -> RunRecord:
     """A run of `miaobi train`. Raises UserError where it is none, or a file that the report stands on is damaged."""
     path = Path(name)
     if not path.is_dir():
-        raise UserError(f"no run at {path}: no such directory. Give the --out_dir of `miaobi train`")
+        why = "that is a file" if path.exists() else "no such directory"
+        raise UserError(f"no run at {path}: {why}. Give the --out_dir of `miaobi train`")
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} is no run of `miaobi train`: it has no config.yaml")
     missing: list[str] = []
