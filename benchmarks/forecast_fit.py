@@ -27,7 +27,7 @@ USUAL = Law(4.0, 0.8, 0.34, 1.6, 0.28, 15.4, 0.05, 1.0, 0.5, 0.3, 2.0, 0.5)
 Muennighoff et al., and for the rest what the first runs looked like."""
 DRAWN = 0.02
 """Bits that a constant costs that is e times as large, or as small, as usual."""
-FOLDS, STARTS = 4, 3
+FOLDS, STARTS = 4, 2
 
 
 @dataclass(frozen=True)

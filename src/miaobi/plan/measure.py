@@ -27,13 +27,13 @@ class Measured:
     """What the steps took."""
 
     step: float
-    """Seconds, the median of the later ones."""
+    """Seconds, the mean of the later ones: a run has its slow ones, too."""
     evaluation: float
     """Seconds of one."""
     start: float
     """Seconds before steps go at that speed: choosing how to compute, compiling, the first step's own work."""
     memory: int
-    """Bytes that were added to those of the process (CPU), or of the GPU, at the peak."""
+    """Most bytes that this process (CPU), or the GPU's allocator, held at once."""
 
 
 def measure(cfg: PlanConfig, origin: Origin, aside: Path) -> Measured:
@@ -47,7 +47,6 @@ def measure(cfg: PlanConfig, origin: Origin, aside: Path) -> Measured:
     try:
         device = rank_device(cfg.train.device, world)
         reset_peak_memory(device)
-        before = peak_memory(device)
         with explain_memory(device, memory_advice(micro_batch(cfg, device, world.size), cfg.model.block_size)):
             run = Run(set_up(cfg, origin, world, device, pick_dtype(cfg.train.dtype, device)))
             began = time.perf_counter()
@@ -64,12 +63,12 @@ def measure(cfg: PlanConfig, origin: Origin, aside: Path) -> Measured:
             run.validation_loss()
             evaluation = time.perf_counter() - started
         share = len(run.plan.train_windows.inputs) / len(run.plan.val_windows.inputs) if run.plan.train_windows else 0
-        step = statistics.median(seconds[STEPS // 4 :])
+        step = statistics.fmean(seconds[STEPS // 4 :])
         return Measured(
             step,
             evaluation * ((2 if run.plan.average else 1) + share),
             start + max(0.0, seconds[0] - step),
-            peak_memory(device) - before,
+            peak_memory(device),
         )
     finally:
         world.leave()
