@@ -89,13 +89,14 @@ def test_a_run_of_another_version_is_told_without_what_is_not_known_here(altered
     """Keys and fields that this version lacks; counters that it cannot read."""
     run = altered()
     config, summary = run / "config.yaml", json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    config.write_text(config.read_text(encoding="utf-8") + "later:\n  warp_speed: 9\n", encoding="utf-8")
+    text = config.read_text(encoding="utf-8").replace("\ntrain:\n", "\ntrain:\n  warp_speed: 9\n")
+    config.write_text(text + "later:\n  depth: 3\n", encoding="utf-8")
     (run / "summary.json").write_text(json.dumps(summary | {"joules": 3}), encoding="utf-8")
     progress = pointed(run / "checkpoints" / "last") / "train_state" / "progress.json"
     progress.write_text(json.dumps(json.loads(progress.read_text(encoding="utf-8")) | {"aura": 1}), encoding="utf-8")
     found = read_run(str(run))
     said = " ".join(found.missing)
-    assert "warp_speed" in said
+    assert "2 unknown key(s) (warp_speed, later) of config.yaml" in said
     assert "joules" in said
     assert "aura" in said
     assert found.value("n_layer") == 2

@@ -111,7 +111,7 @@ def read_run(name: str) -> RunRecord:
     unknown: list[str] = []
     summary = read_summary(path, unknown)
     if unknown:
-        missing.append(f"{told(unknown)} of summary.json: another version of miaobi wrote them")
+        missing.append(f"{unknown_keys(unknown)} of summary.json: another version of miaobi wrote them")
     return RunRecord(
         path=path, name=path.resolve().name, settings=settings, curves=curves, not_finite=not_finite,
         evaluations=evaluations_of(rows), samples=read_samples(path / "samples.jsonl", missing), progress=progress,
@@ -119,7 +119,7 @@ def read_run(name: str) -> RunRecord:
     )  # fmt: skip
 
 
-def told(names: list[str]) -> str:
+def unknown_keys(names: list[str]) -> str:
     """Names that nothing here has, in words."""
     return f"{len(names)} unknown key(s) ({', '.join(name[:40] for name in names[:5])}{', …' * (len(names) > 5)})"
 
@@ -145,7 +145,7 @@ def read_settings(config: Path, missing: list[str]) -> list[Setting]:
     where, origin = sections(), remarks(config)
     unknown = [key for key in values if key not in where]
     if unknown and "out_dir" in values:  # which every run has written
-        missing.append(f"{told(unknown)} of config.yaml: another version of miaobi wrote them")
+        missing.append(f"{unknown_keys(unknown)} of config.yaml: another version of miaobi wrote them")
         values = {key: value for key, value in values.items() if key in where}
     try:
         cfg, _ = load_config(None, list(values.items()))
