@@ -15,11 +15,13 @@ import hypothesis
 import pytest
 import torch
 
-from miaobi import cli, console, native
+from miaobi import cache, cli, console, native
 from miaobi.corpus.config import PrepareConfig
 from miaobi.settings import load_config
 
 torch.set_num_threads(1)
+# Tests with caches of their own compile into the user's, as the compiled step does: once per machine and graph.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.private_cache() / "inductor"))
 hypothesis.settings.register_profile("miaobi", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)  # --hypothesis-profile=thorough
 hypothesis.settings.load_profile("miaobi")
