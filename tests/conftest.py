@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; subprocesses inher
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +34,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                           "auto: as this one, and tests marked bf16 run both ways")  # fmt: skip
 
 
+def in_memory() -> str | None:
+    """Where Linux keeps files in memory, if there is much room and programs may run there. Each of some hundred runs
+    waits for the disk otherwise, file by file.
+    """
+    place = "/dev/shm"
+    if not os.access(place, os.W_OK) or os.statvfs(place).f_flag & os.ST_NOEXEC:
+        return None
+    return place if shutil.disk_usage(place).free > 8 << 30 else None
+
+
+if (place := in_memory()) is not None:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", place)  # pytest's tmp_path
+
+
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["MIAOBI_CPU_BF16"] = config.getoption("bf16")  # subprocesses inherit it
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores: some tests wait for a while, for a registry, a browser, a cable that is cut."""
+    return (os.cpu_count() or 1) + 1
 
 
 LONGEST = (
