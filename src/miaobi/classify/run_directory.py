@@ -64,7 +64,7 @@ def is_pretraining(out: Path) -> bool:
 
 
 def identity(cfg: ClassifyConfig, data: Labelled, base: str) -> dict[str, Any]:
-    """What decides the figures of a cell besides its row and column of the grid: settings, and SHA-256 of what they name.
+    """What decides the figures of a cell besides its row and column: settings, and SHA-256 of what they name.
 
     Raises UserError for a base without weights.
     """
