@@ -52,11 +52,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["MIAOBI_CPU_BF16"] = config.getoption("bf16")  # subprocesses inherit it
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than cores: some tests wait for a while, for a registry, a browser, a cable that is cut."""
-    return (os.cpu_count() or 1) + 1
-
-
 LONGEST = (
     "train/test_hosts.py", "train/test_ranks.py", "test_packaging.py", "serve/test_page.py",
     "corpus/test_ray.py", "test_demo.py", "serve/test_server.py", "serve/test_hostile.py",
