@@ -13,8 +13,9 @@ import pytest
 import torch
 from tests.model.conftest import CFG, TOKENIZER
 
+from miaobi.checksums import Checksums
 from miaobi.errors import UserError
-from miaobi.files import Checksums, point, pointed, put_back, written_whole
+from miaobi.files import point, pointed, put_back, written_whole
 from miaobi.model.checkpoint import load_model, model_directory, save_model
 from miaobi.model.families import to_hf
 from miaobi.model.transformer import Transformer

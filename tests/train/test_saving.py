@@ -170,3 +170,21 @@ def test_sixty_sigterms_back_to_back_save_once(tmp_path, prepared):
     assert done.returncode == 143, done.stderr
     assert "Traceback" not in done.stderr
     assert pointed(tmp_path / "run" / "checkpoints" / "last") is not None
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_refuse_a_flipped_bit_before_anything_is_written(prepared, tmp_path, parallel):
+    out = tmp_path / "run"
+    flags = {"data": prepared(), "out_dir": out, "parallel": parallel, "eval_interval": 2}
+    assert [rank.returncode for rank in processes.ranks(2, *tiny(max_iters=2, **flags))] == [0, 0]
+    step = pointed(out / "checkpoints" / "last")
+    for name in ("train_state/optimizer-1-of-2.safetensors", "model.safetensors"):
+        content = (step / name).read_bytes()
+        (step / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        done = processes.ranks(2, *tiny(max_iters=4, **flags))
+        assert not any(rank.returncode == 0 for rank in done)
+        assert f"{Path(name).name} is not what was written" in done[0].stderr
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+        (step / name).write_bytes(content)
+    assert [rank.returncode for rank in processes.ranks(2, *tiny(max_iters=4, **flags))] == [0, 0]

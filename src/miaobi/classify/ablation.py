@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from miaobi.checksums import Checksums
 from miaobi.classify import head
 from miaobi.classify.base import open_base, prepare_base
 from miaobi.classify.card import card_of
@@ -22,7 +23,7 @@ from miaobi.classify.run_directory import RESULT, changed, identity, read_result
 from miaobi.console import log
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
-from miaobi.files import Checksums, aside_of, point, write_json, write_text, written_whole
+from miaobi.files import aside_of, point, write_json, write_text, written_whole
 from miaobi.fonts import plot_fonts
 from miaobi.lock import locked
 from miaobi.model.card import write_card

@@ -20,8 +20,7 @@ from miaobi.classify.evaluation import scores
 from miaobi.classify.head import Judge
 from miaobi.classify.labels import label_names
 from miaobi.console import json_text, log, warn, warn_of_encoding
-from miaobi.corpus.records import spooled
-from miaobi.corpus.sources import FORMAT_BY_NAME
+from miaobi.corpus.sources import FORMAT_BY_NAME, spooled
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError, brief
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from miaobi import __version__
+from miaobi.checksums import Checksums
 from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, brief
-from miaobi.files import Checksums, sha256, write_json, written_whole
+from miaobi.files import sha256, write_json, written_whole
 from miaobi.model.card import USAGE, Card, write_card
 from miaobi.model.checkpoint import save_model
 from miaobi.model.tensors import is_plain, load_plain

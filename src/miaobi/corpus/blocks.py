@@ -9,14 +9,15 @@ import mmap
 import re
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
 from miaobi import console
 from miaobi.corpus import encodings
 from miaobi.corpus.folders import pointer_reason
-from miaobi.corpus.sources import Source
+from miaobi.corpus.ignored import Ignored
+from miaobi.corpus.sources import NotTextError, Source
 from miaobi.errors import UserError
 
 BLOCK_BYTES = 2 << 20
@@ -38,10 +39,6 @@ def _line_ends(encoding: str) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
 
 _LINE_ENDS = {name: _line_ends(name) for name in ("utf-8", *encodings.UNITS)}  # -> (line end, blank line)
 Bytes = bytes | bytearray | mmap.mmap
-
-
-class NotTextError(UserError):
-    """A file that is no text in any encoding: a binary file, or a pointer to a file elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,8 @@ class Block:
     """Bad records left out in front of it."""
     reason: str = ""
     """Why the whole file was."""
+    ignored: Ignored = field(default_factory=dict, compare=False)
+    """Keys of its records that are not read."""
 
 
 def text_blocks(source: Source, index: int, whole: bool) -> Iterator[Block]:
@@ -165,7 +164,7 @@ def _detect(source: Source, sample: bytes, is_whole: bool) -> tuple[str, int]:
         raise NotTextError(
             f"{source.name} is a binary file (it has zero bytes and is not UTF-16), not text; leave it out"
         )
-    raise UserError(
+    raise NotTextError(
         f"{source.name}: neither UTF-8, GB18030, Big5 nor UTF-16 makes sense of it; if it is text, convert it: "
         "iconv -f ENCODING -t utf-8; otherwise leave it out (prepare, eval and classify do so with --skip_bad=True)"
     )

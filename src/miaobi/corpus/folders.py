@@ -133,7 +133,7 @@ def files_below(root: Path, leave: Callable[[Path, str], None]) -> Iterator[Path
                 path = directory / file
                 reason = "made by miaobi prepare" if is_ours and OWN_NAMES.fullmatch(file) else reason_by_name(file)
                 if not reason and not path.is_file():
-                    reason = "a link that leads nowhere" if path.is_symlink() else "not a file"
+                    reason = "not a file" if path.exists() else "a link that leads nowhere"
                 if reason:
                     leave(path, reason)
                 else:

@@ -13,15 +13,16 @@ import numpy as np
 from xxhash import xxh3_128
 
 from miaobi import console
-from miaobi.corpus import blocks, characters, clean, dialogue, documents, near, scan, selection
+from miaobi.corpus import blocks, characters, clean, dialogue, documents, ignored, near, scan, selection
 from miaobi.corpus.blocks import Block, with_progress
 from miaobi.corpus.characters import N_CODE_POINTS, NONE, Aside
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.documents import DocumentOptions, Task, documents_of, not_blank
-from miaobi.corpus.records import is_in_order
+from miaobi.corpus.ignored import Ignored
+from miaobi.corpus.records import first_line, is_in_order
 from miaobi.corpus.scan import Text
 from miaobi.corpus.selection import VAL
-from miaobi.corpus.sources import Source
+from miaobi.corpus.sources import NotTextError, Source
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.corpus.workers import Workers
 from miaobi.errors import UserError
@@ -41,6 +42,7 @@ class BlockStatistics(NamedTuple):
     removed: int
     reason: str
     hash: str = ""  # of a small file that is one block
+    ignored: Ignored | None = None
 
 
 @dataclass
@@ -208,8 +210,9 @@ def _first_pass(
                 hashes.data(block)
             is_there[survey.distinct] = True
             survey.distinct = NONE  # much memory for many tasks
-            for block in survey.statistics:
-                _count_block(records[block.source], block, options.whole)
+            for block, statistics in zip(task, survey.statistics, strict=True):
+                _count_block(records[statistics.source], statistics, options.whole)
+                _count_ignored(records[statistics.source], statistics.ignored or {}, block)
             corpus.surveys.append(survey)
     for record, source in zip(records, sources, strict=True):
         if not record[HASH]:
@@ -237,6 +240,15 @@ def _count_block(record: dict, block: BlockStatistics, is_stream: bool) -> None:
     if block.reason:
         record["reason"] = block.reason
     record[HASH] = block.hash or record[HASH]
+
+
+def _count_ignored(record: dict, unread: Ignored, block: Block) -> None:
+    """Keys in a block that nobody reads, for its source in the manifest; lines are counted for the first only."""
+    entry: Ignored = record.setdefault("ignored", {}) if unread else {}
+    for key, (count, first) in unread.items():
+        if isinstance(first, int) and key not in entry:
+            first = f"{block.source.name}, line {first_line(block) + first}"
+        ignored.note(entry, [key], first, count)
 
 
 def _choose(corpus: Corpus, cfg: PrepareConfig, weights: np.ndarray) -> None:
@@ -302,8 +314,11 @@ def _with_data(block: Block, passing: Hashes | None) -> tuple[Block, str]:
         return dataclasses.replace(block, data=data), ""
     if block.encoding is not None or block.data is not None or not _is_one_block(block.source):
         return block, ""
-    with block.source.opened() as file:
-        data = file.read()
+    try:
+        with block.source.opened() as file:
+            data = file.read()
+    except NotTextError:  # as the reading will say
+        return block, ""
     return dataclasses.replace(block, data=data), xxh3_128(data).hexdigest()
 
 
@@ -329,7 +344,7 @@ def _read(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatist
         texts += filled
         raw.append(content.raw)
         statistics.append(BlockStatistics(block.index, content.encoding, len(filled), len(content.raw), content.skipped,
-                                          content.removed, content.reason))  # fmt: skip
+                                          content.removed, content.reason, ignored=content.ignored))  # fmt: skip
     if options.whole:
         texts = ["".join(texts)]
     points, lengths = characters.of_documents(texts, options.whole)

@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from miaobi.checksums import for_model, verifying
 from miaobi.console import warn
 from miaobi.corpus.tokenizer import SPECIALS, Tokenizer
 from miaobi.errors import UserError, brief, names_listed
-from miaobi.files import pointed, read_json, refuse_pointers, verifying, write_json
+from miaobi.files import pointed, read_json, refuse_pointers, write_json
 from miaobi.model.families import check_hf, load_hf, to_hf
 from miaobi.model.hf_config import hf_config, model_config
 from miaobi.model.hub import SETTINGS, resolve
@@ -23,10 +24,6 @@ from miaobi.model.tensors import read_tensors
 from miaobi.model.transformer import Transformer
 
 WRITTEN_ANEW = ("eos_token_id", "transformers_version", "_from_model_config")  # of generation_config.json
-
-
-WEIGHED = ("config.json", "model.safetensors", "tokenizer.json")
-"""Files of a checkpoint of ours that are compared with its checksums: who edits one of the others means it."""
 
 
 def save_model(directory: Path, model: Transformer, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> None:
@@ -185,7 +182,7 @@ def load_model(name: str | Path, checkpoint: str = "best", is_verified: bool = F
     """
     path = model_directory(name, checkpoint)
     refuse_pointers(path / file for file in SETTINGS)
-    with nullcontext() if is_verified else verifying(path, lambda file: file in WEIGHED):
+    with nullcontext() if is_verified else verifying(path, for_model):
         return read_model(path)
 
 

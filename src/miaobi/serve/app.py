@@ -32,7 +32,10 @@ POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'sel
 GUARDED = ("/v1/", "/metrics", "/tokenize", "/detokenize", "/classify", "/api/", "/openapi.json")
 FAILURES = (400, 401, 403, 404, 408, 413, 429, 500, 503)
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in FAILURES}
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+# Before OpenAPI 3.2, the schema of a stream is read as that of each of its events.
+TEXT = {"type": "string"}
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": TEXT, "event": TEXT}}
+STREAM = {"text/event-stream": {"schema": EVENT}}
 
 
 def make_app(server: Serve, served: Served | None = None, is_stopping: Callable[[], bool] = lambda: False) -> FastAPI:

@@ -24,6 +24,7 @@ from miaobi.device import peak_memory, reset_peak_memory
 from miaobi.train import compile_time
 from miaobi.train.compile_time import digest, machine, store
 from miaobi.train.layout import EAGER, Objective, compile_as, compiled_parts, use_compiled
+from miaobi.train.threads import Others
 from miaobi.train.watch import duration
 
 PIECES = 400
@@ -35,6 +36,8 @@ LARGER = 4
 GAIN = 1.03
 """A mode must be this much faster than the one before it in the list: less is noise."""
 ROUNDS = 3
+DISTURBED = 0.3
+"""Cores taken by others, from which on what was timed beside them is not remembered."""
 WORTH = 0.03
 """Share of a run that trying compiled modes may cost."""
 
@@ -81,6 +84,8 @@ class Work:
     """The user says how many."""
     ready: dict[ExecutionMode, tuple] = field(default_factory=dict)
     """Ways that are compiled, by their `compiled_parts`."""
+    others: list[float] = field(default_factory=list)
+    """Cores that other programs took while modes were timed."""
 
     def set(self, mode: ExecutionMode) -> bool:
         """Compute in `mode` from now on. Where the compiler fails, as before: a line of warning, and False."""
@@ -175,7 +180,9 @@ def compared(work: Work, modes: list[ExecutionMode], before: str = "") -> Execut
 
     before: what was found earlier.
     """
+    others = Others()
     seconds = compare({mode: lambda mode=mode: work.timed(mode) for mode in modes})
+    work.others.append(others.cores())
     best = fastest(seconds)
     told = "; ".join(f"{mode}: {1000 * took:.3g} ms" for mode, took in seconds.items())
     return replace(best, seconds=seconds[best], why=f"{before or 'measured, a sequence each'}; {told}")
@@ -193,11 +200,11 @@ def choose(work: Work, dtypes: list[str], compiles: bool, why: str) -> Execution
     key = work.key(usual)
     best = usual
     if work.device.type == "cpu":
-        best = recall(key).get("eager") or remember(key, "eager", choose_eager(work, dtypes))
+        best = recall(key).get("eager") or keep(work, key, "eager", choose_eager(work, dtypes))
     if not compiles:
         return best
     name = f"compiled for {work.steps} steps{', blocks anyway' if why else ''}"
-    return recall(key).get(name) or remember(key, name, choose_compiled(work, best, dtypes[0], why))
+    return recall(key).get(name) or keep(work, key, name, choose_compiled(work, best, dtypes[0], why))
 
 
 def is_long(work: Work) -> bool:
@@ -277,11 +284,20 @@ def recall(key: str) -> dict[str, ExecutionMode]:
         return {}
 
 
-def remember(key: str, name: str, mode: ExecutionMode) -> ExecutionMode:
-    """Keep a choice for the next run of this shape. Returns it."""
+def keep(work: Work, key: str, name: str, mode: ExecutionMode) -> ExecutionMode:
+    """`remember` what was chosen, unless other programs had a part in it. Returns it."""
+    cores = max(work.others, default=0.0)
+    if cores < DISTURBED:
+        remember(key, name, mode)
+    else:
+        log(f"other programs took {cores:.1f} cores while this was timed: the next run of this shape times it again")
+    return mode
+
+
+def remember(key: str, name: str, mode: ExecutionMode) -> None:
+    """Keep a choice for the next run of this shape."""
     known = {each: asdict(other) for each, other in recall(key).items()}
     store(memory_file(key), known | {name: asdict(mode)})
-    return mode
 
 
 def memory_file(key: str) -> Path:
