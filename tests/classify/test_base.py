@@ -53,6 +53,7 @@ FRAMES = {"<s> $A": ["</s>"], "<s> $A </s>": [], "[CLS] $A [SEP]": [], "BERT": [
 """Frame -> what stands behind a text as well: the token that ended texts in pretraining, where the frame has none."""
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("frame", FRAMES)
 def test_texts_stand_in_the_frame_of_the_models_own_tokenizer(miaobi, tmp_path, frame):
     """In training, in prediction, and where transformers reads the classifier."""
