@@ -201,15 +201,14 @@ def test_the_compiled_step_serves_rows_at_different_places(kind, built):
     assert written(1) == written(3) == written(5)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+@pytest.mark.parametrize(("threads", "family"), [(1, "gpt2"), (1, "qwen3"), (3, "qwen3")])
 @pytest.mark.parametrize("kind", cpu_step.KINDS)
-@pytest.mark.parametrize("threads", [1, 3])
 def test_greedy_text_is_the_same_with_guesses_and_takes_fewer_steps(family, kind, threads, monkeypatch, built):
     """Past the block, with a penalty and without, and with a prompt that says everything twice."""
     built(cpu_step.SOURCE)
     transformer, before = model(family, 64).float(), torch.get_num_threads()
     compiled, steps = cpu_step.CpuStep(transformer, kind), []
-    most = 150 if threads == 1 else 75  # threads that share a core wait milliseconds for each other in every product
+    most = 150 if threads == 1 else 60  # threads that share a core wait milliseconds for each other in every product
     torch.set_num_threads(threads)
     call = cpu_step.CpuStep.call
 
