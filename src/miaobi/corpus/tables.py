@@ -15,7 +15,7 @@ from miaobi import console
 from miaobi.corpus import blocks
 from miaobi.corpus.blocks import decode_block, text_blocks
 from miaobi.corpus.sources import DAMAGED, NotTextError, Source
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -109,7 +109,7 @@ def csv_records(source: Source, skip_bad: bool, delimiter: str = "") -> tuple[li
 
 def wrong_width(cells: int, columns: int) -> str:
     """What is wrong with a row that has too few or too many cells."""
-    return f"{cells} columns where the header has {columns}; quote cells that contain the delimiter"
+    return f"{number_of(cells, 'column')} where the header has {columns}; quote cells that contain the delimiter"
 
 
 def _broken_row(error: csv.Error) -> str:
