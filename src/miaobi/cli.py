@@ -116,8 +116,11 @@ def run(args: list[str]) -> int:
     if first in ASKING or (first in GROUPS and second in ASKING):
         show.overview({name: verb.what for name, verb in VERBS.items()}, GROUPS, "" if first in ASKING else first)
         return 0
-    from miaobi import command_line, seeds, settings
+    from miaobi import command_line, completion, seeds, settings
 
+    if first == "--completion" or first.startswith("--complete="):
+        print(completion.answer(args, VERBS, imported), end="")
+        return 0
     name = f"{first} {second}" if first in GROUPS else first
     if (verb := VERBS.get(name)) is None:
         raise command_line.unknown_verb(name, list(VERBS))

@@ -247,6 +247,7 @@ def overview(verbs: dict[str, str], groups: dict[str, str], group: str) -> None:
         what = {name.split()[0]: groups.get(name.split()[0], line) for name, line in verbs.items()}
         usage, title = "miaobi VERB ...", "miniature Chinese GPTs, from raw text to a model that continues it"
         end = ("miaobi VERB --help explains every option; --json prints one JSON object; --debug shows tracebacks\n"
+               "miaobi --completion bash (or zsh, fish, powershell) lets the shell complete all of this\n"
                "start here: miaobi demo")  # fmt: skip
     listed = "\n".join(f"  {name:<10} {line}" for name, line in what.items())
     print(f"usage: {usage}\n\n{title}\n\n{listed}\n\n{end}")
