@@ -112,7 +112,9 @@ def test_a_real_shell_completes(place: Path, shell: str, driver: str):
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m miaobi "$@"\n', encoding="utf-8")
     command.chmod(0o755)
     environment = os.environ | {"PATH": f"{command.parent}:{os.environ['PATH']}", "HOME": str(place)}
-    done = subprocess.run([shell, "-c", driver], cwd=place, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [shell, "-c", driver], cwd=place, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     answers = done.stdout.splitlines()
     assert len(answers) == len(LINES), done.stdout + done.stderr
