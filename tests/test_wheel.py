@@ -28,9 +28,10 @@ def uv(*words: object, env: dict[str, str] | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the source distribution, which is built from what git has."""
+    """Built from the source distribution, which is built from what git has or would take."""
     place = tmp_path_factory.mktemp("release")
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True).stdout.decode()
     for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file():
             (place / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`bin` of a fresh environment with the wheel; the libraries are those of this environment, the checkout is not."""
     place = tmp_path_factory.mktemp("fresh") / "venv"
     uv("venv", "--quiet", "--offline", "--python", sys.executable, place)
-    python = next(place.glob("*/python*"))
+    python = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     uv("pip", "install", "--quiet", "--no-deps", "--no-index", "--offline", "--python", python, wheel)
     (packages,) = place.rglob("site-packages")
     # a path in a .pth file is searched, but its own .pth files, such as that of the editable checkout, are not read

@@ -65,13 +65,15 @@ VERBS = {
                               "convert.small_gpt:convert_checkpoint", "converted"),
     "convert nanogpt": Verb("a ckpt.pt of nanoGPT, with its meta.pkl or GPT-2's tokenizer",
                             "convert.config:NanoGPTConfig", "convert.nanogpt:convert_checkpoint", "converted"),
+    "convert quantize": Verb("a MODEL with weights of 8 or 4 bits, for miaobi's own engine",
+                             "convert.config:QuantizeConfig", "convert.quantize:convert", "quantized", "MODEL"),
     "convert gguf": Verb("a MODEL as one file for llama.cpp, Ollama and LM Studio", "convert.config:GGUFConfig",
                          "convert.gguf:convert", "gguf", "MODEL"),
 }  # fmt: skip
 GROUPS = {
     "classify": "labels out of a model: sentiment, or any others",
     "data": "public texts by name, with their licenses",
-    "convert": "checkpoints of other projects -> model directories, and those -> GGUF",
+    "convert": "checkpoints of other projects -> model directories, and those -> GGUF or fewer bits",
 }
 """Verbs of several kinds."""
 ASKING = ("--help", "-h", "help")

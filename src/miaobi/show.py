@@ -228,6 +228,13 @@ def gguf(result: dict[str, Any], cfg: Any) -> None:
           f"{result['quantize']}, tokenizer {result['tokenizer']}")  # fmt: skip
 
 
+def quantized(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi convert quantize`: a model directory."""
+    before, now = result["bytes_before"], result["bytes"]
+    print(f"{result['out']}: {now / 1e6:,.1f} MB of {result['dtype']}, {before / now:.1f} times smaller than before")
+    print(f"next: miaobi {trying(result['out'], Path(result['out']))}")
+
+
 def trying(name: str, *directories: Path) -> str:
     """The command that tries a model: a chat where one of its directories has a template for that."""
     talks = any((directory / "chat_template.jinja").is_file() for directory in directories)
