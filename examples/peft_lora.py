@@ -1,7 +1,7 @@
-"""Tune a few weights with PEFT's LoRA: miaobi reads the adapter, and so does whatever else reads PEFT's.
+"""Tune a few weights with PEFT's LoRA: an adapter for what reads PEFT's, and the whole model with it inside.
 
-python examples/peft_lora.py my_run/checkpoints/best my.txt --out=adapter
-miaobi sample adapter
+python examples/peft_lora.py my_run/checkpoints/best my.txt --out=tuned
+miaobi sample tuned
 """
 
 import argparse
@@ -31,7 +31,8 @@ def main(model: str, text: Path, out: Path, steps: int, cpu: bool) -> float:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    tuned.save_pretrained(out)
+    tuned.save_pretrained(out / "adapter")
+    tuned.merge_and_unload().save_pretrained(out)
     tokenizer.save_pretrained(out)
     return loss.item()
 

@@ -53,12 +53,13 @@ def test_trainer_trains_on_and_miaobi_reads_what_it_saved(model: Path, corpus_fi
 
 
 @pytest.mark.slow
-def test_an_adapter_of_peft_is_read_with_its_base(model: Path, corpus_file: Path, tmp_path: Path):
+def test_what_peft_tuned_is_the_same_model_here(model: Path, corpus_file: Path, tmp_path: Path):
     from peft import AutoPeftModelForCausalLM
 
-    main("peft_lora")(str(model), corpus_file, tmp_path / "adapter", steps=3, cpu=True)
-    theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    ours = load(tmp_path / "adapter", "cpu", "float32")
+    main("peft_lora")(str(model), corpus_file, tmp_path / "out", steps=3, cpu=True)
+    theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out" / "adapter").eval()
+    ours = load(tmp_path / "out", "cpu", "float32")
+    assert not torch.equal(weights(tmp_path / "out"), weights(model))
     ids = torch.tensor([ours.tokenizer.encode(PROMPT)])
     with torch.no_grad():
         torch.testing.assert_close(ours.logits(ids), theirs(input_ids=ids).logits, atol=2e-4, rtol=0)
@@ -109,6 +110,7 @@ def test_pipelines_write_and_judge_as_miaobi_does(model: Path, tmp_path: Path):
     reading = Reading(lm.model.cfg.block_size, "truncate", (), tuple(lm.end_ids), lm.tokenizer.pad_id)
     torch.manual_seed(0)
     judge = Judge(Classifier(lm.model, 2, "mask").eval(), lm.tokenizer, reading, ["差评", "好评"])
+    (tmp_path / "judge").mkdir()
     head.save(tmp_path / "judge", judge)
     text, said = main("pipelines")(str(model), PROMPT, str(tmp_path / "judge"), 8)
     assert text == greedy(model)

@@ -44,7 +44,7 @@ def convert(cfg: QuantizeConfig) -> dict[str, Any]:
         for file in source.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHTS) and file.name not in LEFT_OUT:
                 shutil.copyfile(file, directory / file.name)
-        write_json(directory / "config.json", config | {"quantization_config": quantized.settings_of(cfg.dtype)})
+        write_json(directory / "config.json", quantized.config_of(config, cfg.dtype))
         save_tensors(directory / "model.safetensors", whole)
         write_json(directory / RECORD, {"project": "miaobi", "quantized": cfg.dtype, "miaobi": __version__})
         with Checksums() as checksums:

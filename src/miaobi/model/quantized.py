@@ -8,7 +8,8 @@ In model.safetensors a matrix of N outputs and K inputs is
 
 The embedding and the output matrix are int8 in both (errors there are in every logit), positions, norms and biases
 stay floats. GPT-2's matrices, which Hugging Face transposes, stand here as all others do. config.json says
-`quantization_config: {"quant_method": "miaobi", "bits": 8 or 4, "group_size": 32}`; transformers refuses that.
+`quantization_config: {"quant_method": "miaobi", "bits": 8 or 4, "group_size": 32, ...}`, with the model_type and
+architectures that it had, and a model_type that transformers refuses: it would take int8 for the weights themselves.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from miaobi.errors import UserError, brief
 
 METHOD = "miaobi"
+MODEL_TYPE = "miaobi-quantized"
 GROUP = 32
 """Columns that share a scale in int4."""
 SCALE = "_scale"
@@ -44,9 +46,19 @@ def kind_of(config: Mapping[str, Any]) -> str | None:
     return {8: "int8", 4: "int4"}.get(said.get("bits")) if type(said.get("bits")) is int else None
 
 
-def settings_of(kind: str) -> dict[str, Any]:
-    """The `quantization_config` of int8 or int4."""
-    return {"quant_method": METHOD, "bits": {"int8": 8, "int4": 4}[kind], "group_size": GROUP}
+def config_of(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The config.json of the model once it is int8 or int4."""
+    named = {key: config.get(key) for key in ("model_type", "architectures")}
+    said = {"quant_method": METHOD, "bits": {"int8": 8, "int4": 4}[kind], "group_size": GROUP, **named}
+    return {**config, "model_type": MODEL_TYPE, "architectures": [MODEL_TYPE], "quantization_config": said}
+
+
+def original_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config.json of the model before `config_of`; any other as it is."""
+    if kind_of(config) is None:
+        return config
+    rest = {key: value for key, value in config.items() if key != "quantization_config"}
+    return rest | {key: config["quantization_config"].get(key) for key in ("model_type", "architectures")}
 
 
 def quantize(tensors: Mapping[str, Tensor], kind: str) -> tuple[dict[str, Tensor], list[str]]:
