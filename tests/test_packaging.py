@@ -156,6 +156,17 @@ def test_every_package_that_is_imported_is_declared():
     assert missing == {}, "add them to dependencies in pyproject.toml"
 
 
+def test_every_dependency_is_imported():
+    """tensorboard by torch.utils.tensorboard; extras are for who wants them."""
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", PROJECT, re.MULTILINE | re.DOTALL)[1]
+    needed = {normal(Requirement(text).name) for text in re.findall(r'^\s+"(.+?)"', block, re.MULTILINE)}
+    providers = packages_distributions()
+    used = {normal(provider) for name in imported() for provider in providers.get(name, [name])}
+    assert len(needed) > 20
+    assert needed - used == {"tensorboard"}
+    assert not needed & {"pyarrow", "transformers", "ray", "wandb", "fastapi"}, "a first run does not need them"
+
+
 def test_every_package_that_is_declared_has_a_pin():
     names = {normal(name) for name in re.findall(r'"(\w[\w-]*)(?:\[\w+\])?[<>=]=?[\d.]+"', PROJECT)} - {"setuptools"}
     for python in PYTHONS:
