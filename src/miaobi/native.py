@@ -37,7 +37,7 @@ def build(source: Path) -> Path | None:
     program = compiler()
     if program is None:
         return None
-    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line for line in info if line.startswith(("flags", "Features"))), os.uname().machine)
     version = Path(program).stat()  # a repaired compiler is another one
     code = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]

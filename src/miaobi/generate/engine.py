@@ -286,7 +286,8 @@ def load(
     model, tokenizer = load_model(path)
     step: Step | None = None
     if where.type == "cpu" and precision_name != "float16" and can_compile(where) and can_step(model):
-        kind = "bfloat16" if precision_name == "auto" else precision_name
+        auto = "int8" if model.quantized == "int8" else "bfloat16"  # int4 is widened: the step has no 4 bits
+        kind = auto if precision_name == "auto" else precision_name
         step = CpuStep(model, kind)
         precision = torch.bfloat16 if kind == "bfloat16" and cpu_has_bf16() else torch.float32
     else:

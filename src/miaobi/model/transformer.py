@@ -238,6 +238,8 @@ class Transformer(nn.Module):
 
     end_ids: tuple[int, ...] = ()
     """Tokens that end a text, as said by the model directory that the weights came from."""
+    quantized: str | None = None
+    """int8 or int4 where the model directory holds those; here they are floats that stand for them."""
     generation: dict[str, Any] | None = None
     """What else its generation_config.json says, with its bos_token_id; None where there was no such directory."""
 
