@@ -16,7 +16,7 @@ from threading import Thread
 
 from miaobi.environment import usable_cores
 from miaobi.errors import UserError
-from miaobi.files import flush, is_a, read_json, sha256, write_json
+from miaobi.files import flush, is_a, read_json, refuse_pointers, sha256, write_json
 
 CHECKSUMS = "checksums.json"
 WEIGHED = ("config.json", "model.safetensors", "tokenizer.json")
@@ -97,7 +97,8 @@ def refuse_altered(sums: dict[Path, str], digests: dict[Path, Future[str]]) -> N
 
 
 def altered(file: Path, how: str) -> UserError:
-    """The error for a file that is not what was written."""
+    """The error for a file that is not what was written. Raises UserError for a Git LFS pointer, and says so."""
+    refuse_pointers([file])
     return UserError(f"{file} is not what was written ({how}): it was cut short or altered; "
                      "copy it again, or use another checkpoint")  # fmt: skip
 

@@ -88,7 +88,7 @@ def test_what_is_damaged_in_a_directory_is_left_out_and_listed(tmp_path, capsys)
 def test_a_directory_of_nothing_else_says_why(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "cut.parquet").write_bytes(table(999)[:-100])
-    with pytest.raises(UserError, match=r"no text in the sources; 1 were skipped \(.*not a readable parquet file"):
+    with pytest.raises(UserError, match=r"no text in the sources; skipped: 1 \(.*not a readable parquet file"):
         prepare([str(tmp_path / "in")], PrepareConfig(out=tmp_path / "out"))
 
 
@@ -126,3 +126,16 @@ def test_files_that_cannot_be_read_at_all_are_listed(tmp_path):
     left = {Path(entry["path"]).name: entry["reason"] for entry in result["left_out"]}
     assert left == {"a.txt": "cannot be read: Input/output error", "b.jsonl": "cannot be read: Input/output error",
                     "c.txt": "not a file"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.docx", b"PK\3\4\0\0" + bytes(range(256))), ("b.xlsx", b"PK\3\4\0\0" + bytes(range(256))),
+     ("c.rtf", rb"{\rtf1\ansi\deff0 {\fonttbl {\f0 Times;}}\f0\fs60 \u30343?}"), ("d.txt", rb"{\rtf1\ansi word}"),
+     ("e.pdf", b"%PDF-1.4\n1 0 obj\n<< /Type /Catalog >>\nendobj\n"), ("f.doc", bytes(range(256)) * 4)],
+)  # fmt: skip
+def test_a_document_of_an_office_program_is_no_text(tmp_path, name, content):
+    """RTF and PDF may be ASCII: their layout would be learned."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name} is a .*, not text; save it as plain text, a table as \.csv"):
+        prepare([str(tmp_path / name)], PrepareConfig(out=tmp_path / "out"))

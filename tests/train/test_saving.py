@@ -94,7 +94,8 @@ def test_clearing_up_never_costs_a_checkpoint(train, prepared, tmp_path, monkeyp
     assert ("step-10 could not be removed" in said) == (what == "a directory that cannot be removed")
 
 
-def test_weights_that_are_not_finite_are_never_saved(train, prepared, tmp_path, monkeypatch):
+@pytest.mark.parametrize("value", ["nan", "-inf"])
+def test_weights_that_are_not_finite_are_never_saved(train, prepared, tmp_path, monkeypatch, value):
     """Neither loss nor gradient of step 15 knows what its update did to the weights, and no evaluation follows."""
     step = Run.step
 
@@ -102,7 +103,7 @@ def test_weights_that_are_not_finite_are_never_saved(train, prepared, tmp_path, 
         out = step(self, n)
         if n == 14:
             with torch.no_grad():
-                self.model.wte.weight[0] = float("nan")
+                self.model.wte.weight[0] = float(value)
             self.interrupt("terminated")
         return out
 
@@ -112,10 +113,12 @@ def test_weights_that_are_not_finite_are_never_saved(train, prepared, tmp_path, 
     assert pointed(tmp_path / "run" / "checkpoints" / "last").name == "step-10"
 
 
-@pytest.mark.parametrize("waiting", [True, False])
-@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "waiting", "value"),
+    [("gpt2", True, "nan"), ("gpt2", False, "inf"), ("qwen3", True, "-inf"), ("qwen3", False, "nan")],
+)
 def test_gradients_that_are_not_finite_move_no_optimizer(
-    train, prepared, tmp_path, monkeypatch, capsys, family, waiting
+    train, prepared, tmp_path, monkeypatch, capsys, family, waiting, value
 ):
     """Also where nobody waits for the device to hear of it, as on a GPU."""
     monkeypatch.setattr(optimizer, "WITHOUT_WAITING", () if waiting else ("cpu",))
@@ -126,7 +129,9 @@ def test_gradients_that_are_not_finite_move_no_optimizer(
         init(self, plan, *started)
         runs.append(self)
         calls = []
-        plan.model.wte.weight.register_hook(lambda g: calls.append(1) or (g * float("nan") if len(calls) == 4 else g))
+        plan.model.wte.weight.register_hook(
+            lambda g: calls.append(1) or (g.abs().add(1) * float(value) if len(calls) == 4 else g)
+        )
 
     monkeypatch.setattr(Run, "__init__", spied)
     train(data=prepared(), out_dir=tmp_path / "run", family=family, log_interval=5)

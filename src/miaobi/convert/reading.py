@@ -16,7 +16,7 @@ from miaobi import __version__
 from miaobi.checksums import Checksums
 from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.errors import UserError, brief
+from miaobi.errors import UserError, brief, number_of
 from miaobi.files import read_whole, sha256, write_json, written_whole
 from miaobi.model.card import USAGE, Card, write_card
 from miaobi.model.checkpoint import save_model
@@ -99,7 +99,9 @@ def build(cfg: ModelConfig, state: Any, layer: dict[str, tuple[str, ...]], mask:
             parameter[: len(source)] = source
             parameter[len(source) :] = 0  # padding rows
     if unused:
-        raise UserError(f"{path}: {len(unused)} tensors too many for its own settings, such as {next(iter(unused))}")
+        raise UserError(
+            f"{path}: {number_of(len(unused), 'tensor')} too many for its own settings, such as {next(iter(unused))}"
+        )
     return model
 
 
@@ -110,7 +112,9 @@ def _their_tensors(state: Any, mask: str, n_layer: int, path: Path) -> dict[str,
     tensors = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
     blocks = {int(number) for number in re.findall(r"^transformer\.h\.(\d{1,9})\.", "\n".join(tensors), re.MULTILINE)}
     if n_layer != len(blocks):
-        raise UserError(f"{path} says n_layer={n_layer}, but has weights of {len(blocks)} blocks; get it again")
+        raise UserError(
+            f"{path} says n_layer={n_layer}, but has weights of {number_of(len(blocks), 'block')}; get it again"
+        )
     for i in blocks:
         tensors.pop(f"transformer.h.{i}.{mask}", None)
     return tensors

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple
 
 from miaobi import console
@@ -26,6 +27,10 @@ MAX_DOCUMENT_BYTES = 32 << 20
 """A text without a blank line for so long is cut at a line end, so that memory stays bounded."""
 MAX_FILE_BYTES = 64 << 20
 """Largest file that can be one document (--format=files)."""
+
+_OFFICE_REMEDY = "save it as plain text, a table as .csv, and give that"
+_OFFICE = {".doc", ".docx", ".wps", ".odt", ".rtf", ".pdf", ".epub", ".mobi", ".azw3", ".xls", ".xlsx", ".et", ".ods",
+           ".ppt", ".pptx"}  # fmt: skip
 
 NOISE = "\0\ufeff"
 """What `without_noise` looks for."""
@@ -144,6 +149,8 @@ def _cut(data: Bytes, start: int, encoding: str, at_blank_line: bool) -> int:
 
 def _find_encoding(source: Source, data: Bytes) -> tuple[str, int, bool]:
     """Encoding, length of the byte order mark, and whether there was more than plain ASCII to tell it by."""
+    if bytes(data[:5]) in (b"{\\rtf", b"%PDF-") and not source.is_exact:  # which may be ASCII from end to end
+        raise NotTextError(f"{source.name} is a document with its layout, not text; {_OFFICE_REMEDY}")
     for offset in range(0, len(data), encodings.SAMPLE):
         sample = bytes(data[offset : offset + encodings.SAMPLE])
         if not sample.isascii() or b"\0" in sample:
@@ -162,7 +169,8 @@ def _detect(source: Source, sample: bytes, is_whole: bool) -> tuple[str, int]:
         return detected
     if b"\0" in sample:
         raise NotTextError(
-            f"{source.name} is a binary file (it has zero bytes and is not UTF-16), not text; leave it out"
+            f"{source.name} is a binary file (it has zero bytes and is not UTF-16), not text; "
+            + (_OFFICE_REMEDY if Path(source.inner_name).suffix.lower() in _OFFICE else "leave it out")
         )
     raise NotTextError(
         f"{source.name}: neither UTF-8, GB18030, Big5 nor UTF-16 makes sense of it; if it is text, convert it: "

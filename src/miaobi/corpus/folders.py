@@ -14,7 +14,9 @@ from miaobi.corpus import encodings
 from miaobi.corpus.store import OWN_NAMES, is_prepared
 
 COMPRESSION = {".gz": "gz", ".bz2": "bz2", ".xz": "xz", ".zst": "zst", ".zip": "zip"}
-ARCHIVES = {".tar", ".tgz", ".tbz2", ".txz", ".rar", ".7z"}
+ARCHIVES = {
+    ".tar", ".tgz", ".tbz2", ".tbz", ".tb2", ".txz", ".tzst", ".tlz", ".rar", ".7z", ".z", ".lz4", ".lzma",
+}  # fmt: skip
 """Which nothing here unpacks."""
 FORMAT_BY_NAME = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".json": "jsonl",

@@ -31,7 +31,7 @@ from miaobi.corpus.survey import Corpus, take_survey
 from miaobi.corpus.template import CHATML_TEMPLATE, ROLES, SEP_TEMPLATE, ChatTemplate, source_of, with_thinking
 from miaobi.corpus.tokenizer import DEFAULT_BPE_VOCAB_SIZE, IM_END, IM_START, PAD, SEP, Tokenizer
 from miaobi.corpus.workers import Workers, workers_for
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 
 
 def prepare_sources(cfg: PrepareConfig) -> dict[str, Any]:
@@ -63,7 +63,10 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
     files = [file for group in groups for file in group]
     refuse_contradictions(files, cfg.format)
     if cfg.weights and len(cfg.weights) != len(sources):
-        raise UserError(f"{len(cfg.weights)} weights for {len(sources)} sources; give one number for each source")
+        raise UserError(
+            f"{number_of(len(cfg.weights), 'weight')} for {number_of(len(sources), 'source')}; give one number "
+            f"for each source"
+        )
     sizes = [len(group) for group in groups]
     weights = np.repeat([*(cfg.weights or [1.0] * len(sources)), *([1.0] if cfg.val else [])], sizes)
     is_val = np.repeat(np.arange(len(groups)) >= len(sources), sizes)
@@ -312,7 +315,9 @@ def _tail_cut(corpus: Corpus, cfg: PrepareConfig) -> int:
         return sum(record["characters"] for record in corpus.records if record.get("split") != "val")
     cut = int(total * (1 - cfg.val_fraction))  # nanoGPT's data[:int(n*0.9)]
     if cut in (0, total):
-        raise UserError(f"{total} characters are too few to cut into training and validation; give more text")
+        raise UserError(
+            f"the text has {number_of(total, 'character')}, too few to cut into training and validation; give more text"
+        )
     return cut
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from miaobi.corpus import checked, nanogpt, store
 from miaobi.corpus.config import MOST_ROWS
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 from miaobi.files import MOST_OF_A_LIST, read_whole
 
 PIECE = 1 << 22
@@ -321,7 +321,8 @@ def _nanogpt_manifest(path: Path) -> dict:
             counts += np.bincount(tokens.read(start, min(start + PIECE, tokens.length)), minlength=65536)
         if counts[len(pieces) :].any():
             highest = int(np.flatnonzero(counts)[-1])
-            raise UserError(f"{file} has token {highest}, but meta.pkl next to it knows {len(pieces)} characters: they "
+            raise UserError(f"{file} has token {highest}, but meta.pkl next to it knows "
+                            f"{number_of(len(pieces), 'character')}: they "
                             "do not belong together; run nanoGPT's prepare.py again")  # fmt: skip
         shard = {"file": file.name, "tokens": tokens.length, "sha256": hashes[file.name]}
         manifest[name] = {"tokens": tokens.length, "characters": tokens.length, "documents": 1, "shards": [shard],

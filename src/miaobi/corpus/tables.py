@@ -15,7 +15,7 @@ from miaobi import console
 from miaobi.corpus import blocks
 from miaobi.corpus.blocks import decode_block, text_blocks
 from miaobi.corpus.sources import DAMAGED, NotTextError, Source
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -109,7 +109,7 @@ def csv_records(source: Source, skip_bad: bool, delimiter: str = "") -> tuple[li
 
 def wrong_width(cells: int, columns: int) -> str:
     """What is wrong with a row that has too few or too many cells."""
-    return f"{cells} columns where the header has {columns}; quote cells that contain the delimiter"
+    return f"{number_of(cells, 'column')} where the header has {columns}; quote cells that contain the delimiter"
 
 
 def _broken_row(error: csv.Error) -> str:
@@ -269,8 +269,10 @@ def refuse_growth(source: Source) -> NoReturn:
 
 def _guarded(source: Source, read: Any) -> Any:
     """What `read` gives. Raises UserError for whatever pyarrow makes of a damaged file."""
-    import pyarrow as pa  # half a second that other formats need not wait for
-
+    try:
+        import pyarrow as pa  # half a second, and 170 MB, that other formats need not wait for
+    except ModuleNotFoundError as e:
+        raise UserError(f"{source.name} is a parquet file, which pyarrow reads: pip install 'miaobi[parquet]'") from e
     try:
         return read()
     except (pa.ArrowException, *DAMAGED, ValueError, TypeError, KeyError, IndexError, OverflowError) as error:

@@ -286,7 +286,8 @@ def load(
     model, tokenizer = load_model(path)
     step: Step | None = None
     if where.type == "cpu" and precision_name != "float16" and can_compile(where) and can_step(model):
-        kind = "bfloat16" if precision_name == "auto" else precision_name
+        auto = "int8" if model.quantized == "int8" else "bfloat16"  # int4 is widened: the step has no 4 bits
+        kind = auto if precision_name == "auto" else precision_name
         step = CpuStep(model, kind)
         precision = torch.bfloat16 if kind == "bfloat16" and cpu_has_bf16() else torch.float32
     else:
@@ -323,7 +324,7 @@ def timed(lm: LanguageModel, prompt: str, cfg: SampleConfig) -> tuple[list[Compl
     """Continuations of `prompt`, and the tokens per second over all streams."""
     started = time.perf_counter()
     with (
-        explain_memory(lm.device, f"{cfg.num_samples} streams were too many; try a smaller --num_samples"),
+        explain_memory(lm.device, f"too many streams ({cfg.num_samples}); try a smaller --num_samples"),
         token_bar("sample", cfg.num_samples * cfg.max_new_tokens) as wrote,
     ):
         completions = list(lm.complete([prompt] * cfg.num_samples, cfg, wrote))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from miaobi.config import ModelConfig
-from miaobi.errors import UserError, brief
+from miaobi.errors import UserError, brief, number_of
 from miaobi.model.tensors import FLOATS
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
 
@@ -151,7 +151,7 @@ def check_hf(cfg: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> dic
             del unused[name]
     if unused:
         first = brief(next(iter(unused))).strip("'")
-        raise UserError(f"{where}: {len(unused)} tensors that the model does not have, such as {first}")
+        raise UserError(f"{where}: {number_of(len(unused), 'tensor')} that the model does not have, such as {first}")
     if cfg.bias:
         for name in [
             name for name in checked if name.endswith(".weight") and ".wte." not in name and ".wpe." not in name

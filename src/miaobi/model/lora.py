@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from miaobi.config import LoraConfig, ModelConfig
-from miaobi.errors import UserError, brief
+from miaobi.errors import UserError, brief, number_of
 from miaobi.files import read_whole, write_json
 from miaobi.model.checkpoint import save_tensors
 from miaobi.model.families import qkv_widths, refuse_unusable
@@ -217,5 +217,5 @@ def load_adapter(directory: Path, model: Transformer) -> None:
                             f"for {tuple(ours.shape)}: the adapter belongs to another model or rank")  # fmt: skip
         ours.copy_(saved if saved is not None else torch.zeros(()))
     if theirs:
-        raise UserError(f"{directory}: {len(theirs)} tensors that the model has no place for, such as "
+        raise UserError(f"{directory}: {number_of(len(theirs), 'tensor')} that the model has no place for, such as "
                         f"{next(iter(theirs))}: the adapter belongs to another model")  # fmt: skip

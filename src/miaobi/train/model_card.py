@@ -19,6 +19,7 @@ PRIVATE = {
     "out_dir",
     "mirror",
     "tensorboard_path",
+    "trackers",
     "wandb_project",
     "wandb_run_name",
     "init_from",
