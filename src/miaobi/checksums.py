@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Thread
 
 from miaobi.environment import usable_cores
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 from miaobi.files import flush, is_a, read_json, refuse_pointers, sha256, write_json
 
 CHECKSUMS = "checksums.json"
@@ -77,7 +77,7 @@ def verifying(directory: Path, wanted: Callable[[str], bool]) -> Iterator[None]:
         if not os.path.isfile(file):  # also where the system knows no such name
             raise UserError(f"{str(file)[:1000]} is missing: the copy of {directory.name} is not whole; copy it again")
         if sizes.get(file, size := file.stat().st_size) != size:
-            raise altered(file, f"it has {size:,} bytes instead of {sizes[file]:,}")
+            raise altered(file, f"it has {number_of(size, 'byte')} instead of {sizes[file]:,}")
     begun = {file: _ahead.pop(file, None) for file in sums}
     ready = {file: ahead[1] for file, ahead in begun.items() if ahead is not None and ahead[0] == _state(file)}
     digests = ready | hashing(file for file in sums if file not in ready)

@@ -14,7 +14,7 @@ from torch import Tensor
 from miaobi.console import log, token_bar, warn
 from miaobi.corpus.tokenizer import PAD, SEP, Tokenizer
 from miaobi.device import can_compile, cpu_has_bf16, explain_memory, keep_allocations, pick_device, pick_dtype
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 from miaobi.generate.config import SampleConfig
 from miaobi.generate.cpu_step import CpuStep, can_step
 from miaobi.generate.cuda_step import CudaStep
@@ -312,10 +312,11 @@ def read_prompt(start: str) -> str:
         read_documents,  # with its unpackers a tenth of a second, that a chat need not wait
     )
 
-    size = path.stat().st_size
-    text = "".join(read_documents([str(path)], "text", whole=True)) if size <= PROMPT_BYTES else ""  # of any name
-    if max(size, len(text)) > PROMPT_BYTES:  # it may have been packed
-        raise UserError(f"--start={start}: {max(size, len(text)):,} bytes are too many for a prompt (at most "
+    length = path.stat().st_size
+    text = "".join(read_documents([str(path)], "text", whole=True)) if length <= PROMPT_BYTES else ""  # of any name
+    length = max(length, len(text))  # it may have been packed
+    if length > PROMPT_BYTES:
+        raise UserError(f"--start={start}: {number_of(length, 'byte')} are too many for a prompt (at most "
                         f"{PROMPT_BYTES:,}); the model sees the end, as much as its context holds")  # fmt: skip
     return text
 
