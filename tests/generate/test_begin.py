@@ -113,7 +113,8 @@ def test_evaluated_as_transformers_scores_the_framed_documents(tmp_path, texts):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     stream = [i for one in texts for i in [*hub(one).input_ids, hub.eos_token_id]]
-    result = score(EvalConfig(model=str(tmp_path / "model"), data=(str(text),), split="val", device="cpu"))
+    result = score(EvalConfig(model=str(tmp_path / "model"), data=(str(text),), split="val", device="cpu",
+                              dtype="float32"))  # fmt: skip
     ids = torch.tensor([stream])
     labels = ids.masked_fill(ids == hub.bos_token_id, -100)
     with torch.no_grad():
@@ -132,6 +133,7 @@ def test_prepared_documents_begin_with_it(tmp_path):
     documents = {(*hub(text).input_ids, hub.eos_token_id) for text in texts}
     ends = [i + 1 for i, id_ in enumerate(ids) if id_ == hub.eos_token_id]
     assert {tuple(ids[a:b]) for a, b in zip([0, *ends], ends, strict=False)} == documents
-    result = score(EvalConfig(model=str(tmp_path / "model"), data=(str(data),), split="train", device="cpu"))
+    result = score(EvalConfig(model=str(tmp_path / "model"), data=(str(data),), split="train", device="cpu",
+                              dtype="float32"))  # fmt: skip
     train = np.fromfile(data / "train.bin", np.uint16)
     assert result["tokens"] == (train != hub.bos_token_id).sum()

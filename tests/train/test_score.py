@@ -62,6 +62,7 @@ def test_bits_per_character_are_those_of_transformers(trained, tmp_path, family,
     assert result["bits_per_byte"] == pytest.approx(total / math.log(2) / text_bytes, rel=1e-4)
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize(("family", "tokenizer"), [("gpt2", "char"), ("qwen3", "bpe")])
 def test_a_prepared_part_and_its_own_text_score_the_same(trained, prepared, tmp_path, family, tokenizer):
     data = PreparedData.open(prepared(**{"tokenizer": tokenizer} | ({"vocab_size": 400} if tokenizer == "bpe" else {})))
@@ -80,6 +81,7 @@ def test_a_prepared_part_and_its_own_text_score_the_same(trained, prepared, tmp_
         assert as_prepared[key] == pytest.approx(as_text[key], rel=1e-6)
 
 
+@pytest.mark.bf16
 def test_a_stream_without_documents_scores_as_one_text(prepared, train, tmp_path, corpus_file):
     data = prepared(split="tail")
     run = tmp_path / "run"
@@ -93,6 +95,7 @@ def test_a_stream_without_documents_scores_as_one_text(prepared, train, tmp_path
     assert as_prepared["bits_per_char"] == pytest.approx(as_prepared["loss"] / math.log(2))
 
 
+@pytest.mark.bf16
 def test_a_model_that_learned_scores_better_on_its_text_than_on_shuffled_text(trained, tmp_path):
     plain, shuffled = "皇马赢得比赛。曼联输掉冠军，" * 10, "赛马。赢皇比得冠联军输曼，掉" * 10
     for name, text in (("plain", plain), ("shuffled", shuffled)):
