@@ -211,7 +211,7 @@ def space() -> Iterator[Check]:
 def available_memory() -> int | None:
     """Bytes that programs may still take; None where the system does not say."""
     try:
-        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="utf-8"))[1])
     except (OSError, TypeError):
         return None
 

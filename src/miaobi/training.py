@@ -15,6 +15,9 @@ def train(cfg: RunConfig, origin: Origin, started: float | None = None) -> dict[
 
     Returns what `train.loop.train` does. Raises UserError.
     """
+    from miaobi.train.run_directory import hash_early
+
+    hash_early(cfg)
     from miaobi.convert.small_gpt import start_from_checkpoint
     from miaobi.generate.chat import preview
     from miaobi.report.page import reported

@@ -201,7 +201,7 @@ def free_memory(run: Run) -> int | None:
     if run.card is not None:
         return int(ROUNDED * (run.card.memory - CONTEXT))
     try:
-        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="utf-8"))[1])
     except (OSError, TypeError):
         return None
 

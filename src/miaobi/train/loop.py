@@ -224,8 +224,9 @@ class Run:
             plan.scaler.unscale_(optimizer)
         limit = plan.optim.grad_clip or math.inf
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        norm = world.all_finite(norm, norm + total)
         set_rate(plan.optimizers, share_of_rate(step, plan.optim, self.progress))
-        move(plan.optimizers, norm + total if world.size == 1 else norm)  # of several ranks, each has its own total
+        move(plan.optimizers, norm)
         if plan.average is not None:
             plan.average.update(step + 1)
         for optimizer in plan.optimizers:

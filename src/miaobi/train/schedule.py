@@ -16,6 +16,7 @@ import torch
 from miaobi.config import OptimConfig, RunConfig, TrainConfig
 from miaobi.console import log, warn
 from miaobi.corpus.dataset import Batch
+from miaobi.errors import number_of
 from miaobi.model.transformer import Transformer
 from miaobi.train.evaluate import place
 from miaobi.train.layout import Objective
@@ -63,7 +64,10 @@ def lay_first(
         work.once(mode)
         steps = int(60 * cfg.train.max_minutes / (work.once(mode) * rows))
         progress.laid = [[0, world.gather(max(1, min(most, steps)))[0], 0.0]]
-        log(f"max_minutes={cfg.train.max_minutes:g}: about {progress.laid[0][1]:,} steps by the first measurement")
+        log(
+            f"max_minutes={cfg.train.max_minutes:g}: about {number_of(progress.laid[0][1], 'step')} by the "
+            f"first measurement"
+        )
     return int(progress.laid[0][1])
 
 

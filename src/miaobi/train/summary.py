@@ -60,7 +60,7 @@ def read_summary(run: Path, unknown: list[str] | None = None) -> Summary | None:
 
     unknown: gets the names of fields that a newer miaobi wrote; without it they are refused.
     """
-    return read_record(run / SUMMARY, Summary, unknown) if (run / SUMMARY).is_file() else None
+    return read_record(run / SUMMARY, Summary, unknown=unknown) if (run / SUMMARY).is_file() else None
 
 
 @contextmanager
