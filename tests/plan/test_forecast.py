@@ -8,7 +8,7 @@ import pytest
 
 from miaobi.plan.forecast import Law, Setting, carries
 
-LAW = Law(5.0, 0.3, 0.3, 1.0, 0.3, 6.0, 0.03, 1.2, 0.6, 0.7, 2.0, 0.4)
+LAW = Law(5.0, 0.3, 0.3, 1.0, 0.3, 6.0, 0.03, 1.2, 0.6, 0.7, 2.0, 0.7)
 
 
 def test_within_the_first_pass_it_is_the_law_of_its_sources():

@@ -102,14 +102,14 @@ def forecast(run: Setting, epochs: float) -> dict[str, Any]:
     """What is to be expected of `run` for `epochs` passes: JSON."""
     found = basis()
     law = Law(**found.law)
-    best = law.best(run, max(MOST_EPOCHS, epochs))
+    best, carried = law.best(run, max(MOST_EPOCHS, epochs)), carries(law, run)
     points = sorted({epoch for epoch in (0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if epoch < 0.95 * epochs} | {epochs})
     return {
         "curve": [[epoch, round(float(law.bits(run, epoch)), 3)] for epoch in points],
         "best_epoch": best,
         "bits_at_best": float(law.bits(run, min(best, epochs))),
         "bits_at_end": float(law.bits(run, epochs)),
-        "carries": carries(law, run),
+        "carries": carried if carried <= 2 * found.parameters[1] else None,  # larger ones were not measured
         "inside": all(low / 2 <= value <= high * 2 for (low, high), value in
                       ((found.parameters, run.parameters), (found.tokens, run.tokens))),
         "basis": {key: value for key, value in asdict(found).items() if key != "law"},
@@ -128,7 +128,7 @@ def advice(told: dict[str, Any], run: Setting, epochs: float) -> list[str]:
         )
     elif told["best_epoch"] > 1.5 * epochs:
         words.append(f"the validation loss still falls at the end: about {told['best_epoch']:g} passes would be best")
-    if run.parameters > 2 * told["carries"]:
+    if told["carries"] is not None and run.parameters > 2 * told["carries"]:
         words.append(f"this text carries about {told['carries'] / 1e6:.2g}M parameters: a smaller model, or more text; "
                      "--dropout=0.2 and up delays the turn")  # fmt: skip
     words.append(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from miaobi.train.setup import Plan
 
 PARTS = 10
-"""The steps are laid anew when a tenth of the rest is done."""
+"""The steps are laid anew when a tenth of the rest is done, or a tenth of the time that was left is over."""
 COARSE = 0.2
 """Share of the schedule in one step from which on it is no schedule any more, and that is said."""
 WRITING = 1.0
@@ -84,7 +84,7 @@ class Deadline:
         self.begun = begun
         self.per_step: float | None = None
         self.evaluation: float | None = None  # with its checkpoint, in seconds
-        self.told = False
+        self.told, self.look = False, math.inf
         step, total, _ = progress.laid[-1]
         self.next = max(progress.step, int(step)) + max(1, min(3, int(total - step) // PARTS))
 
@@ -109,8 +109,8 @@ class Deadline:
         self.evaluation = seconds
 
     def is_due(self, step: int) -> bool:
-        """Whether the steps are to be laid anew before `step`."""
-        return step >= self.next
+        """Whether the steps are to be laid anew before `step`. Several ranks have several clocks: they go by steps."""
+        return step >= self.next or (self.world.size == 1 and clock() >= self.look)
 
     def lay(self, step: int) -> int:
         """Lay the steps anew before `step`, one at least; how many the whole run has now. Every rank must ask."""
@@ -131,7 +131,7 @@ class Deadline:
         if laid[-1][0] == step:
             laid.pop()
         laid.append([step, total, done])
-        self.next = step + max(1, (total - step) // PARTS)
+        self.next, self.look = step + max(1, (total - step) // PARTS), clock() + left / PARTS
         return total
 
 
