@@ -10,7 +10,7 @@ from miaobi import __version__
 from miaobi.console import log
 from miaobi.convert.config import QuantizeConfig
 from miaobi.convert.reading import RECORD, check_out
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 from miaobi.files import CHECKSUMS, Checksums, read_json, verifying, write_json, written_whole
 from miaobi.model import quantized
 from miaobi.model.card import CARD, Card, write_card
@@ -51,7 +51,7 @@ def convert(cfg: QuantizeConfig) -> dict[str, Any]:
             checksums.write(directory)
         write_card(directory, card_of(out, own, cfg), out)
     if kept:
-        log(f"{len(kept)} matrices have an odd number of columns and stay as they are, such as {kept[0]}")
+        log(f"left as they are, for an odd number of columns: {number_of(len(kept), 'matrix')}, such as {kept[0]}")
     return {
         "out": str(out),
         "dtype": cfg.dtype,
