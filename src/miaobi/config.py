@@ -258,8 +258,9 @@ class TrainConfig(Where):
     """Average the weights along the run; both are scored at every evaluation, and the better of the two is the
     checkpoint's model. Training stays the same. auto = from scratch, where the text is read twice or more."""
     max_minutes: float | None = None
-    """End within this many minutes, the last evaluation included, with the schedule of the learning rate finished: as
-    many steps as the speed allows; with max_iters as well, what comes first."""
+    """End within this many minutes of the command's start, text prepared and last evaluation included, with the
+    schedule of the learning rate finished: as many steps as the speed allows; with max_iters as well, what comes
+    first. Of a run that is cut and continued, the time between does not count."""
     eval_interval: int = 250
     """Steps between evaluations, checkpoints and printed samples."""
     eval_iters: int = 20

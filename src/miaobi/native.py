@@ -73,6 +73,14 @@ def library(source: Path) -> ctypes.CDLL | None:
     return opened(made) if made is not None and made.exists() else None
 
 
+def awaited(source: Path, seconds: float = 30.0) -> ctypes.CDLL | None:
+    """`library`, for which the compiler is waited for, but no longer than `seconds`."""
+    made, until = build(source), time.monotonic() + seconds
+    while made is not None and time.monotonic() < until and not (made.exists() or made.with_suffix(".failed").exists()):
+        time.sleep(0.1)
+    return library(source)
+
+
 @cache
 def opened(made: Path) -> ctypes.CDLL | None:
     """The library at `made`; None if it does not fit this system, or anybody else could have written it."""

@@ -197,7 +197,7 @@ def test_rows_without_a_label_are_not_scored(miaobi: Callable, ask: Callable, cl
     assert (found["accuracy"], found["labels"], found["unseen_labels"]) == (1.0, ["0", "1"], [])
     assert len(found["predictions"]) == 3
     answer = miaobi("classify", "predict", classifier, path, "--label_column=label", "--device=cpu")
-    assert "2 rows without a label are not scored" in answer.err
+    assert "not scored, without a label: 2 rows" in answer.err
 
 
 def test_a_label_keeps_to_its_column(classifier: Path, capsys):

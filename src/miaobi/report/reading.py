@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 from miaobi.files import pointed, read_json
 from miaobi.report.statistics import TextStatistics, text_statistics
 from miaobi.settings import flatten, load_config, read_yaml, sections
@@ -17,7 +17,7 @@ from miaobi.yaml_file import remarks
 
 CURVES = ("train_loss", "val_loss", "val_bits_per_char", "train_eval_loss", "learning_rate", "grad_norm",
           "tokens_per_second", "epoch")  # fmt: skip
-LARGEST = 256 << 20
+LARGEST = 64 << 20
 """Bytes of a file of metrics or samples that is read."""
 
 
@@ -135,19 +135,18 @@ def read_lines(file: Path, missing: list[str]) -> list[dict[str, Any]]:
     if file.stat().st_size > LARGEST:
         raise UserError(f"{file} has {file.stat().st_size:,} bytes; a report reads at most {LARGEST:,}")
     rows, damaged = [], 0
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 1 << 53:
-            rows.append(row)
-        else:
-            damaged += 1
+    with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+        for line in filter(str.strip, lines):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 1 << 53:
+                rows.append(row)
+            else:
+                damaged += 1
     if damaged:
-        missing.append(f"{damaged} of {len(rows) + damaged} lines of {file.name} could not be read")
+        missing.append(f"{damaged} of {number_of(len(rows) + damaged, 'line')} of {file.name} could not be read")
     return sorted(rows, key=lambda row: row["step"])
 
 

@@ -16,6 +16,7 @@ import torch
 from miaobi.config import OptimConfig, RunConfig, TrainConfig
 from miaobi.console import log
 from miaobi.corpus.dataset import Batch
+from miaobi.errors import number_of
 from miaobi.model.transformer import Transformer
 from miaobi.train.evaluate import place
 from miaobi.train.layout import Objective
@@ -32,6 +33,8 @@ PARTS = 10
 """The steps are laid anew when a tenth of the rest is done."""
 WRITING = 1.0
 """Seconds that a checkpoint is taken to need, before one was written."""
+ENDING = 2.0
+"""Seconds kept for what comes after the last evaluation: its checkpoint on the disk, the report."""
 
 
 def clock() -> float:
@@ -59,7 +62,10 @@ def lay_first(
         work.once(mode)
         steps = int(60 * cfg.train.max_minutes / (work.once(mode) * rows))
         progress.laid = [[0, world.gather(max(1, min(most, steps)))[0], 0.0]]
-        log(f"max_minutes={cfg.train.max_minutes:g}: about {progress.laid[0][1]:,} steps by the first measurement")
+        log(
+            f"max_minutes={cfg.train.max_minutes:g}: about {number_of(progress.laid[0][1], 'step')} by the "
+            f"first measurement"
+        )
     return int(progress.laid[0][1])
 
 
@@ -70,22 +76,22 @@ class Deadline:
     that lay behind.
     """
 
-    def __init__(self, cfg: TrainConfig, progress: Progress, world: World, most: int, started: float) -> None:
-        """most: steps that the run may have at all. started: by `clock`, when the command began."""
+    def __init__(self, cfg: TrainConfig, progress: Progress, world: World, most: int, begun: float) -> None:
+        """most: steps that the run may have at all. begun: by `clock`, when the run began, its cuts taken out."""
         self.cfg, self.progress, self.world, self.most = cfg, progress, world, most
-        self.begun = started - progress.wall
+        self.begun = begun
         self.per_step: float | None = None
         self.evaluation: float | None = None  # with its checkpoint, in seconds
         step, total, _ = progress.laid[-1]
         self.next = max(progress.step, int(step)) + max(1, min(3, int(total - step) // PARTS))
 
     @classmethod
-    def of(cls, plan: Plan, started: float) -> Deadline | None:
+    def of(cls, plan: Plan, begun: float) -> Deadline | None:
         """That of a run; None where it may take as long as it takes."""
         if plan.cfg.train.max_minutes is None or not plan.progress.laid:
             return None
         most = total_steps(plan.cfg, len(plan.blocks))
-        return cls(plan.cfg.train, plan.progress, plan.world, most, started)
+        return cls(plan.cfg.train, plan.progress, plan.world, most, begun)
 
     def elapsed(self) -> float:
         """Seconds of the commands of this run up to their last checkpoints, and of this one."""
@@ -109,7 +115,7 @@ class Deadline:
         evaluation = self.evaluation
         if evaluation is None:  # forward alone, a third of the work
             evaluation = WRITING + per_step / 3 * 1.25 * self.progress.windows / self.cfg.global_batch
-        left = 60 * self.cfg.max_minutes - self.elapsed() - evaluation
+        left = 60 * self.cfg.max_minutes - self.elapsed() - evaluation - ENDING
         steps = int(max(1.0, left / max(1e-9, per_step + evaluation / self.cfg.eval_interval)))
         total = self.world.gather(min(self.most, step + steps))[0]
         done = share_done(step, laid)
