@@ -72,7 +72,7 @@ def test_the_pythons_that_are_tried_are_those_that_are_promised():
 
 
 @pytest.fixture(scope="module")
-def resolving(registry: None) -> Iterator[dict[str, subprocess.Popen]]:
+def resolving() -> Iterator[dict[str, subprocess.Popen]]:
     """For every Python a resolver at work on all extras that have pins; they wait for the registry at the same time.
 
     What can be installed with all extras can be installed with some: `.[demo]` is resolved as well.
@@ -92,6 +92,16 @@ def resolving(registry: None) -> Iterator[dict[str, subprocess.Popen]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("resolving")  # it takes its time while these wait for the registry
+def test_nothing_in_the_code_is_newer_than_the_oldest_python():
+    command = ["-c", "import vermin; vermin.main()", f"-t={PYTHONS[0]}-", "--no-tips", "--violations", "-q"]
+    folders = [ROOT / "src", ROOT / "tests", ROOT / "benchmarks"]
+    checked = subprocess.run([sys.executable, *command, *folders], capture_output=True, text=True, timeout=300)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("python", PYTHONS)
 def test_the_pins_can_be_installed_on_every_python(python: str, resolving: dict[str, subprocess.Popen]):
     resolved, problem = resolving[python].communicate(timeout=300)
@@ -110,14 +120,6 @@ def test_a_pin_without_a_build_for_a_python_is_found(tmp_path: Path):
     refused = resolve(uv_compile("3.10", "-c", tmp_path / "constraints.txt"), "numpy\n")
     assert refused.returncode != 0
     assert "numpy==2.4.6" in refused.stderr
-
-
-@pytest.mark.slow
-def test_nothing_in_the_code_is_newer_than_the_oldest_python():
-    command = ["-c", "import vermin; vermin.main()", f"-t={PYTHONS[0]}-", "--no-tips", "--violations", "-q"]
-    folders = [ROOT / "src", ROOT / "tests", ROOT / "benchmarks"]
-    checked = subprocess.run([sys.executable, *command, *folders], capture_output=True, text=True, timeout=300)
-    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_what_is_newer_than_the_oldest_python_is_found(tmp_path: Path):

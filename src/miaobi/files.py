@@ -249,14 +249,18 @@ def read_json(file: Path, most: int = MOST) -> dict[str, Any]:
     return value
 
 
-def read_record(file: Path, kind: type[Record], most: int = MOST) -> Record:
+def read_record(file: Path, kind: type[Record], most: int = MOST, unknown: list[str] | None = None) -> Record:
     """A JSON object as the dataclass `kind`: only its fields, each of the declared type; others keep their defaults.
 
+    unknown: gets the names of fields that `kind` does not have, which are then left out instead of refused.
     Raises UserError naming the file and the field, also where there is no such file.
     """
     if not file.is_file():
         raise UserError(f"{file} is missing")
     value, declared = read_json(file, most), typing.get_type_hints(kind)
+    if unknown is not None:
+        unknown += [key for key in value if key not in declared]
+        value = {key: found for key, found in value.items() if key in declared}
     for key, found in value.items():
         if key not in declared:
             raise UserError(f"{file}: unknown field {key[:80]!r}")

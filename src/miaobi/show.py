@@ -65,6 +65,10 @@ def planned(result: dict[str, Any], cfg: Any) -> None:
     names = ("weights", "gradients", "optimizer", "activations", "working")
     told = ", ".join(f"{name} {size_in_words(memory[name])}" for name in names)
     told += f", averaged weights {size_in_words(memory['average'])}" if memory["average"] else ""
+    if memory["process"]:
+        told += (
+            f", fragments {size_in_words(memory['fragments'])}, Python and libraries {size_in_words(memory['process'])}"
+        )
     print(
         f"memory: {size_in_words(memory['run'])} at micro-batches of {memory['micro_batch']} ({told}; "
         f"a checkpoint being written {size_in_words(memory['checkpoint'])}, "
