@@ -3,7 +3,6 @@
 import json
 import math
 import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,20 +82,12 @@ def test_grpo_is_rewarded_for_full_stops(modern: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_lm_eval_scores_what_the_logits_say(modern: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from lm_eval.__main__ import cli_evaluate
-
     text = "皇马赢得比赛。曼联输掉联赛！"
     (tmp_path / "texts.jsonl").write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    settings = {"model": "hf", "model_args": f"pretrained={modern},max_length=32,dtype=float32", "device": "cpu",
-                "include_path": EXAMPLES / "lm_eval_tasks", "tasks": "own_text", "output_path": "found"}  # fmt: skip
-    words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *words])
-    cli_evaluate()
-    (written,) = (tmp_path / "found").rglob("results_*.json")
-    found = json.loads(written.read_text(encoding="utf-8"))["results"]["own_text"]["bits_per_byte,none"]
+    found = main("lm_eval_hf")(str(modern), 32, "cpu")
     lm = load(modern, "cpu", "float32")
     ids = lm.tokenizer.encode(text)
     logits = lm.logits(torch.tensor([[lm.tokenizer.eot_id, *ids[:-1]]]))[0].log_softmax(-1)

@@ -212,7 +212,7 @@ def reset_peak_memory(device: torch.device) -> None:
     with contextlib.suppress(OSError):
         if platform.libc_ver()[0] == "glibc":
             ctypes.CDLL(None).malloc_trim(0)  # what `keep_allocations` kept
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets VmHWM
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: resets VmHWM
 
 
 def peak_memory(device: torch.device) -> int:

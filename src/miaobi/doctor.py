@@ -123,10 +123,10 @@ def torch_build() -> Iterator[Check]:
 def nvidia_driver() -> tuple[str, str | None] | None:
     """Version of NVIDIA's driver and of the CUDA that it can run; None without one."""
     try:
-        said = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20, errors="replace").stdout
+        looked = subprocess.run(["nvidia-smi"], capture_output=True, encoding="utf-8", timeout=20, errors="replace")
     except (OSError, subprocess.SubprocessError):
         return None
-    driver, cuda = (re.search(rf"{name} Version:\s*([\d.]+)", said) for name in ("Driver", "CUDA"))
+    driver, cuda = (re.search(rf"{name} Version:\s*([\d.]+)", looked.stdout) for name in ("Driver", "CUDA"))
     return (driver[1], cuda[1] if cuda else None) if driver else None
 
 

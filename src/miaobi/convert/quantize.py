@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from miaobi import __version__
+from miaobi.checksums import CHECKSUMS, Checksums, for_model, verifying
 from miaobi.console import log
 from miaobi.convert.config import QuantizeConfig
 from miaobi.convert.reading import RECORD, check_out
 from miaobi.errors import UserError, number_of
-from miaobi.files import CHECKSUMS, Checksums, read_json, verifying, write_json, written_whole
+from miaobi.files import read_json, write_json, written_whole
 from miaobi.model import quantized
 from miaobi.model.card import CARD, Card, write_card
-from miaobi.model.checkpoint import WEIGHED, model_directory, save_tensors
+from miaobi.model.checkpoint import model_directory, save_tensors
 from miaobi.model.tensors import FLOATS, is_plain, read_tensors
 
 WEIGHTS = (".safetensors", ".bin", ".index.json", ".pt", ".gguf")
@@ -31,7 +32,7 @@ def convert(cfg: QuantizeConfig) -> dict[str, Any]:
     config = read_json(source / "config.json")
     if config.get("quantization_config"):
         raise UserError(f"{source} is quantized already; take the model that it was made from")
-    with verifying(source, lambda name: name in WEIGHED):
+    with verifying(source, for_model):
         tensors = read_tensors(source)
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS or not is_plain(tensor) or not bool(tensor.isfinite().all()):
