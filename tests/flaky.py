@@ -29,7 +29,7 @@ class LocalServer:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()  # close() waits so long
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def close(self) -> None:

@@ -68,10 +68,13 @@ def test_a_file_that_is_gone_is_named(checkpoint):
         pass
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../other", "a/../../b", "a\\0b", ""])
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other", "a/../../b", "a\\0b", "", "\\ud800", "m" * 9000])
 def test_names_of_elsewhere_are_refused(checkpoint, name):
     (checkpoint / "checksums.json").write_text(f'{{"sha256": {{"{name}": "0"}}}}'.replace("\\0", "\\u0000"))
-    with pytest.raises(UserError, match=r"checksums\.json names|is missing"), verifying(checkpoint, for_training):
+    with (
+        pytest.raises(UserError, match=r"(?s)^.{0,1300}(checksums\.json names|is missing)"),
+        verifying(checkpoint, for_training),
+    ):
         pass
 
 

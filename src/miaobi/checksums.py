@@ -6,6 +6,7 @@ hashlib hashes without Python's lock, so that on another core it costs next to n
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,8 +48,10 @@ class Checksums(ThreadPoolExecutor):
                 self.add(file)
         for file in files:
             flush(file)
-        sums = {file.relative_to(directory).as_posix(): self.begun[file]() for file in files}
-        write_json(directory / CHECKSUMS, {"sha256": sums})
+        names = {file: file.relative_to(directory).as_posix() for file in files}
+        sums = {name: self.begun[file]() for file, name in names.items()}
+        sizes = {name: file.stat().st_size for file, name in names.items()}
+        write_json(directory / CHECKSUMS, {"sha256": sums, "bytes": sizes})
 
 
 def for_model(name: str) -> bool:
@@ -69,10 +72,12 @@ def verifying(directory: Path, wanted: Callable[[str], bool]) -> Iterator[None]:
     wanted: whether a file is looked at, by its path in the directory.
     Raises UserError naming the first file that is missing or altered, also in place of what the body made of it.
     """
-    sums = recorded(directory, wanted)
+    sums, sizes = recorded(directory, wanted)
     for file in sums:
-        if not file.is_file():
-            raise UserError(f"{file} is missing: the copy of {directory.name} is not whole; copy it again")
+        if not os.path.isfile(file):  # also where the system knows no such name
+            raise UserError(f"{str(file)[:1000]} is missing: the copy of {directory.name} is not whole; copy it again")
+        if sizes.get(file, size := file.stat().st_size) != size:
+            raise altered(file, f"it has {size:,} bytes instead of {sizes[file]:,}")
     begun = {file: _ahead.pop(file, None) for file in sums}
     ready = {file: ahead[1] for file, ahead in begun.items() if ahead is not None and ahead[0] == _state(file)}
     digests = ready | hashing(file for file in sums if file not in ready)
@@ -88,27 +93,37 @@ def refuse_altered(sums: dict[Path, str], digests: dict[Path, Future[str]]) -> N
     """Raise UserError naming the first file whose SHA-256 is not the one that was written down."""
     for file, digest in sums.items():
         if digests[file].result() != digest:
-            refuse_pointers([file])
-            raise UserError(f"{file} is not what was written (its SHA-256 differs): it was cut short or altered; "
-                            "copy it again, or use another checkpoint")  # fmt: skip
+            raise altered(file, "its SHA-256 differs")
 
 
-def recorded(directory: Path, wanted: Callable[[str], bool]) -> dict[Path, str]:
-    """The files that a directory's checksums.json names, and their SHA-256. Raises UserError where it is damaged."""
-    sums = read_json(directory / CHECKSUMS).get("sha256", {})
-    if not is_a(sums, dict[str, str]):
+def altered(file: Path, how: str) -> UserError:
+    """The error for a file that is not what was written. Raises UserError for a Git LFS pointer, and says so."""
+    refuse_pointers([file])
+    return UserError(f"{file} is not what was written ({how}): it was cut short or altered; "
+                     "copy it again, or use another checkpoint")  # fmt: skip
+
+
+def recorded(directory: Path, wanted: Callable[[str], bool]) -> tuple[dict[Path, str], dict[Path, int]]:
+    """The files that a directory's checksums.json names: their SHA-256, and their sizes (older ones do not tell).
+
+    Raises UserError where it is damaged.
+    """
+    found = read_json(directory / CHECKSUMS)
+    sums, sizes = found.get("sha256", {}), found.get("bytes", {})
+    if not is_a(sums, dict[str, str]) or not is_a(sizes, dict[str, int]):
         raise UserError(f"{directory / CHECKSUMS} is damaged; copy it again")
     for name in sums:
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise UserError(f"{directory / CHECKSUMS} names {name[:80]!r}, which is not in its directory")
-    return {directory / name: digest for name, digest in sums.items() if wanted(name)}
+    files = {name: directory / name for name in sums if wanted(name)}
+    return {file: sums[name] for name, file in files.items()}, {files[n]: sizes[n] for n in files.keys() & sizes.keys()}
 
 
 def hash_ahead(directory: Path, wanted: Callable[[str], bool]) -> None:
     """Begin to hash the files that `verifying` will compare, while there is nothing to read them with yet: importing
     torch takes as long as hashing gigabytes. Raises UserError and OSError for what `verifying` will explain.
     """
-    states = {file: _state(file) for file in recorded(directory, wanted)}
+    states = {file: _state(file) for file in recorded(directory, wanted)[0]}
     for file, digest in hashing(states).items():
         _ahead[file] = states[file], digest
 

@@ -66,13 +66,15 @@ VERBS = {
                               "convert.small_gpt:convert_checkpoint", "converted"),
     "convert nanogpt": Verb("a ckpt.pt of nanoGPT, with its meta.pkl or GPT-2's tokenizer",
                             "convert.config:NanoGPTConfig", "convert.nanogpt:convert_checkpoint", "converted"),
+    "convert quantize": Verb("a MODEL with weights of 8 or 4 bits, for miaobi's own engine",
+                             "convert.config:QuantizeConfig", "convert.quantize:convert", "quantized", "MODEL"),
     "convert gguf": Verb("a MODEL as one file for llama.cpp, Ollama and LM Studio", "convert.config:GGUFConfig",
                          "convert.gguf:convert", "gguf", "MODEL"),
 }  # fmt: skip
 GROUPS = {
     "classify": "labels out of a model: sentiment, or any others",
     "data": "public texts by name, with their licenses",
-    "convert": "checkpoints of other projects -> model directories, and those -> GGUF",
+    "convert": "checkpoints of other projects -> model directories, and those -> GGUF or fewer bits",
 }
 """Verbs of several kinds."""
 ASKING = ("--help", "-h", "help")
@@ -117,8 +119,11 @@ def run(args: list[str], started: float) -> int:
     if first in ASKING or (first in GROUPS and second in ASKING):
         show.overview({name: verb.what for name, verb in VERBS.items()}, GROUPS, "" if first in ASKING else first)
         return 0
-    from miaobi import command_line, seeds, settings
+    from miaobi import command_line, completion, seeds, settings
 
+    if first == "--completion" or first.startswith("--complete="):
+        print(completion.answer(args, VERBS, imported), end="")
+        return 0
     name = f"{first} {second}" if first in GROUPS else first
     if (verb := VERBS.get(name)) is None:
         raise command_line.unknown_verb(name, list(VERBS))

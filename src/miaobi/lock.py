@@ -48,7 +48,7 @@ def this_process() -> Holder:
 def machine() -> str:
     """What tells running systems apart: Linux' boot id, elsewhere the host's name."""
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return socket.gethostname()
 
 

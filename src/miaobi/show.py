@@ -65,6 +65,10 @@ def planned(result: dict[str, Any], cfg: Any) -> None:
     names = ("weights", "gradients", "optimizer", "activations", "working")
     told = ", ".join(f"{name} {size_in_words(memory[name])}" for name in names)
     told += f", averaged weights {size_in_words(memory['average'])}" if memory["average"] else ""
+    if memory["process"]:
+        told += (
+            f", fragments {size_in_words(memory['fragments'])}, Python and libraries {size_in_words(memory['process'])}"
+        )
     print(
         f"memory: {size_in_words(memory['run'])} at micro-batches of {memory['micro_batch']} ({told}; "
         f"a checkpoint being written {size_in_words(memory['checkpoint'])}, "
@@ -225,6 +229,13 @@ def gguf(result: dict[str, Any], cfg: Any) -> None:
           f"{result['quantize']}, tokenizer {result['tokenizer']}")  # fmt: skip
 
 
+def quantized(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi convert quantize`: a model directory."""
+    before, now = result["bytes_before"], result["bytes"]
+    print(f"{result['out']}: {now / 1e6:,.1f} MB of {result['dtype']}, {before / now:.1f} times smaller than before")
+    print(f"next: miaobi {trying(result['out'], Path(result['out']))}")
+
+
 def trying(name: str, *directories: Path) -> str:
     """The command that tries a model: a chat where one of its directories has a template for that."""
     talks = any((directory / "chat_template.jinja").is_file() for directory in directories)
@@ -244,6 +255,7 @@ def overview(verbs: dict[str, str], groups: dict[str, str], group: str) -> None:
         what = {name.split()[0]: groups.get(name.split()[0], line) for name, line in verbs.items()}
         usage, title = "miaobi VERB ...", "miniature Chinese GPTs, from raw text to a model that continues it"
         end = ("miaobi VERB --help explains every option; --json prints one JSON object; --debug shows tracebacks\n"
+               "miaobi --completion bash (or zsh, fish, powershell) lets the shell complete all of this\n"
                "start here: miaobi demo")  # fmt: skip
     listed = "\n".join(f"  {name:<10} {line}" for name, line in what.items())
     print(f"usage: {usage}\n\n{title}\n\n{listed}\n\n{end}")

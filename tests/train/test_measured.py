@@ -10,6 +10,7 @@ import torch
 from miaobi.config import ModelConfig, TrainConfig
 from miaobi.device import can_compile
 from miaobi.errors import UserError
+from miaobi.model import cpu_attention
 from miaobi.model.transformer import Transformer
 from miaobi.train import compile_time, computing, measured
 from miaobi.train.computing import choose_computing
@@ -25,6 +26,7 @@ from miaobi.train.measured import (
     larger,
     recall,
     remember,
+    tiled_fits,
 )
 from miaobi.train.run_directory import Progress
 from miaobi.train.world import World
@@ -38,9 +40,11 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(measured.Others, "cores", lambda self: 0.0)  # other tests may run beside these
 
 
-def work(steps: int = 1000, rows: int = 3, family: str = "qwen3", micro: int = 0, bound: bool = False) -> Work:
+def work(steps: int = 1000, rows: int = 3, family: str = "qwen3", micro: int = 0, bound: bool = False,
+         layers: int = 2) -> Work:  # fmt: skip
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(family=family, n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=70))
+    sizes = {"n_layer": layers, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 70}
+    model = Transformer(ModelConfig(family=family, **sizes))
     ids = torch.randint(0, 70, (rows, 16))
 
     def example(count: int, compiled: bool) -> tuple:
@@ -133,6 +137,24 @@ def test_a_precision_that_is_slower_here_is_not_taken_eager_or_compiled(monkeypa
     assert "float32, fused attention, eager: 1e+03 ms" in found.why
 
 
+def test_our_own_attention_is_tried_where_it_computes_the_same(monkeypatch, capsys):
+    speeds(monkeypatch, eager=1.0, tiled=0.1)
+    job = work()
+    assert choose(job, ["float32"], False, "").tiled
+    assert job.set(ExecutionMode("float32", tiled=True))
+    assert {block.attn.kind for block in job.objective.model.blocks} == {"tiled"}
+    monkeypatch.setattr(cpu_attention.native, "awaited", lambda source: None)  # no compiler
+    assert not choose(work(rows=2), ["float32"], False, "").tiled
+    assert job.set(ExecutionMode("float32", tiled=True))
+    assert "a kernel of ours" in capsys.readouterr().err
+    assert {block.attn.kind for block in job.objective.model.blocks} == {"fused"}
+    monkeypatch.undo()
+    dropping = work()
+    dropping.objective.model.cfg = replace(dropping.objective.model.cfg, dropout=0.1)
+    assert not tiled_fits(dropping)
+    assert not tiled_fits(replace(work(), example=lambda rows, compiled: (*work().example(rows, compiled)[:3], True)))
+
+
 def test_a_larger_micro_batch_is_tried_where_memory_allows_it(monkeypatch):
     job = work(rows=8, micro=2)
     assert larger(job, 9.0) == 8
@@ -196,7 +218,7 @@ def test_a_run_that_goes_on_computes_as_it_began(monkeypatch):
     job = work()
     decided = choose_computing(TrainConfig(), job, torch.float32, progress, World())
     assert decided == ExecutionMode("float32", explicit=True, why="another machine")
-    assert all(block.attn.explicit for block in job.objective.model.blocks)
+    assert all(block.attn.kind == "explicit" for block in job.objective.model.blocks)
     old = Progress(step=7)  # of a version that did not measure
     assert choose_computing(TrainConfig(), work(), torch.float32, old, World()) == ExecutionMode("float32")
 
@@ -209,7 +231,7 @@ def test_the_first_rank_decides_for_all(monkeypatch):
     monkeypatch.setattr(computing, "choose", lambda *_, **__: ExecutionMode("float32", why="slower here"))
     job = work()
     assert choose_computing(TrainConfig(), job, torch.float32, Progress(), Two()).explicit
-    assert job.objective.model.blocks[0].attn.explicit
+    assert job.objective.model.blocks[0].attn.kind == "explicit"
 
 
 def test_a_precision_that_this_machine_lacks_is_replaced_and_said(capsys):
@@ -335,12 +357,15 @@ def test_a_run_says_below_its_configuration_how_it_computes(train, prepared, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [{"compiled": "blocks"}, {"compiled": "whole", "explicit": True, "autotuned": True}],
+@pytest.mark.parametrize("mode", [{"compiled": "blocks", "tiled": True},
+                                  {"compiled": "whole", "explicit": True, "autotuned": True}],
                          ids=["blocks", "whole"])  # fmt: skip
 def test_compiled_modes_have_the_gradients_of_eager_ones_also_of_a_smaller_last_batch(mode, capfd):
     if not can_compile(CPU):
         pytest.skip("no C++ compiler")
-    job, plain, mode = work(family="gpt2"), work(family="gpt2"), ExecutionMode("float32", **mode)
+    mode = ExecutionMode("float32", **mode)
+    layers = 2 if mode.compiled == "blocks" else 1  # of the whole, each layer is compiled for itself
+    job, plain = (work(family="gpt2", layers=layers) for _ in range(2))
     assert job.set(mode)
     assert not re.search("autotune|warning", capfd.readouterr().err, re.IGNORECASE), "torch's own words"
     assert is_compiled(job.objective)

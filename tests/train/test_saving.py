@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tests import processes
 from tests.conftest import tiny
 from tests.processes import Process
@@ -193,3 +195,18 @@ def test_two_ranks_refuse_a_flipped_bit_before_anything_is_written(prepared, tmp
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
         (step / name).write_bytes(content)
     assert [rank.returncode for rank in processes.ranks(2, *tiny(max_iters=4, **flags))] == [0, 0]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_moments_that_are_not_finite_are_refused_by_name(train, prepared, finished, tmp_path, number):
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    step = pointed(tmp_path / "run" / "checkpoints" / "last")
+    (step / "checksums.json").unlink()  # of a run that somebody else has made
+    file = step / "train_state" / "optimizer-0-of-1.safetensors"
+    with safe_open(file, "pt") as opened:
+        where, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    tensors[name][0, 0] = number
+    save_file(tensors, file, where)
+    with pytest.raises(UserError, match=f"{name} has numbers that are not finite"):
+        train(data=prepared(), out_dir=tmp_path / "new", resume_from=tmp_path / "run", max_iters=30)

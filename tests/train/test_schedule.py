@@ -69,6 +69,14 @@ def test_a_run_ends_in_time_with_its_decay_finished(train, prepared, tmp_path, m
     assert all(b <= a for a, b in itertools.pairwise(falling)), "no jump up"
 
 
+def test_a_schedule_that_is_cut_short_is_said(train, prepared, tmp_path, machine, capsys):
+    """Steps become so slow that those which are left cannot carry the decay; the run ends in time all the same."""
+    now = machine(lambda n: 1.0 if n < 5 else 40.0)
+    train(data=prepared(), out_dir=tmp_path / "run", max_minutes=2, max_iters=10**6, eval_interval=25, log_interval=1)
+    assert capsys.readouterr().err.count("which is cut short: steps are slow now") == 1
+    assert now[0] <= 1.05 * 120
+
+
 def test_what_went_by_before_training_counts(prepared, tmp_path, machine):
     """Starting Python, reading and preparing the text: the minutes are the command's."""
     now = machine(SPEEDS["steady"])

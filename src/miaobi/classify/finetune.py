@@ -311,7 +311,7 @@ def finetune(
         run = Finetuning(cfg, cell, judge, split, experiment.states)
         if metrics is not None:
             metrics.mkdir(parents=True, exist_ok=True)
-        curves = Metrics(metrics, 0, None, events=events) if metrics is not None else None
+        curves = Metrics(metrics, 0, events=events) if metrics is not None else None
         try:
             run.go(curves, interrupted)
         finally:

@@ -17,7 +17,7 @@ from miaobi.checksums import Checksums
 from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, brief, number_of
-from miaobi.files import sha256, write_json, written_whole
+from miaobi.files import read_whole, sha256, write_json, written_whole
 from miaobi.model.card import USAGE, Card, write_card
 from miaobi.model.checkpoint import save_model
 from miaobi.model.tensors import is_plain, load_plain
@@ -208,7 +208,7 @@ def is_unchanged(path: Path, known: Any) -> bool:
 def read_record(out: Path) -> dict[str, Any]:
     """What `write` recorded; nothing where it was another version of miaobi, or nobody."""
     try:
-        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = json.loads(read_whole(out / RECORD).decode())
+    except (UserError, OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) and record.get("miaobi") == __version__ else {}

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from miaobi.corpus import checked, nanogpt, store
+from miaobi.corpus.config import MOST_ROWS
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, number_of
+from miaobi.files import MOST_OF_A_LIST, read_whole
 
 PIECE = 1 << 22
 """Tokens that are counted together."""
@@ -241,7 +243,7 @@ def _beside(manifest: dict) -> list[dict]:
 def _read_manifest(file: Path) -> dict:
     """Raises UserError for one that is missing or damaged; what it gives has every key with a value of its kind."""
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(read_whole(file, MOST_OF_A_LIST).decode())
     except OSError as e:
         raise UserError(
             f"{file.parent} is not prepared data: no manifest.json. Run: miaobi prepare TEXT --out {file.parent}"
@@ -260,7 +262,7 @@ def _problem(manifest: Any) -> str:
         return "it is not one of miaobi prepare"
     if manifest.get("dtype") not in ("uint16", "uint32"):
         return "dtype"
-    if not _is_number(manifest.get("vocab_size")) or not 1 <= manifest["vocab_size"] <= 1 << 32:
+    if not _is_number(manifest.get("vocab_size")) or not 1 <= manifest["vocab_size"] <= MOST_ROWS:
         return "vocab_size"
     end_ids = manifest.get("end_ids", [])
     if not isinstance(end_ids, list) or "eot_id" not in manifest:

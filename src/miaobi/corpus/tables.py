@@ -269,8 +269,10 @@ def refuse_growth(source: Source) -> NoReturn:
 
 def _guarded(source: Source, read: Any) -> Any:
     """What `read` gives. Raises UserError for whatever pyarrow makes of a damaged file."""
-    import pyarrow as pa  # half a second that other formats need not wait for
-
+    try:
+        import pyarrow as pa  # half a second, and 170 MB, that other formats need not wait for
+    except ModuleNotFoundError as e:
+        raise UserError(f"{source.name} is a parquet file, which pyarrow reads: pip install 'miaobi[parquet]'") from e
     try:
         return read()
     except (pa.ArrowException, *DAMAGED, ValueError, TypeError, KeyError, IndexError, OverflowError) as error:

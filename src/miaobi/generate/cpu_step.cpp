@@ -12,44 +12,9 @@
 #include <sched.h>
 #include <type_traits>
 #include <vector>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
 
-typedef float vec __attribute__((vector_size(32)));
-typedef int32_t ivec __attribute__((vector_size(32)));
-typedef uint16_t bfloat16;
-constexpr int W = 8;  // floats in a vec
-
-static inline vec load(const float* p) { vec v; memcpy(&v, p, sizeof v); return v; }
-#ifdef __AVX2__  // one instruction each; GCC 12 makes four of __builtin_convertvector
-static inline ivec widen(const uint16_t* p) { return (ivec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
-static inline ivec widen(const int8_t* p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-static inline vec convert(ivec v) { return (vec)_mm256_cvtepi32_ps((__m256i)v); }
-static inline void rest() { _mm_pause(); }
-#else
-template <class T>
-static inline ivec widen(const T* p) {
-    typedef T lanes __attribute__((vector_size(W * sizeof(T))));
-    lanes v; memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(v, ivec);
-}
-static inline vec convert(ivec v) { return __builtin_convertvector(v, vec); }
-static inline void rest() {}
-#endif
-static inline vec load(const bfloat16* p) { return (vec)(widen(p) << 16); }  // it is the upper half of a float
-static inline vec load(const int8_t* p) { return convert(widen(p)); }
-#if defined(__AVX2__) && defined(__FMA__)  // by name: left to itself the compiler takes a fused one in some places and not in others
-static inline vec fma(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-#else
-static inline vec fma(vec a, vec b, vec c) { return a * b + c; }
-#endif
-static inline float sum(vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
-static inline void store(float* p, float x) { *p = x; }
-static inline void store(bfloat16* p, float x) {  // round to nearest even
-    uint32_t u; memcpy(&u, &x, sizeof u);
-    *p = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-}
+#include "cpu_step_product.h"
+#include "cpu_step_avx512.h"
 
 // Without branches or calls, so that the compiler makes vectors of them. exp: 2^n times a polynomial of the rest
 // (Cephes); erf: Abramowitz and Stegun 7.1.26, off by 1.5e-7 at most.
@@ -70,120 +35,6 @@ static inline float fast_erf(float x) {
     y = 1 - y * fast_exp(-a * a);
     return x < 0 ? -y : y;
 }
-
-// out[r] = w[r] . x for R rows of w, each K long, side by side.
-template <int R, class T>
-static void beside(const T* w, const float* x, int K, float* out) {
-    vec acc[R] = {};
-    for (int k = 0; k < K; k += W) {
-        vec b = load(x + k);
-        for (int r = 0; r < R; r++) acc[r] = fma(load(w + (size_t)r * K + k), b, acc[r]);
-    }
-    for (int r = 0; r < R; r++) out[r] = sum(acc[r]);
-}
-
-constexpr int U = 4;  // sums at once for a dot product, or each addition would wait for the one before
-
-// out[n] = w . x[n], for few streams: row after row is one stretch of memory, which the processor fetches faster than
-// several.
-template <int N, class T>
-static void dots(const T* w, const float* x, int K, float* out) {
-    vec acc[N][U] = {};
-    int k = 0;
-    for (; k + U * W <= K; k += U * W) {
-        for (size_t i = 0; i < U * W * sizeof(T); i += 64) __builtin_prefetch((const char*)(w + k) + i + 2048);
-        for (int u = 0; u < U; u++) {
-            vec a = load(w + k + u * W);
-            for (int n = 0; n < N; n++) acc[n][u] = fma(a, load(x + (size_t)n * K + k + u * W), acc[n][u]);
-        }
-    }
-    for (; k < K; k += W)
-        for (int n = 0; n < N; n++) acc[n][0] = fma(load(w + k), load(x + (size_t)n * K + k), acc[n][0]);
-    for (int n = 0; n < N; n++) out[n] = sum((acc[n][0] + acc[n][1]) + (acc[n][2] + acc[n][3]));
-}
-
-// out[m * R + r] = w[r] . x[m] for R rows of w and M of x, each K long, for many streams. Every sum is added up in the
-// order of `dots`, to the same bits; two of the U sums and then the others, as registers hold no more.
-template <int R, int M, class T>
-static void tile(const T* w, const float* x, int K, float* out) {
-    vec total[R][M];
-    const int whole = K / (U * W) * (U * W);
-    for (int from = 0; from < U; from += 2) {
-        vec acc[R][M][2] = {};
-        auto add = [&](int k, int u) {
-            vec a[R];
-            for (int r = 0; r < R; r++) a[r] = load(w + (size_t)r * K + k);
-            for (int m = 0; m < M; m++) {
-                vec b = load(x + (size_t)m * K + k);
-                for (int r = 0; r < R; r++) acc[r][m][u] = fma(a[r], b, acc[r][m][u]);
-            }
-        };
-        for (int k = from * W; k < whole; k += U * W) add(k, 0), add(k + W, 1);
-        for (int k = whole; from == 0 && k < K; k += W) add(k, 0);
-        for (int r = 0; r < R; r++)
-            for (int m = 0; m < M; m++) {
-                vec both = acc[r][m][0] + acc[r][m][1];
-                total[r][m] = from == 0 ? both : total[r][m] + both;
-            }
-    }
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < R; r++) out[m * R + r] = sum(total[r][m]);
-}
-
-struct Matrix {  // (out, in) row by row, a scale per row where they are int8, a bias where there is one
-    const void* w;
-    const float* scale;
-    const float* bias;
-};
-enum Kind { FLOAT, BFLOAT16, INT8 };
-enum Mode { SET, ADD, MULTIPLY };
-
-// Puts `value`, row o of a times x, at row o of y's stream b.
-static inline void put(const Matrix& a, float* y, int stride, Mode mode, int b, int o, float value) {
-    value = std::fma(value, a.scale ? a.scale[o] : 1, a.bias ? a.bias[o] : 0);
-    float* at = y + (size_t)b * stride + o;
-    *at = mode == SET ? value : mode == ADD ? *at + value : *at * value;
-}
-
-// Rows `from` to `to` of a times each x (B, K), into, onto or times those columns of y (B, stride): each x as if there
-// were no other, to the last bit, so that a text is the same whoever else is being written.
-template <class T>
-static void product(const Matrix& a, int from, int to, int K, const float* x, int B, float* y, int stride,
-                    Mode mode) {
-    constexpr int R = 2, M = 3, N = 3;  // with these sums and their factors 16 registers are full
-    constexpr int MANY = 12;  // from here on tiles are faster
-    constexpr int ROWS = 32;  // of a at a time, which stay in the second-level cache while all x go by
-    const T* w = (const T*)a.w;
-    const int tiled = B >= MANY ? B / M * M : 0;
-    for (int block = from; block < to; block += ROWS) {
-        const int end = block + ROWS < to ? block + ROWS : to, pairs = block + (end - block) / R * R;
-        const char *next = (const char*)(w + (size_t)end * K), *stop = (const char*)(w + (size_t)to * K);
-        const size_t share = tiled ? ((size_t)ROWS * K * sizeof(T)) / (size_t)(tiled / M * (ROWS / R)) + 64 : 0;
-        for (int b = 0; b < tiled; b += M) {
-            for (int o = block; o < pairs; o += R) {
-                float out[R * M];
-                for (const char* until = next + share; next < until && next < stop; next += 64)
-                    __builtin_prefetch(next, 0, 2);  // the next rows come while these are at work
-                tile<R, M>(w + (size_t)o * K, x + (size_t)b * K, K, out);
-                for (int j = 0; j < R * M; j++) put(a, y, stride, mode, b + j / R, o + j % R, out[j]);
-            }
-        }
-        for (int o = block; o < end; o++) {
-            float out[N];
-            int b = o < pairs ? tiled : 0;
-            for (; b + N <= B; b += N) {
-                dots<N>(w + (size_t)o * K, x + (size_t)b * K, K, out);
-                for (int n = 0; n < N; n++) put(a, y, stride, mode, b + n, o, out[n]);
-            }
-            for (; b < B; b++) {
-                dots<1>(w + (size_t)o * K, x + (size_t)b * K, K, out);
-                put(a, y, stride, mode, b, o, *out);
-            }
-        }
-    }
-}
-
-#include "cpu_step_avx512.h"
 
 struct Layer {
     Matrix qkv, proj, gate, up, down;  // gate: where there is none, null
@@ -248,6 +99,7 @@ static void remember(const Model& m, const Layer& l, float* qkv, int h, int pos,
 template <class C>
 static void attend(const Model& m, const Layer& l, float* qkv, int h, int pos, const void* k_cache,
                    const void* v_cache, size_t offset, float* p, float* y) {
+    constexpr int AT_ONCE = 8;  // sums, or each addition would wait for the one before
     const int D = m.head_dim, group = m.heads / m.kv_heads;
     const C *ks = (const C*)k_cache + offset, *vs = (const C*)v_cache + offset;
     for (int g = h * group; g < (h + 1) * group; g++) {
@@ -263,12 +115,16 @@ static void attend(const Model& m, const Layer& l, float* qkv, int h, int pos, c
         for (j = 0; j <= pos; j++) p[j] = fast_exp((p[j] - top) * scale);
         #pragma omp simd reduction(+ : total)
         for (j = 0; j <= pos; j++) total += p[j];
-        for (int d = 0; d < D; d += W) {
-            vec acc = {};
-            for (j = 0; j <= pos; j++) acc += load(vs + (size_t)j * D + d) * p[j];
-            acc /= total;
-            memcpy(y + g * D + d, &acc, sizeof acc);
-        }
+        for (int d = 0; d < D; d += AT_ONCE * W)
+            known<AT_ONCE>((D - d) / W < AT_ONCE ? (D - d) / W : AT_ONCE, [&](auto n) {
+                vec acc[n] = {};
+                for (int i = 0; i <= pos; i++) {
+                    const C* value = vs + (size_t)i * D + d;
+                    for (int v = 0; v < n; v++) acc[v] = fma(load(value + v * W), vec{} + p[i], acc[v]);
+                }
+                for (int v = 0; v < n; v++) acc[v] /= total;
+                memcpy(y + g * D + d, acc, sizeof acc);
+            });
     }
 }
 

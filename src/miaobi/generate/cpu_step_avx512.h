@@ -69,7 +69,10 @@ static void rounded_product(const Matrix& a, int from, int to, int K, const floa
             }
         for (int u = 0; u < U; u++, k += L)
             if (k < K) add(u, k + L <= K ? w + k : (const T*)memcpy(rest, w + k, (K - k) * sizeof(T)), k);
-        for (int i = 0; i < n; i++) put(a, y, stride, mode, b + i, o, sums[i].total() * scales[b + i]);
+        for (int i = 0; i < n; i++) {
+            const float value = sums[i].total() * scales[b + i];
+            put(a, o, 1, &value, 1, y + (size_t)(b + i) * stride, mode);
+        }
     };
     for (int o = from; o < to; o++) {
         const T* w = (const T*)a.w + (size_t)o * K;

@@ -20,6 +20,7 @@ from miaobi.files import pointed, read_json, refuse_pointers, write_json
 from miaobi.model.families import check_hf, load_hf, to_hf
 from miaobi.model.hf_config import hf_config, model_config
 from miaobi.model.hub import FILE, SETTINGS, resolve
+from miaobi.model.quantized import kind_of
 from miaobi.model.tensors import read_tensors
 from miaobi.model.transformer import Transformer
 
@@ -203,6 +204,7 @@ def read_model(path: Path) -> tuple[Transformer, Tokenizer]:
     with Unfilled():
         model = Transformer(cfg)
     load_hf(model, tensors)
+    model.quantized = kind_of(hf)
     model.end_ids = end_ids(path, cfg.vocab_size) or own_end(tokenizer, cfg.vocab_size)
     model.generation = generation_settings(path, cfg.vocab_size)
     return model, tokenizer

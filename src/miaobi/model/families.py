@@ -158,14 +158,22 @@ def check_hf(cfg: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> dic
         ]:
             if (bias := f"{name.removesuffix('weight')}bias") not in checked and name != "lm_head.weight":
                 raise UserError(f"{where}: tensor {bias} is missing, though others have biases; copy the model again")
-    for name, tensor in checked.items():
+    refuse_unusable(where, checked)
+    return checked
+
+
+def refuse_unusable(where: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError naming the first tensor from a file that cannot be weights: no fractions, or not finite.
+
+    where: whose they are, in words.
+    """
+    for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise UserError(f"{where}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not the numbers of a "
                             "model; take the one whose weights are not quantized")  # fmt: skip
         if not is_finite(tensor):
             raise UserError(f"{where}: {name} has numbers that are not finite (nan or inf): it was damaged, or the "
                             "run that wrote it diverged; copy it again, or use an older checkpoint")  # fmt: skip
-    return checked
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -162,7 +162,7 @@ def check_architecture(name: str, kind: str | None) -> None:
     """Raise UserError, before gigabytes are fetched, for a model_type that the decoder does not have."""
     from miaobi.model.hf_config import ARCHITECTURES
 
-    if kind is not None and kind not in ARCHITECTURES:
+    if kind is not None and kind not in ARCHITECTURES and not kind.startswith("miaobi-"):  # ours that others refuse
         raise UserError(f"{name} is a {kind} model; miaobi runs {', '.join(ARCHITECTURES.values())}")
 
 

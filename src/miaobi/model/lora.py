@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from miaobi.config import LoraConfig, ModelConfig
 from miaobi.errors import UserError, brief, number_of
-from miaobi.files import write_json
+from miaobi.files import read_whole, write_json
 from miaobi.model.checkpoint import save_tensors
-from miaobi.model.families import qkv_widths
+from miaobi.model.families import qkv_widths, refuse_unusable
 from miaobi.model.transformer import Block, Transformer
 
 # Our linears -> the modules of Hugging Face that each one holds.
@@ -179,8 +179,9 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """
     config, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
     try:
-        peft = json.loads(config.read_text(encoding="utf-8"))
+        peft = json.loads(read_whole(config).decode())
         tensors = load_file(weights)
+        refuse_unusable(str(directory), tensors)
         for key, plain in PLAIN.items():
             if (value := peft.get(key, plain[0])) not in plain:
                 raise UserError(f"{config} has {key}={brief(value)}; only plain LoRA is read: merge the adapter with "

@@ -186,7 +186,7 @@ def model_info(model: ServedModel, for_chats: ServedModel) -> dict[str, Any]:
         "name": model.name, "parameters": lm.model.num_parameters(), "family": lm.model.cfg.family,
         "block_size": model.block, "vocab_size": lm.model.cfg.vocab_size, "step": int(step[1]) if step else None,
         "chat": for_chats.chat is not None, "control_tokens": sorted(model.names.control.values()),
-        "card": card.read_text(encoding="utf-8", errors="replace")[:100_000] if card and card.is_file() else None,
+        "card": runs.beginning(card) if card and card.is_file() else None,
         "sampling": {name: getattr(settings, name) for name in names},
     }  # fmt: skip
 

@@ -174,7 +174,7 @@ def throttles() -> int:
     total = 0
     for file in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count"):
         try:
-            total += int(file.read_text())
+            total += int(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return 0
     return total

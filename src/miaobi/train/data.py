@@ -19,7 +19,7 @@ from miaobi.corpus.prepared import PreparedData, is_prepared
 from miaobi.corpus.sources import find_sources
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, number_of
-from miaobi.files import pointed, read_record, sha256, write_json
+from miaobi.files import MOST_OF_A_LIST, pointed, read_record, sha256, write_json
 from miaobi.model.checkpoint import model_directory
 from miaobi.train.run_directory import TEXT
 
@@ -84,7 +84,7 @@ def prepare_settings(cfg: RunConfig, own: Path) -> PrepareConfig:
 def read_text(out: Path) -> Text | None:
     """What is known of the text of a run's own data; None where nothing is."""
     try:
-        return read_record(out / TEXT, Text)
+        return read_record(out / TEXT, Text, MOST_OF_A_LIST)
     except UserError:
         return None
 

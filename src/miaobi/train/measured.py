@@ -19,8 +19,10 @@ from typing import Any
 import torch
 
 from miaobi.cache import private_cache
-from miaobi.console import log
+from miaobi.console import log, warn
 from miaobi.device import peak_memory, reset_peak_memory
+from miaobi.model import cpu_attention
+from miaobi.model.transformer import head_dim
 from miaobi.train import compile_time
 from miaobi.train.compile_time import digest, machine, store
 from miaobi.train.layout import EAGER, Objective, compile_as, compiled_parts, use_compiled
@@ -50,6 +52,8 @@ class ExecutionMode:
     """Precision of the matrix products, torch's name."""
     explicit: bool = False
     """Attention as two products and a softmax, instead of by torch's fused kernel."""
+    tiled: bool = False
+    """Attention by our own kernel for CPUs (`model/cpu_attention.py`)."""
     compiled: str = ""
     """torch.compile over the `blocks` or the `whole` objective; empty = eager."""
     autotuned: bool = False
@@ -60,10 +64,14 @@ class ExecutionMode:
     """Of one sequence, forward and backward, when it was measured; 0 = it was not."""
     why: str = "not measured: the run is short"
 
+    @property
+    def attention(self) -> str:
+        """As `Transformer.use_attention` calls it."""
+        return "tiled" if self.tiled else "explicit" if self.explicit else "fused"
+
     def __str__(self) -> str:
-        attention = "explicit" if self.explicit else "fused"
         how = f"compiled ({self.compiled}{', max_autotune' if self.autotuned else ''})" if self.compiled else "eager"
-        return f"{self.dtype}, {attention} attention, {how}{f', {self.micro} at once' if self.micro else ''}"
+        return f"{self.dtype}, {self.attention} attention, {how}{f', {self.micro} at once' if self.micro else ''}"
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,11 @@ class Work:
 
     def set(self, mode: ExecutionMode) -> bool:
         """Compute in `mode` from now on. Where the compiler fails, as before: a line of warning, and False."""
-        self.objective.model.use_explicit_attention(mode.explicit)
+        if mode.tiled and not tiled_fits(self):
+            warn("this run's attention was computed by a kernel of ours, which needs a C++ compiler; it goes on with "
+                 "torch's, with other roundings")  # fmt: skip
+            mode = replace(mode, tiled=False)
+        self.objective.model.use_attention(mode.attention)
         known = replace(mode, seconds=0.0, why="")
         if not mode.compiled:
             use_compiled(self.objective, EAGER)
@@ -223,6 +235,8 @@ def choose_eager(work: Work, dtypes: list[str]) -> ExecutionMode:
     modes = [ExecutionMode(dtype) for dtype in dtypes]
     if explicit_fits(work):
         modes += [replace(mode, explicit=True) for mode in modes]
+    if "float32" in dtypes and tiled_fits(work):
+        modes.append(ExecutionMode("float32", tiled=True))
     best = compared(work, modes)
     more = larger(work, KEPT_SHARE * peak / max(1, peak - held))
     return compared(work, [best, replace(best, micro=more)], best.why) if more else best
@@ -237,6 +251,13 @@ def larger(work: Work, room: float) -> int:
         return 0
     pieces = math.ceil(work.rows / max(1, math.floor(work.micro * min(LARGER, 1 + room))))
     return math.ceil(work.rows / pieces) if pieces < math.ceil(work.rows / work.micro) else 0
+
+
+def tiled_fits(work: Work) -> bool:
+    """Whether our own kernel computes this attention: on a CPU, of undivided blocks, with nothing dropped."""
+    model, (_, _, _, mask) = work.objective.model, work.example(work.micro, False)
+    is_plain = work.device.type == "cpu" and mask is None and model.cfg.dropout == 0.0
+    return is_plain and cpu_attention.is_ready(head_dim(model.cfg))
 
 
 def explicit_fits(work: Work) -> bool:
@@ -256,17 +277,19 @@ def choose_compiled(work: Work, best: ExecutionMode, usual: str, why: str) -> Ex
     """
     run_seconds = work.steps * work.rows * best.seconds
     tried = why or f"a run of {duration(run_seconds)} pays for trying whether that is faster"
-    plain = replace(best, dtype=usual, compiled="blocks", seconds=0.0, why=tried)
+    tiled = best.tiled and usual == "float32"
+    plain = replace(best, dtype=usual, tiled=tiled, compiled="blocks", seconds=0.0, why=tried)
     whole = replace(plain, compiled="whole")
     spent = 0.0
-    for mode in (plain, whole, replace(whole, explicit=not plain.explicit), replace(whole, autotuned=True)):
+    other = replace(whole, explicit=not plain.explicit, tiled=False)
+    for mode in (plain, whole, other, replace(whole, autotuned=True)):
         spent += compiling_seconds(work, mode)
         if spent > WORTH * run_seconds and not (why and mode.compiled == "blocks"):
             break
         if mode.explicit and not plain.explicit and (work.device.type != "cpu" or not explicit_fits(work)):
             continue
         if mode.autotuned:
-            mode = replace(mode, explicit=best.explicit)
+            mode = replace(mode, explicit=best.explicit, tiled=best.tiled)
         if not work.set(mode):
             break
         # On a GPU eager attention over packed documents would fill the memory: its blocks are compiled to begin with.
@@ -308,14 +331,14 @@ def memory_file(key: str) -> Path:
 def checked(fields: dict[str, Any]) -> ExecutionMode:
     """Fields from a file as `ExecutionMode`. Raises ValueError or TypeError for any that it cannot be."""
     mode = ExecutionMode(**fields)
-    flags = isinstance(mode.explicit, bool) and isinstance(mode.autotuned, bool) and isinstance(mode.why, str)
+    flags = all(isinstance(flag, bool) for flag in (mode.explicit, mode.tiled, mode.autotuned))
     numbers = (
         type(mode.micro) is int
         and mode.micro >= 0
         and isinstance(mode.seconds, int | float)
         and 0 <= mode.seconds < math.inf
     )
-    if not flags or not numbers:
+    if not (flags and numbers and isinstance(mode.why, str)):
         raise TypeError(f"{mode} is not known")
     if mode.dtype not in ("float32", "bfloat16", "float16") or mode.compiled not in ("", "blocks", "whole"):
         raise ValueError(f"{mode} is not known")

@@ -23,9 +23,9 @@ from miaobi.train.mirror import Mirror
 # How a run is entered, where it lies and how its memory is used, not what it is.
 STEERING = {"init_from", "resume_from", "eval_only", "eval_first", "out_dir", "micro_batch_size", "parallel",
             "fsdp_shard_size", "activation_checkpointing", "comm_timeout", "mirror", "tensorboard_path",
-            "license"}  # fmt: skip
+            "trackers", "wandb_log", "wandb_project", "wandb_run_name", "license"}  # fmt: skip
 # What a run writes besides its checkpoints; `data` only where TEXT says that the run prepared it.
-OWN = ("metrics.jsonl", "samples.jsonl", "summary.json", "plan.json", "report.html", "wandb", "config.yaml")
+OWN = ("metrics.jsonl", "samples.jsonl", "summary.json", "plan.json", "report.html", "wandb", "swanlog", "config.yaml")
 TEXT = "text.json"
 """Which text a run prepared for itself: see train/data.py."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from miaobi.config import OptimConfig, RunConfig, TrainConfig
-from miaobi.console import log
+from miaobi.console import log, warn
 from miaobi.corpus.dataset import Batch
 from miaobi.errors import number_of
 from miaobi.model.transformer import Transformer
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 PARTS = 10
 """The steps are laid anew when a tenth of the rest is done."""
+COARSE = 0.2
+"""Share of the schedule in one step from which on it is no schedule any more, and that is said."""
 WRITING = 1.0
 """Seconds that a checkpoint is taken to need, before one was written."""
 ENDING = 2.0
@@ -82,6 +84,7 @@ class Deadline:
         self.begun = begun
         self.per_step: float | None = None
         self.evaluation: float | None = None  # with its checkpoint, in seconds
+        self.told = False
         step, total, _ = progress.laid[-1]
         self.next = max(progress.step, int(step)) + max(1, min(3, int(total - step) // PARTS))
 
@@ -119,6 +122,12 @@ class Deadline:
         steps = int(max(1.0, left / max(1e-9, per_step + evaluation / self.cfg.eval_interval)))
         total = self.world.gather(min(self.most, step + steps))[0]
         done = share_done(step, laid)
+        if (1.0 - done) / (total - step) > COARSE and total < self.most and not self.told:
+            warn(
+                f"max_minutes leaves time for {total - step} more step(s), with {1 - done:.0%} of the learning rate's "
+                "schedule before them, which is cut short: steps are slow now. More minutes, or a smaller model, help"
+            )
+            self.told = True
         if laid[-1][0] == step:
             laid.pop()
         laid.append([step, total, done])

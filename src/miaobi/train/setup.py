@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from miaobi.config import ModelConfig, OptimConfig, RunConfig
+from miaobi.console import log
 from miaobi.corpus.dataset import Batch
 from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.tokenizer import Tokenizer
@@ -254,6 +255,8 @@ def build_model(cfg: RunConfig, origin: Origin, start: Start, place: Place) -> T
         progress.bigrams = weights is not None
         return place(shape, weights)
     model, theirs = load_model(source, is_verified=source == checkpoint)
+    if model.quantized:
+        log(f"{source} has {model.quantized} weights; they are trained on in full precision, from what they stand for")
     added = added_tokens(start.tokenizer, theirs) if checkpoint is None else 0
     if added and lora:
         raise UserError(f"{added} control tokens of the chat template are new to {source}, and LoRA leaves the rows of "
