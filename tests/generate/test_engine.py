@@ -316,4 +316,4 @@ def test_a_foreign_model_that_names_no_end_it_has_ends_as_its_tokenizer_does(tmp
     assert lm.end_ids == (words.index("[SEP]"),)
     assert len(lm.generate("", num_samples=1, max_new_tokens=3)) == 1, "an empty prompt begins at an end that exists"
     said = capsys.readouterr().err
-    assert bool(named) == ("eos_token_id is" in said)
+    assert bool(named) == ("eos_token_id has" in said)

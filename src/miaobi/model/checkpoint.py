@@ -105,8 +105,9 @@ def end_ids(path: Path, vocab_size: int = 1 << 31) -> tuple[int, ...]:
         listed = named if isinstance(named, list) else [] if named is None else [named]
         ids = tuple(id_ for id_ in listed if is_id(id_, vocab_size))
         if len(ids) < len(listed):
+            others = [id_ for id_ in listed if not is_id(id_, vocab_size)] if isinstance(named, list) else named
             warn(
-                f"{path / file}: eos_token_id is {brief(named)}, not of the model's ids 0 to {vocab_size - 1}: not used"
+                f"{path / file}: eos_token_id has {brief(others)}, no id of the model's 0 to {vocab_size - 1}: not used"
             )
         if ids:
             return ids
