@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from miaobi.serve.errors import json_bytes
 
 T = TypeVar("T")
-PACE = 0.02  # seconds between writes: what comes sooner goes out together, which eyes do not see and the CPU does
+PACE = 0.04  # seconds between writes: what comes sooner goes out together, which eyes do not see and the CPU does
 STUCK = 60.0  # seconds after which a client that reads nothing is given up
 STILL_HERE = b": still here\n\n"
 

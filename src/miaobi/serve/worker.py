@@ -89,11 +89,12 @@ class Job:
         """
         over = False
         while not over:
-            if not self.over:
+            self.rung = False  # from here on what is put in rings: while the last pieces were sent, nobody had to wake
+            if not (self.pieces or self.over):
+                self.bell.clear()
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self.bell.wait(), QUIET)
-            self.bell.clear()
-            self.rung, over, found = False, self.over, []  # in this order: what is put in later rings again
+            over, found = self.over, []  # in this order: what comes in between is found the next time
             while self.pieces:
                 found.append(self.pieces.popleft())
             if found or not over:
