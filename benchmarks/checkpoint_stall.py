@@ -4,8 +4,9 @@
     python -m benchmarks.checkpoint_stall --data TEXT --n_layer 40 --n_head 8 --n_embd 512 --pairs 5     # 128.84M
 
 One run, whose AdamW has its moments, saves again and again as `miaobi train` does. It stands still until `Saver.save`
-returns; a checkpoint is there when the files are on the disk as well. Then the run is opened as the same command again
-opens it. All of it as it is, and with the code that computes and compares SHA-256 taken out.
+returns; a checkpoint is there when the files are on the disk as well. Then the same command is given again, in a new
+process, until it has read everything and would go on (the run counts as finished, so it ends there). All of it as it
+is, and with the code that computes and compares SHA-256 taken out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,12 +25,19 @@ from unittest import mock
 
 from benchmarks.common import machine, parse, ratio, report, take_turns
 from benchmarks.train_speed import OPTIM, open_data
+from miaobi.checksums import CHECKSUMS
 from miaobi.device import keep_allocations, pick_dtype
-from miaobi.files import CHECKSUMS
 from miaobi.settings import load_config
 from miaobi.train.loop import Run
 from miaobi.train.rendezvous import join, rank_device
 from miaobi.train.setup import set_up
+
+WITHOUT = """
+from unittest import mock
+mock.patch("miaobi.checksums.recorded", lambda *_: ({}, {})).start()
+from miaobi.cli import main
+main()
+"""
 
 
 @dataclass(frozen=True)
@@ -60,11 +70,13 @@ class Saving:
         keys = ("n_layer", "n_head", "n_embd", "block_size", "device")
         given = {key: getattr(args, key) for key in keys} | OPTIM
         given |= {"family": "gpt2", "data": work / "data", "out_dir": work / "run", "batch_size": 2, "compile": False}
-        cfg, origin = load_config(None, [(key, str(value)) for key, value in given.items()])
+        self.flags = [(key, str(value)) for key, value in given.items()]
+        cfg, origin = load_config(None, self.flags)
         world = join(cfg.train)
         device = rank_device(cfg.train.device, world)
         self.run = Run(set_up(cfg, origin, world, device, pick_dtype(cfg.train.dtype, device)))
-        self.args, self.cfg, self.origin, self.world = args, cfg, origin, world
+        self.run.progress.stopped, self.run.progress.planned = "patience", self.run.plan.total_steps
+        self.args = args
 
     def save(self, checksums: bool) -> dict[str, float]:
         """Train and save: milliseconds that the training stood still, and until the checkpoint was whole."""
@@ -83,13 +95,17 @@ class Saving:
         return {"stall": 1000 * stood_still, "save": 1000 * whole}
 
     def resume(self, checksums: bool) -> dict[str, float]:
-        """Milliseconds to open the run at its last checkpoint, whose files have just been written or read."""
-        with hashing(checksums):
-            started = time.perf_counter()
-            plan = set_up(self.cfg, self.origin, self.world, self.run.plan.device, self.run.plan.dtype)
-            seconds = time.perf_counter() - started
-        if plan.progress.step != self.run.progress.step:
-            raise SystemExit("the run was not resumed")
+        """Milliseconds from the command to the moment when the run would go on; the files have just been written."""
+        words = ["train", *(f"--{key}={value}" for key, value in self.flags)]
+        command = [sys.executable, *(("-m", "miaobi") if checksums else ("-c", WITHOUT)), *words]
+        started, seconds, said = time.perf_counter(), None, []
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            for line in process.stderr:
+                said.append(line)
+                if f"this run is finished (patience, step {self.run.progress.step})" in line:
+                    seconds = time.perf_counter() - started
+        if seconds is None or process.returncode:
+            raise SystemExit("the run was not resumed:\n" + "".join(said)[-3000:])
         return {"resume": 1000 * seconds}
 
 
@@ -98,8 +114,8 @@ def hashing(wanted: bool) -> Iterator[None]:
     """The code as it is, or without the checksums of checkpoints."""
     with contextlib.ExitStack() as stack:
         if not wanted:
-            for name in ("verify_manifest", "Checksums.add", "Checksums.write"):
-                stack.enter_context(mock.patch(f"miaobi.files.{name}"))
+            for name in ("add", "write"):
+                stack.enter_context(mock.patch(f"miaobi.checksums.Checksums.{name}"))
         yield
 
 

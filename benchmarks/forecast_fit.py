@@ -9,7 +9,7 @@ import csv
 import dataclasses
 import json
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from miaobi.plan.forecast import Basis, Law, Setting
 
 HERE = Path(miaobi.plan.__file__).parent
 NAMES = [field.name for field in dataclasses.fields(Law)]
-USUAL = Law(4.0, 0.8, 0.34, 1.6, 0.28, 15.4, 0.05, 1.0, 0.5, 0.3, 2.0)
+USUAL = Law(4.0, 0.8, 0.34, 1.6, 0.28, 15.4, 0.05, 1.0, 0.5, 0.3, 2.0, 0.5)
 """Where the fit begins and what it is drawn to, where the runs say little: the powers of Hoffmann et al., the worth of
 Muennighoff et al., and for the rest what the first runs looked like."""
 DRAWN = 0.02
 """Bits that a constant costs that is e times as large, or as small, as usual."""
-FOLDS, STARTS = 4, 3
+FOLDS, STARTS = 4, 2
 
 
 @dataclass(frozen=True)
@@ -65,24 +65,29 @@ def curve(row: dict[str, Any]) -> Curve:
     tokens = float(row["tokens"])
     passes = [float(p) for p in row["passes"].split()] or 1.0 + np.arange(len(bits))
     epochs = np.array(passes) * float(row["tokens_per_epoch"]) / tokens
-    setting = Setting(float(row["parameters"]), tokens, float(row["muon_weight_decay"]), float(row["dropout"]))
-    name = "-".join(row[key] for key in ("text", "size", "characters", "epochs", "recipe"))
+    setting = Setting(float(row["parameters"]), tokens, float(row["muon_weight_decay"]), float(row["dropout"]),
+                      row["average_weights"] == "True")  # fmt: skip
+    name = "-".join(row[key] for key in ("text", "size", "characters", "epochs", "recipe", "seed"))
     return Curve(name, setting, epochs, bits)
 
 
-def residuals(law: Law, one: Curve) -> np.ndarray:
-    """Forecast minus measured; each run weighs as one."""
-    return (law.bits(one.setting, one.epochs) - one.bits) / np.sqrt(len(one.bits))
+def joined(runs: list[Curve]) -> Curve:
+    """All points of several runs, each with its setting: one array for each field."""
+    points = [len(one.bits) for one in runs]
+    settings = zip(*(astuple(one.setting) for one in runs), strict=True)
+    setting = Setting(*(np.repeat(values, points) for values in settings))
+    return Curve("", setting, np.concatenate([one.epochs for one in runs]), np.concatenate([one.bits for one in runs]))
 
 
 def fitted(known: list[Curve]) -> Law:
     """The law that is nearest to the runs, in Huber's sense: one that went astray pulls less. From several starts."""
-    usual = np.array([getattr(USUAL, name) for name in NAMES])
+    usual, every = np.array([getattr(USUAL, name) for name in NAMES]), joined(known)
+    weights = np.concatenate([np.full(len(one.bits), len(one.bits) ** -0.5) for one in known])  # a run weighs as one
     draw, best = np.random.default_rng(0), None
 
     def off(logs: np.ndarray) -> np.ndarray:
         law = Law(*(usual * np.exp(logs)))
-        return np.concatenate([*(residuals(law, one) for one in known), DRAWN * logs])
+        return np.concatenate([weights * (law.bits(every.setting, every.epochs) - every.bits), DRAWN * logs])
 
     for number in range(STARTS):
         start = 0.3 * draw.standard_normal(len(usual)) * bool(number)
@@ -112,7 +117,7 @@ def main() -> None:
         held = {int(i) for i in order[fold::FOLDS]}
         law = fitted([one for i, one in enumerate(runs) if i not in held])
         for i in sorted(held):
-            error = float(np.sqrt(np.mean(np.square(residuals(law, runs[i]) * np.sqrt(len(runs[i].bits))))))
+            error = float(np.sqrt(np.mean(np.square(law.bits(runs[i].setting, runs[i].epochs) - runs[i].bits))))
             measured, told = minima(law, runs[i])
             errors.append(error)
             if len(runs[i].bits) < 4:  # of which only a few points are known

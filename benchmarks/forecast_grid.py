@@ -1,9 +1,9 @@
 """The runs that `miaobi plan` forecasts from: small models on little text, repeated, scored once per pass.
 
-    python -m benchmarks.forecast_grid --data TEXT --out DIR [--minutes 60]
+    python -m benchmarks.forecast_grid TEXT [TEXT...] --out DIR [--minutes 60]
 
-Cheap runs come first. Every run that is done is a row of DIR/grid.csv, and the same command again does the others.
-`src/miaobi/plan/grid.csv` is such a table; `python -m benchmarks.forecast_fit` turns it into the forecast's constants.
+Cheap runs come first. Every run that is done is a row of DIR/grid.csv, and the same command again goes on where it was
+ended. `src/miaobi/plan/grid.csv` is such a table; `python -m benchmarks.forecast_fit` turns it into the constants.
 """
 
 from __future__ import annotations
@@ -21,28 +21,33 @@ import torch
 
 from benchmarks.common import parse
 from miaobi.console import log
+from miaobi.kinds import Location, Positional
 from miaobi.settings import load_config
 from miaobi.train.loop import train
 
 SIZES = {"2x48": (2, 2, 48), "4x64": (4, 2, 64), "4x96": (4, 3, 96), "4x128": (4, 4, 128), "4x192": (4, 4, 192)}
 """n_layer, n_head, n_embd."""
+DEFAULT = {"weight_decay": 0.1, "muon_weight_decay": 0.0, "dropout": 0.0, "average_weights": True}
 RECIPES = {
-    "plain": {"weight_decay": 0.1, "muon_weight_decay": 0.0, "dropout": 0.0},
-    "dropout": {"weight_decay": 0.1, "muon_weight_decay": 0.0, "dropout": 0.3},
-    "decay": {"weight_decay": 0.5, "muon_weight_decay": 1.0, "dropout": 0.0},
-    "both": {"weight_decay": 0.5, "muon_weight_decay": 1.0, "dropout": 0.1},
-    "strong": {"weight_decay": 0.8, "muon_weight_decay": 2.0, "dropout": 0.1},
+    "plain": DEFAULT,
+    "unaveraged": DEFAULT | {"average_weights": False},
+    "dropout": DEFAULT | {"dropout": 0.3},
+    "decay": DEFAULT | {"weight_decay": 0.5, "muon_weight_decay": 1.0},
+    "both": DEFAULT | {"weight_decay": 0.5, "muon_weight_decay": 1.0, "dropout": 0.1},
 }
 VALIDATION = 40_000  # characters, the same for all
 BLOCK, BATCH = 64, 16
+EVALUATED = 6
+"""Batches of validation text that are scored, the same at every pass."""
 
 
 @dataclass(frozen=True)
 class Args:
     """Command line."""
 
-    data: Path
-    """A text in UTF-8. Its last 40,000 characters are for validation, its first ones for training."""
+    texts: Positional[tuple[Location, ...]]
+    """Texts in UTF-8. The last 40,000 characters are for validation, the first ones for training. Of the second text
+    and those after it fewer runs are made."""
     out: Path
     """Where the table and the runs' directories go; the latter are removed when a run is done."""
     minutes: float = 1e9
@@ -74,33 +79,28 @@ class Cell:
         return self.characters * self.epochs * (12 * layers * width**2 + 2000 * width + 1e5)
 
 
-def cells(text: str) -> list[Cell]:
-    """The grid, cheap ones first."""
-    grid = {
-        Cell(text, size, characters, epochs, recipe)
-        for size in ("2x48", "4x64", "4x96", "4x128")
-        for characters in (20_000, 40_000, 80_000, 160_000)
-        for epochs in (8,)
-        for recipe in ("plain", "decay")
-    }
-    grid |= {
-        Cell(text, size, characters, epochs, recipe)
-        for size in ("2x48", "4x96")
-        for characters, epochs in ((20_000, 16), (40_000, 16), (80_000, 4), (160_000, 4), (320_000, 2))
-        for recipe in ("plain", "both")
-    }
-    grid |= {
-        Cell(text, size, characters, 8, recipe)
-        for size in ("4x64", "4x128")
-        for characters in (30_000, 60_000)
-        for recipe in ("dropout", "both", "strong")
-    }
+def cells(texts: list[str]) -> list[Cell]:
+    """The grid, cheap ones first. One text, whole; of others a few, to see whether they turn at the same pass."""
+    text, *others = texts
+    grid = {Cell(text, size, 20_000, 8, "plain") for size in ("2x48", "4x64", "4x96", "4x128")}
+    grid |= {Cell(text, size, 40_000, 8, "plain") for size in ("2x48", "4x64", "4x96", "4x128")}
+    grid |= {Cell(text, size, 80_000, 4, "plain") for size in ("2x48", "4x96")}
+    grid |= {Cell(text, size, 80_000, 8, "plain") for size in ("2x48", "4x64", "4x96")}
+    grid |= {Cell(text, size, 160_000, 8, "plain") for size in ("2x48", "4x96")}
+    grid |= {Cell(text, "4x96", 320_000, 3, "plain"), Cell(text, "4x192", 40_000, 8, "plain")}
+    grid |= {Cell(text, "4x64", 20_000, 8, recipe) for recipe in ("dropout", "decay", "both")}
+    grid |= {Cell(text, size, characters, 8, recipe) for size, characters in (("4x64", 40_000), ("4x128", 20_000))
+             for recipe in ("dropout", "both")}  # fmt: skip
+    grid |= {Cell(text, "4x64", 20_000, 16, recipe, seed) for recipe in ("unaveraged", "plain", "both")
+             for seed in (1, 2)}  # fmt: skip
+    grid |= {Cell(other, size, characters, 8, "plain") for other in others for size in ("2x48", "4x96")
+             for characters in (20_000, 40_000)}  # fmt: skip
     return sorted(grid, key=lambda cell: (cell.cost(), cell.name))
 
 
 def run(cell: Cell, args: Args) -> dict[str, object]:
     """Train one cell; its row."""
-    whole = args.data.read_text(encoding="utf-8")
+    whole = next(Path(text) for text in args.texts if Path(text).stem == cell.text).read_text(encoding="utf-8")
     out = args.out / cell.name
     out.mkdir(parents=True, exist_ok=True)
     (out / "train.txt").write_text(whole[: cell.characters], encoding="utf-8")
@@ -110,7 +110,7 @@ def run(cell: Cell, args: Args) -> dict[str, object]:
     settings = {
         "data": out / "train.txt", "val": out / "val.txt", "out_dir": out / "run", "n_layer": layers, "n_head": heads,
         "n_embd": width, "block_size": BLOCK, "batch_size": BATCH, "max_iters": steps * cell.epochs,
-        "eval_interval": steps, "eval_iters": 16, "patience": 0, "sample_tokens": 0, "bigram_init": False,
+        "eval_interval": steps, "eval_iters": EVALUATED, "patience": 0, "sample_tokens": 0, "bigram_init": False,
         "compile": False, "device": "cpu", "log_interval": 10**6, "seed": cell.seed, **RECIPES[cell.recipe],
     }  # fmt: skip
     started = time.process_time()
@@ -125,7 +125,8 @@ def run(cell: Cell, args: Args) -> dict[str, object]:
     shutil.rmtree(out)
     return {
         **asdict(cell), **RECIPES[cell.recipe], "parameters": result["parameters"], "tokens": tokens,
-        "tokens_per_epoch": steps * BLOCK * BATCH, "seconds": round(time.process_time() - started), "passes": "",
+        "tokens_per_epoch": steps * BLOCK * BATCH, "seconds": round(time.process_time() - started),
+        "passes": "",
         "bits": " ".join(map(str, curve)), "train_nats": " ".join(map(str, fit)),
     }  # fmt: skip
 
@@ -141,7 +142,7 @@ def main() -> None:
         fields = [field.name for field in dataclasses.fields(Cell)]
         with table.open(encoding="utf-8") as file:
             done = {"-".join(row[name] for name in fields) for row in csv.DictReader(file)}
-    for cell in cells(args.data.stem):
+    for cell in cells([Path(text).stem for text in args.texts]):
         if cell.name in done or args.only not in cell.name or time.monotonic() > until:
             continue
         row = run(cell, args)

@@ -192,7 +192,7 @@ def runs(work: Path, data: Path) -> list[Format]:
         return learn(data)
 
     def read_metrics() -> None:
-        metrics = Metrics(bare, 2, None)
+        metrics = Metrics(bare, 2)
         metrics.log(3, train_loss=1.0)
         metrics.close()
         for file in bare.glob("events.*"):

@@ -36,11 +36,14 @@ KINDS = {  # what is killed -> its processes, its flags
     "one of 2 ranks, fsdp": (2, {"parallel": "fsdp"}),
     "prepare": (0, {}),
 }
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3")
+PATIENT = "keep_alive_max_attempt=400,join_timeout=3600,read_timeout=3600"
+"""torchrun takes itself for lost after 15 seconds without a turn on the processor; others may need it that long."""
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3",
+            f"--rdzv-conf={PATIENT}")  # fmt: skip
 SETTINGS = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 8, "dropout": 0.1,
             "eval_interval": 20, "save_interval": 10, "log_interval": 5, "eval_iters": 2, "sample_tokens": 0,
-            "device": "cpu", "dtype": "float32", "compile": False, "comm_timeout": 60}  # fmt: skip
-PATIENCE = 600  # seconds after which a run is taken to be stuck
+            "device": "cpu", "dtype": "float32", "compile": False, "comm_timeout": 1800}  # fmt: skip
+PATIENCE = 3600  # seconds after which a run is taken to be stuck: other programs may leave it little of the machine
 
 
 @dataclass(frozen=True)

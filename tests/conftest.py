@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; subprocesses inher
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,13 @@ import hypothesis
 import pytest
 import torch
 
-from miaobi import cli, console, native
+from miaobi import cache, cli, console, native
 from miaobi.corpus.config import PrepareConfig
 from miaobi.settings import load_config
 
 torch.set_num_threads(1)
+# Tests with caches of their own compile into the user's, as the compiled step does: once per machine and graph.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.private_cache() / "inductor"))
 hypothesis.settings.register_profile("miaobi", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)  # --hypothesis-profile=thorough
 hypothesis.settings.load_profile("miaobi")
@@ -29,6 +32,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bf16", choices=("auto", "yes", "no"), default="auto",
                      help="behave as on a CPU with bf16 units (yes) or without (no), whatever this one has; "
                           "auto: as this one, and tests marked bf16 run both ways")  # fmt: skip
+
+
+def in_memory() -> str | None:
+    """Where Linux keeps files in memory, if there is much room and programs may run there. Each of some hundred runs
+    waits for the disk otherwise, file by file.
+    """
+    place = "/dev/shm"
+    if not os.access(place, os.W_OK) or os.statvfs(place).f_flag & os.ST_NOEXEC:
+        return None
+    return place if shutil.disk_usage(place).free > 8 << 30 else None
+
+
+if (place := in_memory()) is not None:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", place)  # pytest's tmp_path
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -11,7 +11,7 @@ COMMIT = "d" * 40
 
 
 class LocalServer:
-    """HTTP on this machine: every GET and HEAD goes to `answer`."""
+    """HTTP on this machine: every request goes to `answer`."""
 
     def __init__(self) -> None:
         local = self
@@ -25,11 +25,11 @@ class LocalServer:
             def do_GET(self) -> None:
                 local.answer(self)
 
-            do_HEAD = do_GET  # noqa: N815
+            do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()  # close() waits so long
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def close(self) -> None:

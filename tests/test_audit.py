@@ -14,18 +14,21 @@ from pathlib import Path
 import pytest
 
 import miaobi
+from miaobi.cli import VERBS
 
 SOURCES = Path(miaobi.__file__).parent
 CODE = [Path(p).resolve() for p in (sys.prefix, sys.base_prefix, sysconfig.get_paths()["stdlib"], SOURCES, __file__)]
-CODE += [Path(__file__).with_name("audited.py").resolve(), Path(sysconfig.get_paths()["purelib"]).resolve()]
+CODE += [(Path(__file__).parent / name).resolve() for name in ("audited.py", "convert/originals.py")]
+CODE += [Path(sysconfig.get_paths()["purelib"]).resolve()]
 UNPICKLED = r"(numpy|collections|builtins|miaobi\.corpus|pathlib|concurrent|multiprocessing)\b.*"
 """Modules of what prepare's own workers send back."""
 PROCESSES = (
     r"subprocess\.Popen (\S+ -I \S+/miaobi/corpus/jinja_process\.py \S+|sh -c umask 077; .*|.*resource_tracker.*|"
     r"git -c core\.fsmonitor=false -c core\.hooksPath=/dev/null -C \S+ (rev-parse HEAD|status --porcelain "
-    r"--untracked-files=no)|fc-list .*)"
+    r"--untracked-files=no)|fc-list .*|nvidia-smi|uname -p)"
 )
-"""The commit of this code stands in cards and reports; matplotlib asks the system for its fonts.
+"""The commit of this code stands in cards and reports; matplotlib asks the system for its fonts,
+doctor for the card's driver and the processor.
 Templates are rendered in a process of their own; the compiler of what is written in C++; prepare's workers."""
 
 
@@ -33,7 +36,8 @@ Templates are rendered in a process of their own; the compiler of what is writte
 def report(tmp_path_factory) -> dict:
     """What the session in audited.py reports."""
     work = tmp_path_factory.mktemp("audited")
-    env = os.environ | {"TMPDIR": str(tmp_path_factory.mktemp("temporary")), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"TMPDIR": str(tmp_path_factory.mktemp("temporary")), "OMP_NUM_THREADS": "1",
+                        "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
     command = [sys.executable, Path(__file__).with_name("audited.py"), work]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -50,6 +54,13 @@ def test_every_verb_ends_well_or_with_the_users_mistake(report):
     ]
     assert "Traceback" not in report["said"]
     assert len(report["ended"]) > 25
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_verb_is_left_out(report, verb):
+    """A new one belongs into audited.py, on clean files and on hostile ones."""
+    for how in ("clean", "hostile"):
+        assert any(name.startswith(f"{how}: {verb}") for name in report["ended"]), how
 
 
 def test_nothing_of_a_file_is_executed(report):
@@ -80,7 +91,7 @@ def test_no_other_process_and_no_connection(report):
 
 def test_nothing_is_written_elsewhere(report):
     caches = (Path.home() / ".cache", os.environ.get("MIAOBI_CACHE_DIR") or Path.home() / ".cache")
-    places = [report["work"], report["temporary"], "/dev", "/proc/self", *map(str, caches)]
+    places = [report["work"], report["temporary"], "/dev/null", "/proc/self", *map(str, caches)]
     for path in report["seen"]["written"]:
         assert any(Path(path).is_relative_to(place) for place in places), path
     assert not Path(tempfile.gettempdir(), "executed").exists()

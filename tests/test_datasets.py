@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -75,6 +76,24 @@ def test_a_file_that_changed_in_between_begins_anew(server, tmp_path):
     server.cut, server.files["/file"] = [], BYTES[::-1]
     get(tmp_path)
     assert (tmp_path / "data" / "file.txt").read_bytes() == BYTES[::-1]
+
+
+@pytest.mark.parametrize("left", ["file.txt.part", "file.txt.part.etag"])
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_lies_in_the_place_of_a_part_is_neither_written_through_nor_waited_for(server, tmp_path, left, kind):
+    mine, place = tmp_path / "mine.txt", tmp_path / "data" / left
+    mine.write_text("mine")
+    place.parent.mkdir()
+    place.symlink_to(mine) if kind == "link" else os.mkfifo(place)
+    get(tmp_path)
+    assert (tmp_path / "data" / "file.txt").read_bytes() == BYTES
+    assert mine.read_text() == "mine"
+
+
+def test_a_server_that_sends_more_than_there_is_is_not_heard_to_its_end(server, tmp_path):
+    with pytest.raises(download.AlteredError):
+        download.fetch(f"{server.url}/file", tmp_path / "file.txt", "file", size=1000)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_part_that_is_whole_already_is_not_fetched_again(server, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,26 @@ def test_signs_of_life_are_given_while_the_work_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("verb", ["prepare", "classify train", "classify ablate", "demo"])
+def test_a_second_writer_of_any_kind_is_refused_and_changes_nothing(miaobi, prepared, trained, tmp_path, verb):
+    out, reviews = tmp_path / "out", tmp_path / "reviews.csv"
+    reviews.write_text("label,review\n" + "".join(f"{i % 2},皇马{i}\n" for i in range(40)), encoding="utf-8")
+    words = {
+        "prepare": ["prepare", reviews, "--field=review", f"--out={out}", "--workers=1"],
+        "demo": ["demo", "--quick", f"--out_dir={out}"],
+    }.get(verb, [*verb.split(), f"--data={reviews}", f"--base_model={trained()}", f"--out_dir={out}", "--device=cpu"])
+    if verb == "demo":  # its texts are there already
+        shutil.copytree(prepared(), out / "data")
+        shutil.copytree(prepared(), out / "chat" / "data")
+    out.mkdir(exist_ok=True)
+    with locked(out, file=out.with_name(".out.lock") if verb == "prepare" else None):
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        answer = miaobi(*words)
+        assert answer.code == 2
+        assert f"is being written by process {os.getpid()}" in answer.err
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_a_second_train_in_one_out_dir_exits_with_2_and_changes_nothing(miaobi, prepared, tmp_path):
     run = tmp_path / "run"
     flags = tiny(data=prepared(), out_dir=run, max_iters=100_000, eval_interval=100)

@@ -3,21 +3,21 @@
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from tests.flaky import LocalServer
 
 from miaobi.files import pointed
 
 NAME = "me/my-gpt"
 
 
-class Receiver:
+class Receiver(LocalServer):
     """Hugging Face's API, as far as an upload asks it: what arrived lies in `files`."""
 
     def __init__(self) -> None:
@@ -26,27 +26,7 @@ class Receiver:
         self.created: list[dict] = []
         self.tokens: set[str] = set()
         self.status = 200
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-            def do_POST(self) -> None:
-                receiver.answer(self)
-
-            do_PUT = do_GET = do_POST  # noqa: N815
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__()
 
     def body(self, request: BaseHTTPRequestHandler) -> bytes:
         if request.headers.get("Transfer-Encoding") == "chunked":

@@ -11,7 +11,6 @@ import os
 import shutil
 import stat
 import sys
-import tempfile
 from pathlib import Path
 
 from miaobi.console import warn
@@ -84,6 +83,8 @@ def private_cache() -> Path:
         folder = wished_cache()
         return private_directory(folder)
     except (NotPrivateError, RuntimeError, KeyError) as e:  # no home, or a user that the system does not know
+        import tempfile  # with random and more, which is seldom needed
+
         fresh = tempfile.mkdtemp(prefix="miaobi-")
         atexit.register(_remove, fresh, os.getpid())
         os.environ[OURS] = fresh
@@ -113,6 +114,8 @@ def keep_compiled_code_private() -> None:
     By default both are in the temporary directory under a name that anybody can take first, and what lies there is
     unpickled and executed. A TORCHINDUCTOR_CACHE_DIR or TRITON_CACHE_DIR of the user's own is checked as well.
     """
+    import tempfile
+
     shared = os.path.join(tempfile.gettempdir(), "torchinductor_")  # which torch may have set by itself
     for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
         ours = private_cache() / name

@@ -27,7 +27,8 @@ class Verb:
     load: str = ""
     """function(CONFIG, flags) -> settings and their origin, for verbs that take a CONFIG.yaml."""
     also: tuple[str, ...] = ()
-    """What else the function takes: origin (where each setting came from), as_json (it prints as it goes, or not)."""
+    """What else the function takes: origin (where each setting came from), as_json (it prints as it goes, or not),
+    started (time.perf_counter() of the command's beginning)."""
 
 
 VERBS = {
@@ -38,7 +39,7 @@ VERBS = {
     "plan": Verb("a run before it begins: size, passes over the text, memory, time, cost", "plan.config:PlanConfig",
                  "plan.plan:plan", "planned", "TRAIN", "plan.config:load_config", ("origin",)),
     "train": Verb("train a model, or continue the run: the same command again", "config:RunConfig",
-                  "training:train", "trained", "TRAIN", "settings:load_config", ("origin",)),
+                  "training:train", "trained", "TRAIN", "settings:load_config", ("origin", "started")),
     "sample": Verb("continue a prompt", "generate.config:SampleRequest", "generate.sample:sample", "samples", "SAMPLE",
                    also=("as_json",)),
     "chat": Verb("talk with a model that learned from dialogues", "generate.config:ChatRequest",
@@ -65,13 +66,15 @@ VERBS = {
                               "convert.small_gpt:convert_checkpoint", "converted"),
     "convert nanogpt": Verb("a ckpt.pt of nanoGPT, with its meta.pkl or GPT-2's tokenizer",
                             "convert.config:NanoGPTConfig", "convert.nanogpt:convert_checkpoint", "converted"),
+    "convert quantize": Verb("a MODEL with weights of 8 or 4 bits, for miaobi's own engine",
+                             "convert.config:QuantizeConfig", "convert.quantize:convert", "quantized", "MODEL"),
     "convert gguf": Verb("a MODEL as one file for llama.cpp, Ollama and LM Studio", "convert.config:GGUFConfig",
                          "convert.gguf:convert", "gguf", "MODEL"),
 }  # fmt: skip
 GROUPS = {
     "classify": "labels out of a model: sentiment, or any others",
     "data": "public texts by name, with their licenses",
-    "convert": "checkpoints of other projects -> model directories, and those -> GGUF",
+    "convert": "checkpoints of other projects -> model directories, and those -> GGUF or fewer bits",
 }
 """Verbs of several kinds."""
 ASKING = ("--help", "-h", "help")
@@ -80,12 +83,12 @@ SIGNALLED = {"interrupted": 130, "terminated": 143}
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 a bug, or what `doctor` misses, 2 the user's mistake, 130 and 143 signals."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    started, args = time.perf_counter(), list(sys.argv[1:] if argv is None else argv)
     if debug := "--debug" in args:
         args.remove("--debug")
     mend_streams()
     try:
-        code = run(args)
+        code = run(args, started)
         sys.stdout.flush()
         if code:
             sys.exit(code)
@@ -105,8 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def run(args: list[str]) -> int:
-    """Read, run and show one command line; its exit code."""
+def run(args: list[str], started: float) -> int:
+    """Read, run and show one command line, which began at `started` by time.perf_counter; its exit code."""
     from miaobi import __version__, show
 
     first, second = [*args, "--help", "--help"][:2]
@@ -116,8 +119,11 @@ def run(args: list[str]) -> int:
     if first in ASKING or (first in GROUPS and second in ASKING):
         show.overview({name: verb.what for name, verb in VERBS.items()}, GROUPS, "" if first in ASKING else first)
         return 0
-    from miaobi import command_line, seeds, settings
+    from miaobi import command_line, completion, seeds, settings
 
+    if first == "--completion" or first.startswith("--complete="):
+        print(completion.answer(args, VERBS, imported), end="")
+        return 0
     name = f"{first} {second}" if first in GROUPS else first
     if (verb := VERBS.get(name)) is None:
         raise command_line.unknown_verb(name, list(VERBS))
@@ -130,7 +136,7 @@ def run(args: list[str]) -> int:
         cfg, origin = imported(verb.load)(command_line.take_config(line.words), line.given)
     else:
         cfg, origin = settings.load(kind, names, f"miaobi {name}", command_line.place_words(kind, names, line))
-    context = {"origin": origin, "as_json": line.as_json}
+    context = {"origin": origin, "as_json": line.as_json, "started": started}
     result = imported(verb.run)(cfg, **{key: context[key] for key in verb.also})
     how = "as_json" if line.as_json else verb.show
     if how and result is not None and os.environ.get("RANK", "0") == "0":  # of several processes the first one tells it

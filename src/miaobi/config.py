@@ -258,8 +258,9 @@ class TrainConfig(Where):
     """Average the weights along the run; both are scored at every evaluation, and the better of the two is the
     checkpoint's model. Training stays the same. auto = from scratch, where the text is read twice or more."""
     max_minutes: float | None = None
-    """End within this many minutes, the last evaluation included, with the schedule of the learning rate finished: as
-    many steps as the speed allows; with max_iters as well, what comes first."""
+    """End within this many minutes of the command's start, text prepared and last evaluation included, with the
+    schedule of the learning rate finished: as many steps as the speed allows; with max_iters as well, what comes
+    first. Of a run that is cut and continued, the time between does not count."""
     eval_interval: int = 250
     """Steps between evaluations, checkpoints and printed samples."""
     eval_iters: int = 20
@@ -300,12 +301,14 @@ class TrainConfig(Where):
     """License of the model, for its card, by the hub's id: apache-2.0, mit, cc-by-4.0, ..."""
     tensorboard_path: Location | None = None
     """Directory that gets the TensorBoard events as well; out_dir has them in any case."""
+    trackers: tuple[Literal["wandb", "swanlab", "trackio"], ...] = ()
+    """Log to Weights & Biases, SwanLab or trackio as well (pip install 'miaobi[track]')."""
     wandb_log: bool = False
-    """Log to Weights & Biases as well (pip install 'miaobi[track]')."""
+    """nanoGPT's way to say --trackers=wandb."""
     wandb_project: str = "miaobi"
-    """Project name there."""
+    """Project name there, at any of them."""
     wandb_run_name: str | None = None
-    """Run name there."""
+    """Run name there, at any of them; default the name of out_dir and the run's id."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation_steps", "micro_batch_size", "max_iters", "max_epochs"):

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn
 
-_STEERING = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]|\r(?!\n)")
-"""Control characters (C0 but tab and newline, DEL, C1) and what turns the direction of writing."""
+_STEERING = re.compile(
+    "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]|\r(?!\n)"
+)
+"""Control characters (C0 but tab and newline, DEL, C1), what turns the direction of writing, and halves of characters,
+which names of files that are not UTF-8 have.
+"""
 
 
 def shown(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from miaobi import download
 from miaobi.console import log
 from miaobi.corpus.folders import COMPRESSION, FORMAT_BY_NAME, TEXT_SUFFIXES
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 from miaobi.files import read_record, sha256, write_json
 from miaobi.kinds import Location, Positional
 from miaobi.model.hub import HUB_NAME, MODELSCOPE, TIMEOUT, next_step, reason
@@ -214,7 +214,7 @@ def from_hugging_face(cfg: GetConfig) -> dict[str, Any]:
         raise UserError(f"{name} has no data files{f' of a split {split}' if split else ''} that `miaobi prepare` "
                         f"reads; of those that it reads there are: {there}")  # fmt: skip
     license = str((info.card_data or {}).get("license") or "none stated")
-    log(f"{name}: {len(chosen)} files\nlicense: {license}; from {site}/datasets/{name}")
+    log(f"{name}: {number_of(len(chosen), 'file')}\nlicense: {license}; from {site}/datasets/{name}")
     place = Path(cfg.out) / name.replace("/", "--")
     known = read_known(place)
     paths = []

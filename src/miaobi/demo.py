@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from miaobi.console import log
 from miaobi.corpus.config import PrepareConfig
 from miaobi.errors import UserError
+from miaobi.files import text_written_whole, write_text
 from miaobi.generate.config import ChatConfig, SampleConfig
 from miaobi.kinds import Location
 from miaobi.settings import load_config, shipped_config
@@ -121,10 +122,10 @@ def prepare_texts(out: Path, quick: bool) -> None:
         return
     articles, dialogues = peoples_daily()[: 300 if quick else None], chatterbot()
     out.mkdir(parents=True, exist_ok=True)
-    (out / ARTICLES).write_text("\n\n".join(articles) + "\n", encoding="utf-8")
-    (out / DIALOGUES).write_text("\n\n".join(map("\n".join, dialogues)) + "\n", encoding="utf-8")
-    with (out / REVIEWS).open("w", encoding="utf-8", newline="") as f:
-        csv.writer(f).writerows([("label", "text"), *reviews(200 if quick else REVIEWS_EACH)])
+    write_text(out / ARTICLES, "\n\n".join(articles) + "\n")
+    write_text(out / DIALOGUES, "\n\n".join(map("\n".join, dialogues)) + "\n")
+    with text_written_whole(out / REVIEWS) as file:
+        csv.writer(file, lineterminator="\n").writerows([("label", "text"), *reviews(200 if quick else REVIEWS_EACH)])
     log(f"1. text: {len(articles):,} articles of the People's Daily, January 1998, in {out / ARTICLES}, "
         f"and {len(dialogues)} dialogues in {out / DIALOGUES}")  # fmt: skip
     figures = prepare([str(out / ARTICLES)], PrepareConfig(out=out / "data", tokenizer="bpe", vocab_size=VOCAB_SIZE))

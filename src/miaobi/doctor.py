@@ -211,7 +211,7 @@ def space() -> Iterator[Check]:
 def available_memory() -> int | None:
     """Bytes that programs may still take; None where the system does not say."""
     try:
-        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="utf-8"))[1])
     except (OSError, TypeError):
         return None
 
@@ -224,9 +224,10 @@ def others() -> Iterator[Check]:
         return
     before, own, began = cpu_seconds(), own_seconds(), time.monotonic()
     time.sleep(LOOK)
-    taken = (cpu_seconds() - before - (own_seconds() - own)) / (time.monotonic() - began)
+    spent = cpu_seconds() - before - (own_seconds() - own)
+    taken = min(max(0.0, spent / (time.monotonic() - began)), usable_cores())
     busy = taken > TAKEN
-    yield Check("other programs", "note" if busy else "ok", f"take {max(0.0, taken):.1f} of {usable_cores()} cores",
+    yield Check("other programs", "note" if busy else "ok", f"take {taken:.1f} of {usable_cores()} cores",
                 "end them for full speed: `top` names them" if busy else "")  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from miaobi.console import console, progress
 from miaobi.files import sha256 as sha256_of
+from miaobi.files import small_text
 
 TRIES = 5
 """In a row that bring nothing; after one that brought something they count anew."""
@@ -49,13 +50,16 @@ def fetch(
     Raises AlteredError; AnswerError; what `broken` lists after TRIES; OSError.
     """
     part, idle = target.with_name(f"{target.name}.part"), 0
+    for left in (part, tag_of(part)):
+        if left.is_symlink() or (left.exists() and not left.is_file()):
+            left.unlink()  # a link is not written through, a pipe not waited for
     if size == 0:
         part.touch()
     with bar(name, size) as came:
         while length(part) != size:
             before = length(part)
             try:
-                if receive(url, part, headers or {}, came):
+                if receive(url, part, headers or {}, came, size):
                     break
                 raise broken()[0](f"the connection broke after {length(part):,} bytes")
             except broken():
@@ -71,8 +75,11 @@ def fetch(
     part.replace(target)
 
 
-def receive(url: str, part: Path, headers: dict[str, str], came: Any) -> bool:
-    """One try, from where `part` ends; whether all came. A file that changed on the server since begins anew."""
+def receive(url: str, part: Path, headers: dict[str, str], came: Any, size: int | None) -> bool:
+    """One try, from where `part` ends; whether all came. A file that changed on the server since begins anew.
+
+    A server that sends more than `size` is not heard to its end.
+    """
     from huggingface_hub import get_session
 
     start, tag = length(part), tag_of(part)
@@ -80,7 +87,7 @@ def receive(url: str, part: Path, headers: dict[str, str], came: Any) -> bool:
     if start:
         asked["Range"] = f"bytes={start}-"
         if tag.is_file():
-            asked["If-Range"] = tag.read_text(encoding="utf-8")
+            asked["If-Range"] = small_text(tag)
     with get_session().stream("GET", url, headers=asked, timeout=TIMEOUT) as answer:
         if start and answer.status_code == 416:  # nothing is left, or the file is shorter now
             whole = answer.headers.get("Content-Range", "").rpartition("/")[2] == str(start)
@@ -100,6 +107,8 @@ def receive(url: str, part: Path, headers: dict[str, str], came: Any) -> bool:
             for piece in answer.iter_raw():
                 file.write(piece)
                 came(file.tell(), None)
+                if size is not None and file.tell() > size:
+                    return True
         return told is None or length(part) == first + int(told)
 
 

@@ -71,3 +71,13 @@ def names_listed(names: Iterable[Any], most: int = 20) -> str:
     some = [name if len(name) <= BRIEF else f"{name[: BRIEF - 3]}..." for name in map(str, names[:most])]
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return f"{', '.join(some)}{more}" or "none"
+
+
+def number_of(n: int, one: str) -> str:
+    """A number with its noun, which it agrees with: `1 document`, `2,000 documents`, `3 matrices`."""
+    if n == 1:
+        return f"1 {one}"
+    many = (
+        f"{one[:-2]}ices" if one.endswith("ix") else f"{one}es" if one.endswith(("s", "x", "ch", "sh")) else f"{one}s"
+    )
+    return f"{n:,} {many}"

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from uuid import uuid4
 
 from miaobi.console import log
 from miaobi.errors import UserError
@@ -43,13 +42,13 @@ def this_process() -> Holder:
     """The holder that this process would be."""
     command = " ".join(sys.argv)[:1000]
     return Holder(os.getpid(), socket.gethostname(), machine(), time.strftime("%Y-%m-%d %H:%M:%S"), command,
-                  uuid4().hex)  # fmt: skip
+                  os.urandom(16).hex())  # fmt: skip
 
 
 def machine() -> str:
     """What tells running systems apart: Linux' boot id, elsewhere the host's name."""
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return socket.gethostname()
 
 

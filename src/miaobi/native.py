@@ -37,7 +37,7 @@ def build(source: Path) -> Path | None:
     program = compiler()
     if program is None:
         return None
-    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line for line in info if line.startswith(("flags", "Features"))), os.uname().machine)
     version = Path(program).stat()  # a repaired compiler is another one
     code = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
@@ -71,6 +71,14 @@ def library(source: Path) -> ctypes.CDLL | None:
     """The compiled `source`; None while or where there is none."""
     made = build(source)
     return opened(made) if made is not None and made.exists() else None
+
+
+def awaited(source: Path, seconds: float = 30.0) -> ctypes.CDLL | None:
+    """`library`, for which the compiler is waited for, but no longer than `seconds`."""
+    made, until = build(source), time.monotonic() + seconds
+    while made is not None and time.monotonic() < until and not (made.exists() or made.with_suffix(".failed").exists()):
+        time.sleep(0.1)
+    return library(source)
 
 
 @cache

@@ -286,7 +286,17 @@ def load_config(path: Path | None, given: list[tuple[str, Any]]) -> tuple[RunCon
         for key, value in {"format": "dialogue", "split": "tail"}.items():
             if key not in values:
                 values[key], origin[key] = value, "small-gpt's way, because data_path is given"
+    refuse_bytes(values)
     return with_values(RunConfig(), values), origin
+
+
+def refuse_bytes(values: dict[str, Any]) -> None:
+    """Raise UserError for a name that is not UTF-8: config.yaml could not keep it, nor TensorBoard write there."""
+    for key, value in values.items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as e:
+            raise UserError(f"{key} is {str(value)!a:.200}: a name that is not UTF-8; rename it") from e
 
 
 # --- YAML --------------------------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from miaobi.console import json_text
+from miaobi.errors import number_of
 
 if TYPE_CHECKING:
     from miaobi.seeds import Names
@@ -19,22 +21,17 @@ def as_json(result: dict[str, Any], cfg: Any) -> None:
     print(json_text(result))
 
 
-def count(n: int, one: str) -> str:
-    """`1 document`, `2,000 documents`."""
-    return f"{n:,} {one}{'' if n == 1 else 's'}"
-
-
 def prepared(result: dict[str, Any], cfg: Any) -> None:
     """`miaobi prepare`."""
     out = result["out"]
-    print(f"{out}: {count(result['documents'], 'document')}, {count(result['characters'], 'character')} "
+    print(f"{out}: {number_of(result['documents'], 'document')}, {number_of(result['characters'], 'character')} "
           f"({result['distinct_characters']:,} distinct), vocabulary {result['vocab_size']:,}")  # fmt: skip
-    print(f"train {count(result['train_tokens'], 'token')}, validation {count(result['val_tokens'], 'token')}, "
-          f"{count(result['duplicates_removed'], 'duplicate')} removed, {result['seconds']:.1f} s")  # fmt: skip
+    print(f"train {number_of(result['train_tokens'], 'token')}, validation {number_of(result['val_tokens'], 'token')}, "
+          f"{number_of(result['duplicates_removed'], 'duplicate')} removed, {result['seconds']:.1f} s")  # fmt: skip
     if names := result["skipped_in"]:
         more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
         print(f"skipped {result['skipped']:,} bad files, records or bytes in {', '.join(names[:5])}{more}")
-    print(f"next: miaobi train configs/{next_config(cfg)}.yaml --data={out} --out_dir=my_run")
+    print(f"next: miaobi train configs/{next_config(cfg)}.yaml --data={shlex.quote(out)} --out_dir=my_run")
 
 
 def next_config(cfg: Any) -> str:
@@ -60,14 +57,18 @@ def planned(result: dict[str, Any], cfg: Any) -> None:
     parts = ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in result["parameters"].items() if name != "total")
     print(f"model: {result['parameters']['total'] / 1e6:.2f}M parameters ({model['family']}: {parts})")
     print(
-        f"text: {count(text['train_tokens'], 'training token')} of {count(text['characters'], 'character')}, "
+        f"text: {number_of(text['train_tokens'], 'training token')} of {number_of(text['characters'], 'character')}, "
         f"vocabulary {text['vocab_size']:,}: {run['distinct_tokens_per_parameter']:.2f} tokens per parameter"
     )
-    print(f"run: {count(run['steps'], 'step')} of {run['batch_size']} x {model['block_size']} tokens, "
+    print(f"run: {number_of(run['steps'], 'step')} of {run['batch_size']} x {model['block_size']} tokens, "
           f"{run['epochs']:.1f} passes over the text")  # fmt: skip
     names = ("weights", "gradients", "optimizer", "activations", "working")
     told = ", ".join(f"{name} {size_in_words(memory[name])}" for name in names)
     told += f", averaged weights {size_in_words(memory['average'])}" if memory["average"] else ""
+    if memory["process"]:
+        told += (
+            f", fragments {size_in_words(memory['fragments'])}, Python and libraries {size_in_words(memory['process'])}"
+        )
     print(
         f"memory: {size_in_words(memory['run'])} at micro-batches of {memory['micro_batch']} ({told}; "
         f"a checkpoint being written {size_in_words(memory['checkpoint'])}, "
@@ -152,7 +153,7 @@ def scores(result: dict[str, Any], cfg: Any) -> None:
     """`miaobi eval`."""
     print(f"loss {result['loss']:.4f} nats/token   perplexity {result['perplexity']:.2f}   "
           f"{result['bits_per_char']:.4f} bits/char   {result['bits_per_byte']:.4f} bits/byte")  # fmt: skip
-    print(f"{count(result['characters'], 'character')} in {count(result['tokens'], 'token')}, "
+    print(f"{number_of(result['characters'], 'character')} in {number_of(result['tokens'], 'token')}, "
           f"{result['seconds']:.1f} s")  # fmt: skip
 
 
@@ -198,7 +199,7 @@ def classifier(result: dict[str, Any], cfg: Any) -> None:
     for error in best["worst_errors"][:3]:
         text = " ".join(error["text"].split())
         print(f"  {error['label']} taken for {error['predicted']} ({error['probability']:.0%}): {text[:60]}")
-    print(f"next: miaobi classify predict {result['run']} 房间很干净，下次还来")
+    print(f"next: miaobi classify predict {shlex.quote(str(result['run']))} 房间很干净，下次还来")
 
 
 def percent(figure: tuple[float, float], count: int) -> str:
@@ -217,7 +218,7 @@ def duration(seconds: float) -> str:
 def converted(result: dict[str, Any], cfg: Any) -> None:
     """`miaobi convert`: a model directory."""
     print(f"{result['out']}: {result['parameters'] / 1e6:.1f}M parameters, vocabulary {result['vocab_size']:,}"
-          + (f", {count(result['spare_rows'], 'row')} of it spare" if result["spare_rows"] else "")
+          + (f", {number_of(result['spare_rows'], 'row')} of it spare" if result["spare_rows"] else "")
           + (f", {result['loss']:.2f} nats/token on the corpus" if "loss" in result else ""))  # fmt: skip
     print(f"next: miaobi {trying(result['out'], Path(result['out']))}")
 
@@ -228,10 +229,17 @@ def gguf(result: dict[str, Any], cfg: Any) -> None:
           f"{result['quantize']}, tokenizer {result['tokenizer']}")  # fmt: skip
 
 
+def quantized(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi convert quantize`: a model directory."""
+    before, now = result["bytes_before"], result["bytes"]
+    print(f"{result['out']}: {now / 1e6:,.1f} MB of {result['dtype']}, {before / now:.1f} times smaller than before")
+    print(f"next: miaobi {trying(result['out'], Path(result['out']))}")
+
+
 def trying(name: str, *directories: Path) -> str:
     """The command that tries a model: a chat where one of its directories has a template for that."""
     talks = any((directory / "chat_template.jinja").is_file() for directory in directories)
-    return f"{'chat' if talks else 'sample'} {name}{'' if talks else ' --start=中国'}"
+    return f"{'chat' if talks else 'sample'} {shlex.quote(name)}{'' if talks else ' --start=中国'}"
 
 
 # --- help --------------------------------------------------------------------------------------------------------
@@ -247,6 +255,7 @@ def overview(verbs: dict[str, str], groups: dict[str, str], group: str) -> None:
         what = {name.split()[0]: groups.get(name.split()[0], line) for name, line in verbs.items()}
         usage, title = "miaobi VERB ...", "miniature Chinese GPTs, from raw text to a model that continues it"
         end = ("miaobi VERB --help explains every option; --json prints one JSON object; --debug shows tracebacks\n"
+               "miaobi --completion bash (or zsh, fish, powershell) lets the shell complete all of this\n"
                "start here: miaobi demo")  # fmt: skip
     listed = "\n".join(f"  {name:<10} {line}" for name, line in what.items())
     print(f"usage: {usage}\n\n{title}\n\n{listed}\n\n{end}")

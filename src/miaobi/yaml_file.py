@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miaobi.errors import UserError
+from miaobi.files import read_whole
 
 if TYPE_CHECKING:
     from ruamel.yaml.comments import CommentedMap
     from ruamel.yaml.nodes import MappingNode, Node
 
 
+LARGEST = 128 << 10
+"""Bytes of a YAML file that are read: the library takes seconds for more, and a run's has a few thousand."""
 CORE = "tag:yaml.org,2002:"
 """Begins the names of YAML's own types."""
 
@@ -52,7 +55,7 @@ def read_mapping(path: Path) -> Mapping:
     from ruamel.yaml.reader import ReaderError
 
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_whole(path, LARGEST).decode("utf-8-sig")
         with warnings.catch_warnings():  # an anchor may be used twice
             warnings.simplefilter("ignore")
             node = YAML(typ="rt").compose(text)
@@ -143,5 +146,5 @@ def remarks(path: Path) -> dict[str, str]:
             if behind is not None and not isinstance(behind, list):
                 found.setdefault(str(key.value), str(behind.value).split("\n")[0].lstrip("# ").strip())
 
-    look(YAML(typ="rt").compose(path.read_text(encoding="utf-8-sig")), 2)
+    look(YAML(typ="rt").compose(read_whole(path, LARGEST).decode("utf-8-sig")), 2)
     return found

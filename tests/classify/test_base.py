@@ -53,6 +53,7 @@ FRAMES = {"<s> $A": ["</s>"], "<s> $A </s>": [], "[CLS] $A [SEP]": [], "BERT": [
 """Frame -> what stands behind a text as well: the token that ended texts in pretraining, where the frame has none."""
 
 
+@pytest.mark.bf16
 @pytest.mark.parametrize("frame", FRAMES)
 def test_texts_stand_in_the_frame_of_the_models_own_tokenizer(miaobi, tmp_path, frame):
     """In training, in prediction, and where transformers reads the classifier."""
@@ -60,7 +61,7 @@ def test_texts_stand_in_the_frame_of_the_models_own_tokenizer(miaobi, tmp_path, 
     write(tmp_path / "reviews.csv", reviews(60))
     answer = miaobi("classify", "train", f"--base_model={tmp_path / 'base'}", f"--data={tmp_path / 'reviews.csv'}",
                     f"--out_dir={tmp_path / 'run'}", "--max_epoch=1", "--baselines=False", "--device=cpu",
-                    "--trainable=head", "--long_texts=truncate")  # fmt: skip
+                    "--dtype=float32", "--trainable=head", "--long_texts=truncate")  # fmt: skip
     assert answer.code == 0, answer.err
     judge = head.load(tmp_path / "run", torch.device("cpu"), torch.float32)
     rows, _ = judge.reading.rows(TEXTS, judge.tokenizer)
@@ -71,7 +72,8 @@ def test_texts_stand_in_the_frame_of_the_models_own_tokenizer(miaobi, tmp_path, 
         assert row.tolist() == ids
         assert theirs(text, split_special_tokens=True, max_length=40, truncation=True).input_ids == ids
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "checkpoints" / "best")
-    found = json.loads(miaobi("classify", "predict", tmp_path / "run", TEXTS[0], "--json", "--device=cpu").out)
+    found = json.loads(miaobi("classify", "predict", tmp_path / "run", TEXTS[0], "--json", "--device=cpu",
+                              "--dtype=float32").out)  # fmt: skip
     with torch.no_grad():
         logits = model(**theirs(TEXTS[0], return_tensors="pt")).logits[0] / judge.temperature
     (prediction,) = found["predictions"]

@@ -106,7 +106,7 @@ def test_rows_without_a_label_are_named_or_left_out_and_counted(tmp_path: Path, 
     ("content", "message"),
     [
         ('label,review\n1,"好\n0,坏\n', "line 2: .*is a quote not closed"),
-        ("label,review\n1,好\n0\n", "line 3: 1 columns where the header has 2"),
+        ("label,review\n1,好\n0\n", "line 3: 1 column where the header has 2"),
         ("label,review\n1,好,吃\n0,坏\n", "line 2: 3 columns where the header has 2"),
         ("label,review\n1,好\n1,很好\n", "only one label, '1'"),
         ("label,review\n", "no labelled rows"),
@@ -125,6 +125,20 @@ def test_rows_that_are_too_short_are_left_out_when_asked(tmp_path: Path):
     path.write_text("label,review\n1,好\n0\n0,坏\n", encoding="utf-8")
     found = read(path, skip_bad=True)
     assert (found.texts, found.skipped) == (["好", "坏"], 1)
+
+
+def test_damaged_tables_of_a_directory_are_left_out_and_said(tmp_path: Path, capsys):
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "a.csv", ROWS)
+    (tmp_path / "in" / "b.parquet").write_bytes(b"PAR1 no table")
+    (tmp_path / "in" / "c.csv.gz").write_bytes(gzip.compress("label,review\n1,好极了\n".encode() * 99)[:-20])
+    found = read(tmp_path / "in")
+    assert found.texts == read(tmp_path / "in" / "a.csv").texts
+    said = capsys.readouterr().err
+    for name, why in {"b.parquet": "not a readable parquet", "c.csv.gz": "damaged or cut short"}.items():
+        assert f"{tmp_path / 'in' / name} is {why}" in said
+        with pytest.raises(UserError, match=why):
+            read(tmp_path / "in" / name)
 
 
 def test_json_that_is_no_record_names_its_line(tmp_path: Path):

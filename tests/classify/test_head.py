@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -216,4 +217,13 @@ def test_values_that_no_classifier_has_are_refused(saved: Path, key: str, value:
     file = tmp_path / "c" / "classifier.json"
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {key: value}), encoding="utf-8")
     with pytest.raises(UserError, match=key):
+        head.load(tmp_path / "c", CPU, torch.float32)
+
+
+def test_a_head_that_is_not_finite_is_refused(saved: Path, tmp_path: Path):
+    shutil.copytree(saved, tmp_path / "c", ignore=shutil.ignore_patterns("checksums.json"))
+    tensors = load_file(tmp_path / "c" / "model.safetensors")
+    tensors["score.weight"][0, 0] = math.nan
+    save_file(tensors, tmp_path / "c" / "model.safetensors")
+    with pytest.raises(UserError, match=r"score\.weight has numbers that are not finite"):
         head.load(tmp_path / "c", CPU, torch.float32)

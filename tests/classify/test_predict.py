@@ -53,6 +53,7 @@ def labels(found: dict) -> list[str]:
     return [item["label"] for item in found["predictions"]]
 
 
+@pytest.mark.bf16
 def test_a_text_gets_a_label_and_probabilities_that_add_up(ask: Callable):
     (won,) = ask("皇马赢得比赛，球迷赢得冠军。")["predictions"]
     assert won["label"] == "1"
@@ -61,6 +62,7 @@ def test_a_text_gets_a_label_and_probabilities_that_add_up(ask: Callable):
     assert labels(ask("皇马输掉比赛，球迷输掉冠军。")) == ["0"]
 
 
+@pytest.mark.bf16
 def test_files_are_judged_in_their_order_whatever_the_batches(ask: Callable, tmp_path: Path):
     rows = [text for _, text in reviews(50, seed=4, long=60)]
     (tmp_path / "a.txt").write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -119,6 +121,7 @@ def test_input_is_read_no_faster_than_it_is_judged(classifier: Path):
     assert len(read) == 30
 
 
+@pytest.mark.bf16
 def test_true_labels_are_scored_and_unseen_ones_count_as_wrong(ask: Callable, miaobi: Callable, classifier, tmp_path):
     rows = [("1", "皇马赢得比赛"), ("0", "皇马输掉比赛"), ("2", "曼联赢得冠军"), ("1", "球迷赢得联赛")]
     path = write(tmp_path / "a.csv", rows)
@@ -197,7 +200,7 @@ def test_rows_without_a_label_are_not_scored(miaobi: Callable, ask: Callable, cl
     assert (found["accuracy"], found["labels"], found["unseen_labels"]) == (1.0, ["0", "1"], [])
     assert len(found["predictions"]) == 3
     answer = miaobi("classify", "predict", classifier, path, "--label_column=label", "--device=cpu")
-    assert "2 rows without a label are not scored" in answer.err
+    assert "not scored, without a label: 2 rows" in answer.err
 
 
 def test_a_label_keeps_to_its_column(classifier: Path, capsys):

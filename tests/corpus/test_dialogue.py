@@ -345,7 +345,7 @@ def test_weights_of_plain_text(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": (1, 2)}, "2 weights for 1 sources; give one number for each source"),
+        ({"weights": (1, 2)}, "2 weights for 1 source; give one number for each source"),
         ({"template": "sep", "loss": "assistant"}, "--loss=assistant needs roles"),
         ({"loss": "assistant"}, "--loss=assistant needs roles"),
         ({"format": "text", "loss": "all"}, "--template, --loss and --enable_thinking are for dialogues"),

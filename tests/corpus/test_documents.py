@@ -237,7 +237,7 @@ def test_parquet_text_that_is_not_utf8(tmp_path, is_dictionary):
 def test_csv_errors(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("id,text\n1,好\n2\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"a\.csv, line 3: 1 columns"):
+    with pytest.raises(UserError, match=r"a\.csv, line 3: 1 column where"):
         contents(path)
     assert documents(path, skip_bad=True) == ["好"]
 

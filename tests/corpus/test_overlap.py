@@ -75,7 +75,7 @@ def test_what_shares_text_is_left_out_counted_and_said(tmp_path, capsys, name, w
     cfg = PrepareConfig(out=tmp_path / "out", without=(str(files),), workers=workers)
     prepare([str(tmp_path / "news.jsonl")], cfg)
     assert everything(tmp_path / "out") == sorted(clean)
-    assert "3 documents share text with" in capsys.readouterr().err
+    assert "left out, as they share text with" in capsys.readouterr().err
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["statistics"]["left_out_by_without"] == 3
 

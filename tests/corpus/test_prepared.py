@@ -83,6 +83,23 @@ def test_a_manifest_with_any_value_anywhere(data, draw):
         file.write_text(before, encoding="utf-8")
 
 
+def test_a_manifest_of_very_many_files_is_read(data):
+    file = data / "manifest.json"
+    many = {"left_out": [{"path": "x" * 1000, "why": "empty"}] * 40_000}
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | many), encoding="utf-8")
+    assert len(PreparedData.open(data).train)
+
+
+@pytest.mark.parametrize("rows", [2**20 + 1, 2**24, 2**32])
+def test_a_manifest_asks_for_no_embedding_that_nothing_holds(data, rows):
+    file = data / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"vocab_size": rows}), encoding="utf-8")
+    with pytest.raises(UserError, match="vocab_size"):
+        PreparedData.open(data)
+    with pytest.raises(UserError, match="vocab_size is"):
+        PrepareConfig(out=data, vocab_size=rows)
+
+
 @settings(**SLOW)
 @given(content=st.one_of(st.binary(max_size=60), st.sampled_from([
     b"[" * 100_000, b'{"format":' * 20_000, b"9" * 6000, b'{"dtype": ' + b"9" * 6000 + b"}",

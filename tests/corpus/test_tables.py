@@ -5,6 +5,8 @@ import csv
 import io
 import json
 import resource
+import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -274,3 +276,11 @@ def test_a_damaged_parquet_is_a_result_or_a_users_error(tmp_path_factory, place,
     ):
         with contextlib.suppress(UserError):
             read()
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["好"]}), path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"a\.parquet is a parquet file, .*pip install 'miaobi\[parquet\]'"):
+        documents(path)

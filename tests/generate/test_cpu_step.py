@@ -73,13 +73,14 @@ def test_a_step_gives_the_logits_of_forward(family: str, kind: str, tolerance: f
     compiled = cpu_step.CpuStep(model, kind)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    until = 40 if threads == 1 else 14  # threads that share a core wait milliseconds for each other, product by product
     try:
         for streams in (1, 3, 6, 16):  # alone, fewer than a tile has, tiles of which one is not full, full ones
             ids = torch.randint(0, 101, (streams, 40))
             ours, theirs = (model.make_caches(streams, 40, compiled.cache_dtype) for _ in range(2))
             model(ids[:, :5], caches=ours)
             model(ids[:, :5], caches=theirs)
-            for t in range(5, 40):
+            for t in range(5, until):
                 got = compiled(ids[:, t : t + 1], ours, [t] * streams)
                 torch.testing.assert_close(got, model(ids[:, t : t + 1], caches=theirs)[:, -1], rtol=0, atol=tolerance)
     finally:
@@ -224,7 +225,7 @@ def late(monkeypatch: pytest.MonkeyPatch):
     return arrive
 
 
-@pytest.mark.parametrize("after", [1, 2, 3, 10])
+@pytest.mark.parametrize("after", [1, 2, 5])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_a_library_that_arrives_in_mid_text_takes_over_with_the_next_text(tmp_path, late, after, kind, temperature):

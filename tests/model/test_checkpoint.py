@@ -13,8 +13,9 @@ import pytest
 import torch
 from tests.model.conftest import CFG, TOKENIZER
 
+from miaobi.checksums import Checksums
 from miaobi.errors import UserError
-from miaobi.files import Checksums, point, pointed, put_back, written_whole
+from miaobi.files import point, pointed, put_back, written_whole
 from miaobi.model.checkpoint import load_model, model_directory, save_model
 from miaobi.model.families import to_hf
 from miaobi.model.transformer import Transformer
@@ -182,6 +183,21 @@ def test_no_model_says_what_was_looked_for(tmp_path):
         model_directory(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["checkpoints/cpt4000.pth", "out/ckpt.pt", "a/model.safetensors", "m/Q8_0.GGUF",
+                                  "config/train90M.yaml", "cpt4000.pth"])  # fmt: skip
+def test_a_file_that_is_missing_is_not_sought_on_the_hub(name, tmp_path, monkeypatch):
+    """small-gpt's own place for checkpoints looks like OWNER/NAME."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"no model at {name}: no such file"):
+        model_directory(name)
+
+
+def test_the_directory_of_checkpoints_names_its_run(tmp_path):
+    (tmp_path / "run" / "checkpoints" / "step-1").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"it is inside a run: give {tmp_path / 'run'}$"):
+        model_directory(tmp_path / "run" / "checkpoints")
+
+
 # --- damaged models ----------------------------------------------------------------------------------------------
 
 
@@ -273,4 +289,14 @@ def test_a_flipped_bit_of_a_checkpoint_of_ours_is_noticed(directory, name):
     content[-3] ^= 1
     (directory / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name} is not what was written"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_model_of_ours_from_a_clone_without_lfs_says_so(directory, name):
+    """Its SHA-256 differs too, but what is to be done is not to copy it again."""
+    with Checksums() as checksums:
+        checksums.write(directory)
+    (directory / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
         load_model(directory)

@@ -313,3 +313,14 @@ def test_an_adapter_that_lost_a_tensor_is_not_taken_for_a_whole_one(base, tmp_pa
         load_adapter(tmp_path, model)
     with pytest.raises(UserError, match=r"k_proj\.lora_B"):
         load_adapter(tmp_path, copy.deepcopy(base[0]))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("family", ["qwen3"])
+def test_an_adapter_that_is_not_finite_is_refused(base, number, tmp_path):
+    save_adapter(tmp_path, adapted(base[0]), "base")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    next(iter(tensors.values())).view(-1)[-1] = number
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="not finite"):
+        load_adapter(tmp_path, base[0])

@@ -225,7 +225,7 @@ def test_explicit_attention_has_the_logits_and_gradients_of_the_fused_kernel(nam
     mask = document_mask(torch.tensor([[0] * 5 + [1] * 8, [0] * 13, [0, 1, 2] * 4 + [3]])) if masked else None
     results = []
     for explicit in (False, True):
-        model.use_explicit_attention(explicit)
+        model.use_attention("explicit" if explicit else "fused")
         model.zero_grad(set_to_none=True)
         logits = model(x, mask=mask)
         logits.square().mean().backward()

@@ -8,7 +8,7 @@ import pytest
 
 from miaobi.plan.forecast import Law, Setting, carries
 
-LAW = Law(5.0, 0.3, 0.3, 1.0, 0.3, 6.0, 0.03, 1.2, 0.6, 0.7, 2.0)
+LAW = Law(5.0, 0.3, 0.3, 1.0, 0.3, 6.0, 0.03, 1.2, 0.6, 0.7, 2.0, 0.4)
 
 
 def test_within_the_first_pass_it_is_the_law_of_its_sources():
@@ -30,6 +30,7 @@ def test_the_lowest_point_comes_sooner_for_larger_models_and_later_with_decay():
     assert LAW.best(large) < LAW.best(small)
     assert LAW.best(dataclasses.replace(large, muon_weight_decay=1.0)) > LAW.best(large)
     assert LAW.best(dataclasses.replace(large, dropout=0.3)) > LAW.best(large)
+    assert LAW.best(dataclasses.replace(large, averaged=True)) > LAW.best(large)
     assert LAW.best(Setting(1e6, 1e12), most=4) == 4
 
 

@@ -67,6 +67,16 @@ def test_a_named_card_decides_memory_precision_power_and_cost(plan, prepared):
     assert plan(data=prepared(), gpu="T4", dtype="auto")["device"]["dtype"] == "float16"
 
 
+def test_on_a_cpu_memory_is_that_of_the_whole_process(plan, prepared):
+    memory = plan(data=prepared())["memory"]
+    parts = ("peak", "fragments", "process", "average", "checkpoint")
+    assert memory["run"] == sum(memory[part] for part in parts) + memory["average"]  # which a checkpoint holds, too
+    assert memory["fragments"] > 0
+    on_gpu = plan(data=prepared(), gpu="T4")["memory"]
+    assert on_gpu["run"] == on_gpu["peak"] + on_gpu["average"]
+    assert on_gpu["process"] == on_gpu["fragments"] == 0
+
+
 def test_power_and_price_of_this_machine_may_be_told(plan, prepared):
     told = plan(data=prepared(), watts=100)
     assert told["energy_kwh"] == pytest.approx(0.1 * told["time"]["seconds"] / 3600)
@@ -117,8 +127,9 @@ def test_measuring_runs_the_steps_of_the_run_and_keeps_nothing(plan, prepared, t
     monkeypatch.chdir(tmp_path)
     told = plan(data=prepared(), measure=True, max_iters=500)
     assert "20 steps measured" in told["time"]["basis"]
-    assert told["time"]["seconds"] == pytest.approx(500 * told["time"]["step"] + 50 * told["time"]["evaluation"])
-    assert told["memory"]["measured"] > 0
+    time = told["time"]
+    assert time["seconds"] == pytest.approx(time["start"] + 500 * time["step"] + 50 * time["evaluation"])
+    assert told["memory"]["measured"] > told["memory"]["process"] / 2, "the whole process"
     assert list(tmp_path.iterdir()) == []
 
 

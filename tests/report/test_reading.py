@@ -9,6 +9,7 @@ import pytest
 
 from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
+from miaobi.files import pointed
 from miaobi.report.page import render
 from miaobi.report.reading import read_run
 from miaobi.report.statistics import COMMON, text_statistics
@@ -76,9 +77,7 @@ def test_a_figure_that_is_none_is_not_drawn(altered, value: str):
     assert found.evaluations[-1].step == 20
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", '{"peak_memory_bytes": "much"}', '{"gpus": {}}', '{"who": 1}', '{"started": NaN']
-)
+@pytest.mark.parametrize("content", ["", "[]", '{"peak_memory_bytes": "much"}', '{"gpus": {}}', '{"started": NaN'])
 def test_a_damaged_summary_is_refused_by_name(altered, content: str):
     run = altered()
     (run / "summary.json").write_text(content, encoding="utf-8")
@@ -86,9 +85,31 @@ def test_a_damaged_summary_is_refused_by_name(altered, content: str):
         read_run(str(run))
 
 
+def test_a_run_of_another_version_is_told_without_what_is_not_known_here(altered):
+    """Keys and fields that this version lacks; counters that it cannot read."""
+    run = altered()
+    config, summary = run / "config.yaml", json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    text = config.read_text(encoding="utf-8").replace("\ntrain:\n", "\ntrain:\n  warp_speed: 9\n")
+    config.write_text(text + "later:\n  depth: 3\n", encoding="utf-8")
+    (run / "summary.json").write_text(json.dumps(summary | {"joules": 3}), encoding="utf-8")
+    progress = pointed(run / "checkpoints" / "last") / "train_state" / "progress.json"
+    progress.write_text(json.dumps(json.loads(progress.read_text(encoding="utf-8")) | {"aura": 1}), encoding="utf-8")
+    found = read_run(str(run))
+    said = " ".join(found.missing)
+    assert "2 unknown key(s) (warp_speed, later) of config.yaml" in said
+    assert "joules" in said
+    assert "aura" in said
+    assert found.value("n_layer") == 2
+    assert found.summary.stopped == "max_iters"
+    assert found.progress is None
+    assert "warp_speed" in render([found]), "said on the page"
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="no such directory"):
         read_run(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="that is a file"):
+        read_run(__file__)
     with pytest.raises(UserError, match=r"no config\.yaml"):
         read_run(str(tmp_path))
     (tmp_path / "config.yaml").write_text("pooling: mask\n", encoding="utf-8")

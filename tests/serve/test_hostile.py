@@ -14,7 +14,7 @@ from miaobi.serve import guard
 from miaobi.serve import server as server_module
 from miaobi.serve.config import Serve
 from miaobi.serve.metrics import Metrics
-from miaobi.serve.served import Served, writing
+from miaobi.serve.served import Served, serve_model
 
 JSON = {"content-type": "application/json"}
 LONG = {"model": "tiny", "prompt": "皇马", "max_tokens": 100_000, "seed": 3,
@@ -33,8 +33,8 @@ def another(site, **settings):
     """A second server with the same model and other settings."""
     cfg = Serve(model=site.cfg.model, **{"slots": 2, "max_tokens": 100_000} | settings)
     served = Served(Metrics())
-    served.writing = writing(site.served.writing.lm, "tiny", cfg, (), served.metrics)
-    served.writing.worker.start()
+    served.model = serve_model(site.served.model.lm, "tiny", cfg, (), served.metrics)
+    served.model.worker.start()
     with running(cfg, served) as address:
         yield address
     served.close()
@@ -48,7 +48,7 @@ def is_well(site):
 
 @pytest.mark.parametrize("is_streamed", [True, False])
 def test_a_client_that_goes_away_frees_its_slots(site, is_streamed):
-    worker = site.served.writing.worker
+    worker = site.served.model.worker
     before = site.served.metrics.gone._value.get()
     asked = LONG | {"n": 6, "stream": is_streamed}
     with httpx.Client(timeout=0.4) as client:
@@ -64,7 +64,7 @@ def test_a_client_that_goes_away_frees_its_slots(site, is_streamed):
 
 
 def test_who_reads_nothing_holds_nobody_up(site):
-    worker = site.served.writing.worker
+    worker = site.served.model.worker
     body = json.dumps(LONG | {"max_tokens": 600, "n": 3, "stream": True, "logprobs": 20}).encode()
     with socket.create_connection(site.url.removeprefix("http://").split(":")) as lazy:
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -85,7 +85,7 @@ def test_a_full_queue_says_when_to_come_back(site):
             assert int(refused.headers["retry-after"]) >= 1
             error = refused.json()["error"]
             assert (error["type"], error["param"], error["code"]) == ("rate_limit_error", None, "queue_full")
-        within(10, lambda: not small.served.writing.worker.active)
+        within(10, lambda: not small.served.model.worker.active)
         assert client.post("/v1/completions", json=LONG | {"max_tokens": 2}).status_code == 200
 
 
@@ -104,7 +104,7 @@ def test_time_is_limited(site):
 
 def test_a_step_that_fails_fails_those_in_it_alone(site, monkeypatch):
     with another(site) as other, httpx.Client(base_url=other.url, timeout=30) as client:
-        worker = other.served.writing.worker
+        worker = other.served.model.worker
         monkeypatch.setattr(worker.slots, "draw", lambda logits: logits[10**6].tolist())
         with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as stream:
             frames = [line for line in stream.iter_lines() if line]
@@ -185,7 +185,10 @@ def test_browsers_of_other_origins_only_where_asked(site):
     url = f"{site.v1}/chat/completions"
     ask = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
     ours, others = {"origin": "http://localhost:3000"}, {"origin": "http://evil.example"}
-    assert httpx.options(url, headers=ask | ours).headers["access-control-allow-origin"] == ours["origin"]
+    preflight = httpx.options(url, headers=ask | ours)
+    assert preflight.headers["access-control-allow-origin"] == ours["origin"]
+    assert preflight.headers["x-request-id"].startswith("req_")
+    assert "x-request-id" in httpx.options(url, headers=ask | others).headers  # refused ones too
     assert "access-control-allow-origin" not in httpx.options(url, headers=ask | others).headers
     assert "access-control-allow-origin" not in httpx.get(f"{site.v1}/models", headers=others).headers
     assert "access-control-allow-origin" in httpx.post(url, headers=ours, json={}).headers

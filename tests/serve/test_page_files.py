@@ -91,6 +91,37 @@ def test_tables_are_read_as_python_reads_them(visit, site):
         assert list(csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""))) == rows
 
 
+SHEETS = {
+    "big5": "編號,評論\n1,這家酒店的房間很乾淨，下次還會再來\n2,服務態度很差，早餐也不好吃\n3,老闆人很親切\n",
+    "gb18030": "编号,评论\n1,这家酒店的房间很干净，下次还会再来\n2,服务态度很差，早餐也不好吃\n3,老板很热情\n",
+    "utf-8": "編號,評論\n1,這家酒店的房間很乾淨\n2,这家酒店的房间很干净\n",
+    "utf-8-sig": "text\n很好\n",
+    "utf-16": "編號,評論\n1,這家酒店的房間很乾淨\n",
+    "gbk": "text\n很好\n不错\n",
+    "big5hkscs": "text\n很好\n不錯\n嘅\n",
+}
+
+
+def test_tables_are_read_in_the_encoding_that_python_wrote_them_in(visit, site):
+    """Big5's bytes are mostly valid GB18030 as well; bytes that are neither are told."""
+    sheets = {name: list(text.encode(name)) for name, text in SHEETS.items()} | {"latin": [0x74, 0x0A, 0xFC, 0x0A]}
+    page = visit(site.url)
+    read = page.evaluate(
+        """async sheets => {
+          const { read } = await import("/page/table.js"), found = {};
+          for (const [name, bytes] of Object.entries(sheets)) {
+            try { found[name] = (await read(new File([new Uint8Array(bytes)], "a.csv"))).rows; }
+            catch (failure) { found[name] = failure.message || String(failure); }
+          }
+          return found;
+        }""",
+        sheets,
+    )
+    latin = read.pop("latin")
+    assert read == {name: list(csv.reader(io.StringIO(text))) for name, text in SHEETS.items()}
+    assert isinstance(latin, str)
+
+
 def luminance(page: Page, of: str) -> float:
     """0 = black, 255 = white: the background or the letters of the page."""
     found = page.evaluate(f"getComputedStyle(document.body).{of}")

@@ -1,7 +1,10 @@
 """Averaged weights: what they are, that training does not notice them, that the better ones are kept."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from miaobi.errors import UserError
 from miaobi.files import pointed, read_json
@@ -102,10 +105,22 @@ def test_the_better_of_the_two_is_the_model(train, prepared, tmp_path, losses, c
 def test_a_damaged_average_is_named(train, prepared, tmp_path, monkeypatch):
     settings = {"data": prepared(), "out_dir": tmp_path / "run", "average_weights": True, **LONG}
     train(**settings)
-    monkeypatch.setattr("miaobi.files.verify_manifest", lambda *_: None)
+    monkeypatch.setattr("miaobi.train.run_directory.verifying", lambda *_: nullcontext())
     file = pointed(tmp_path / "run" / "checkpoints" / "last") / "train_state" / FILE
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match=f"{FILE} cannot be read"):
+        train(**settings | {"max_iters": 80})
+
+
+def test_an_average_that_is_not_finite_is_refused(train, prepared, tmp_path):
+    settings = {"data": prepared(), "out_dir": tmp_path / "run", "average_weights": True, **LONG}
+    train(**settings)
+    step = pointed(tmp_path / "run" / "checkpoints" / "last")
+    (step / "checksums.json").unlink()
+    tensors = load_file(step / "train_state" / FILE)
+    next(iter(tensors.values())).view(-1)[0] = torch.inf
+    save_file(tensors, step / "train_state" / FILE)
+    with pytest.raises(UserError, match="not finite"):
         train(**settings | {"max_iters": 80})
 
 

@@ -10,8 +10,9 @@ import torch
 from miaobi.config import ModelConfig, TrainConfig
 from miaobi.device import can_compile
 from miaobi.errors import UserError
+from miaobi.model import cpu_attention
 from miaobi.model.transformer import Transformer
-from miaobi.train import computing, measured
+from miaobi.train import compile_time, computing, measured
 from miaobi.train.computing import choose_computing
 from miaobi.train.layout import Objective, is_compiled, no_recompilation
 from miaobi.train.measured import (
@@ -20,10 +21,12 @@ from miaobi.train.measured import (
     choose,
     choose_compiled,
     compare,
+    compiling_seconds,
     fastest,
     larger,
     recall,
     remember,
+    tiled_fits,
 )
 from miaobi.train.run_directory import Progress
 from miaobi.train.world import World
@@ -34,11 +37,14 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MIAOBI_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(measured.Others, "cores", lambda self: 0.0)  # other tests may run beside these
 
 
-def work(steps: int = 1000, rows: int = 3, family: str = "qwen3", micro: int = 0, bound: bool = False) -> Work:
+def work(steps: int = 1000, rows: int = 3, family: str = "qwen3", micro: int = 0, bound: bool = False,
+         layers: int = 2) -> Work:  # fmt: skip
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(family=family, n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=70))
+    sizes = {"n_layer": layers, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 70}
+    model = Transformer(ModelConfig(family=family, **sizes))
     ids = torch.randint(0, 70, (rows, 16))
 
     def example(count: int, compiled: bool) -> tuple:
@@ -89,7 +95,16 @@ def test_a_shape_is_measured_once_per_machine(monkeypatch):
     for other in (work(rows=2), work(family="gpt2")):
         with pytest.raises(AssertionError, match="measured again"):
             choose(other, ["float32"], False, "")
-    monkeypatch.setattr(measured, "cpu_flags", lambda: "flags: avx512f amx_tile")
+    monkeypatch.setattr(compile_time, "cpu_flags", lambda: "flags: avx512f amx_tile")
+    with pytest.raises(AssertionError, match="measured again"):
+        choose(work(), ["float32"], False, "")
+
+
+def test_what_was_timed_beside_other_programs_is_not_remembered(monkeypatch, capsys):
+    monkeypatch.setattr(measured.Others, "cores", lambda self: 0.8)
+    choose(work(), ["float32"], False, "")
+    assert "other programs took 0.8 cores" in capsys.readouterr().err
+    monkeypatch.setattr(measured, "compare", refuse)
     with pytest.raises(AssertionError, match="measured again"):
         choose(work(), ["float32"], False, "")
 
@@ -120,6 +135,24 @@ def test_a_precision_that_is_slower_here_is_not_taken_eager_or_compiled(monkeypa
     found = choose(work(rows=2), ["bfloat16", "float32"], True, "it pays")
     assert (found.dtype, found.compiled) == ("bfloat16", "blocks")
     assert "float32, fused attention, eager: 1e+03 ms" in found.why
+
+
+def test_our_own_attention_is_tried_where_it_computes_the_same(monkeypatch, capsys):
+    speeds(monkeypatch, eager=1.0, tiled=0.1)
+    job = work()
+    assert choose(job, ["float32"], False, "").tiled
+    assert job.set(ExecutionMode("float32", tiled=True))
+    assert {block.attn.kind for block in job.objective.model.blocks} == {"tiled"}
+    monkeypatch.setattr(cpu_attention.native, "awaited", lambda source: None)  # no compiler
+    assert not choose(work(rows=2), ["float32"], False, "").tiled
+    assert job.set(ExecutionMode("float32", tiled=True))
+    assert "a kernel of ours" in capsys.readouterr().err
+    assert {block.attn.kind for block in job.objective.model.blocks} == {"fused"}
+    monkeypatch.undo()
+    dropping = work()
+    dropping.objective.model.cfg = replace(dropping.objective.model.cfg, dropout=0.1)
+    assert not tiled_fits(dropping)
+    assert not tiled_fits(replace(work(), example=lambda rows, compiled: (*work().example(rows, compiled)[:3], True)))
 
 
 def test_a_larger_micro_batch_is_tried_where_memory_allows_it(monkeypatch):
@@ -185,7 +218,7 @@ def test_a_run_that_goes_on_computes_as_it_began(monkeypatch):
     job = work()
     decided = choose_computing(TrainConfig(), job, torch.float32, progress, World())
     assert decided == ExecutionMode("float32", explicit=True, why="another machine")
-    assert all(block.attn.explicit for block in job.objective.model.blocks)
+    assert all(block.attn.kind == "explicit" for block in job.objective.model.blocks)
     old = Progress(step=7)  # of a version that did not measure
     assert choose_computing(TrainConfig(), work(), torch.float32, old, World()) == ExecutionMode("float32")
 
@@ -198,7 +231,7 @@ def test_the_first_rank_decides_for_all(monkeypatch):
     monkeypatch.setattr(computing, "choose", lambda *_, **__: ExecutionMode("float32", why="slower here"))
     job = work()
     assert choose_computing(TrainConfig(), job, torch.float32, Progress(), Two()).explicit
-    assert job.objective.model.blocks[0].attn.explicit
+    assert job.objective.model.blocks[0].attn.kind == "explicit"
 
 
 def test_a_precision_that_this_machine_lacks_is_replaced_and_said(capsys):
@@ -235,7 +268,7 @@ def test_auto_compiles_by_the_work_not_by_the_steps(bf16_cpu, monkeypatch, capsy
     mode = choose_computing(TrainConfig(), job, torch.bfloat16, progress, World())
     assert bool(mode.compiled) == compiled == bool(progress.computed["compiled"])
     said = capsys.readouterr().err
-    assert ("compiling now, which takes some 20 s: the run would take" in said) == compiled
+    assert ("compiling now, which takes about 20 s: the run would take" in said) == compiled
 
 
 @pytest.mark.parametrize(("asked", "begun"), [(True, None), ("auto", "compiled"), ("auto", None)])
@@ -249,7 +282,42 @@ def test_compiling_is_announced_before_it_begins(bf16_cpu, monkeypatch, capsys, 
     choose_computing(TrainConfig(compile=asked), work(steps=1000, rows=1), torch.bfloat16, progress, World())
     why = "it saves a lot" if begun else "the run would take 1.7 h without, and it saves about 10 min of that"
     why = "--compile says so; it saves some 10% of a step" if asked is True else why
-    assert f"compiled (blocks)\ncompiling now, which takes some 20 s: {why}\n" in said[0]
+    assert f"compiled (blocks)\ncompiling now, which takes about 20 s: {why}\n" in said[0]
+
+
+def test_the_next_estimate_is_what_compiling_took_on_this_machine(bf16_cpu, monkeypatch, capsys):
+    """Also whether a run pays for it: 600 s save 60, which is too little for a compiler that takes 70."""
+    mode, now = ExecutionMode("bfloat16", compiled="blocks"), [0.0]
+    monkeypatch.setattr(measured.time, "perf_counter", lambda: now[0])
+
+    def compiles(seconds, then=True):
+        monkeypatch.setattr(measured, "compile_as", lambda *_: now.append(now.pop() + seconds) or then)
+        work().set(mode)
+
+    compiles(999.0, then=False)  # the compiler failed
+    assert compiling_seconds(work(), mode) == 20
+    compiles(70.0)
+    compiles(3.0)  # its parts lay in Inductor's cache
+    assert compiling_seconds(work(), mode) == 70
+    assert compiling_seconds(work(), replace(mode, compiled="whole")) == 30, "a kind that was not compiled here yet"
+    monkeypatch.setattr(Work, "once", lambda self, mode: 0.6)
+    run = TrainConfig(), work(steps=1000, rows=1), torch.bfloat16
+    assert not choose_computing(*run, Progress(), World()).compiled
+    for _ in range(compile_time.KEPT):
+        compiles(9.0)
+    assert compiling_seconds(work(), mode) == 9, "as it has been lately"
+    capsys.readouterr()
+    assert choose_computing(*run, Progress(), World()).compiled
+    assert "compiling now, which takes about 9 s: the run would take" in capsys.readouterr().err
+    monkeypatch.setattr(compile_time, "cpu_flags", lambda: "flags: another machine")
+    assert compiling_seconds(work(), mode) == 20
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"blocks": []}', '{"blocks": [NaN]}', '{"blocks": [-1]}',
+                                    '{"blocks": ["1"]}', '{"blocks": 3}'])  # fmt: skip
+def test_a_damaged_memory_of_compiling_is_none(damage):
+    compile_time.memory_file(CPU).write_text(damage)
+    assert compiling_seconds(work(), ExecutionMode("float32", compiled="blocks")) == 20
 
 
 def test_no_rank_compiles_where_one_cannot(bf16_cpu, monkeypatch):
@@ -289,12 +357,15 @@ def test_a_run_says_below_its_configuration_how_it_computes(train, prepared, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [{"compiled": "blocks"}, {"compiled": "whole", "explicit": True, "autotuned": True}],
+@pytest.mark.parametrize("mode", [{"compiled": "blocks", "tiled": True},
+                                  {"compiled": "whole", "explicit": True, "autotuned": True}],
                          ids=["blocks", "whole"])  # fmt: skip
 def test_compiled_modes_have_the_gradients_of_eager_ones_also_of_a_smaller_last_batch(mode, capfd):
     if not can_compile(CPU):
         pytest.skip("no C++ compiler")
-    job, plain, mode = work(family="gpt2"), work(family="gpt2"), ExecutionMode("float32", **mode)
+    mode = ExecutionMode("float32", **mode)
+    layers = 2 if mode.compiled == "blocks" else 1  # of the whole, each layer is compiled for itself
+    job, plain = (work(family="gpt2", layers=layers) for _ in range(2))
     assert job.set(mode)
     assert not re.search("autotune|warning", capfd.readouterr().err, re.IGNORECASE), "torch's own words"
     assert is_compiled(job.objective)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tests import processes
 from tests.conftest import tiny
 from tests.processes import Process
@@ -92,7 +94,8 @@ def test_clearing_up_never_costs_a_checkpoint(train, prepared, tmp_path, monkeyp
     assert ("step-10 could not be removed" in said) == (what == "a directory that cannot be removed")
 
 
-def test_weights_that_are_not_finite_are_never_saved(train, prepared, tmp_path, monkeypatch):
+@pytest.mark.parametrize("value", ["nan", "-inf"])
+def test_weights_that_are_not_finite_are_never_saved(train, prepared, tmp_path, monkeypatch, value):
     """Neither loss nor gradient of step 15 knows what its update did to the weights, and no evaluation follows."""
     step = Run.step
 
@@ -100,7 +103,7 @@ def test_weights_that_are_not_finite_are_never_saved(train, prepared, tmp_path, 
         out = step(self, n)
         if n == 14:
             with torch.no_grad():
-                self.model.wte.weight[0] = float("nan")
+                self.model.wte.weight[0] = float(value)
             self.interrupt("terminated")
         return out
 
@@ -110,10 +113,12 @@ def test_weights_that_are_not_finite_are_never_saved(train, prepared, tmp_path, 
     assert pointed(tmp_path / "run" / "checkpoints" / "last").name == "step-10"
 
 
-@pytest.mark.parametrize("waiting", [True, False])
-@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "waiting", "value"),
+    [("gpt2", True, "nan"), ("gpt2", False, "inf"), ("qwen3", True, "-inf"), ("qwen3", False, "nan")],
+)
 def test_gradients_that_are_not_finite_move_no_optimizer(
-    train, prepared, tmp_path, monkeypatch, capsys, family, waiting
+    train, prepared, tmp_path, monkeypatch, capsys, family, waiting, value
 ):
     """Also where nobody waits for the device to hear of it, as on a GPU."""
     monkeypatch.setattr(optimizer, "WITHOUT_WAITING", () if waiting else ("cpu",))
@@ -124,7 +129,9 @@ def test_gradients_that_are_not_finite_move_no_optimizer(
         init(self, plan, *started)
         runs.append(self)
         calls = []
-        plan.model.wte.weight.register_hook(lambda g: calls.append(1) or (g * float("nan") if len(calls) == 4 else g))
+        plan.model.wte.weight.register_hook(
+            lambda g: calls.append(1) or (g.abs().add(1) * float(value) if len(calls) == 4 else g)
+        )
 
     monkeypatch.setattr(Run, "__init__", spied)
     train(data=prepared(), out_dir=tmp_path / "run", family=family, log_interval=5)
@@ -170,3 +177,36 @@ def test_sixty_sigterms_back_to_back_save_once(tmp_path, prepared):
     assert done.returncode == 143, done.stderr
     assert "Traceback" not in done.stderr
     assert pointed(tmp_path / "run" / "checkpoints" / "last") is not None
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_refuse_a_flipped_bit_before_anything_is_written(prepared, tmp_path, parallel):
+    out = tmp_path / "run"
+    flags = {"data": prepared(), "out_dir": out, "parallel": parallel, "eval_interval": 2}
+    assert [rank.returncode for rank in processes.ranks(2, *tiny(max_iters=2, **flags))] == [0, 0]
+    step = pointed(out / "checkpoints" / "last")
+    for name in ("train_state/optimizer-1-of-2.safetensors", "model.safetensors"):
+        content = (step / name).read_bytes()
+        (step / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        done = processes.ranks(2, *tiny(max_iters=4, **flags))
+        assert not any(rank.returncode == 0 for rank in done)
+        assert f"{Path(name).name} is not what was written" in done[0].stderr
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+        (step / name).write_bytes(content)
+    assert [rank.returncode for rank in processes.ranks(2, *tiny(max_iters=4, **flags))] == [0, 0]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_moments_that_are_not_finite_are_refused_by_name(train, prepared, finished, tmp_path, number):
+    shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    step = pointed(tmp_path / "run" / "checkpoints" / "last")
+    (step / "checksums.json").unlink()  # of a run that somebody else has made
+    file = step / "train_state" / "optimizer-0-of-1.safetensors"
+    with safe_open(file, "pt") as opened:
+        where, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    tensors[name][0, 0] = number
+    save_file(tensors, file, where)
+    with pytest.raises(UserError, match=f"{name} has numbers that are not finite"):
+        train(data=prepared(), out_dir=tmp_path / "new", resume_from=tmp_path / "run", max_iters=30)

@@ -9,8 +9,11 @@ import pytest
 
 from miaobi.errors import UserError
 from miaobi.files import pointed, read_json
+from miaobi.settings import load_config
 from miaobi.train import schedule
+from miaobi.train.layout import Objective
 from miaobi.train.loop import Run
+from miaobi.train.loop import train as loop_train
 
 
 @pytest.fixture
@@ -64,6 +67,47 @@ def test_a_run_ends_in_time_with_its_decay_finished(train, prepared, tmp_path, m
     assert last <= 0.06 * peak if kind == "wsd" else last <= 0.115 * peak
     falling = [curve[step] for step in sorted(curve) if step > 0.55 * result["step"]]
     assert all(b <= a for a, b in itertools.pairwise(falling)), "no jump up"
+
+
+def test_a_schedule_that_is_cut_short_is_said(train, prepared, tmp_path, machine, capsys):
+    """Steps become so slow that those which are left cannot carry the decay; the run ends in time all the same."""
+    now = machine(lambda n: 1.0 if n < 5 else 40.0)
+    train(data=prepared(), out_dir=tmp_path / "run", max_minutes=2, max_iters=10**6, eval_interval=25, log_interval=1)
+    assert capsys.readouterr().err.count("which is cut short: steps are slow now") == 1
+    assert now[0] <= 1.05 * 120
+
+
+def test_what_went_by_before_training_counts(prepared, tmp_path, machine):
+    """Starting Python, reading and preparing the text: the minutes are the command's."""
+    now = machine(SPEEDS["steady"])
+    settings = {"data": prepared(), "out_dir": tmp_path / "run", "max_minutes": 2, "max_iters": 10**6,
+                "eval_interval": 25, "device": "cpu", "block_size": 32, "n_layer": 1, "n_head": 1, "n_embd": 16,
+                "batch_size": 4, "eval_iters": 2, "sample_tokens": 0, "compile": False}  # fmt: skip
+    result = loop_train(*load_config(None, [(key, str(value)) for key, value in settings.items()]), started=-40.0)
+    assert result["stopped"] == "max_minutes"
+    assert 0.95 * 120 <= 40 + now[0] <= 1.05 * 120
+
+
+def test_a_run_that_goes_back_has_no_more_time_and_no_less(train, prepared, tmp_path, machine, monkeypatch):
+    """Three steps that are not finite send it back to step 50; the way from there is gone a second time."""
+    now, forward, ran = machine(SPEEDS["steady"]), Objective.forward, []
+    step = Run.step
+
+    def noted(self, n):
+        ran.append(n)
+        return step(self, n)
+
+    def broken(self, *args):
+        loss = forward(self, *args)
+        return loss * float("nan") if self.training and ran and ran[-1] in (60, 61, 62) and ran.count(60) == 1 else loss
+
+    monkeypatch.setattr(Run, "step", noted)
+    monkeypatch.setattr(Objective, "forward", broken)
+    result = train(data=prepared(), out_dir=tmp_path / "run", max_minutes=2, max_iters=10**6, eval_interval=25,
+                   log_interval=1)  # fmt: skip
+    assert ran.count(55) == 2
+    assert result["stopped"] == "max_minutes"
+    assert 0.95 * 120 <= now[0] <= 1.05 * 120
 
 
 def test_without_max_minutes_nothing_is_laid(train, prepared, tmp_path):

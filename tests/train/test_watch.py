@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 import threading
 
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from miaobi.errors import UserError
 from miaobi.train.watch import Metrics, on_signals, overfitting, since_best, time_left
 
 RISING = [[100, 4.0, 4.5], [200, 3.0, 4.2], [300, 2.0, 5.1], [400, 1.2, 5.2], [500, 0.3, 6.4], [600, 0.13, 7.2]]
@@ -67,7 +65,7 @@ def lines(path) -> list[dict]:
 
 
 def test_figures_go_to_metrics_jsonl_and_tensorboard(tmp_path):
-    metrics = Metrics(tmp_path, 0, None)
+    metrics = Metrics(tmp_path, 0)
     for step in (10, 20):
         metrics.log(step, train_loss=5.0 / step, val_loss=None)
     metrics.close()
@@ -79,20 +77,20 @@ def test_figures_go_to_metrics_jsonl_and_tensorboard(tmp_path):
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_logged(tmp_path):
-    metrics = Metrics(tmp_path, 0, None)
+    metrics = Metrics(tmp_path, 0)
     metrics.log(10, train_loss=1.0)
     assert lines(tmp_path) == [{"step": 10, "train_loss": 1.0}]
     metrics.close()
 
 
 def test_what_a_killed_run_logged_after_its_checkpoint_is_dropped(tmp_path):
-    metrics = Metrics(tmp_path, 0, None)
+    metrics = Metrics(tmp_path, 0)
     for step in range(10, 60, 10):
         metrics.log(step, train_loss=float(step))
     metrics.close()
     with (tmp_path / "metrics.jsonl").open("a") as f:
         f.write('{"step": 6')  # cut by the kill
-    metrics = Metrics(tmp_path, 30, None)
+    metrics = Metrics(tmp_path, 30)
     metrics.log(40, train_loss=-1.0)
     metrics.close()
     assert [(row["step"], row["train_loss"]) for row in lines(tmp_path)] == [(10, 10), (20, 20), (30, 30), (40, -1)]
@@ -106,11 +104,11 @@ def points(run) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("start", [0, 30])
 def test_curves_keep_the_step_that_is_gone_on_from_and_drop_those_run_again(tmp_path, start):
-    metrics = Metrics(tmp_path, 0, None)
+    metrics = Metrics(tmp_path, 0)
     for step in range(10, 60, 10):
         metrics.log(step, train_loss=float(step))
     metrics.close()
-    metrics = Metrics(tmp_path, start, None)
+    metrics = Metrics(tmp_path, start)
     for step in range(start + 10, 50, 10):
         metrics.log(step, train_loss=-1.0)
     metrics.close()
@@ -119,7 +117,7 @@ def test_curves_keep_the_step_that_is_gone_on_from_and_drop_those_run_again(tmp_
 
 def test_events_go_where_small_gpts_tensorboard_path_says_too(tmp_path):
     elsewhere = tmp_path / "tensorboard" / "any&name"
-    metrics = Metrics(tmp_path, 0, None, events=elsewhere)
+    metrics = Metrics(tmp_path, 0, events=elsewhere)
     for step in (10, 20):
         metrics.log(step, train_loss=float(step))
     metrics.close()
@@ -128,14 +126,14 @@ def test_events_go_where_small_gpts_tensorboard_path_says_too(tmp_path):
 
 @pytest.mark.parametrize("same", ["run", "run/../run", "run/"])
 def test_events_are_not_written_twice_into_one_directory(tmp_path, same):
-    Metrics(tmp_path / "run", 0, None, events=f"{tmp_path}/{same}").close()
+    Metrics(tmp_path / "run", 0, events=f"{tmp_path}/{same}").close()
     assert len(list((tmp_path / "run").glob("events.out.tfevents*"))) == 1
 
 
 def test_a_place_for_events_that_cannot_be_written_costs_them_alone(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("a file")
     (tmp_path / "run").mkdir()
-    metrics = Metrics(tmp_path / "run", 0, None, events=tmp_path / "tensorboard")
+    metrics = Metrics(tmp_path / "run", 0, events=tmp_path / "tensorboard")
     metrics.log(10, train_loss=1.0)
     metrics.close()
     assert points(tmp_path / "run") == [(10, 1.0)]
@@ -144,22 +142,22 @@ def test_a_place_for_events_that_cannot_be_written_costs_them_alone(tmp_path, ca
 
 def test_an_evaluation_that_was_not_saved_is_not_told_twice(tmp_path):
     """Interrupted at an evaluation, continued, and killed between it and its checkpoint."""
-    metrics = Metrics(tmp_path, 0, None)
+    metrics = Metrics(tmp_path, 0)
     metrics.log(20, train_loss=1.0)
     metrics.log(20, val_loss=2.0)
     metrics.close()
-    Metrics(tmp_path, 20, None, evaluated=False).close()
+    Metrics(tmp_path, 20, evaluated=False).close()
     assert lines(tmp_path) == [{"step": 20, "train_loss": 1.0}]
-    metrics = Metrics(tmp_path, 20, None)
+    metrics = Metrics(tmp_path, 20)
     metrics.log(20, val_loss=2.0)
     metrics.close()
-    Metrics(tmp_path, 20, None).close()
+    Metrics(tmp_path, 20).close()
     assert lines(tmp_path) == [{"step": 20, "train_loss": 1.0}, {"step": 20, "val_loss": 2.0}]
 
 
 def test_a_new_run_starts_a_new_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 5, "train_loss": 1}\n')
-    Metrics(tmp_path, 0, None).close()
+    Metrics(tmp_path, 0).close()
     assert lines(tmp_path) == []
 
 
@@ -201,30 +199,6 @@ def test_a_thread_that_may_not_handle_signals_still_trains():
 )
 def test_the_time_that_is_left_is_said_unless_there_is_no_end(seconds, said):
     assert time_left(seconds) == said
-
-
-def test_a_broken_wandb_is_not_called_missing(tmp_path, monkeypatch):
-    (tmp_path / "wandb.py").write_text("import no_such_part_of_wandb")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with pytest.raises(UserError, match=r"installed but cannot be imported .*no_such_part"):
-        Metrics(tmp_path / "run", 0, {"id": "x"})
-
-
-def test_a_resumed_run_continues_its_wandb_run_with_its_configuration(train, prepared, tmp_path, monkeypatch):
-    (tmp_path / "wandb.py").write_text(
-        "calls = []\ndef init(**settings):\n    calls.append(settings)\n    return Run()\n"
-        "class Run:\n    def log(self, values, step): pass\n    def finish(self): pass\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    for max_iters in (10, 20):
-        train(data=prepared(), out_dir=tmp_path / "run", wandb_log=True, max_iters=max_iters)
-    first, second = sys.modules["wandb"].calls
-    monkeypatch.delitem(sys.modules, "wandb")
-    assert first["id"] == second["id"]
-    assert first["resume"] == "allow"
-    assert (first["config"]["n_layer"], second["config"]["max_iters"]) == (2, 20)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")

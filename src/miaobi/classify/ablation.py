@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from miaobi.checksums import Checksums
 from miaobi.classify import head
 from miaobi.classify.base import open_base, prepare_base
 from miaobi.classify.card import card_of
@@ -18,11 +19,11 @@ from miaobi.classify.config import ClassifyConfig
 from miaobi.classify.data import Labelled, differences, make_split, read_labelled
 from miaobi.classify.evaluation import baselines, paired_interval
 from miaobi.classify.finetune import Cell, Experiment, Interrupted, finetune
-from miaobi.classify.place import RESULT, changed, identity, read_result, refuse_others, run_directory
+from miaobi.classify.run_directory import RESULT, changed, identity, read_result, refuse_others, run_directory
 from miaobi.console import log
 from miaobi.device import keep_allocations, pick_device, pick_dtype
-from miaobi.errors import UserError
-from miaobi.files import Checksums, aside_of, point, write_json, write_text, written_whole
+from miaobi.errors import UserError, number_of
+from miaobi.files import aside_of, point, write_json, write_text, written_whole
 from miaobi.fonts import plot_fonts
 from miaobi.lock import locked
 from miaobi.model.card import write_card
@@ -206,16 +207,21 @@ def count(data: Labelled, cfg: ClassifyConfig) -> dict[str, Any]:
         return {}
     published = counts["as_published"]
     log(
-        f"{counts['reviews']:,} texts, {len(data.names)} labels: {counts['empty']} empty, {counts['duplicates']} "
-        f"duplicates ({counts['duplicates_with_two_labels']} texts with two labels), {data.skipped} rows left out"
+        f"{number_of(counts['reviews'], 'text')}, {number_of(len(data.names), 'label')}: {counts['empty']} empty, "
+        f"{number_of(counts['duplicates'], 'duplicate')} "
+        f"({number_of(counts['duplicates_with_two_labels'], 'text')} with two labels), "
+        f"{number_of(data.skipped, 'row')} left out"
     )
     log(
-        f"as-published: {published['chunks']:,} chunks, {published['test_chunks']:,} of them to test; "
+        f"as-published: {number_of(published['chunks'], 'chunk')}, {published['test_chunks']:,} of them to test; "
         f"{published['test_chunks_whose_review_is_also_trained_on']} of a text that is also trained on, "
         f"{published['test_chunks_with_a_duplicate_trained_on']} of a text with a duplicate there"
     )
     parts = counts["corrected"]
-    log(f"corrected: {parts['train']:,} texts to train, {parts['dev']:,} to choose, {parts['test']:,} to test")
+    log(
+        f"corrected: {number_of(parts['train'], 'text')} to train, {parts['dev']:,} to choose, "
+        f"{parts['test']:,} to test"
+    )
     return counts
 
 

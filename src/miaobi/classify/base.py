@@ -12,6 +12,7 @@ import torch
 from miaobi.classify import head
 from miaobi.classify.config import ClassifyConfig
 from miaobi.classify.data import Reading
+from miaobi.console import log
 from miaobi.corpus.dataset import derive
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
@@ -47,6 +48,8 @@ def prepare_base(cfg: ClassifyConfig, base: str, seed: int) -> tuple[Transformer
     """
     trained = base_classifier(base)
     model, tokenizer = (trained.classifier.model, trained.tokenizer) if trained else load_model(base)
+    if model.quantized:
+        log(f"{base} has {model.quantized} weights; they are tuned in full precision, from what they stand for")
     size = min(cfg.block_size or model.cfg.block_size, model.cfg.block_size)
     if cfg.block_size is not None and cfg.block_size > size:
         raise UserError(f"block_size is {cfg.block_size}, but {base} reads {size} tokens at most; leave block_size out")

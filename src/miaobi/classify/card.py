@@ -8,6 +8,7 @@ from typing import Any
 from miaobi.classify.config import ClassifyConfig
 from miaobi.classify.finetune import Experiment
 from miaobi.classify.head import Judge
+from miaobi.errors import number_of
 from miaobi.model.card import Card, Metric
 
 METRICS = {
@@ -45,8 +46,8 @@ def card_of(experiment: Experiment, judge: Judge, row: dict[str, Any], identity:
             "base model (SHA-256 of its weights)": identity.get("base_sha256"),
             "texts": Path(cfg.data).name,
             "texts (SHA-256)": identity.get("data_sha256"),
-            "trained on": f"{row['train_rows']:,} pieces of text",
-            "tested on": f"{row['test_units']:,} texts",
+            "trained on": f"{number_of(row['train_rows'], 'piece')} of text",
+            "tested on": f"{number_of(row['test_units'], 'text')}",
             "seed": row["seed"],
             "pooling": row["pooling"],
             "trainable": row["trainable"],

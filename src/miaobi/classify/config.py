@@ -12,7 +12,7 @@ from miaobi.config import LoraConfig, Optim, Where, check_license
 from miaobi.errors import UserError
 from miaobi.kinds import Location, Positional
 from miaobi.seeds import CLASSIFY, SENTIMENT
-from miaobi.settings import Origin, collect
+from miaobi.settings import Origin, collect, refuse_bytes
 
 Pooling = Literal["mask", "no_mask", "mean"]
 Trainable = Literal["full", "last_block", "head", "lora"]
@@ -159,6 +159,7 @@ def load_config(path: Path | None, given: list[tuple[str, Any]]) -> tuple[Classi
     names = [key for key in (*written, *(key for key, _ in given)) if CLASSIFY.aliases.get(key, key) == "out_dir"]
     if names and names[-1] == CHECKPOINT_ROOT:
         origin["out_dir"] += f", as {CHECKPOINT_ROOT}"
+    refuse_bytes(values)
     return ClassifyConfig(**values), origin
 
 

@@ -16,10 +16,10 @@ from miaobi.console import log, warn
 from miaobi.corpus.dataset import derive
 from miaobi.corpus.overlap import TEXT_COLUMNS, evaluation_of, normalized
 from miaobi.corpus.records import HALF_A_CHARACTER, is_whole, open_records
-from miaobi.corpus.sources import Source, find_sources
+from miaobi.corpus.sources import NotTextError, Source, find_sources
 from miaobi.corpus.tables import Lines, Record, refuse_repeated, repeated, wrong_width
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.errors import UserError, brief, names_listed
+from miaobi.errors import UserError, brief, names_listed, number_of
 
 LABEL_COLUMNS = ("label", "labels", "sentiment", "class")
 LEAST = 3  # examples of a label: one for each part
@@ -112,11 +112,15 @@ def read_rows(name: str, text_column: str | None, label_column: str | None, skip
         UserError: missing files and columns, rows that cannot be read.
     """
     for source in find_sources([name]):
-        yield from (
-            read_lines(source, skip_bad)
-            if source.format == "text"
-            else _rows(source, text_column, label_column, skip_bad, labels)
-        )
+        try:
+            if source.format == "text":
+                yield from read_lines(source, skip_bad)
+            else:
+                yield from _rows(source, text_column, label_column, skip_bad, labels)
+        except NotTextError as error:
+            if not source.is_listed:
+                raise
+            warn(f"left out from where it is damaged: {error}")
 
 
 def read_lines(source: Source, skip_bad: bool) -> Iterator[Row]:
@@ -153,7 +157,7 @@ def _rows(
 
 def _say_lost(source: Source, lost: int) -> None:
     if lost:
-        warn(f"{source.name}: {lost:,} bytes could not be read and were replaced")
+        warn(f"{source.name}: replaced, as it could not be read: {number_of(lost, 'byte')}")
 
 
 def find_columns(
@@ -204,11 +208,11 @@ def read_labelled(cfg: ClassifyConfig) -> Labelled:
     if cfg.without:
         evaluation, before = evaluation_of((cfg.without,)), len(rows)
         rows = [row for row in rows if not evaluation.overlaps(row.text)]
-        log(f"{before - len(rows):,} texts share text with {cfg.without} and are left out")
+        log(f"left out, as in {cfg.without} too: {number_of(before - len(rows), 'text')}")
     found = label_names(row.label for row in rows)
     unlabelled = [row.location for row in rows if row.label not in found]
     if unlabelled and not cfg.skip_bad:
-        raise UserError(f"{unlabelled[0]}: no label ({len(unlabelled)} such rows in all); fill them in, "
+        raise UserError(f"{unlabelled[0]}: no label ({number_of(len(unlabelled), 'such row')} in all); fill them in, "
                         "or leave them out with --skip_bad=True")  # fmt: skip
     skipped += len(unlabelled)
     texts = [row.text for row in rows if row.label in found]
@@ -268,7 +272,9 @@ def make_split(data: Labelled, cfg: ClassifyConfig, seed: int, reading: Reading,
         rows, owner = reading.rows(texts, tokenizer)
         cut = int(len(rows) * cfg.train_fraction)
         if not 0 < cut < len(rows):
-            raise UserError(f"{cfg.data}: {len(rows)} chunks cannot be cut at {cfg.train_fraction}; give more texts")
+            raise UserError(
+                f"{cfg.data}: {number_of(len(rows), 'chunk')} cannot be cut at {cfg.train_fraction}; give more texts"
+            )
         bare = slice(len(reading.before), -len(reading.after) or None)
         chunks = [tokenizer.decode(row[bare]) for row in rows]
         train, test = (

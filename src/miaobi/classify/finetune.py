@@ -24,7 +24,7 @@ from miaobi.config import OptimConfig
 from miaobi.console import console, log, progress
 from miaobi.corpus.dataset import derive
 from miaobi.device import explain_memory, peak_memory, reset_peak_memory
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 from miaobi.model.lora import add_lora
 from miaobi.model.transformer import Transformer
 from miaobi.train.optimizer import rate, set_rate
@@ -266,7 +266,7 @@ class Finetuning:
                     best, self.best_step, self.best_accuracy, since = (accuracy, -nats), self.done, accuracy, 0
                     best_state = {name: p.detach().clone() for name, p in trained.items()}
                 if self.patience and since >= self.patience:
-                    log(f"{self.cell.name}: stopped, no better on dev for {since} evaluations")
+                    log(f"{self.cell.name}: stopped, no better on dev for {number_of(since, 'evaluation')}")
                     break
         with torch.no_grad():
             for name, p in trained.items():
@@ -311,7 +311,7 @@ def finetune(
         run = Finetuning(cfg, cell, judge, split, experiment.states)
         if metrics is not None:
             metrics.mkdir(parents=True, exist_ok=True)
-        curves = Metrics(metrics, 0, None, events=events) if metrics is not None else None
+        curves = Metrics(metrics, 0, events=events) if metrics is not None else None
         try:
             run.go(curves, interrupted)
         finally:

@@ -16,13 +16,14 @@ from tokenizers import processors
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from miaobi.checksums import for_model, verifying
 from miaobi.classify.data import Reading
 from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, brief
-from miaobi.files import read_json, read_record, verifying, write_json
-from miaobi.model.checkpoint import WEIGHED, model_directory, save_tensors
-from miaobi.model.families import check_hf, load_hf, to_hf
+from miaobi.files import read_json, read_record, write_json
+from miaobi.model.checkpoint import model_directory, save_tensors
+from miaobi.model.families import check_hf, load_hf, refuse_unusable, to_hf
 from miaobi.model.hf_config import ARCHITECTURES, hf_config, model_config
 from miaobi.model.lora import merged
 from miaobi.model.tensors import read_tensors
@@ -308,9 +309,10 @@ def load(name: str | Path, device: torch.device, dtype: torch.dtype) -> Judge:
     except UserError as e:
         raise UserError(f"{path} is damaged ({e}); copy it again, or train it again") from e
     try:
-        with verifying(path, lambda name: name in (*WEIGHED, SETTINGS)):
+        with verifying(path, lambda name: for_model(name) or name == SETTINGS):
             tensors = read_tensors(path)
         score = tensors.pop("score.weight")
+        refuse_unusable("its head", {"score.weight": score})
         decoder = model_config(config.get("decoder", config), tensors)
         reading = settings.reading(decoder)
         tensors = check_hf(decoder, tensors, "its weights")

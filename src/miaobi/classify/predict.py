@@ -20,10 +20,9 @@ from miaobi.classify.evaluation import scores
 from miaobi.classify.head import Judge
 from miaobi.classify.labels import label_names
 from miaobi.console import json_text, log, warn, warn_of_encoding
-from miaobi.corpus.records import spooled
-from miaobi.corpus.sources import FORMAT_BY_NAME
+from miaobi.corpus.sources import FORMAT_BY_NAME, spooled
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
-from miaobi.errors import UserError, brief
+from miaobi.errors import UserError, brief, number_of
 
 FILES = (".txt", *FORMAT_BY_NAME, ".gz", ".xz", ".zst", ".zip")
 """What ends like this is the name of a file, and never a text."""
@@ -67,7 +66,7 @@ def read_input(cfg: PredictConfig) -> Iterator[Row]:
         else:
             yield row
     if skipped:
-        log(f"{skipped:,} rows left out")
+        log(f"{number_of(skipped, 'row')} left out")
 
 
 def read_file(name: str, cfg: PredictConfig) -> Iterator[Row | None]:
@@ -161,4 +160,4 @@ def write(judge: Judge, rows: Iterator[Row], cfg: PredictConfig, as_json: bool) 
         if result := score.result():
             log(f"accuracy {result['accuracy']:.2%}, macro-F1 {result['macro_f1']:.4f}")
     if score.unlabelled:
-        log(f"{score.unlabelled:,} rows without a label are not scored")
+        log(f"not scored, without a label: {number_of(score.unlabelled, 'row')}")

@@ -25,7 +25,7 @@ from miaobi.console import log, warn
 from miaobi.convert.config import GGUFConfig
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, source_of
 from miaobi.corpus.tokenizer import BYTE_PIECES, Tokenizer
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 from miaobi.files import aside_of, write_text
 from miaobi.model.checkpoint import load_model, model_directory, sampling_settings
 from miaobi.model.families import to_hf
@@ -94,7 +94,10 @@ def convert(config: GGUFConfig) -> dict[str, Any]:
         "kept_in_f16": unaligned,
     } | differences(model, tokenizer, vocabulary)
     if unaligned:
-        log(f"{len(unaligned)} matrices have rows that are no multiple of {BLOCK} and stay f16, such as {unaligned[0]}")
+        log(
+            f"{number_of(len(unaligned), 'matrix')} with rows that are no multiple of {BLOCK}, staying f16: "
+            f"{unaligned[0]}{' and others' if len(unaligned) > 1 else ''}"
+        )
     if config.ollama:
         result["modelfile"] = str(write_modelfile(out, tokenizer, model))
     return result
@@ -288,7 +291,8 @@ def differences(model: Transformer, tokenizer: Tokenizer, vocabulary: Vocabulary
     if literal:
         report["pieces_left_out"] = literal
         warn(
-            f"{literal} pieces hold the character {BLANK}, which stands for a blank there; texts with it get other ids"
+            f"{number_of(literal, 'piece')} with the character {BLANK}, which stands for a blank there: texts with it "
+            "get other ids"
         )
     return report
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from miaobi import __version__
+from miaobi.checksums import Checksums
 from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.errors import UserError, brief
-from miaobi.files import Checksums, sha256, write_json, written_whole
+from miaobi.errors import UserError, brief, number_of
+from miaobi.files import read_whole, sha256, write_json, written_whole
 from miaobi.model.card import USAGE, Card, write_card
 from miaobi.model.checkpoint import save_model
 from miaobi.model.tensors import is_plain, load_plain
@@ -98,7 +99,9 @@ def build(cfg: ModelConfig, state: Any, layer: dict[str, tuple[str, ...]], mask:
             parameter[: len(source)] = source
             parameter[len(source) :] = 0  # padding rows
     if unused:
-        raise UserError(f"{path}: {len(unused)} tensors too many for its own settings, such as {next(iter(unused))}")
+        raise UserError(
+            f"{path}: {number_of(len(unused), 'tensor')} too many for its own settings, such as {next(iter(unused))}"
+        )
     return model
 
 
@@ -109,7 +112,9 @@ def _their_tensors(state: Any, mask: str, n_layer: int, path: Path) -> dict[str,
     tensors = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in state.items()}
     blocks = {int(number) for number in re.findall(r"^transformer\.h\.(\d{1,9})\.", "\n".join(tensors), re.MULTILINE)}
     if n_layer != len(blocks):
-        raise UserError(f"{path} says n_layer={n_layer}, but has weights of {len(blocks)} blocks; get it again")
+        raise UserError(
+            f"{path} says n_layer={n_layer}, but has weights of {number_of(len(blocks), 'block')}; get it again"
+        )
     for i in blocks:
         tensors.pop(f"transformer.h.{i}.{mask}", None)
     return tensors
@@ -203,7 +208,7 @@ def is_unchanged(path: Path, known: Any) -> bool:
 def read_record(out: Path) -> dict[str, Any]:
     """What `write` recorded; nothing where it was another version of miaobi, or nobody."""
     try:
-        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        record = json.loads(read_whole(out / RECORD).decode())
+    except (UserError, OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) and record.get("miaobi") == __version__ else {}

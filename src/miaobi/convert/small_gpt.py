@@ -24,7 +24,7 @@ from miaobi.corpus.documents import iter_blocks, read_block
 from miaobi.corpus.sources import find_sources
 from miaobi.corpus.template import SEP_TEMPLATE
 from miaobi.corpus.tokenizer import BYTE_PIECES, PAD, SEP, Tokenizer
-from miaobi.errors import UserError, brief
+from miaobi.errors import UserError, brief, number_of
 from miaobi.files import pointed
 from miaobi.model.transformer import Transformer
 from miaobi.settings import Origin, flatten, with_values
@@ -107,7 +107,8 @@ def doubt(loss: float, entropy: float, spare: int, text: Path, dataset: Any) -> 
     return (
         f"{text} is probably not the text that this model was trained on ({brief(dataset)} in its own words), and the "
         f"vocabulary rebuilt from it the wrong one: {loss:.2f} nats a token, where counting characters alone gives "
-        f"{entropy:.2f}; {spare:,} rows of its vocabulary have no character. Unless it hardly learned, give that text"
+        f"{entropy:.2f}; without a character: {number_of(spare, 'row')} of its vocabulary. Unless it hardly "
+        "learned, give that text"
     )
 
 
@@ -130,8 +131,9 @@ def converted(path: Path, corpus: str | None) -> Path:
                 warn(record["doubt"])
             return out
     result = convert(path, corpus, out)
-    log(f"{path} -> {out}: {result['parameters'] / 1e6:.1f}M parameters, {result['characters']:,} characters, "
-        f"{result['spare_rows']:,} rows spare, {result['loss']:.2f} nats a token on {corpus}")  # fmt: skip
+    log(f"{path} -> {out}: {result['parameters'] / 1e6:.1f}M parameters, "
+        f"{number_of(result['characters'], 'character')}, "
+        f"{number_of(result['spare_rows'], 'row')} spare, {result['loss']:.2f} nats a token on {corpus}")  # fmt: skip
     return out
 
 

@@ -9,14 +9,16 @@ import mmap
 import re
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple
 
 from miaobi import console
 from miaobi.corpus import encodings
 from miaobi.corpus.folders import pointer_reason
-from miaobi.corpus.sources import Source
+from miaobi.corpus.ignored import Ignored
+from miaobi.corpus.sources import NotTextError, Source
 from miaobi.errors import UserError
 
 BLOCK_BYTES = 2 << 20
@@ -25,6 +27,10 @@ MAX_DOCUMENT_BYTES = 32 << 20
 """A text without a blank line for so long is cut at a line end, so that memory stays bounded."""
 MAX_FILE_BYTES = 64 << 20
 """Largest file that can be one document (--format=files)."""
+
+_OFFICE_REMEDY = "save it as plain text, a table as .csv, and give that"
+_OFFICE = {".doc", ".docx", ".wps", ".odt", ".rtf", ".pdf", ".epub", ".mobi", ".azw3", ".xls", ".xlsx", ".et", ".ods",
+           ".ppt", ".pptx"}  # fmt: skip
 
 NOISE = "\0\ufeff"
 """What `without_noise` looks for."""
@@ -38,10 +44,6 @@ def _line_ends(encoding: str) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
 
 _LINE_ENDS = {name: _line_ends(name) for name in ("utf-8", *encodings.UNITS)}  # -> (line end, blank line)
 Bytes = bytes | bytearray | mmap.mmap
-
-
-class NotTextError(UserError):
-    """A file that is no text in any encoding: a binary file, or a pointer to a file elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Block:
     """Bad records left out in front of it."""
     reason: str = ""
     """Why the whole file was."""
+    ignored: Ignored = field(default_factory=dict, compare=False)
+    """Keys of its records that are not read."""
 
 
 def text_blocks(source: Source, index: int, whole: bool) -> Iterator[Block]:
@@ -145,6 +149,8 @@ def _cut(data: Bytes, start: int, encoding: str, at_blank_line: bool) -> int:
 
 def _find_encoding(source: Source, data: Bytes) -> tuple[str, int, bool]:
     """Encoding, length of the byte order mark, and whether there was more than plain ASCII to tell it by."""
+    if bytes(data[:5]) in (b"{\\rtf", b"%PDF-") and not source.is_exact:  # which may be ASCII from end to end
+        raise NotTextError(f"{source.name} is a document with its layout, not text; {_OFFICE_REMEDY}")
     for offset in range(0, len(data), encodings.SAMPLE):
         sample = bytes(data[offset : offset + encodings.SAMPLE])
         if not sample.isascii() or b"\0" in sample:
@@ -163,9 +169,10 @@ def _detect(source: Source, sample: bytes, is_whole: bool) -> tuple[str, int]:
         return detected
     if b"\0" in sample:
         raise NotTextError(
-            f"{source.name} is a binary file (it has zero bytes and is not UTF-16), not text; leave it out"
+            f"{source.name} is a binary file (it has zero bytes and is not UTF-16), not text; "
+            + (_OFFICE_REMEDY if Path(source.inner_name).suffix.lower() in _OFFICE else "leave it out")
         )
-    raise UserError(
+    raise NotTextError(
         f"{source.name}: neither UTF-8, GB18030, Big5 nor UTF-16 makes sense of it; if it is text, convert it: "
         "iconv -f ENCODING -t utf-8; otherwise leave it out (prepare, eval and classify do so with --skip_bad=True)"
     )

@@ -52,6 +52,10 @@ class Corpus:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(Corpus)}
 
 
+MOST_ROWS = 1 << 20
+"""Of an embedding, that prepared data may ask for: the largest vocabulary in use, XLM-V's, has 901,629."""
+
+
 @dataclass(frozen=True)
 class PrepareConfig(Corpus):
     """Text of any encoding and format -> tokens on disk."""
@@ -89,5 +93,8 @@ class PrepareConfig(Corpus):
             raise UserError(f"workers is {self.workers}; give 0 for one per core, or a positive number")
         if any(not 0 < weight <= 100 for weight in self.weights):
             raise UserError(f"weights are {self.weights}; give a positive number up to 100 for every source")
+        if self.vocab_size is not None and self.vocab_size > MOST_ROWS:
+            raise UserError(f"vocab_size is {self.vocab_size:,}; an embedding of more than {MOST_ROWS:,} rows is not "
+                            "made")  # fmt: skip
         if self.min_frequency < 1:
             raise UserError(f"min_frequency is {self.min_frequency}; the smallest is 1")

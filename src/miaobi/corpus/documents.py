@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from miaobi.console import warn
 from miaobi.corpus import blocks, clean, dialogue, overlap
-from miaobi.corpus.blocks import Block, NotTextError, decoded, text_blocks, without_noise
+from miaobi.corpus.blocks import Block, decoded, text_blocks, without_noise
+from miaobi.corpus.ignored import Ignored
 from miaobi.corpus.messages import ALL_EXTRAS
 from miaobi.corpus.records import (
     RECORDS,
@@ -23,7 +24,7 @@ from miaobi.corpus.records import (
     refuse_other_records,
     taker,
 )
-from miaobi.corpus.sources import Source, find_sources, refuse_contradictions
+from miaobi.corpus.sources import NotTextError, Source, find_sources, refuse_contradictions
 from miaobi.corpus.template import NONCHARACTER
 from miaobi.errors import UserError
 
@@ -80,6 +81,8 @@ class Content:
     """Characters that `without_noise` took out."""
     reason: str = ""
     """Why a whole file was skipped."""
+    ignored: Ignored | None = None
+    """Keys of records that are not read."""
 
 
 def iter_blocks(
@@ -92,16 +95,22 @@ def iter_blocks(
         UserError: an empty, binary or damaged file, an unknown encoding, a table without `field`.
     """
     for index, source in enumerate(sources):
+        found = 0
         try:
             if source.is_listed and source.format in RECORDS:
                 refuse_other_records(source, field, skip_bad, delimiter)
-            if is_in_order(source):
-                yield from record_blocks(source, index, field, skip_bad, extras, delimiter)
-            else:
-                yield from text_blocks(source, index, whole)
+            in_order = is_in_order(source)
+            for block in (
+                record_blocks(source, index, field, skip_bad, extras, delimiter)
+                if in_order
+                else text_blocks(source, index, whole)
+            ):
+                yield block
+                found += 1
         except UserError as error:
             _refuse_unless_skipped(error, source, skip_bad)
-            yield Block(source, index, encoding="skipped", records=(), skipped=1, reason=str(error))
+            reason = f"{error}{' (what stands before that place was taken)' if found else ''}"
+            yield Block(source, index, encoding="skipped", records=(), skipped=1, reason=reason)
 
 
 def tasks(sources: list[Source], options: DocumentOptions) -> Iterator[Task]:
@@ -146,12 +155,12 @@ def _refuse_unless_skipped(error: UserError, source: Source, skip_bad: bool) -> 
 
 
 def _read_records(block: Block, field: str, skip_bad: bool, whole: bool, extras: frozenset[str]) -> Content:
-    removed, reason = 0, ""
+    removed, reason, unread = 0, "", block.ignored
     if block.records is not None:
         records, encoding, skipped, reason = list(block.records), block.encoding or "utf-8", block.skipped, block.reason
     else:
         text, encoding, skipped, removed = decoded(block, skip_bad)
-        records, bad = line_texts(block, text, taker(block.source, field, extras), skip_bad)
+        records, bad, unread = line_texts(block, text, taker(block.source, field, extras), skip_bad)
         skipped += bad
     clean_records = list(map(without_noise, records))  # JSON has its own spelling of them
     removed += sum(map(len, records)) - sum(map(len, clean_records))
@@ -161,7 +170,7 @@ def _read_records(block: Block, field: str, skip_bad: bool, whole: bool, extras:
         raw = dialogue.without_marks("".join(documents))
     elif whole and documents:
         documents = ["".join(document + "\n" for document in documents)]
-    return Content(raw, documents, encoding, skipped, removed, reason)
+    return Content(raw, documents, encoding, skipped, removed, reason, unread)
 
 
 def _read_text(block: Block, skip_bad: bool, whole: bool) -> Content:

@@ -14,7 +14,9 @@ from miaobi.corpus import encodings
 from miaobi.corpus.store import OWN_NAMES, is_prepared
 
 COMPRESSION = {".gz": "gz", ".bz2": "bz2", ".xz": "xz", ".zst": "zst", ".zip": "zip"}
-ARCHIVES = {".tar", ".tgz", ".tbz2", ".txz", ".rar", ".7z"}
+ARCHIVES = {
+    ".tar", ".tgz", ".tbz2", ".tbz", ".tb2", ".txz", ".tzst", ".tlz", ".rar", ".7z", ".z", ".lz4", ".lzma",
+}  # fmt: skip
 """Which nothing here unpacks."""
 FORMAT_BY_NAME = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".json": "jsonl",
@@ -133,7 +135,7 @@ def files_below(root: Path, leave: Callable[[Path, str], None]) -> Iterator[Path
                 path = directory / file
                 reason = "made by miaobi prepare" if is_ours and OWN_NAMES.fullmatch(file) else reason_by_name(file)
                 if not reason and not path.is_file():
-                    reason = "a link that leads nowhere" if path.is_symlink() else "not a file"
+                    reason = "not a file" if path.exists() else "a link that leads nowhere"
                 if reason:
                     leave(path, reason)
                 else:

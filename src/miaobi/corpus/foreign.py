@@ -17,11 +17,13 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from miaobi.errors import UserError
-from miaobi.files import read_json
+from miaobi.files import read_json, read_whole
 
 Json = dict[str, Any]
 MAX_CONTROL_CHARACTERS = 256
 """Longest control token: real ones have some forty, and templates look for every part of them."""
+MOST_TEXT = 48 << 20
+"""Bytes of a tokenizer's file: Gemma 3's tokenizer.json has 33 million."""
 MAX_IDS = 1 << 24
 _MAX_GROWTH = 64
 """How many times longer a text may become by all `Replace` steps of a tokenizer together, in characters."""
@@ -43,7 +45,7 @@ def read_config(directory: Path) -> Json:
 def text_of(file: Path) -> str:
     """The UTF-8 text of one of a tokenizer's files. Raises UserError for other bytes."""
     try:
-        return file.read_text(encoding="utf-8")
+        return read_whole(file, MOST_TEXT).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 ({error}); copy it again") from error
 

@@ -6,6 +6,7 @@ Run as a script, this file is that process: it imports nothing but Jinja, and re
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import signal
@@ -78,7 +79,8 @@ def main() -> None:
     if sys.platform != "win32":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        with contextlib.suppress(ValueError, OSError):  # macOS refuses less than what a process has mapped already
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,11 +1,13 @@
 """A JSON record in one of the usual shapes -> the messages of a dialogue, or what is wrong with it.
 
-Nothing that a record says is dropped: what cannot be rendered is refused by its name.
+Nothing that is said in a dialogue is dropped: what cannot be rendered is refused by its name. What is only said about
+it (`id`, `name`) is not read, and `ignored_keys` names it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from miaobi.corpus.template import NONCHARACTER, ROLES, Messages
@@ -19,10 +21,23 @@ _SPEAKERS = {  # ShareGPT's names and their relatives
     "observation": "tool", "function": "tool", "function_call": "assistant",
 }  # fmt: skip
 _SHAPES = "`messages` (OpenAI), `conversations` (ShareGPT) or `instruction` and `output` (Alpaca)"
-_UNREADABLE = ("images", "image", "videos", "video", "audios", "audio", "chosen", "rejected", "refusal")
-"""Keys whose content cannot be learned from words alone: with it left out the rest would say something else."""
+_UNREADABLE = (
+    "images", "image", "videos", "video", "audios", "audio", "files", "file", "attachments", "documents",
+    "chosen", "rejected", "refusal", "reasoning_details", "thinking_blocks", "train_detail", "training_detail",
+)  # fmt: skip
+"""Keys whose content cannot be learned from the words of turns alone: without it the rest would say something else."""
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_TURN_LEARNED = ("weight", "train", "loss")  # OpenAI's, axolotl's, ms-swift's
+_TURN_LEARNED = ("weight", "train", "training", "loss", "loss_scale", "loss_mask")  # OpenAI's, axolotl's, ms-swift's
+_TURN_MASKED = "masked"  # torchtune's, which says the opposite
+_UNFINISHED = {
+    "prefix": True, "partial": True, "eot": False, "end_turn": False, "finish_reason": "length",
+    "stop_reason": "max_tokens",
+}  # fmt: skip
+"""What says of a turn that it goes on: DeepSeek's, Moonshot's and Qwen's, torchtune's; why a model was stopped."""
+_UNDESIRABLE = ("kto_tag", "label")
+"""KTO's: false says that the reply is one not to give."""
+_AROUND = {"system", "tools", "functions"}
+_ALPACA = {"instruction", "input", "output", "history", *_AROUND}
 
 
 class _RefusedError(ValueError):
@@ -47,6 +62,8 @@ def messages_of(record: dict, extras: frozenset[str] = ALL_EXTRAS) -> tuple[Mess
 
 def _messages(record: dict, extras: frozenset[str]) -> Messages:
     _refuse_unreadable(record, "")
+    if key := next((key for key in _UNDESIRABLE if record.get(key) is False), ""):
+        raise _RefusedError(f"`{key}` is false: its reply is one not to give; leave such records out")
     listed = [key for key in ("messages", "conversations") if record.get(key) not in (None, [])]
     is_alpaca = record.get("output") is not None and record.get("instruction") is not None
     if len(listed) + is_alpaca > 1:
@@ -70,8 +87,33 @@ def _refuse_unreadable(item: dict, location: str) -> None:
     for key in _UNREADABLE:
         if item.get(key):
             raise _RefusedError(
-                f"{location}`{key}` cannot be learned: only words can; leave such records out, or remove the key"
+                f"{location}`{key}` cannot be learned: only the words of whole turns can; leave such records out, or "
+                "remove the key"
             )
+
+
+def ignored_keys(record: dict) -> Iterator[str]:
+    """The keys of a record that `messages_of` takes, and of its turns, which are not read though they hold something:
+    `id`, `messages[].name`.
+    """
+    shape = next((key for key in ("messages", "conversations") if record.get(key) not in (None, [])), None)
+    known = {*_ALPACA, _thought_key(record)} if shape is None else {shape, *_AROUND}
+    yield from _unread(record, known | {key for key in _UNDESIRABLE if record.get(key) is True})
+    for turn in record[shape] if shape else ():
+        content = "content" if turn.get("content") is not None else "value"
+        known = {"role" if turn.get("role") is not None else "from", content, "tool_calls", "function_call"}
+        known |= {_thought_key(turn), *_TURN_LEARNED, _TURN_MASKED}
+        known |= {key for key, value in _UNFINISHED.items() if isinstance(turn.get(key), type(value))}
+        if _SPEAKERS[turn.get("role") or turn["from"]] == "tool":
+            known |= {"tool_call_id", "name"}
+        yield from (f"{shape}[].{key}" for key in _unread(turn, known))
+        for part in turn[content] if isinstance(turn.get(content), list) else ():
+            if isinstance(part, dict):
+                yield from (f"{shape}[].{content}[].{key}" for key in _unread(part, {"type", "text"}))
+
+
+def _unread(item: dict, known: set[str]) -> list[str]:
+    return [key for key, value in item.items() if key not in known and value not in (None, "", [], {})]
 
 
 def _check(messages: Messages, extras: frozenset[str]) -> None:
@@ -153,13 +195,15 @@ def _turn(turn: object, number: int) -> dict[str, Any]:
         raise _RefusedError(
             f"turn {number} has the unknown role {brief(speaker)}; the roles are {', '.join((*ROLES, 'tool'))}"
         )
+    if turn.get("content") is not None and turn.get("value") not in (None, "", turn["content"]):
+        raise _RefusedError(f"turn {number} has `content` and `value`, and they differ; remove one of them")
     message: dict[str, Any] = {"role": role}
     if speaker == "function_call":  # ShareGPT's: the call is the content
         content, calls = "", _calls(_parsed(content, "function_call"), number)
     else:
         calls = _calls(_parsed(turn.get("tool_calls"), "tool_calls"), number)
         calls += _calls(_parsed(turn.get("function_call"), "function_call"), number)
-    thought = next((turn[key] for key in _THOUGHTS if turn.get(key)), "")
+    thought = turn.get(_thought_key(turn), "")
     if not isinstance(thought, str):
         raise _RefusedError(f"turn {number}: the thought is {type(thought).__name__}, not text")
     content = _text_of(content, number, may_lack=bool(calls))
@@ -174,9 +218,18 @@ def _turn(turn: object, number: int) -> dict[str, Any]:
         message["tool_calls"] = calls
     if role == "tool":
         message |= {key: turn[key] for key in ("tool_call_id", "name") if isinstance(turn.get(key), str)}
+    if key := next((key for key, value in _UNFINISHED.items() if turn.get(key) == value), ""):
+        raise _RefusedError(
+            f"turn {number} is not whole: `{key}` is {brief(turn[key])}; finish it and remove the key, or leave it out"
+        )
     if not _is_learned(turn, number):
         message["weight"] = 0
     return message
+
+
+def _thought_key(item: dict) -> str:
+    """Under which key a turn's thoughts are, "" for none."""
+    return next((key for key in _THOUGHTS if item.get(key)), "")
 
 
 def _first(turn: dict, *keys: str) -> object:
@@ -225,15 +278,16 @@ def _calls(calls: object, number: int) -> list[dict[str, Any]]:
 
 
 def _is_learned(turn: dict, number: int) -> bool:
-    """What weight (OpenAI), train (axolotl) or loss (ms-swift) say of a turn."""
+    """What weight (OpenAI), train (axolotl), loss (ms-swift), masked (torchtune) say of a turn."""
     learned = True
-    for key in _TURN_LEARNED:
+    for key in (*_TURN_LEARNED, _TURN_MASKED):
         value = turn.get(key)
         if value is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise _RefusedError(f"turn {number}: `{key}` is {brief(value)}; only 0 (not learned) and 1 (learned) count")
-        learned = learned and bool(value)
+            meaning = "not masked) and 1 (masked" if key == _TURN_MASKED else "not learned) and 1 (learned"
+            raise _RefusedError(f"turn {number}: `{key}` is {brief(value)}; only 0 ({meaning}) count")
+        learned = learned and bool(value) != (key == _TURN_MASKED)
     return learned
 
 
@@ -251,7 +305,7 @@ def _alpaca(record: dict) -> Messages:
         messages += [{"role": role, "content": p.strip()} for role, p in zip(ROLES[1:], pair, strict=True)]
     question = f"{instruction.strip()}\n{more.strip()}" if more.strip() else instruction.strip()
     messages.append({"role": "user", "content": question})
-    thought = next((record[key] for key in _THOUGHTS if record.get(key)), "")
+    thought = record.get(_thought_key(record), "")
     if not isinstance(thought, str):
         raise _RefusedError(f"the thought is {type(thought).__name__}, not text")
     messages.append({"role": "assistant", "content": answer.strip()})

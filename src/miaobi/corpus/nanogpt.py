@@ -13,7 +13,7 @@ from tokenizers import decoders, models
 
 from miaobi.corpus.tokenizer import BYTE_PIECES, Tokenizer
 from miaobi.errors import UserError, brief
-from miaobi.files import refuse_pointers, unreadable
+from miaobi.files import read_whole, refuse_pointers, unreadable
 
 DTYPE = "uint16"  # of all its .bin files
 
@@ -64,7 +64,7 @@ def read_plain_pickle(path: Path) -> Any:
         raise UserError(f"{path}: no such file")
     refuse_pointers([path])
     try:
-        data = path.read_bytes()
+        data = read_whole(path)
         for code, argument, _ in pickletools.genops(data):
             if "PUT" in code.name and isinstance(argument, int) and argument > len(data):
                 raise pickle.UnpicklingError("a memo far beyond its end")  # for which memory would be taken

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from miaobi import console
-from miaobi.corpus import dialogue, encode, folders, overlap, selection, store
+from miaobi.corpus import dialogue, encode, folders, ignored, overlap, selection, store
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.documents import REMOVED, DocumentOptions
 from miaobi.corpus.folders import LeftOut
+from miaobi.corpus.ignored import Ignored
 from miaobi.corpus.selection import VAL
 from miaobi.corpus.sources import Source, list_sources, refuse_contradictions
 from miaobi.corpus.store import Encoded
@@ -29,7 +31,7 @@ from miaobi.corpus.survey import Corpus, take_survey
 from miaobi.corpus.template import CHATML_TEMPLATE, ROLES, SEP_TEMPLATE, ChatTemplate, source_of, with_thinking
 from miaobi.corpus.tokenizer import DEFAULT_BPE_VOCAB_SIZE, IM_END, IM_START, PAD, SEP, Tokenizer
 from miaobi.corpus.workers import Workers, workers_for
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 
 
 def prepare_sources(cfg: PrepareConfig) -> dict[str, Any]:
@@ -50,8 +52,8 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
         out, documents, characters and distinct_characters (as read), vocab_size, train_tokens, val_tokens,
         duplicates_removed, also_in_validation (documents that --val has too), encodings (name -> files), taken (format
         -> files), left_out (path, reason, files: what of directories and archives was not taken), skipped (bad files,
-        records and bytes), skipped_in (files that had some), removed (characters of padding, byte order marks inside),
-        seconds.
+        records and bytes), skipped_in (files that had some), ignored (keys of dialogues that are not read -> how often,
+        and where first), removed (characters of padding, byte order marks inside), seconds.
 
     Raises:
         UserError: what the user can put right: unreadable input, too little text, a full disk, an --out in use.
@@ -61,7 +63,10 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
     files = [file for group in groups for file in group]
     refuse_contradictions(files, cfg.format)
     if cfg.weights and len(cfg.weights) != len(sources):
-        raise UserError(f"{len(cfg.weights)} weights for {len(sources)} sources; give one number for each source")
+        raise UserError(
+            f"{number_of(len(cfg.weights), 'weight')} for {number_of(len(sources), 'source')}; give one number "
+            f"for each source"
+        )
     sizes = [len(group) for group in groups]
     weights = np.repeat([*(cfg.weights or [1.0] * len(sources)), *([1.0] if cfg.val else [])], sizes)
     is_val = np.repeat(np.arange(len(groups)) >= len(sources), sizes)
@@ -83,7 +88,10 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
         with store.explain_refusal(out):
             manifest = _write(out, corpus, tokenizer, cfg, workers, left)
     statistics, records = manifest["statistics"], manifest["sources"]
+    unread = _ignored(records)
     _say_what_was_left(records, left, statistics["removed"])
+    if unread:
+        console.log(console.one_line(ignored.told(unread)))
     return {
         "out": str(Path(cfg.out).expanduser()),
         "documents": statistics["documents"],
@@ -99,18 +107,28 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
         "left_out": manifest["left_out"],
         "skipped": statistics["skipped"],
         "skipped_in": [record["path"] for record in records if record["skipped"]],
+        "ignored": unread,
         "removed": statistics["removed"],
         "seconds": round(time.perf_counter() - began, 3),
     }
 
 
 def _taken(records: list[dict]) -> Counter[str]:
-    return Counter(record["format"] for record in records if not record.get("reason"))
+    return Counter(record["format"] for record in records if record["documents"] or not record.get("reason"))
+
+
+def _ignored(records: list[dict]) -> Ignored:
+    """What was not read, of all sources together."""
+    together: Ignored = {}
+    for record in records:
+        for key, (count, first) in record.get("ignored", {}).items():
+            ignored.note(together, [key], first, count)
+    return together
 
 
 def _say_what_was_left(records: list[dict], left: list[LeftOut], removed: int) -> None:
     refused = [
-        LeftOut(record["path"], record["reason"].removeprefix(f"{record['path']}: "))
+        LeftOut(record["path"], re.sub("^(: | is | )", "", record["reason"].removeprefix(record["path"])))
         for record in records
         if record.get("reason")
     ]
@@ -297,7 +315,9 @@ def _tail_cut(corpus: Corpus, cfg: PrepareConfig) -> int:
         return sum(record["characters"] for record in corpus.records if record.get("split") != "val")
     cut = int(total * (1 - cfg.val_fraction))  # nanoGPT's data[:int(n*0.9)]
     if cut in (0, total):
-        raise UserError(f"{total} characters are too few to cut into training and validation; give more text")
+        raise UserError(
+            f"the text has {number_of(total, 'character')}, too few to cut into training and validation; give more text"
+        )
     return cut
 
 

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from miaobi.corpus import checked, nanogpt, store
+from miaobi.corpus.config import MOST_ROWS
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
+from miaobi.files import MOST_OF_A_LIST, read_whole
 
 PIECE = 1 << 22
 """Tokens that are counted together."""
@@ -241,7 +243,7 @@ def _beside(manifest: dict) -> list[dict]:
 def _read_manifest(file: Path) -> dict:
     """Raises UserError for one that is missing or damaged; what it gives has every key with a value of its kind."""
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(read_whole(file, MOST_OF_A_LIST).decode())
     except OSError as e:
         raise UserError(
             f"{file.parent} is not prepared data: no manifest.json. Run: miaobi prepare TEXT --out {file.parent}"
@@ -260,7 +262,7 @@ def _problem(manifest: Any) -> str:
         return "it is not one of miaobi prepare"
     if manifest.get("dtype") not in ("uint16", "uint32"):
         return "dtype"
-    if not _is_number(manifest.get("vocab_size")) or not 1 <= manifest["vocab_size"] <= 1 << 32:
+    if not _is_number(manifest.get("vocab_size")) or not 1 <= manifest["vocab_size"] <= MOST_ROWS:
         return "vocab_size"
     end_ids = manifest.get("end_ids", [])
     if not isinstance(end_ids, list) or "eot_id" not in manifest:
@@ -319,7 +321,8 @@ def _nanogpt_manifest(path: Path) -> dict:
             counts += np.bincount(tokens.read(start, min(start + PIECE, tokens.length)), minlength=65536)
         if counts[len(pieces) :].any():
             highest = int(np.flatnonzero(counts)[-1])
-            raise UserError(f"{file} has token {highest}, but meta.pkl next to it knows {len(pieces)} characters: they "
+            raise UserError(f"{file} has token {highest}, but meta.pkl next to it knows "
+                            f"{number_of(len(pieces), 'character')}: they "
                             "do not belong together; run nanoGPT's prepare.py again")  # fmt: skip
         shard = {"file": file.name, "tokens": tokens.length, "sha256": hashes[file.name]}
         manifest[name] = {"tokens": tokens.length, "characters": tokens.length, "documents": 1, "shards": [shard],

@@ -5,19 +5,17 @@ JSON lines are read block by block, in any process; the other kinds in order, in
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from miaobi.corpus import blocks, encodings
-from miaobi.corpus.blocks import Block, NotTextError, decode_block, text_blocks
+from miaobi.corpus import blocks, encodings, ignored
+from miaobi.corpus.blocks import Block, decode_block, text_blocks
 from miaobi.corpus.dialogue import packed
-from miaobi.corpus.messages import ALL_EXTRAS, messages_of
-from miaobi.corpus.sources import FORMAT_BY_NAME, Source
+from miaobi.corpus.ignored import Ignored
+from miaobi.corpus.messages import ALL_EXTRAS, ignored_keys, messages_of
+from miaobi.corpus.sources import FORMAT_BY_NAME, NotTextError, Source
 from miaobi.corpus.tables import (
     Record,
     csv_records,
@@ -116,7 +114,7 @@ def record_blocks(
     names, records = open_records(source, skip_bad, None if is_dialogue else [field], delimiter)
     if names is not None and not is_dialogue:
         column_of(source, names, field)
-    texts, size, bad, encoding = [], 0, 0, "utf-8"
+    texts, size, bad, encoding, unread = [], 0, 0, "utf-8", {}
     for record in records:
         bad, encoding = bad + record.lost, record.encoding
         text, problem = ("", record.problem) if record.problem else take(record.values)
@@ -129,10 +127,11 @@ def record_blocks(
         else:
             texts.append(text)
             size += len(text)
+            ignored.note(unread, ignored_keys(record.values) if is_dialogue else (), record.location)
         if size > blocks.BLOCK_BYTES // 3:
-            yield Block(source, index, encoding=encoding, records=tuple(texts), skipped=bad)
-            texts, size, bad = [], 0, 0
-    yield Block(source, index, encoding=encoding, records=tuple(texts), skipped=bad)
+            yield Block(source, index, encoding=encoding, records=tuple(texts), skipped=bad, ignored=unread)
+            texts, size, bad, unread = [], 0, 0, {}
+    yield Block(source, index, encoding=encoding, records=tuple(texts), skipped=bad, ignored=unread)
 
 
 RECORDS = ("jsonl", "csv", "parquet", "messages")
@@ -158,13 +157,13 @@ def refuse_other_records(source: Source, field: str, skip_bad: bool, delimiter: 
         raise NotTextError(f"{source.name}: {first.problem}: no records")
 
 
-def line_texts(block: Block, text: str, take: Take, skip_bad: bool) -> tuple[list[str], int]:
-    """What is taken out of the JSON lines in a block, and how many lines were bad (`skip_bad`).
+def line_texts(block: Block, text: str, take: Take, skip_bad: bool) -> tuple[list[str], int, Ignored]:
+    """What is taken out of the JSON lines in a block, how many lines were bad (`skip_bad`), and what was not read.
 
     Raises:
         UserError: a line that is no JSON object or has nothing to take, with file and line.
     """
-    texts, bad = [], 0
+    texts, bad, unread, is_dialogue = [], 0, {}, block.source.format == "messages"
     for number, line in enumerate(text.split("\n")):
         if not line or line.isspace():
             continue
@@ -172,12 +171,13 @@ def line_texts(block: Block, text: str, take: Take, skip_bad: bool) -> tuple[lis
         value, problem = ("", problem) if problem else take(values)
         if not problem:
             texts.append(value)
+            ignored.note(unread, ignored_keys(values) if is_dialogue else (), number)
         elif skip_bad:
             bad += 1
         else:
             location = f"{block.source.name}, line {first_line(block) + number}"
             raise UserError(f"{location}: {problem} {_SKIP}")
-    return texts, bad
+    return texts, bad, unread
 
 
 def first_line(block: Block) -> int:
@@ -323,30 +323,3 @@ class _Array:
             return False
         self.text, self.at = "".join(rest), 0
         return True
-
-
-# Streams
-
-
-class _Spooled(Source):
-    """A stream that was put into a file, under the stream's own name."""
-
-    @property
-    def name(self) -> str:
-        return self.member
-
-
-@contextlib.contextmanager
-def spooled(stream: BinaryIO, name: str) -> Iterator[Source]:
-    """A stream as a source of text, so that its encoding is found out as a file's is; gone afterwards.
-
-    The whole is read first: only later lines may show the encoding of the first ones.
-    """
-    handle, path = tempfile.mkstemp(prefix="miaobi-")
-    try:
-        with open(handle, "wb") as file:
-            while piece := stream.read(1 << 20):
-                file.write(piece)
-        yield _Spooled(Path(path), "text", member=name, size=os.path.getsize(path))
-    finally:
-        os.unlink(path)

@@ -6,7 +6,6 @@ import atexit
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -73,6 +72,8 @@ class _Process:
         return json.loads(line)
 
     def _start(self) -> None:
+        import subprocess  # our own templates need no process
+
         self._child, self._owner = None, os.getpid()
         jinja = Path(importlib.util.find_spec("jinja2").origin).parents[1]
         command = [sys.executable, "-I", jinja_process.__file__, str(jinja)]  # isolated: no file of ours hides another

@@ -7,7 +7,7 @@ import numpy as np
 from miaobi import console
 from miaobi.corpus import clean, near
 from miaobi.corpus.config import PrepareConfig
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 
 DROP, TRAIN, VAL = 0, 1, 2
 """What a document is used for; a number above VAL: TRAIN, one time less than it says."""
@@ -82,7 +82,7 @@ def fill_empty_side(choice: np.ndarray, digests: np.ndarray, characters: int) ->
     used = np.flatnonzero(choice != DROP)
     if len(used) < 2:
         raise UserError(
-            f"the text is {len(used)} document{'' if len(used) == 1 else 's'} of {characters} characters: too little "
+            f"the text is {number_of(len(used), 'document')} of {number_of(characters, 'character')}: too little "
             "to keep some for validation. Give more text; or --format=lines if every line is a document; "
             "or --split=tail to cut the characters instead"
         )
@@ -91,6 +91,7 @@ def fill_empty_side(choice: np.ndarray, digests: np.ndarray, characters: int) ->
             ranks = digests[used][:, 8:].copy().view("<u8").ravel()
             choice[used[ranks.argmin() if side == VAL else ranks.argmax()]] = side
             console.warn(
-                f"only {len(used)} documents: one of them was put into {'validation' if side == VAL else 'training'}, "
+                f"only {number_of(len(used), 'document')}: one of them was put into "
+                f"{'validation' if side == VAL else 'training'}, "
                 "which had none"
             )

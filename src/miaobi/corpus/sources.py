@@ -8,7 +8,7 @@ import functools
 import glob
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +17,13 @@ from miaobi.corpus import folders, unpack
 from miaobi.corpus.folders import COMPRESSION, FORMAT_BY_NAME, LeftOut
 from miaobi.corpus.unpack import DAMAGED
 from miaobi.errors import UserError
+
+
+class NotTextError(UserError):
+    """A file out of which nothing can be read: it is binary, damaged, closed, or points to a file elsewhere.
+
+    Where it was not named but found in a directory, it is left out and listed.
+    """
 
 
 @dataclass(frozen=True)
@@ -60,14 +67,14 @@ class Source:
                 return archive.open(archive.infolist()[self.entry])
             return unpack.opened(self.path, self.compression)
         except DAMAGED as error:
-            raise UserError(f"{self.name} cannot be opened: {error}") from error
+            raise NotTextError(f"{self.name} cannot be opened: {error}") from error
 
     def opened(self) -> BinaryIO:
         """The file as it is on the disk. Raises UserError where it may not be read."""
         try:
             return open(self.path, "rb")
         except PermissionError as error:
-            raise UserError(f"{self.name} cannot be read: {error.strerror}") from error
+            raise NotTextError(f"{self.name} cannot be read: {error.strerror}") from error
 
     def read(self, stream: BinaryIO, size: int) -> bytes:
         """Up to `size` bytes of a stream that `open` gave. Raises UserError when the file is damaged, or becomes more
@@ -79,9 +86,9 @@ class Source:
             left = unpack.most(self.size) - stream.tell()
             found = stream.read(min(size, left + 1))
         except DAMAGED as error:
-            raise UserError(f"{self.name} is damaged or cut short: {error}; fetch or pack it again") from error
+            raise NotTextError(f"{self.name} is damaged or cut short: {error}; fetch or pack it again") from error
         if len(found) > left:
-            raise UserError(unpack.grows(self.name))
+            raise NotTextError(unpack.grows(self.name))
         return found
 
 
@@ -135,7 +142,12 @@ def _in_directory(path: Path, given: str, format: str, left: list[LeftOut]) -> l
                 sources += _in_zip(file, format, left)
             except UserError as error:
                 leave(file, str(error).partition(": ")[2] or str(error))
-        elif reason := _reason(file.name, format, functools.partial(_head, file)):
+            continue
+        try:
+            reason = _reason(file.name, format, functools.partial(_head, file))
+        except OSError as error:
+            reason = f"cannot be read: {error.strerror}"
+        if reason:
             leave(file, reason)
         else:
             sources.append(_in_file(file, format, left, is_listed=True)[0])
@@ -178,13 +190,10 @@ def refuse_contradictions(sources: list[Source], format: str) -> None:
 
 def _head(file: Path) -> bytes:
     """The beginning of a small file, or of one whose name does not say that it is text."""
-    try:
-        if folders.is_clear(file.name, file.stat().st_size):
-            return b"text"
-        with open(file, "rb") as stream:
-            return stream.read(folders.HEAD)
-    except OSError as error:
-        raise UserError(f"{printable(file)} cannot be read: {error.strerror}") from error
+    if folders.is_clear(file.name, file.stat().st_size):
+        return b"text"
+    with open(file, "rb") as stream:
+        return stream.read(folders.HEAD)
 
 
 def printable(path: str | Path) -> str:
@@ -254,7 +263,10 @@ def _in_zip(file: Path, format: str, left: list[LeftOut]) -> list[Source]:
         reason = "hidden" if any(map(folders.is_hidden, parts)) else folders.reason_by_name(parts[-1])
         if Path(name).suffix.lower() in COMPRESSION:
             reason = reason or "packed again; unpack it first"
-        reason = reason or _reason(parts[-1], format, functools.partial(_member_head, source))
+        try:
+            reason = reason or _reason(parts[-1], format, functools.partial(_member_head, source))
+        except NotTextError as error:
+            reason = str(error).removeprefix(f"{source.name} ")
         if reason:
             left.append(LeftOut(source.name, reason))
         else:
@@ -284,3 +296,32 @@ def _format_of(name: str, format: str) -> str:
     if format == "dialogue" and by_name in ("jsonl", "parquet"):
         return "messages"
     return by_name if format == "auto" or by_name == "parquet" else format
+
+
+# Streams
+
+
+class _Spooled(Source):
+    """A stream that was put into a file, under the stream's own name."""
+
+    @property
+    def name(self) -> str:
+        return self.member
+
+
+@contextlib.contextmanager
+def spooled(stream: BinaryIO, name: str) -> Iterator[Source]:
+    """A stream as a source of text, so that its encoding is found out as a file's is; gone afterwards.
+
+    The whole is read first: only later lines may show the encoding of the first ones.
+    """
+    import tempfile  # with random and more, for which files need not wait
+
+    handle, path = tempfile.mkstemp(prefix="miaobi-")
+    try:
+        with open(handle, "wb") as file:
+            while piece := stream.read(1 << 20):
+                file.write(piece)
+        yield _Spooled(Path(path), "text", member=name, size=os.path.getsize(path))
+    finally:
+        os.unlink(path)

@@ -19,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from miaobi.errors import UserError
+from miaobi.files import MOST_OF_A_LIST, read_whole
 from miaobi.lock import locked
 
 SHARD_BYTES = 1 << 31
@@ -260,8 +261,8 @@ def check_replaceable(out: Path, sources: list[Path]) -> None:
 def is_prepared(directory: Path) -> bool:
     """Whether a directory has a manifest of ours."""
     try:
-        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        manifest = json.loads(read_whole(directory / "manifest.json", MOST_OF_A_LIST).decode())
+    except (UserError, OSError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 

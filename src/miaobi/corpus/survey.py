@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,21 +9,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from xxhash import xxh3_128
 
 from miaobi import console
-from miaobi.corpus import blocks, characters, clean, dialogue, documents, near, scan, selection
+from miaobi.corpus import characters, clean, dialogue, documents, ignored, near, scan, selection
 from miaobi.corpus.blocks import Block, with_progress
 from miaobi.corpus.characters import N_CODE_POINTS, NONE, Aside
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.documents import DocumentOptions, Task, documents_of, not_blank
-from miaobi.corpus.records import is_in_order
+from miaobi.corpus.hashes import HASH, Hashes, file_hash, with_data
+from miaobi.corpus.ignored import Ignored
+from miaobi.corpus.records import first_line
 from miaobi.corpus.scan import Text
 from miaobi.corpus.selection import VAL
 from miaobi.corpus.sources import Source
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.corpus.workers import Workers
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 
 MIN_VAL_DOCUMENTS, MIN_VAL_TOKENS = 20, 10 * 256
 """A hash split with less for validation first cuts long documents into pieces."""
@@ -41,6 +41,7 @@ class BlockStatistics(NamedTuple):
     removed: int
     reason: str
     hash: str = ""  # of a small file that is one block
+    ignored: Ignored | None = None
 
 
 @dataclass
@@ -139,49 +140,6 @@ def take_survey(
     return corpus
 
 
-HASH = "xxh3_128"
-"""How the manifest knows a source: what `xxh128sum` prints. SHA-256 would add a seventh to --split=tail."""
-
-
-class Hashes(dict[Path, str]):
-    """The hashes of files. Those of large plain files come with their last block, as the blocks pass in their order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.path, self.digest, self.position = None, xxh3_128(), 0
-
-    def data(self, block: Block) -> bytes | None:
-        """The bytes of a block, which count for the hash of its file; None where that is known, or found otherwise."""
-        source = block.source
-        is_piece = block.encoding is not None and block.data is None and block.records is None
-        if not is_piece or source.compression or source.path in self:
-            return None
-        if source.path != self.path:
-            self.path, self.digest, self.position = source.path, xxh3_128(), 0
-        with source.opened() as file:
-            file.seek(self.position)
-            data = file.read(block.end - self.position)
-        self.digest.update(data)
-        mark, self.position = block.start - self.position, block.end
-        if self.position == source.size:
-            self[source.path] = self.digest.hexdigest()
-        return data[mark:]
-
-
-def _file_hash(path: Path) -> str:
-    """The hash of a file that is read in another way: packed, a table."""
-    digest = xxh3_128()
-    with contextlib.suppress(OSError), open(path, "rb") as file:  # the reading says what is wrong
-        while data := file.read(blocks.BLOCK_BYTES):
-            digest.update(data)
-        return digest.hexdigest()
-    return ""
-
-
-def _is_one_block(source: Source) -> bool:
-    return not source.compression and source.size <= blocks.BLOCK_BYTES and not is_in_order(source)
-
-
 def _first_pass(
     sources: list[Source],
     options: DocumentOptions,
@@ -208,22 +166,23 @@ def _first_pass(
                 hashes.data(block)
             is_there[survey.distinct] = True
             survey.distinct = NONE  # much memory for many tasks
-            for block in survey.statistics:
-                _count_block(records[block.source], block, options.whole)
+            for block, statistics in zip(task, survey.statistics, strict=True):
+                _count_block(records[statistics.source], statistics, options.whole)
+                _count_ignored(records[statistics.source], statistics.ignored or {}, block)
             corpus.surveys.append(survey)
     for record, source in zip(records, sources, strict=True):
         if not record[HASH]:
-            hashes[source.path] = hashes.get(source.path) or _file_hash(source.path)
+            hashes[source.path] = hashes.get(source.path) or file_hash(source.path)
             record[HASH] = hashes[source.path]
     if options.without:
         shared = sum(survey.shared for survey in corpus.surveys)
-        console.log(f"{shared:,} documents share text with {', '.join(options.without)} and are left out")
+        console.log(f"left out, as they share text with {', '.join(options.without)}: {number_of(shared, 'document')}")
     corpus.n_distinct = int(is_there.sum())
     if corpus.total("characters") == 0:
         skipped = corpus.total("skipped")
         reasons = "; ".join(dict.fromkeys(record["reason"] for record in records if record.get("reason")))
         why = f" ({reasons[:500]})" if reasons else ""
-        raise UserError("no text in the sources" + (f"; {skipped} were skipped{why}" if skipped else ""))
+        raise UserError("no text in the sources" + (f"; skipped: {skipped}{why}" if skipped else ""))
     return corpus
 
 
@@ -237,6 +196,15 @@ def _count_block(record: dict, block: BlockStatistics, is_stream: bool) -> None:
     if block.reason:
         record["reason"] = block.reason
     record[HASH] = block.hash or record[HASH]
+
+
+def _count_ignored(record: dict, unread: Ignored, block: Block) -> None:
+    """Keys in a block that nobody reads, for its source in the manifest; lines are counted for the first only."""
+    entry: Ignored = record.setdefault("ignored", {}) if unread else {}
+    for key, (count, first) in unread.items():
+        if isinstance(first, int) and key not in entry:
+            first = f"{block.source.name}, line {first_line(block) + first}"
+        ignored.note(entry, [key], first, count)
 
 
 def _choose(corpus: Corpus, cfg: PrepareConfig, weights: np.ndarray) -> None:
@@ -277,7 +245,7 @@ def survey_task(
 
     passing: where the blocks' bytes are to be counted.
     """
-    task, hashes = zip(*(_with_data(block, passing) for block in task), strict=True)
+    task, hashes = zip(*(with_data(block, passing) for block in task), strict=True)
     text, statistics, empty, shared = _scanned(task, options) or _read(task, options)
     del task  # the memory of its bytes is used again
     return Survey(
@@ -294,17 +262,6 @@ def survey_task(
         shared=shared,
         aside=None if aside is None else Aside.put(aside, text.points, text.lengths, text.beyond),
     )
-
-
-def _with_data(block: Block, passing: Hashes | None) -> tuple[Block, str]:
-    """A block with its bytes where they were read for a hash: that of a whole small file is given, too."""
-    if passing is not None and (data := passing.data(block)) is not None:
-        return dataclasses.replace(block, data=data), ""
-    if block.encoding is not None or block.data is not None or not _is_one_block(block.source):
-        return block, ""
-    with block.source.opened() as file:
-        data = file.read()
-    return dataclasses.replace(block, data=data), xxh3_128(data).hexdigest()
 
 
 def _scanned(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatistics], int, int] | None:
@@ -329,7 +286,7 @@ def _read(task: Task, options: DocumentOptions) -> tuple[Text, list[BlockStatist
         texts += filled
         raw.append(content.raw)
         statistics.append(BlockStatistics(block.index, content.encoding, len(filled), len(content.raw), content.skipped,
-                                          content.removed, content.reason))  # fmt: skip
+                                          content.removed, content.reason, ignored=content.ignored))  # fmt: skip
     if options.whole:
         texts = ["".join(texts)]
     points, lengths = characters.of_documents(texts, options.whole)

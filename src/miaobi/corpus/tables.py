@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 from miaobi import console
 from miaobi.corpus import blocks
 from miaobi.corpus.blocks import decode_block, text_blocks
-from miaobi.corpus.sources import DAMAGED, Source
-from miaobi.errors import UserError
+from miaobi.corpus.sources import DAMAGED, NotTextError, Source
+from miaobi.errors import UserError, number_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -109,7 +109,7 @@ def csv_records(source: Source, skip_bad: bool, delimiter: str = "") -> tuple[li
 
 def wrong_width(cells: int, columns: int) -> str:
     """What is wrong with a row that has too few or too many cells."""
-    return f"{cells} columns where the header has {columns}; quote cells that contain the delimiter"
+    return f"{number_of(cells, 'column')} where the header has {columns}; quote cells that contain the delimiter"
 
 
 def _broken_row(error: csv.Error) -> str:
@@ -263,18 +263,20 @@ def _parquet_rows(source: Source, columns: list[str] | None) -> Iterator[Record]
 
 def refuse_growth(source: Source) -> NoReturn:
     """Raises UserError: what a packed file unpacks to is out of all proportion."""
-    raise UserError(f"{source.name} becomes more than {MAX_GROWTH:,} times its size when it is read; "
+    raise NotTextError(f"{source.name} becomes more than {MAX_GROWTH:,} times its size when it is read; "
                     "it is damaged, or made to fill memories: leave it out")  # fmt: skip
 
 
 def _guarded(source: Source, read: Any) -> Any:
     """What `read` gives. Raises UserError for whatever pyarrow makes of a damaged file."""
-    import pyarrow as pa  # half a second that other formats need not wait for
-
+    try:
+        import pyarrow as pa  # half a second, and 170 MB, that other formats need not wait for
+    except ModuleNotFoundError as e:
+        raise UserError(f"{source.name} is a parquet file, which pyarrow reads: pip install 'miaobi[parquet]'") from e
     try:
         return read()
     except (pa.ArrowException, *DAMAGED, ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
-        raise UserError(f"{source.name} is not a readable parquet file: {error}") from error
+        raise NotTextError(f"{source.name} is not a readable parquet file: {error}") from error
 
 
 def _open_table(source: Source) -> tuple[pyarrow.parquet.ParquetFile, BinaryIO]:
@@ -311,5 +313,5 @@ def _text_size(value: Any) -> int:
 def _unpacked_table(source: Source, stream: BinaryIO) -> io.BytesIO:
     packed = source.read(stream, MAX_PACKED_TABLE + 1)
     if len(packed) > MAX_PACKED_TABLE:
-        raise UserError(f"{source.name}: unpack it first; parquet is compressed inside and needs no second packing")
+        raise NotTextError(f"{source.name}: unpack it first; parquet is compressed inside and needs no second packing")
     return io.BytesIO(packed)

@@ -19,7 +19,7 @@ from tokenizers import models
 
 from miaobi.corpus import vocabulary
 from miaobi.corpus.characters import N_CODE_POINTS, code_points
-from miaobi.corpus.foreign import backend_of, join_word_pieces, read_config, read_foreign, without_panic
+from miaobi.corpus.foreign import MOST_TEXT, backend_of, join_word_pieces, read_config, read_foreign, without_panic
 from miaobi.corpus.vocabulary import (  # noqa: F401 - the names of the specials are found here as well
     BYTE_PIECES,
     DEFAULT_BPE_VOCAB_SIZE,
@@ -32,6 +32,7 @@ from miaobi.corpus.vocabulary import (  # noqa: F401 - the names of the specials
     SPECIALS,
 )  # fmt: skip
 from miaobi.errors import UserError
+from miaobi.files import read_whole
 
 _OWN_CONFIG = {"eos_token": EOT, "pad_token": PAD}
 _SENTENCE_PIECE = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
@@ -99,7 +100,7 @@ class Tokenizer:
                             "directory that miaobi prepare or train wrote, or a whole model of the hub")  # fmt: skip
         config = read_config(file.parent)
         try:
-            return cls.from_json(file.read_text(encoding="utf-8"), config)
+            return cls.from_json(read_whole(file, MOST_TEXT).decode(), config)
         except ValueError as error:
             raise UserError(f"{file} is not a tokenizer the tokenizers library can read: {error}") from error
 

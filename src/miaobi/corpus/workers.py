@@ -25,7 +25,7 @@ from miaobi.corpus.blocks import Block
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.sources import Source
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -49,7 +49,7 @@ def workers_for(files: list[Source], cfg: PrepareConfig) -> Workers:
     if cfg.backend == "ray":
         cpus = connect_ray()
         workers = Workers(min(cfg.workers or cpus, cpus), "ray")
-        console.log(f"{workers.count} workers on the Ray cluster, which has {cpus} CPUs")
+        console.log(f"{number_of(workers.count, 'worker')} on the Ray cluster, which has {cpus} CPUs")
         return workers
     size = sum(file.size * (4 if file.compression else 1) for file in files)
     if size < SMALL_INPUT_BYTES:

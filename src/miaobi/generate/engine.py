@@ -24,6 +24,8 @@ from miaobi.generate.stream import Stream
 from miaobi.model.checkpoint import load_model, model_directory
 from miaobi.model.transformer import Transformer
 
+PROMPT_BYTES = 2 << 20
+"""Of a file that --start names: a prompt takes 250 times its size in memory while it becomes tokens."""
 SLOTS = {"cuda": 256, "cpu": 32}  # streams at once; from there on a step takes longer by as much as it does more
 
 
@@ -284,7 +286,8 @@ def load(
     model, tokenizer = load_model(path)
     step: Step | None = None
     if where.type == "cpu" and precision_name != "float16" and can_compile(where) and can_step(model):
-        kind = "bfloat16" if precision_name == "auto" else precision_name
+        auto = "int8" if model.quantized == "int8" else "bfloat16"  # int4 is widened: the step has no 4 bits
+        kind = auto if precision_name == "auto" else precision_name
         step = CpuStep(model, kind)
         precision = torch.bfloat16 if kind == "bfloat16" and cpu_has_bf16() else torch.float32
     else:
@@ -309,14 +312,19 @@ def read_prompt(start: str) -> str:
         read_documents,  # with its unpackers a tenth of a second, that a chat need not wait
     )
 
-    return "".join(read_documents([str(path)], "text", whole=True))  # whatever its name ends in
+    size = path.stat().st_size
+    text = "".join(read_documents([str(path)], "text", whole=True)) if size <= PROMPT_BYTES else ""  # of any name
+    if max(size, len(text)) > PROMPT_BYTES:  # it may have been packed
+        raise UserError(f"--start={start}: {max(size, len(text)):,} bytes are too many for a prompt (at most "
+                        f"{PROMPT_BYTES:,}); the model sees the end, as much as its context holds")  # fmt: skip
+    return text
 
 
 def timed(lm: LanguageModel, prompt: str, cfg: SampleConfig) -> tuple[list[Completion], float]:
     """Continuations of `prompt`, and the tokens per second over all streams."""
     started = time.perf_counter()
     with (
-        explain_memory(lm.device, f"{cfg.num_samples} streams were too many; try a smaller --num_samples"),
+        explain_memory(lm.device, f"too many streams ({cfg.num_samples}); try a smaller --num_samples"),
         token_bar("sample", cfg.num_samples * cfg.max_new_tokens) as wrote,
     ):
         completions = list(lm.complete([prompt] * cfg.num_samples, cfg, wrote))

@@ -12,21 +12,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from miaobi.checksums import for_model, verifying
 from miaobi.console import warn
 from miaobi.corpus.tokenizer import SPECIALS, Tokenizer
 from miaobi.errors import UserError, brief, names_listed
-from miaobi.files import pointed, read_json, refuse_pointers, verifying, write_json
+from miaobi.files import pointed, read_json, refuse_pointers, write_json
 from miaobi.model.families import check_hf, load_hf, to_hf
 from miaobi.model.hf_config import hf_config, model_config
-from miaobi.model.hub import SETTINGS, resolve
+from miaobi.model.hub import FILE, SETTINGS, resolve
+from miaobi.model.quantized import kind_of
 from miaobi.model.tensors import read_tensors
 from miaobi.model.transformer import Transformer
 
 WRITTEN_ANEW = ("eos_token_id", "transformers_version", "_from_model_config")  # of generation_config.json
-
-
-WEIGHED = ("config.json", "model.safetensors", "tokenizer.json")
-"""Files of a checkpoint of ours that are compared with its checksums: who edits one of the others means it."""
 
 
 def save_model(directory: Path, model: Transformer, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> None:
@@ -79,14 +77,16 @@ def model_directory(name: str | Path, checkpoint: str = "best") -> Path:
         names = sorted(p.name for p in (path / "checkpoints").iterdir() if not p.name.startswith("."))
         raise UserError(f"{path} has no checkpoint {checkpoint!r}; it has: {names_listed(names)}")
     if not path.exists():
-        raise UserError(f"no model at {path}: no such directory. Give a run directory (out_dir of `miaobi train`), "
+        what = "file" if FILE.fullmatch(path.name) else "directory"
+        raise UserError(f"no model at {path}: no such {what}. Give a run directory (out_dir of `miaobi train`), "
                         "a Hugging Face model directory, or a model of the hub as OWNER/NAME")  # fmt: skip
     if path.is_file():
         raise UserError(f"{path} is a file, not a model directory{_converter(path)}")
     if (path / "adapter_config.json").is_file():
         raise UserError(f"{path} is a PEFT adapter, not a whole model: merge it into its base with PEFT's "
                         "merge_and_unload(), and give the directory that save_pretrained() then writes")  # fmt: skip
-    raise UserError(f"no model at {path}: neither config.json nor checkpoints/ in it")
+    inside = f"; it is inside a run: give {path.parent}" if path.name == "checkpoints" else ""
+    raise UserError(f"no model at {path}: neither config.json nor checkpoints/ in it{inside}")
 
 
 def ends_documents(name: str | Path, checkpoint: str = "best") -> bool:
@@ -185,7 +185,7 @@ def load_model(name: str | Path, checkpoint: str = "best", is_verified: bool = F
     """
     path = model_directory(name, checkpoint)
     refuse_pointers(path / file for file in SETTINGS)
-    with nullcontext() if is_verified else verifying(path, lambda file: file in WEIGHED):
+    with nullcontext() if is_verified else verifying(path, for_model):
         return read_model(path)
 
 
@@ -203,6 +203,7 @@ def read_model(path: Path) -> tuple[Transformer, Tokenizer]:
     with Unfilled():
         model = Transformer(cfg)
     load_hf(model, tensors)
+    model.quantized = kind_of(hf)
     model.end_ids = end_ids(path, cfg.vocab_size) or own_end(tokenizer, cfg.vocab_size)
     model.generation = generation_settings(path, cfg.vocab_size)
     return model, tokenizer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from miaobi.config import ModelConfig
-from miaobi.errors import UserError, brief
+from miaobi.errors import UserError, brief, number_of
 from miaobi.model.tensors import FLOATS
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
 
@@ -151,21 +151,29 @@ def check_hf(cfg: ModelConfig, tensors: Mapping[str, Tensor], where: str) -> dic
             del unused[name]
     if unused:
         first = brief(next(iter(unused))).strip("'")
-        raise UserError(f"{where}: {len(unused)} tensors that the model does not have, such as {first}")
+        raise UserError(f"{where}: {number_of(len(unused), 'tensor')} that the model does not have, such as {first}")
     if cfg.bias:
         for name in [
             name for name in checked if name.endswith(".weight") and ".wte." not in name and ".wpe." not in name
         ]:
             if (bias := f"{name.removesuffix('weight')}bias") not in checked and name != "lm_head.weight":
                 raise UserError(f"{where}: tensor {bias} is missing, though others have biases; copy the model again")
-    for name, tensor in checked.items():
+    refuse_unusable(where, checked)
+    return checked
+
+
+def refuse_unusable(where: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError naming the first tensor from a file that cannot be weights: no fractions, or not finite.
+
+    where: whose they are, in words.
+    """
+    for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise UserError(f"{where}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not the numbers of a "
                             "model; take the one whose weights are not quantized")  # fmt: skip
         if not is_finite(tensor):
             raise UserError(f"{where}: {name} has numbers that are not finite (nan or inf): it was damaged, or the "
                             "run that wrote it diverged; copy it again, or use an older checkpoint")  # fmt: skip
-    return checked
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from miaobi.config import ModelConfig
 from miaobi.console import log
 from miaobi.errors import UserError, brief
+from miaobi.model.quantized import kind_of, original_config
 from miaobi.model.transformer import head_dim, intermediate_size
 
 ARCHITECTURES = {
@@ -102,8 +103,9 @@ def model_config(hf: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModelC
 
     Raises UserError for an architecture or a setting that the decoder does not have, and for a value of a wrong kind.
     """
-    if hf.get("quantization_config"):
+    if hf.get("quantization_config") and kind_of(hf) is None:
         raise UserError("config.json has a quantization_config; take the model whose weights are not quantized")
+    hf = original_config(hf)
     kind = hf.get("model_type")
     if kind == "gpt2":
         _refuse(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)

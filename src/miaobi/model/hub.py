@@ -17,6 +17,8 @@ from miaobi.errors import UserError
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
+FILE = re.compile(r".*\.(pth|pt|ckpt|bin|safetensors|gguf|ya?ml|py|jsonl?|txt)", re.IGNORECASE)
+"""Names of files, which no model of a hub has: `checkpoints/cpt4000.pth` that is missing is not asked for there."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 MODELSCOPE = "modelscope:"
 SETTINGS = (
@@ -41,7 +43,7 @@ def resolve(name: str) -> Path:
         return path
     if name.startswith(MODELSCOPE):
         return from_model_scope(name.removeprefix(MODELSCOPE))
-    if HUB_NAME.fullmatch(name) and not path.parent.exists():
+    if HUB_NAME.fullmatch(name) and not FILE.fullmatch(name) and not path.parent.exists():
         return from_hugging_face(name)
     return path
 
@@ -160,7 +162,7 @@ def check_architecture(name: str, kind: str | None) -> None:
     """Raise UserError, before gigabytes are fetched, for a model_type that the decoder does not have."""
     from miaobi.model.hf_config import ARCHITECTURES
 
-    if kind is not None and kind not in ARCHITECTURES:
+    if kind is not None and kind not in ARCHITECTURES and not kind.startswith("miaobi-"):  # ours that others refuse
         raise UserError(f"{name} is a {kind} model; miaobi runs {', '.join(ARCHITECTURES.values())}")
 
 

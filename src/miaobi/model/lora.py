@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from miaobi.config import LoraConfig, ModelConfig
-from miaobi.errors import UserError, brief
-from miaobi.files import write_json
+from miaobi.errors import UserError, brief, number_of
+from miaobi.files import read_whole, write_json
 from miaobi.model.checkpoint import save_tensors
-from miaobi.model.families import qkv_widths
+from miaobi.model.families import qkv_widths, refuse_unusable
 from miaobi.model.transformer import Block, Transformer
 
 # Our linears -> the modules of Hugging Face that each one holds.
@@ -179,8 +179,9 @@ def read_adapter(directory: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """
     config, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
     try:
-        peft = json.loads(config.read_text(encoding="utf-8"))
+        peft = json.loads(read_whole(config).decode())
         tensors = load_file(weights)
+        refuse_unusable(str(directory), tensors)
         for key, plain in PLAIN.items():
             if (value := peft.get(key, plain[0])) not in plain:
                 raise UserError(f"{config} has {key}={brief(value)}; only plain LoRA is read: merge the adapter with "
@@ -216,5 +217,5 @@ def load_adapter(directory: Path, model: Transformer) -> None:
                             f"for {tuple(ours.shape)}: the adapter belongs to another model or rank")  # fmt: skip
         ours.copy_(saved if saved is not None else torch.zeros(()))
     if theirs:
-        raise UserError(f"{directory}: {len(theirs)} tensors that the model has no place for, such as "
+        raise UserError(f"{directory}: {number_of(len(theirs), 'tensor')} that the model has no place for, such as "
                         f"{next(iter(theirs))}: the adapter belongs to another model")  # fmt: skip

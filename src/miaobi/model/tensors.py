@@ -14,15 +14,22 @@ from torch import Tensor
 
 from miaobi.errors import UserError, brief
 from miaobi.files import read_json, reason, refuse_pointers, unreadable
+from miaobi.model.quantized import widened
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of model.safetensors or pytorch_model.bin (weights only: no code in it can run), whole or in shards.
+    """Tensors of model.safetensors or pytorch_model.bin (weights only: no code in it can run), whole or in shards;
+    those that `miaobi convert quantize` wrote as float32.
 
     Raises UserError for files that are missing, cut short or altered.
     """
+    return widened(read_files(path))
+
+
+def read_files(path: Path) -> dict[str, Tensor]:
+    """`read_tensors`, as they lie there."""
     for whole, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
         index = path / f"{whole}.index.json"
         if (path / whole).is_file():

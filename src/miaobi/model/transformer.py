@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from miaobi.config import ModelConfig
+from miaobi.model import cpu_attention
 from miaobi.model.rope import rope_table
 
 VOCAB_MULTIPLE = 64  # matrix units like round widths; padding rows never leave this file
@@ -152,7 +153,7 @@ class Attention(nn.Module):
         self.n_kv_head = cfg.n_kv_head or cfg.n_head
         self.head_dim = head_dim(cfg)
         self.dropout = cfg.dropout
-        self.explicit = False  # see `Transformer.use_explicit_attention`
+        self.kind = "fused"  # see `Transformer.use_attention`
         width = (self.n_head + 2 * self.n_kv_head) * self.head_dim
         self.qkv = nn.Linear(cfg.n_embd, width, bias=cfg.bias or cfg.family == "qwen2")
         self.proj = nn.Linear(self.n_head * self.head_dim, cfg.n_embd, bias=cfg.bias)
@@ -177,7 +178,9 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if grouped and T == 1 and q.is_cuda:  # heads of one key as rows: kernels that know a mask know no groups
             y = F.scaled_dot_product_attention(as_rows(q, self.n_kv_head), k, v, mask).reshape(B, self.n_head, 1, -1)
-        elif self.explicit and self.training and cache is None and (mask is None or isinstance(mask, Tensor)):
+        elif self.kind == "tiled" and self.training and cache is None and cpu_attention.fits(q, mask, dropout):
+            y = cpu_attention.attention(q, k, v)
+        elif self.kind == "explicit" and self.training and cache is None and (mask is None or isinstance(mask, Tensor)):
             y = explicit_attention(q, k, v, mask, dropout)
         elif mask is None or isinstance(mask, Tensor):
             y = F.scaled_dot_product_attention(
@@ -235,6 +238,8 @@ class Transformer(nn.Module):
 
     end_ids: tuple[int, ...] = ()
     """Tokens that end a text, as said by the model directory that the weights came from."""
+    quantized: str | None = None
+    """int8 or int4 where the model directory holds those; here they are floats that stand for them."""
     generation: dict[str, Any] | None = None
     """What else its generation_config.json says, with its bos_token_id; None where there was no such directory."""
 
@@ -277,12 +282,13 @@ class Transformer(nn.Module):
             std = 0.02
         nn.init.normal_(p, std=std)
 
-    def use_explicit_attention(self, explicit: bool) -> None:
-        """In training, compute attention by `explicit_attention` instead of torch's fused kernel: measured, not known,
-        to be faster (`train/measured.py`). Evaluation and generation keep no gradients and stay with the kernel.
+    def use_attention(self, kind: str) -> None:
+        """How attention is computed in training: `fused` (torch's kernel), `explicit` (`explicit_attention`) or `tiled`
+        (`cpu_attention`, where that fits). Which is faster is measured, not known (`train/measured.py`). Evaluation and
+        generation keep no gradients and stay with torch's kernel.
         """
         for block in self.blocks:
-            block.attn.explicit = explicit
+            block.attn.kind = kind
 
     @property
     def head_weight(self) -> Tensor:

@@ -3,7 +3,8 @@
 bits per character = E + A N^-a + B D^-b + overfitting, with N parameters and D tokens (Hoffmann et al. 2022,
 arXiv:2203.15556). A repeated token counts less each time: D = U (1 + R (1 - exp(-(e - 1) / R))) for e passes over U
 tokens (Muennighoff et al. 2023, arXiv:2305.16264). Learning by heart adds P e^g (N / U)^d, a power of the passes and
-of the parameters per token, which decay and dropout make less. Fitted to `grid.csv`: small models on little text.
+of the parameters per token, which decay, dropout and the average of the weights make less. Fitted to `grid.csv`: small
+models on little text.
 `benchmarks/forecast_fit.py` fits, and says how far runs were off that the fit had not seen.
 """
 
@@ -32,6 +33,8 @@ class Setting:
     """Distinct ones of the training text."""
     muon_weight_decay: float = 0.0
     dropout: float = 0.0
+    averaged: bool = False
+    """Whether the average of the weights is scored beside them."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,15 @@ class Law:
     """The penalty is divided by e^(this x muon_weight_decay)."""
     dropout: float
     """And by e^(this x dropout)."""
+    average: float
+    """And by e^this where the weights are averaged."""
 
     def bits(self, run: Setting, epochs: float | np.ndarray) -> float | np.ndarray:
         """Bits per character of the validation text after `epochs` passes."""
         n, u = run.parameters / UNIT_N, run.tokens / UNIT_U
         again = np.maximum(0.0, epochs - 1.0)
         seen = u * (np.minimum(1.0, epochs) + self.worth * (1 - np.exp(-again / self.worth)))
-        spared = math.exp(-self.decay * run.muon_weight_decay - self.dropout * run.dropout)
+        spared = np.exp(-self.decay * run.muon_weight_decay - self.dropout * run.dropout - self.average * run.averaged)
         heart = self.heart * epochs**self.heart_passes * (n / u) ** self.heart_ratio * spared
         return self.floor + self.size * n**-self.size_power + self.data * seen**-self.data_power + heart
 

@@ -27,11 +27,13 @@ class Measured:
     """What the steps took."""
 
     step: float
-    """Seconds, the median of the later ones."""
+    """Seconds, the mean of the later ones: a run has its slow ones, too."""
     evaluation: float
     """Seconds of one."""
+    start: float
+    """Seconds before steps go at that speed: choosing how to compute, compiling, the first step's own work."""
     memory: int
-    """Bytes that were added to those of the process (CPU), or of the GPU, at the peak."""
+    """Most bytes that this process (CPU), or the GPU's allocator, held at once."""
 
 
 def measure(cfg: PlanConfig, origin: Origin, aside: Path) -> Measured:
@@ -45,11 +47,12 @@ def measure(cfg: PlanConfig, origin: Origin, aside: Path) -> Measured:
     try:
         device = rank_device(cfg.train.device, world)
         reset_peak_memory(device)
-        before = peak_memory(device)
         with explain_memory(device, memory_advice(micro_batch(cfg, device, world.size), cfg.model.block_size)):
             run = Run(set_up(cfg, origin, world, device, pick_dtype(cfg.train.dtype, device)))
+            began = time.perf_counter()
             run.plan, run.flex = decide(run.plan, run.objective)
             run.model.train()
+            start = time.perf_counter() - began
             seconds = []
             for step in range(STEPS):
                 started = time.perf_counter()
@@ -60,10 +63,12 @@ def measure(cfg: PlanConfig, origin: Origin, aside: Path) -> Measured:
             run.validation_loss()
             evaluation = time.perf_counter() - started
         share = len(run.plan.train_windows.inputs) / len(run.plan.val_windows.inputs) if run.plan.train_windows else 0
+        step = statistics.fmean(seconds[STEPS // 4 :])
         return Measured(
-            statistics.median(seconds[STEPS // 4 :]),
+            step,
             evaluation * ((2 if run.plan.average else 1) + share),
-            peak_memory(device) - before,
+            start + max(0.0, seconds[0] - step),
+            peak_memory(device),
         )
     finally:
         world.leave()

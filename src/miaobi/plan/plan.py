@@ -180,9 +180,17 @@ def memory_facts(run: Run, measured: Measured | None) -> dict[str, Any]:
     work = step_work(run)
     told = memory.step_memory(work)
     average = told.weights if run.averages else 0
-    beside = average + (told.checkpoint + average if run.device.type == "cpu" else 0)
+    on_cpu = run.device.type == "cpu"
+    process = memory.PROCESS if on_cpu else 0
+    beside = average + process + (told.checkpoint + average if on_cpu else 0)
     free = free_memory(run)
-    facts = asdict(told) | {"average": average, "run": told.peak + beside, "free": free, "micro_batch": work.micro}
+    facts = asdict(told) | {
+        "average": average,
+        "process": process,
+        "run": told.peak + told.fragments + beside,
+        "free": free,
+        "micro_batch": work.micro,
+    }
     rows = run.cfg.train.global_batch
     facts["largest_micro_batch"] = memory.largest_micro(work, rows, free - beside) if free else None
     return facts | ({"measured": measured.memory} if measured else {})
@@ -193,7 +201,7 @@ def free_memory(run: Run) -> int | None:
     if run.card is not None:
         return int(ROUNDED * (run.card.memory - CONTEXT))
     try:
-        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
+        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="utf-8"))[1])
     except (OSError, TypeError):
         return None
 
@@ -203,7 +211,7 @@ def forecast_facts(run: Run) -> dict[str, Any]:
     if run.cfg.train.base_model:
         return {}
     decay = run.optim.muon_weight_decay if run.optim.optimizer == "muon" else 0.0
-    setting = Setting(run.parameters, len(run.data.train), decay, run.shape.dropout)
+    setting = Setting(run.parameters, len(run.data.train), decay, run.shape.dropout, run.averages)
     told = forecast(setting, run.epochs)
     return told | {"advice": advice(told, setting, run.epochs)}
 
@@ -212,7 +220,9 @@ def cost_facts(run: Run, cfg: PlanConfig, measured: Measured | None) -> dict[str
     """Time, energy and money."""
     if measured is not None:
         step, evaluation, basis = measured.step, measured.evaluation, "20 steps measured here"
+        start = measured.start
     else:
+        start = 0.0
         peak = run.card.flops if run.card else peak_flops(run.device, precision(run))
         if not peak:
             peak = peak_flops(run.device, precision(run))
@@ -224,13 +234,13 @@ def cost_facts(run: Run, cfg: PlanConfig, measured: Measured | None) -> dict[str
         windows = min(cfg.train.eval_iters * cfg.train.batch_size, cfg.train.eval_interval * cfg.train.global_batch)
         evaluation = step / 3 * windows / cfg.train.global_batch * (2.25 if run.averages else 1.25)
         basis = f"{peak / 1e12:.2f} TFLOP/s, of which {reached:.0%} are assumed to be reached; --measure knows better"
-    seconds = run.steps * step + math.ceil(run.steps / cfg.train.eval_interval) * evaluation
+    seconds = start + run.steps * step + math.ceil(run.steps / cfg.train.eval_interval) * evaluation
     watts = cfg.plan.watts if cfg.plan.watts is not None else (run.card.watts or None) if run.card else None
     hours, price = seconds / 3600, cfg.plan.price_per_hour
     return {
         "device": {"name": run.card.name if run.card else run.device.type, "dtype": str(precision(run))[6:],
                    "memory": run.card.memory if run.card else None},
-        "time": {"seconds": seconds, "step": step, "evaluation": evaluation, "basis": basis},
+        "time": {"seconds": seconds, "start": start, "step": step, "evaluation": evaluation, "basis": basis},
         "energy_kwh": None if watts is None else watts * hours / 1000,
         "cost": None if price is None else price * hours,
     }  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 from miaobi.files import pointed, read_json
 from miaobi.report.statistics import TextStatistics, text_statistics
 from miaobi.settings import flatten, load_config, read_yaml, sections
@@ -17,7 +17,7 @@ from miaobi.yaml_file import remarks
 
 CURVES = ("train_loss", "val_loss", "val_bits_per_char", "train_eval_loss", "learning_rate", "grad_norm",
           "tokens_per_second", "epoch")  # fmt: skip
-LARGEST = 256 << 20
+LARGEST = 64 << 20
 """Bytes of a file of metrics or samples that is read."""
 
 
@@ -98,32 +98,59 @@ def read_run(name: str) -> RunRecord:
     """A run of `miaobi train`. Raises UserError where it is none, or a file that the report stands on is damaged."""
     path = Path(name)
     if not path.is_dir():
-        raise UserError(f"no run at {path}: no such directory. Give the --out_dir of `miaobi train`")
+        why = "that is a file" if path.exists() else "no such directory"
+        raise UserError(f"no run at {path}: {why}. Give the --out_dir of `miaobi train`")
     if not (path / "config.yaml").is_file():
         raise UserError(f"{path} is no run of `miaobi train`: it has no config.yaml")
     missing: list[str] = []
     rows = read_lines(path / "metrics.jsonl", missing)
     curves, not_finite = read_curves(rows)
     last = pointed(path / "checkpoints" / "last") if (path / "checkpoints").is_dir() else None
-    progress = load_progress(last) if last is not None else None
-    if progress is None:
-        missing.append("no checkpoint was written")
-    settings = read_settings(path / "config.yaml")
+    progress = read_progress(last, missing)
+    settings = read_settings(path / "config.yaml", missing)
+    unknown: list[str] = []
+    summary = read_summary(path, unknown)
+    if unknown:
+        missing.append(f"{unknown_keys(unknown)} of summary.json: another version of miaobi wrote them")
     return RunRecord(
         path=path, name=path.resolve().name, settings=settings, curves=curves, not_finite=not_finite,
         evaluations=evaluations_of(rows), samples=read_samples(path / "samples.jsonl", missing), progress=progress,
-        summary=read_summary(path), text=read_text(path, settings, missing), planned=read_plan(path), missing=missing,
+        summary=summary, text=read_text(path, settings, missing), planned=read_plan(path), missing=missing,
     )  # fmt: skip
 
 
-def read_settings(config: Path) -> list[Setting]:
-    """The configuration of a run, and where each value came from. Raises UserError for one that is not train's."""
+def unknown_keys(names: list[str]) -> str:
+    """Names that nothing here has, in words."""
+    return f"{len(names)} unknown key(s) ({', '.join(name[:40] for name in names[:5])}{', …' * (len(names) > 5)})"
+
+
+def read_progress(checkpoint: Path | None, missing: list[str]) -> Progress | None:
+    """The counters of a checkpoint, where there is one that this version reads."""
+    if checkpoint is None:
+        missing.append("no checkpoint was written")
+        return None
+    try:
+        return load_progress(checkpoint)
+    except UserError as e:
+        missing.append(f"the counters of the last checkpoint could not be read: {e}")
+        return None
+
+
+def read_settings(config: Path, missing: list[str]) -> list[Setting]:
+    """The configuration of a run, and where each value came from; keys of another version are left out, and told.
+
+    Raises UserError for one that is not train's.
+    """
     values, _ = read_yaml(config)
+    where, origin = sections(), remarks(config)
+    unknown = [key for key in values if key not in where]
+    if unknown and "out_dir" in values:  # which every run has written
+        missing.append(f"{unknown_keys(unknown)} of config.yaml: another version of miaobi wrote them")
+        values = {key: value for key, value in values.items() if key in where}
     try:
         cfg, _ = load_config(None, list(values.items()))
     except UserError as e:
         raise UserError(f"{config} is not the configuration of a run of `miaobi train`: {e}") from e
-    where, origin = sections(), remarks(config)
     return [Setting(where[key], key, value, origin.get(key, "default")) for key, value in flatten(cfg).items()]
 
 
@@ -135,19 +162,18 @@ def read_lines(file: Path, missing: list[str]) -> list[dict[str, Any]]:
     if file.stat().st_size > LARGEST:
         raise UserError(f"{file} has {file.stat().st_size:,} bytes; a report reads at most {LARGEST:,}")
     rows, damaged = [], 0
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 1 << 53:
-            rows.append(row)
-        else:
-            damaged += 1
+    with file.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+        for line in filter(str.strip, lines):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 1 << 53:
+                rows.append(row)
+            else:
+                damaged += 1
     if damaged:
-        missing.append(f"{damaged} of {len(rows) + damaged} lines of {file.name} could not be read")
+        missing.append(f"{damaged} of {number_of(len(rows) + damaged, 'line')} of {file.name} could not be read")
     return sorted(rows, key=lambda row: row["step"])
 
 

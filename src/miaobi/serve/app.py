@@ -18,13 +18,13 @@ from starlette.types import Scope
 
 from miaobi import __version__
 from miaobi.serve import judging, openai_api, responses, runs, schemas
-from miaobi.serve.asking import model_of
 from miaobi.serve.config import Serve, is_loopback
 from miaobi.serve.errors import APIError, ErrorBody, json_response, of_validation, on_api_error, on_http_error, refused
-from miaobi.serve.guard import Guard
+from miaobi.serve.guard import Guard, Named
 from miaobi.serve.metrics import Metrics
-from miaobi.serve.served import Served, Writing
+from miaobi.serve.served import Served, ServedModel
 from miaobi.serve.sse import EventStream
+from miaobi.serve.text_request import model_of
 
 PAGE = Path(__file__).with_name("page")
 POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -32,7 +32,10 @@ POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'sel
 GUARDED = ("/v1/", "/metrics", "/tokenize", "/detokenize", "/classify", "/api/", "/openapi.json")
 FAILURES = (400, 401, 403, 404, 408, 413, 429, 500, 503)
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in FAILURES}
-STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+# Before OpenAPI 3.2, the schema of a stream is read as that of each of its events.
+TEXT = {"type": "string"}
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": TEXT, "event": TEXT}}
+STREAM = {"text/event-stream": {"schema": EVENT}}
 
 
 def make_app(server: Serve, served: Served | None = None, is_stopping: Callable[[], bool] = lambda: False) -> FastAPI:
@@ -52,6 +55,7 @@ def make_app(server: Serve, served: Served | None = None, is_stopping: Callable[
     if server.cors:
         app.add_middleware(CORSMiddleware, allow_origins=list(server.cors), allow_methods=["GET", "POST"],
                            allow_headers=["*"], expose_headers=["x-request-id", "retry-after"])  # fmt: skip
+    app.add_middleware(Named)
     add_writing(app, server)
     add_others(app, is_stopping)
     add_page(app)
@@ -90,34 +94,34 @@ def add_writing(app: FastAPI, server: Serve) -> None:
     @app.get("/v1/models", response_model=schemas.Models)
     async def models(served: Current) -> Response:
         return json_response(
-            {"object": "list", "data": [model_entry(w) for w in (served.writing or served.chatting,) if w is not None]}
+            {"object": "list", "data": [model_entry(w) for w in (served.model or served.chat_model,) if w is not None]}
         )
 
     @app.get("/v1/models/{model:path}", response_model=schemas.Model)
     async def one_model(model: str, served: Current) -> Response:
-        return json_response(model_entry(model_of(served.writing or served.talking, model)))
+        return json_response(model_entry(model_of(served.model or served.for_chats, model)))
 
     @app.post("/tokenize", response_model=schemas.Tokens)
     async def tokenize(body: schemas.TokenizeRequest, served: Current) -> Response:
-        writing = model_of(served.writing if body.messages is None else served.talking, body.model)
+        model = model_of(served.model if body.messages is None else served.for_chats, body.model)
         if (body.prompt is None) == (body.messages is None):
             raise refused("give either prompt or messages", "prompt", "missing_required_parameter")
         if body.messages is not None:
-            said = [{"role": message.role, "content": message.words} for message in body.messages]
-            ids = (await openai_api.conversation(writing, said, None))[0].ids
+            messages = [{"role": message.role, "content": message.words} for message in body.messages]
+            ids = (await openai_api.conversation(model, messages, None))[0].ids
         else:
-            prompt = await asyncio.to_thread(writing.encode, body.prompt)
+            prompt = await asyncio.to_thread(model.encode, body.prompt)
             ids = prompt.ids if body.prompt else []
             ids = ids[prompt.silent :] if body.add_special_tokens is False else ids
-        strs = [writing.names.name(id_) for id_ in ids] if body.return_token_strs else None
-        return json_response({"count": len(ids), "max_model_len": writing.block, "tokens": ids, "token_strs": strs})
+        strs = [model.names.name(id_) for id_ in ids] if body.return_token_strs else None
+        return json_response({"count": len(ids), "max_model_len": model.block, "tokens": ids, "token_strs": strs})
 
     @app.post("/detokenize", response_model=schemas.Prompt)
     async def detokenize(body: schemas.DetokenizeRequest, served: Current) -> Response:
-        writing = model_of(served.writing, body.model)
-        if any(id_ >= writing.lm.model.cfg.vocab_size for id_ in body.tokens):
-            raise refused(f"this model's tokens go to {writing.lm.model.cfg.vocab_size - 1}", "tokens")
-        return json_response({"prompt": writing.lm.tokenizer.decode(body.tokens)})
+        model = model_of(served.model, body.model)
+        if any(id_ >= model.lm.model.cfg.vocab_size for id_ in body.tokens):
+            raise refused(f"this model's tokens go to {model.lm.model.cfg.vocab_size - 1}", "tokens")
+        return json_response({"prompt": model.lm.tokenizer.decode(body.tokens)})
 
 
 def add_others(app: FastAPI, is_stopping: Callable[[], bool]) -> None:
@@ -141,8 +145,8 @@ def add_others(app: FastAPI, is_stopping: Callable[[], bool]) -> None:
     async def info(served: Current) -> Response:
         judge = served.judge
         classifier = None if judge is None else {"name": served.judge_name, "labels": judge.labels}
-        model = None if served.talking is None else model_info(served.writing or served.talking, served.talking)
-        other = None if served.chatting is None else model_info(served.chatting, served.chatting)
+        model = None if served.for_chats is None else model_info(served.model or served.for_chats, served.for_chats)
+        other = None if served.chat_model is None else model_info(served.chat_model, served.chat_model)
         return json_response({"model": model, "chat_model": other, "classifier": classifier,
                               "runs": served.runs is not None, "version": __version__})  # fmt: skip
 
@@ -152,42 +156,43 @@ def add_others(app: FastAPI, is_stopping: Callable[[], bool]) -> None:
 
     @app.get("/api/runs/{name}")
     async def one_run(name: str, served: Current, after: Annotated[int, Query(ge=-1, le=1 << 53)] = -1) -> Response:
-        run = await asyncio.to_thread(runs.found, served.runs, name)
-        return json_response(await asyncio.to_thread(runs.run_of, name, run, after))
+        run = await asyncio.to_thread(runs.run_named, served.runs, name)
+        return json_response(await asyncio.to_thread(runs.contents, name, run, after))
 
     @app.get("/api/runs/{name}/stream", response_class=PlainTextResponse, responses={200: {"content": STREAM}})
     async def run_stream(name: str, served: Current) -> Response:
-        run = await asyncio.to_thread(runs.found, served.runs, name)
-        return EventStream(runs.live(run, is_stopping), lambda: None)
+        run = await asyncio.to_thread(runs.run_named, served.runs, name)
+        return EventStream(runs.live_metrics(run, is_stopping), lambda: None)
 
 
 def listed(place: Path | None) -> list[dict[str, Any]]:
     """All runs."""
-    return [runs.about(name, run) for name, run in runs.listing(place).items()] if place is not None else []
+    return [runs.summary(name, run) for name, run in runs.listing(place).items()] if place is not None else []
 
 
-def model_entry(writing: Writing) -> dict[str, Any]:
+def model_entry(model: ServedModel) -> dict[str, Any]:
     """As OpenAI lists a model."""
-    return {"id": writing.name, "object": "model", "created": writing.created, "owned_by": "miaobi"}
+    return {"id": model.name, "object": "model", "created": model.created, "owned_by": "miaobi"}
 
 
-def model_info(writing: Writing, talking: Writing) -> dict[str, Any]:
+def model_info(model: ServedModel, for_chats: ServedModel) -> dict[str, Any]:
     """What the page tells of a model, and of what answers chats in its name."""
-    lm, path = writing.lm, writing.lm.path
+    lm, path = model.lm, model.lm.path
     step = re.fullmatch(r"step-(\d+)", path.resolve().name) if path is not None else None
     card = path / "README.md" if path is not None else None
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    settings = for_chats.chat_settings if for_chats.chat else model.completion_settings
     return {
-        "name": writing.name, "parameters": lm.model.num_parameters(), "family": lm.model.cfg.family,
-        "block_size": writing.block, "vocab_size": lm.model.cfg.vocab_size, "step": int(step[1]) if step else None,
-        "chat": talking.chat is not None, "control_tokens": sorted(writing.names.control.values()),
-        "card": card.read_text(encoding="utf-8", errors="replace")[:100_000] if card and card.is_file() else None,
-        "sampling": {name: getattr(talking.chatting if talking.chat else writing.sampling, name) for name in names},
+        "name": model.name, "parameters": lm.model.num_parameters(), "family": lm.model.cfg.family,
+        "block_size": model.block, "vocab_size": lm.model.cfg.vocab_size, "step": int(step[1]) if step else None,
+        "chat": for_chats.chat is not None, "control_tokens": sorted(model.names.control.values()),
+        "card": runs.beginning(card) if card and card.is_file() else None,
+        "sampling": {name: getattr(settings, name) for name in names},
     }  # fmt: skip
 
 
 class Page(StaticFiles):
-    """The page's files: asked for anew each time (a 304 costs little), and allowed to load nothing from elsewhere."""
+    """The page's files: fetched anew each time (a 304 costs little), and allowed to load nothing from elsewhere."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         response = await super().get_response(path, scope)
@@ -220,9 +225,10 @@ def document(app: FastAPI) -> dict[str, Any]:
         for operation in path.values():
             operation["responses"].pop("422", None)
     served = app.state.served
-    if served is not None and served.talking is not None:
+    if served is not None and served.for_chats is not None:
         for name, schema in made["components"]["schemas"].items():
             about = schema.get("properties", {}).get("model")
             if name.endswith("Request") and about is not None and name != "ClassifyRequest":
-                about["enum"] = [served.talking.name] if about.get("type") == "string" else [served.talking.name, None]
+                served_name = served.for_chats.name
+                about["enum"] = [served_name] if about.get("type") == "string" else [served_name, None]
     return made

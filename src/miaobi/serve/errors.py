@@ -77,8 +77,8 @@ def of_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> APIError:
     if any(error["type"] == "json_invalid" for error in errors):
         return APIError(400, "the body is not JSON: " + str(errors[0].get("ctx", {}).get("error", ""))[:200],
                         "invalid_json")  # fmt: skip
-    error = max(errors, key=lambda e: (len(place(e["loc"], body)), not e["type"].endswith("_type")))
-    where, kind = place(error["loc"], body), error["type"]
+    error = max(errors, key=lambda e: (len(path_in_body(e["loc"], body)), not e["type"].endswith("_type")))
+    where, kind = path_in_body(error["loc"], body), error["type"]
     param = ".".join(map(str, where)) or None
     if not where and kind != "missing":
         return APIError(400, "the body must be a JSON object, sent with Content-Type: application/json", "invalid_type")
@@ -90,7 +90,7 @@ def of_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> APIError:
                    "invalid_type" if is_type else "invalid_value")  # fmt: skip
 
 
-def place(loc: Sequence[str | int], body: Any) -> list[str | int]:
+def path_in_body(loc: Sequence[str | int], body: Any) -> list[str | int]:
     """The steps of pydantic's location that lead through the body; names of alternatives are none."""
     found: list[str | int] = []
     for step in loc[1:] if loc[:1] == ("body",) else loc:

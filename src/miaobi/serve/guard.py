@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from miaobi.console import log
 from miaobi.serve.errors import APIError
 from miaobi.serve.metrics import Metrics
-from miaobi.serve.sse import GoneError
+from miaobi.serve.sse import ClientGoneError
 
 MAX_BODY = 4 << 20
 BODY_SECONDS = 30.0  # in which a body must have come
@@ -39,8 +39,30 @@ def is_local(host: str) -> bool:
     return True
 
 
+class Named:
+    """ASGI middleware, the outermost: every answer carries an id, that of a preflight too."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI calls it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        scope["request_id"] = request_id = f"req_{uuid.uuid4().hex}"
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                more = ((b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff"))
+                message["headers"] = [*message["headers"], *more]
+            await send(message)
+
+        await self.app(scope, receive, named)
+
+
 class Guard:
-    """ASGI middleware."""
+    """ASGI middleware: who may come in, with how much; and a line in the log."""
 
     def __init__(
         self, app: ASGIApp, key: str | None, only_local: bool, guarded: Collection[str], metrics: Metrics
@@ -56,14 +78,12 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id, began, status = f"req_{uuid.uuid4().hex}", time.perf_counter(), 0
+        began, status = time.perf_counter(), 0
 
         async def tell(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                more = ((b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff"))
-                message["headers"] = [*message["headers"], *more]
             await send(message)
 
         try:
@@ -71,7 +91,7 @@ class Guard:
             await self.app(scope, Body(receive), tell)
         except APIError as error:
             await error.response()(scope, receive, tell)
-        except GoneError:  # nobody to answer
+        except ClientGoneError:  # nobody to answer
             pass
         except Exception as error:
             log("".join(traceback.format_exception(error)))
@@ -83,7 +103,7 @@ class Guard:
             self.metrics.requests.labels(path, str(status)).inc()
             if scope["method"] == "POST" or status >= 400:
                 seconds = time.perf_counter() - began
-                log(f"{scope['method']} {scope['path'][:200]} {status or 'gone'} {seconds:.2f} s {request_id}")
+                log(f"{scope['method']} {scope['path'][:200]} {status or 'gone'} {seconds:.2f} s {scope['request_id']}")
 
     def check(self, scope: Scope) -> None:
         """Raises APIError for who may not come in, and for what is too much."""

@@ -10,13 +10,21 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from miaobi.serve.asking import Asked, bias, fits, length, model_of, noted, sampling
 from miaobi.serve.config import Serve
 from miaobi.serve.errors import APIError, json_response, refused
 from miaobi.serve.schemas import ChatRequest, CompletionRequest, Sampling, unserved
-from miaobi.serve.served import Prompt, Served, Writing, note
+from miaobi.serve.served import Prompt, Served, ServedModel, note
 from miaobi.serve.sse import STILL_HERE, EventStream, frame, result
 from miaobi.serve.text import Names, Piece, ScoredToken, scored_prompt
+from miaobi.serve.text_request import (
+    TextRequest,
+    allowed_tokens,
+    check_length,
+    log_prompt,
+    logit_bias,
+    model_of,
+    sampling_settings,
+)
 from miaobi.serve.worker import Job
 
 DONE = b"data: [DONE]\n\n"
@@ -25,53 +33,57 @@ COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 
 async def chat_completions(body: ChatRequest, request: Request, served: Served, server: Serve) -> Response:
     """A reply to a conversation. Raises APIError."""
-    writing = model_of(served.talking, body.model)
+    model = model_of(served.for_chats, body.model)
     unserved(body)
     if body.top_logprobs is not None and not body.logprobs:
         raise refused("top_logprobs needs logprobs: true", "top_logprobs")
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    asked, said = getattr(body, param), [{"role": message.role, "content": message.words} for message in body.messages]
-    most = length(asked, server.max_new_tokens, server, param)
-    prompt, left_out = await conversation(writing, said, most if body.truncation == "auto" else None)
-    fits([prompt], writing.block, "messages")
-    noted(server, said)
-    if asked is None:
-        most = min(most, max(writing.block - len(prompt.ids), writing.block // 2, 1))
+    limit = getattr(body, param)
+    messages = [{"role": message.role, "content": message.words} for message in body.messages]
+    most = allowed_tokens(limit, server.max_new_tokens, server, param)
+    prompt, left_out = await conversation(model, messages, most if body.truncation == "auto" else None)
+    check_length([prompt], model.block, "messages")
+    log_prompt(server, messages)
+    if limit is None:
+        most = min(most, max(model.block - len(prompt.ids), model.block // 2, 1))
     alternatives = (body.top_logprobs or 0) if body.logprobs else None
-    understood = Asked(
-        writing, [prompt], sampling(body, writing.chatting, most), "chatcmpl", body.n or 1, body.stops,
-        bias(body, writing.lm.model.cfg.vocab_size), alternatives, is_reply=True,
+    wanted = TextRequest(
+        model, [prompt], sampling_settings(body, model.chat_settings, most), "chatcmpl", body.n or 1, body.stops,
+        logit_bias(body, model.lm.model.cfg.vocab_size), alternatives, is_reply=True,
     )  # fmt: skip
-    return await answer(ChatShape(understood), body, request, server, note(left_out))
+    return await answer(ChatShape(wanted), body, request, server, note(left_out))
 
 
-async def conversation(writing: Writing, said: list[dict[str, str]], most: int | None) -> tuple[Prompt, str]:
-    """`Writing.talk` of messages, with developer as system. most: tokens of the reply, where old turns may go."""
-    said = [m | {"role": "system"} if m["role"] == "developer" else m for m in said]
-    room = None if most is None else writing.block - min(most, writing.block // 2)
-    ids, left_out = await asyncio.to_thread(writing.talk, said, room)
+async def conversation(model: ServedModel, messages: list[dict[str, str]], most: int | None) -> tuple[Prompt, str]:
+    """`ServedModel.encode_chat` of messages, with developer as system.
+
+    most: tokens of the reply, where old turns may be left out.
+    """
+    messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
+    room = None if most is None else model.block - min(most, model.block // 2)
+    ids, left_out = await asyncio.to_thread(model.encode_chat, messages, room)
     return Prompt(ids), left_out
 
 
 async def completions(body: CompletionRequest, request: Request, served: Served, server: Serve) -> Response:
     """Continuations of prompts. Raises APIError."""
-    writing = model_of(served.writing, body.model)
+    model = model_of(served.model, body.model)
     unserved(body)
-    prompts, vocab_size = await prompts_of(body, writing), writing.lm.model.cfg.vocab_size
+    prompts, vocab_size = await prompts_of(body, model), model.lm.model.cfg.vocab_size
     if any(id_ >= vocab_size for prompt in prompts for id_ in prompt.ids):
         raise refused(f"prompt has tokens beyond this model's, which go to {vocab_size - 1}", "prompt")
-    fits(prompts, writing.block, "prompt")
-    noted(server, body.prompt)
-    most = length(body.max_tokens, COMPLETION_TOKENS, server, "max_tokens")
-    understood = Asked(
-        writing, prompts, sampling(body, writing.sampling, max(most, 1)), "cmpl", body.n or 1, body.stops,
-        bias(body, vocab_size), body.logprobs, scores_prompt=bool(body.echo) and body.logprobs is not None,
-        writes=most > 0,
+    check_length(prompts, model.block, "prompt")
+    log_prompt(server, body.prompt)
+    most = allowed_tokens(body.max_tokens, COMPLETION_TOKENS, server, "max_tokens")
+    wanted = TextRequest(
+        model, prompts, sampling_settings(body, model.completion_settings, max(most, 1)), "cmpl", body.n or 1,
+        body.stops, logit_bias(body, vocab_size), body.logprobs,
+        scores_prompt=bool(body.echo) and body.logprobs is not None, writes=most > 0,
     )  # fmt: skip
-    return await answer(CompletionShape(understood, bool(body.echo)), body, request, server)
+    return await answer(CompletionShape(wanted, bool(body.echo)), body, request, server)
 
 
-async def prompts_of(body: CompletionRequest, writing: Writing) -> list[Prompt]:
+async def prompts_of(body: CompletionRequest, model: ServedModel) -> list[Prompt]:
     """The prompts of a request."""
     given = body.prompt
     if isinstance(given, list) and given and isinstance(given[0], int):
@@ -80,8 +92,8 @@ async def prompts_of(body: CompletionRequest, writing: Writing) -> list[Prompt]:
         return [Prompt(ids, 0, ids) for ids in given]
     texts = given if isinstance(given, list) else [given or ""]
     if sum(map(len, texts)) < 2000:
-        return [writing.encode(text) for text in texts]
-    return await asyncio.to_thread(lambda: [writing.encode(text) for text in texts])
+        return [model.encode(text) for text in texts]
+    return await asyncio.to_thread(lambda: [model.encode(text) for text in texts])
 
 
 class Shape(ABC):
@@ -89,8 +101,8 @@ class Shape(ABC):
 
     whole = part = ""
 
-    def __init__(self, asked: Asked) -> None:
-        self.asked, self.names = asked, asked.writing.names
+    def __init__(self, wanted: TextRequest) -> None:
+        self.wanted, self.names = wanted, wanted.model.names
 
     @abstractmethod
     def choice(self, index: int, text: str, tokens: list[ScoredToken], finish: str) -> dict[str, Any]:
@@ -120,7 +132,7 @@ class ChatShape(Shape):
 
     def logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
         """Of the reply's tokens, where they were asked for."""
-        if self.asked.alternatives is None:
+        if self.wanted.alternatives is None:
             return None
         return {"content": [token_logprob(self.names, token) for token in tokens], "refusal": None}
 
@@ -145,21 +157,21 @@ class CompletionShape(Shape):
 
     whole = part = "text_completion"
 
-    def __init__(self, asked: Asked, echo: bool) -> None:
-        super().__init__(asked)
+    def __init__(self, wanted: TextRequest, echo: bool) -> None:
+        super().__init__(wanted)
         self.echo = echo
         self.offset: dict[int, int] = {}  # of each choice: characters in front of what was written
 
     def logprobs(self, index: int, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
         """OpenAI's older shape, and the bytes of each token."""
-        if self.asked.alternatives is None:
+        if self.wanted.alternatives is None:
             return None
         tops = [token.score and {self.names.name(id_, "bytes:"): value for id_, value in token.score.top}
                 | {self.names.name(token.id, "bytes:"): token.score.logprob} for token in tokens]  # fmt: skip
         return {
             "tokens": [self.names.name(token.id, "bytes:") for token in tokens],
             "token_logprobs": [token.score and token.score.logprob for token in tokens],
-            "top_logprobs": tops if self.asked.alternatives else None,
+            "top_logprobs": tops if self.wanted.alternatives else None,
             "text_offset": [token.begin for token in tokens],
             "token_bytes": [list(self.names.bytes_of(token.id)) for token in tokens],
         }
@@ -168,10 +180,10 @@ class CompletionShape(Shape):
         """The first piece of a choice comes with its prompt, and all with their places behind it."""
         text, tokens = piece.text, piece.tokens
         if self.echo and piece.index not in self.offset:
-            first = job.choices[piece.index - piece.index % self.asked.n].stream
-            of = self.asked.prompts[piece.index // self.asked.n]
+            first = job.choices[piece.index - piece.index % self.wanted.n].stream
+            of = self.wanted.prompts[piece.index // self.wanted.n]
             scores = first.prompt_scores or [None] * (len(of.ids) - 1)
-            prompt, prompt_tokens = scored_prompt(self.asked.writing.lm, of.ids, of.silent, scores)
+            prompt, prompt_tokens = scored_prompt(self.wanted.model.lm, of.ids, of.silent, scores)
             self.offset[piece.index] = len(prompt)
             text, tokens = prompt + text, prompt_tokens + self.moved(tokens, len(prompt))
         else:
@@ -206,18 +218,18 @@ async def answer(
     """The texts, when all are there or as they come. Raises APIError."""
     if body.stream_options is not None and not body.stream:
         raise refused("stream_options is only allowed when stream is true", "stream_options")
-    worker, job = shape.asked.writing.worker, shape.asked.job(server, bool(body.stream))
+    worker, job = shape.wanted.model.worker, shape.wanted.job(server, bool(body.stream))
     worker.submit(job)
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(stream(shape, job, with_usage), lambda: gone(worker, job), headers)
-    pieces = await result(request, collected(job), lambda: gone(worker, job))
+        return EventStream(stream(shape, job, with_usage), lambda: client_left(worker, job), headers)
+    pieces = await result(request, collected(job), lambda: client_left(worker, job))
     choices = [shape.choice(*shape.take(piece, job)) for piece in sorted(pieces, key=lambda piece: piece.index)]
-    completion = {**shape.asked.head, "object": shape.whole, "choices": choices, "usage": shape.asked.usage(job)}
+    completion = {**shape.wanted.head, "object": shape.whole, "choices": choices, "usage": shape.wanted.usage(job)}
     return json_response(completion, headers=headers)
 
 
-def gone(worker: Any, job: Job) -> None:
+def client_left(worker: Any, job: Job) -> None:
     """The client went away."""
     worker.metrics.gone.inc()
     worker.cancel(job)
@@ -230,7 +242,7 @@ async def collected(job: Job) -> list[Piece]:
 
 async def stream(shape: Shape, job: Job, with_usage: bool) -> AsyncIterator[bytes]:
     """Frames of a stream. What goes wrong in the middle is a frame, too."""
-    head = {**shape.asked.head, "object": shape.part} | ({"usage": None} if with_usage else {})
+    head = {**shape.wanted.head, "object": shape.part} | ({"usage": None} if with_usage else {})
     began: set[int] = set()
 
     def chunk(choice: dict[str, Any]) -> bytes:
@@ -253,7 +265,7 @@ async def stream(shape: Shape, job: Job, with_usage: bool) -> AsyncIterator[byte
         yield frame(error.body)
         return
     if with_usage:
-        yield frame({**head, "choices": [], "usage": shape.asked.usage(job)}) + DONE
+        yield frame({**head, "choices": [], "usage": shape.wanted.usage(job)}) + DONE
     else:
         yield DONE
 

@@ -9,14 +9,14 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from miaobi.serve.asking import Asked, fits, length, model_of, noted, sampling
 from miaobi.serve.config import Serve
 from miaobi.serve.errors import APIError, json_response
-from miaobi.serve.openai_api import collected, conversation, gone, joined, token_logprob
+from miaobi.serve.openai_api import client_left, collected, conversation, joined, token_logprob
 from miaobi.serve.schemas import ResponseRequest, unserved
 from miaobi.serve.served import Served, note
 from miaobi.serve.sse import STILL_HERE, EventStream, frame, result
 from miaobi.serve.text import ScoredToken
+from miaobi.serve.text_request import TextRequest, allowed_tokens, check_length, log_prompt, model_of, sampling_settings
 from miaobi.serve.worker import Job
 
 LOGPROBS = "message.output_text.logprobs"
@@ -24,26 +24,26 @@ LOGPROBS = "message.output_text.logprobs"
 
 async def responses(body: ResponseRequest, request: Request, served: Served, server: Serve) -> Response:
     """A reply to an input. Raises APIError."""
-    writing = model_of(served.talking, body.model)
+    model = model_of(served.for_chats, body.model)
     unserved(body)
     listed = [] if isinstance(body.input, str) else [(message.role, message.words) for message in body.input]
     turns = [("system", body.instructions)] if body.instructions else []
     turns += listed or [("user", body.input)]
-    said = [{"role": role, "content": words} for role, words in turns]
-    most = length(body.max_output_tokens, server.max_new_tokens, server, "max_output_tokens")
-    prompt, left_out = await conversation(writing, said, most if body.truncation == "auto" else None)
-    fits([prompt], writing.block, "input")
-    noted(server, said)
+    messages = [{"role": role, "content": words} for role, words in turns]
+    most = allowed_tokens(body.max_output_tokens, server.max_new_tokens, server, "max_output_tokens")
+    prompt, left_out = await conversation(model, messages, most if body.truncation == "auto" else None)
+    check_length([prompt], model.block, "input")
+    log_prompt(server, messages)
     if body.max_output_tokens is None:
-        most = min(most, max(writing.block - len(prompt.ids), writing.block // 2, 1))
-    wants = body.top_logprobs is not None or LOGPROBS in (body.include or [])
-    asked = Asked(writing, [prompt], sampling(body, writing.chatting, most), "resp", is_reply=True,
-                  alternatives=(body.top_logprobs or 0) if wants else None)  # fmt: skip
-    answer, job = Answer(asked, body), asked.job(server, bool(body.stream))
-    writing.worker.submit(job)
+        most = min(most, max(model.block - len(prompt.ids), model.block // 2, 1))
+    with_logprobs = body.top_logprobs is not None or LOGPROBS in (body.include or [])
+    wanted = TextRequest(model, [prompt], sampling_settings(body, model.chat_settings, most), "resp", is_reply=True,
+                         alternatives=(body.top_logprobs or 0) if with_logprobs else None)  # fmt: skip
+    answer, job = Answer(wanted, body), wanted.job(server, bool(body.stream))
+    model.worker.submit(job)
     if body.stream:
-        return EventStream(answer.events(job), lambda: gone(writing.worker, job), note(left_out))
-    pieces = await result(request, collected(job), lambda: gone(writing.worker, job))
+        return EventStream(answer.events(job), lambda: client_left(model.worker, job), note(left_out))
+    pieces = await result(request, collected(job), lambda: client_left(model.worker, job))
     return json_response(
         answer.finished(pieces[0].text, pieces[0].tokens, pieces[0].finish, job), headers=note(left_out)
     )
@@ -52,28 +52,28 @@ async def responses(body: ResponseRequest, request: Request, served: Served, ser
 class Answer:
     """One response, as it is sent at different times."""
 
-    def __init__(self, asked: Asked, body: ResponseRequest) -> None:
-        self.asked, self.body, self.item = asked, body, f"msg_{uuid.uuid4().hex}"
+    def __init__(self, wanted: TextRequest, body: ResponseRequest) -> None:
+        self.wanted, self.body, self.item = wanted, body, f"msg_{uuid.uuid4().hex}"
         self.number = -1
 
     def response(self, status: str, output: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """The whole object; what a request may say is said back."""
-        body, asked = self.body, self.asked
+        body, wanted = self.body, self.wanted
         return {
-            "id": asked.id.replace("-", "_", 1), "object": "response", "created_at": asked.created, "status": status,
+            "id": wanted.id.replace("-", "_", 1), "object": "response", "created_at": wanted.created, "status": status,
             "background": False, "error": None, "incomplete_details": None, "instructions": body.instructions,
-            "max_output_tokens": body.max_output_tokens, "max_tool_calls": None, "model": asked.writing.name,
+            "max_output_tokens": body.max_output_tokens, "max_tool_calls": None, "model": wanted.model.name,
             "output": output, "parallel_tool_calls": False, "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None}, "service_tier": "default", "store": False,
-            "temperature": asked.cfg.temperature, "text": {"format": {"type": "text"}}, "tool_choice": "none",
-            "tools": [], "top_logprobs": body.top_logprobs or 0, "top_p": asked.cfg.top_p,
+            "temperature": wanted.cfg.temperature, "text": {"format": {"type": "text"}}, "tool_choice": "none",
+            "tools": [], "top_logprobs": body.top_logprobs or 0, "top_p": wanted.cfg.top_p,
             "truncation": body.truncation or "disabled", "usage": None, "user": None, "metadata": body.metadata or {},
             **more,
         }  # fmt: skip
 
     def finished(self, text: str, tokens: list[ScoredToken], finish: str, job: Job) -> dict[str, Any]:
         """The response when its text is all there."""
-        usage, cut = self.asked.usage(job), finish == "length"
+        usage, cut = self.wanted.usage(job), finish == "length"
         counted = {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": usage["prompt_tokens_details"] | {"cache_write_tokens": 0},
@@ -96,9 +96,9 @@ class Answer:
 
     def logprobs(self, tokens: list[ScoredToken]) -> list[dict[str, Any]]:
         """Of tokens, where they were asked for."""
-        if self.asked.alternatives is None:
+        if self.wanted.alternatives is None:
             return []
-        return [token_logprob(self.asked.writing.names, token) for token in tokens]
+        return [token_logprob(self.wanted.model.names, token) for token in tokens]
 
     def event(self, kind: str, **what: Any) -> bytes:
         """A frame."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -19,8 +20,10 @@ from miaobi.yaml_file import Mapping
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 MOST_RUNS = 1000
-EACH = 1.0  # seconds between looks at a file that grows
-ALIVE = 180.0  # seconds after which a run of which nothing was written is not training
+MOST_BYTES = 16 << 20
+"""Of a file of metrics or samples, that are read at once."""
+LOOK_EVERY = 1.0  # seconds between looks at a file that grows
+TRAINING_FOR = 180.0  # seconds after which a run of which nothing was written is not training
 
 
 def listing(place: Path) -> dict[str, Path]:
@@ -44,31 +47,39 @@ def _folders(place: Path) -> list[Path]:
 
 def rows(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
     """Whole lines of a .jsonl file from byte `start` on, and where the next begins. What is no JSON is left out."""
+    if not path.is_file():  # a pipe or a device would keep the thread for ever
+        return [], start
     try:
         with path.open("rb") as f:
             f.seek(start)
-            data = f.read()
+            data = f.read(MOST_BYTES)
     except OSError:
         return [], start
     whole = data[: data.rfind(b"\n") + 1]
     found = []
     for line in whole.splitlines():
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = json.loads(line, parse_constant=finite, parse_float=finite)
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             found.append(row)
     return found, start + len(whole)
 
 
-def about(name: str, run: Path) -> dict[str, Any]:
+def finite(word: str) -> float | None:
+    """A number of a JSON file; None for NaN and for what is beyond a float: as JSON, no browser reads those."""
+    number = float(word)
+    return number if math.isfinite(number) else None
+
+
+def summary(name: str, run: Path) -> dict[str, Any]:
     """One line of the list."""
     measured, _ = rows(run / METRICS)
-    last = max((row["step"] for row in measured if isinstance(row.get("step"), int)), default=0)
+    last = max((row["step"] for row in measured if type(row.get("step")) is int), default=0)
     planned = config_of(run).get("max_iters")
     planned = planned if isinstance(planned, int) else None
-    values = [row["val_loss"] for row in measured if isinstance(row.get("val_loss"), (int, float))]
+    values = [row["val_loss"] for row in measured if type(row.get("val_loss")) in (int, float)]
     updated = (run / METRICS).stat().st_mtime
     return {"name": name, "state": state_of(run, last, planned, updated), "step": last, "max_iters": planned,
             "best": min(values, default=None), "updated": updated}  # fmt: skip
@@ -78,7 +89,7 @@ def state_of(run: Path, step: int, planned: int | None, updated: float) -> str:
     """training, finished or stopped."""
     if planned is not None and step >= planned:
         return "finished"
-    return "training" if time.time() - updated < ALIVE else "stopped"
+    return "training" if time.time() - updated < TRAINING_FOR else "stopped"
 
 
 def config_of(run: Path) -> dict[str, Any]:
@@ -103,10 +114,18 @@ def plain(value: Any) -> Any:
     if value.lower() in words:
         return words[value.lower()]
     number = as_number(value, float)
-    return str(value) if number is None else int(number) if number.is_integer() and abs(number) < 2**53 else number
+    if number is None or not math.isfinite(number):
+        return str(value)
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
-def found(place: Path | None, name: str) -> Path:
+def beginning(card: Path) -> str:
+    """As much of a README as the page shows."""
+    with card.open(encoding="utf-8", errors="replace") as file:
+        return file.read(100_000)
+
+
+def run_named(place: Path | None, name: str) -> Path:
     """The run of a name in the list. Raises APIError."""
     run = listing(place).get(name) if place is not None else None
     if run is None:
@@ -114,7 +133,7 @@ def found(place: Path | None, name: str) -> Path:
     return run
 
 
-def run_of(name: str, run: Path, after: int) -> dict[str, Any]:
+def contents(name: str, run: Path, after: int) -> dict[str, Any]:
     """A run's settings, its rows of metrics behind step `after`, and its samples."""
     measured, _ = rows(run / METRICS)
     samples, _ = rows(run / SAMPLES)
@@ -126,7 +145,7 @@ def run_of(name: str, run: Path, after: int) -> dict[str, Any]:
     }
 
 
-async def live(run: Path, is_stopping: Callable[[], bool]) -> AsyncIterator[bytes]:
+async def live_metrics(run: Path, is_stopping: Callable[[], bool]) -> AsyncIterator[bytes]:
     """New rows of metrics as they come, each an event."""
     file, quiet = run / METRICS, 0.0
     at = file.stat().st_size if file.exists() else 0
@@ -141,5 +160,5 @@ async def live(run: Path, is_stopping: Callable[[], bool]) -> AsyncIterator[byte
         elif quiet >= 15:
             yield STILL_HERE
             quiet = 0.0
-        await asyncio.sleep(EACH)
-        quiet += EACH
+        await asyncio.sleep(LOOK_EVERY)
+        quiet += LOOK_EVERY

@@ -1,4 +1,4 @@
-"""What is served: models, loaded, and the settings that they are asked with."""
+"""What is served: models, loaded, and the settings that requests leave to the server."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from miaobi.serve.text import Names
 from miaobi.serve.worker import Worker
 
 BUILD_SECONDS = 120
-DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-           "seed")  # fmt: skip
+SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+                     "frequency_penalty", "seed")  # fmt: skip
 
 
 class Prompt(NamedTuple):
@@ -44,16 +44,16 @@ class Prompt(NamedTuple):
 
 
 @dataclass
-class Writing:
-    """A language model and the thread that has it."""
+class ServedModel:
+    """A language model, and the worker thread that runs it."""
 
     name: str
     lm: LanguageModel
     worker: Worker
-    sampling: SamplingConfig
-    """How completions are drawn that do not say."""
-    chatting: SamplingConfig
-    """The same for replies."""
+    completion_settings: SamplingConfig
+    """How completions are sampled where the request does not say."""
+    chat_settings: SamplingConfig
+    """How replies are sampled where the request does not say."""
     chat: Chat | None
     """Template and ends; None where the model has no template."""
     names: Names = field(init=False)
@@ -79,7 +79,7 @@ class Writing:
         ids = ids or [self.lm.start_id()]
         return Prompt(ids, begin if text else len(ids), self.lm.ids_before(text, ids))
 
-    def talk(self, messages: Messages, most: int | None) -> tuple[list[int], str]:
+    def encode_chat(self, messages: Messages, most: int | None) -> tuple[list[int], str]:
         """Ids of a conversation up to where the reply begins, and what had to be left out, in words.
 
         most: where given, the oldest turns beyond so many ids are left out. Raises APIError.
@@ -100,10 +100,10 @@ class Writing:
                     ids = self.render(messages)
                 except UserError as again:
                     raise refused(str(again), "messages") from again
-            said = [m for m in messages if m["role"] != "system"]
-            while most is not None and len(ids) > most and len(said) > 2:
-                said = said[2:]
-                ids = self.render([*(m for m in messages if m["role"] == "system"), *said])
+            turns = [m for m in messages if m["role"] != "system"]
+            while most is not None and len(ids) > most and len(turns) > 2:
+                turns = turns[2:]
+                ids = self.render([*(m for m in messages if m["role"] == "system"), *turns])
         return ids, note
 
     def render(self, messages: Messages) -> list[int]:
@@ -113,11 +113,11 @@ class Writing:
 
 @dataclass
 class Served:
-    """All that a server has."""
+    """Everything that a server has loaded."""
 
     metrics: Metrics
-    writing: Writing | None = None
-    chatting: Writing | None = None
+    model: ServedModel | None = None
+    chat_model: ServedModel | None = None
     """Another model, for chats; it goes by the same name."""
     judge: Judge | None = None
     judge_name: str = ""
@@ -125,14 +125,14 @@ class Served:
     judging: threading.Lock = field(default_factory=threading.Lock)
 
     @property
-    def talking(self) -> Writing | None:
-        """What answers chats."""
-        return self.chatting or self.writing
+    def for_chats(self) -> ServedModel | None:
+        """The model that answers chats."""
+        return self.chat_model or self.model
 
     @property
     def workers(self) -> list[Worker]:
         """Of all models."""
-        return [writing.worker for writing in (self.writing, self.chatting) if writing is not None]
+        return [model.worker for model in (self.model, self.chat_model) if model is not None]
 
     def close(self) -> None:
         """Let the workers end when their texts have."""
@@ -144,12 +144,12 @@ def load(cfg: Serve, given: Sequence[str] = (), metrics: Metrics | None = None) 
     """Read the models and start the worker. given: names of settings that the user chose. Raises UserError."""
     served = Served(metrics or Metrics())
     if cfg.model is not None:
-        served.writing = writing(loaded(cfg.model, cfg), served_name(cfg.model), cfg, given, served.metrics)
-        cfg = with_what_lies_inside(cfg, has_chat=served.writing.chat is not None)
+        served.model = serve_model(loaded(cfg.model, cfg), served_name(cfg.model), cfg, given, served.metrics)
+        cfg = with_contents_of_run(cfg, has_chat=served.model.chat is not None)
     if cfg.chat_model is not None:
-        name = served.writing.name if served.writing is not None else served_name(cfg.chat_model)
-        served.chatting = writing(loaded(cfg.chat_model, cfg), name, cfg, given, served.metrics)
-        if served.chatting.chat is None:
+        name = served.model.name if served.model is not None else served_name(cfg.chat_model)
+        served.chat_model = serve_model(loaded(cfg.chat_model, cfg), name, cfg, given, served.metrics)
+        if served.chat_model.chat is None:
             raise UserError(f"--chat_model={cfg.chat_model} has no chat template: a model of dialogues has one")
     if cfg.classifier is not None:
         keep_allocations()
@@ -170,8 +170,10 @@ def loaded(model: str, cfg: Serve) -> LanguageModel:
     return lm
 
 
-def with_what_lies_inside(cfg: Serve, has_chat: bool) -> Serve:
-    """`cfg` with what it does not name and the run of its model has in it, as that of `miaobi demo`; said in a line."""
+def with_contents_of_run(cfg: Serve, has_chat: bool) -> Serve:
+    """`cfg` with the chat model, classifier and runs that lie in the run of its model, as `miaobi demo` leaves them,
+    where `cfg` names none; logged in one line.
+    """
     run, found = Path(cfg.model), {}
     if not (run / "checkpoints").is_dir():
         return cfg
@@ -191,19 +193,19 @@ def with_what_lies_inside(cfg: Serve, has_chat: bool) -> Serve:
     return replace(cfg, **found)
 
 
-def writing(lm: LanguageModel, name: str, cfg: Serve, given: Sequence[str], metrics: Metrics) -> Writing:
+def serve_model(lm: LanguageModel, name: str, cfg: Serve, given: Sequence[str], metrics: Metrics) -> ServedModel:
     """A language model as it is served; its worker is not yet started."""
-    chosen: dict[str, Any] = {key: getattr(cfg, key) for key in DRAWING if key in given}
+    chosen: dict[str, Any] = {key: getattr(cfg, key) for key in SAMPLING_SETTINGS if key in given}
     common = {"max_new_tokens": cfg.max_new_tokens}
-    chatting = replace(ChatConfig(), **common, **chosen)
+    chat_settings = replace(ChatConfig(), **common, **chosen)
     chat = None
     if source_of(lm.tokenizer) is not None:
-        chatting = model_settings(chatting, lm.model.generation, given)
-        chat = Chat(lm, chatting)
+        chat_settings = model_settings(chat_settings, lm.model.generation, given)
+        chat = Chat(lm, chat_settings)
     as_sample = SamplingConfig(temperature=SampleConfig.temperature, top_k=SampleConfig.top_k)
-    sampling = replace(as_sample, **common, **chosen)
+    completion_settings = replace(as_sample, **common, **chosen)
     size = cfg.slots or engine.SLOTS.get(lm.device.type, engine.SLOTS["cpu"])
-    return Writing(name, lm, Worker(lm, size, cfg.max_queue, metrics), sampling, chatting, chat)
+    return ServedModel(name, lm, Worker(lm, size, cfg.max_queue, metrics), completion_settings, chat_settings, chat)
 
 
 def wait_for_step(lm: LanguageModel) -> None:

@@ -19,7 +19,7 @@ STUCK = 60.0  # seconds after which a client that reads nothing is given up
 STILL_HERE = b": still here\n\n"
 
 
-class GoneError(Exception):
+class ClientGoneError(Exception):
     """The client went away."""
 
 
@@ -46,7 +46,7 @@ class EventStream(Response):
         """As ASGI calls it."""
         try:
             await unless_gone(receive, self.send_all(send))
-        except (GoneError, OSError, asyncio.TimeoutError):
+        except (ClientGoneError, OSError, asyncio.TimeoutError):
             self.gone()
         except BaseException:
             self.gone()
@@ -62,7 +62,7 @@ class EventStream(Response):
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns. Raises GoneError where the client goes away before; then `work` is cancelled."""
+    """What `work` returns. Raises ClientGoneError where the client goes away before; then `work` is cancelled."""
 
     async def listen() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -73,7 +73,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not doing.done():
-            raise GoneError
+            raise ClientGoneError
         return doing.result()
     finally:
         for task in tasks:
@@ -86,6 +86,6 @@ async def result(request: Request, work: Coroutine[Any, Any, T], gone: Callable[
     """`unless_gone` of a request whose body has been read."""
     try:
         return await unless_gone(request.receive, work)
-    except GoneError:
+    except ClientGoneError:
         gone()
         raise

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from miaobi.console import log, shown, warn
+from miaobi.errors import number_of
 from miaobi.train.recovery import NotFiniteError
 from miaobi.train.threads import TAKEN, cpu_seconds, own_seconds
 from miaobi.train.watch import overfitting, since_best
@@ -114,7 +115,7 @@ class Alarms:
         patience = plan.cfg.train.patience
         if patience and since_best(p.history) >= patience and p.step < p.planned:
             p.stopped = "patience"
-            log(f"stopped: no better validation loss for {patience} evaluations. "
+            log(f"stopped: no better validation loss for {number_of(patience, 'evaluation')}. "
                 f"The best model is step {p.best_step} (val {p.best_val_loss:.4f})")  # fmt: skip
 
     def disk(self) -> None:
@@ -173,7 +174,7 @@ def throttles() -> int:
     total = 0
     for file in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count"):
         try:
-            total += int(file.read_text())
+            total += int(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return 0
     return total

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from miaobi.config import TrainConfig
 from miaobi.errors import UserError
+from miaobi.model.families import refuse_unusable
 from miaobi.model.transformer import Transformer
 from miaobi.train.layout import is_sharded
 from miaobi.train.run_directory import Progress
@@ -103,6 +104,7 @@ class Average:
         """Go on from a checkpoint's train_state, whose model was read already. Raises UserError for a damaged file."""
         try:
             found = load_file(directory / FILE)
+            refuse_unusable(str(directory / FILE), found)
             for i, (name, p) in enumerate(zip(self.names, self.weights, strict=True)):
                 if self.progress.averaged:
                     self.values[i].copy_(p)

@@ -16,7 +16,7 @@ from miaobi.errors import UserError
 from miaobi.files import write_text
 from miaobi.train.evaluate import place
 from miaobi.train.layout import Objective, is_sharded
-from miaobi.train.measured import COMPILING, ExecutionMode, Work, checked, choose, is_long
+from miaobi.train.measured import ExecutionMode, Work, checked, choose, compiling_seconds, is_long
 from miaobi.train.micro import find
 from miaobi.train.run_directory import Progress
 from miaobi.train.setup import Plan
@@ -98,7 +98,7 @@ def why_compile(work: Work, usual: ExecutionMode, world: World) -> str:
         return ""
     work.timed(usual)
     seconds = work.steps * work.rows * work.timed(usual)
-    if seconds * share < COMPILING["blocks"]:
+    if seconds * share < compiling_seconds(work, replace(usual, compiled="blocks")):
         return ""
     return f"the run would take {duration(seconds)} without, and it saves about {duration(seconds * share)} of that"
 

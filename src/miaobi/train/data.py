@@ -18,8 +18,8 @@ from miaobi.corpus.prepare import prepare, settings_of
 from miaobi.corpus.prepared import PreparedData, is_prepared
 from miaobi.corpus.sources import find_sources
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.errors import UserError
-from miaobi.files import pointed, read_record, sha256, write_json
+from miaobi.errors import UserError, number_of
+from miaobi.files import MOST_OF_A_LIST, pointed, read_record, sha256, write_json
 from miaobi.model.checkpoint import model_directory
 from miaobi.train.run_directory import TEXT
 
@@ -84,7 +84,7 @@ def prepare_settings(cfg: RunConfig, own: Path) -> PrepareConfig:
 def read_text(out: Path) -> Text | None:
     """What is known of the text of a run's own data; None where nothing is."""
     try:
-        return read_record(out / TEXT, Text)
+        return read_record(out / TEXT, Text, MOST_OF_A_LIST)
     except UserError:
         return None
 
@@ -116,7 +116,7 @@ def changed(was: Text, now: Text) -> str | None:
         if name not in now.sha256:
             return f"{name} is no longer part of the text"
         if now.sha256[name] != digest:
-            return f"{name} has changed ({was.sizes.get(name, 0):,} bytes, now {now.sizes[name]:,})"
+            return f"{name} has changed ({number_of(was.sizes.get(name, 0), 'byte')}, now {now.sizes[name]:,})"
     return f"{next(name for name in now.sha256 if name not in was.sha256)} is new in the text"
 
 
@@ -148,9 +148,10 @@ def open_blocks(cfg: DataConfig, data: PreparedData, block_size: int) -> tuple[B
             raise UserError("packing=stream learns all tokens, but the data marks the assistant's; use packing=auto")
         return TextWindows(data.train, block_size), TextWindows(data.val, block_size)
     train = PackedDialogues(data.train, block_size, cfg.long_history, data.sep_id)
-    log(f"{len(train.starts):,} dialogues in {len(train):,} blocks, {train.useful:.1%} of their tokens in use"
-        + (f"; {train.cut_dialogues:,} dialogues were longer than a block and were cut between turns, "
-           f"{train.cut_turns:,} turns inside" if train.cut_dialogues else ""))  # fmt: skip
+    log(f"{number_of(len(train.starts), 'dialogue')} in {number_of(len(train), 'block')}, {train.useful:.1%} of "
+        f"their tokens in use"
+        + (f"; {number_of(train.cut_dialogues, 'dialogue')} were longer than a block and were cut between turns, "
+           f"{number_of(train.cut_turns, 'turn')} inside" if train.cut_dialogues else ""))  # fmt: skip
     return train, PackedDialogues(data.val, block_size)
 
 

@@ -43,15 +43,17 @@ Preview = Callable[[Transformer, Tokenizer, str, int, tuple[int, ...], bool], st
 """(model, tokenizer, prompt, tokens, end_ids, is_dialogue) -> prompt and what follows; printed at every evaluation."""
 
 
-def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None = None) -> dict:
-    """Train, or continue, the run that `cfg` describes.
+def train(
+    cfg: RunConfig, origin: Origin | None = None, preview: Preview | None = None, started: float | None = None
+) -> dict:
+    """Train, or continue, the run that `cfg` describes. started: max_minutes count from there on, by `schedule.clock`.
 
     Returns run, step, train_loss, val_loss, val_bits_per_char, best_step, tokens_per_second, parameters,
     trained_parameters, stopped.
     Raises UserError for settings and data that do not fit, a loss that is not finite, too little memory, a run that
     another process is writing.
     """
-    started = clock()
+    started = clock() if started is None else started
     keep_allocations()
     world = join(cfg.train)
     try:
@@ -63,7 +65,8 @@ def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None 
         advice = memory_advice(micro_batch(cfg, device, world.size), cfg.model.block_size)
         with explain_memory(device, advice), explain_lost(world), one_writer(cfg, world.is_first):
             plan = set_up(cfg, origin or {}, world, device, dtype)
-            return recovering(plan, origin or {}, lambda plan: Run(plan, started).go(preview))
+            begun = started - plan.progress.wall  # a run that goes back does not get its time back
+            return recovering(plan, origin or {}, lambda plan: Run(plan, begun).go(preview))
     finally:
         world.leave()
 
@@ -74,8 +77,8 @@ class Run:
     Attributes: plan, what it is made of; progress, where it stands; objective, the model as the ranks train it.
     """
 
-    def __init__(self, plan: Plan, started: float | None = None) -> None:
-        """started: by `schedule.clock`, when the command began; now, if not given."""
+    def __init__(self, plan: Plan, begun: float | None = None) -> None:
+        """begun: by `schedule.clock`, when the run would have begun in one go to be where it is; now, if not given."""
         self.plan, self.progress, self.cfg, self.world = plan, plan.progress, plan.cfg.train, plan.world
         self.model = plan.model
         self.objective: nn.Module = Objective(plan.model)
@@ -84,7 +87,7 @@ class Run:
         self.interrupted: str | None = None
         self.flex, self.peak = False, math.inf
         self.alarms = Alarms(plan)
-        self.deadline = Deadline.of(plan, clock() if started is None else started)
+        self.deadline = Deadline.of(plan, clock() if begun is None else begun)
         self.fetching = 0.0  # seconds spent on reading batches, since the last line of metrics
 
     def go(self, preview: Preview | None) -> dict:
@@ -221,8 +224,9 @@ class Run:
             plan.scaler.unscale_(optimizer)
         limit = plan.optim.grad_clip or math.inf
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        norm = world.all_finite(norm, norm + total)
         set_rate(plan.optimizers, share_of_rate(step, plan.optim, self.progress))
-        move(plan.optimizers, norm + total if world.size == 1 else norm)  # of several ranks, each has its own total
+        move(plan.optimizers, norm)
         if plan.average is not None:
             plan.average.update(step + 1)
         for optimizer in plan.optimizers:

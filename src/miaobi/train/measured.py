@@ -7,10 +7,8 @@ again in the same way.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -22,8 +20,13 @@ import torch
 
 from miaobi.cache import private_cache
 from miaobi.console import log, warn
-from miaobi.device import cpu_flags, peak_memory, reset_peak_memory
+from miaobi.device import peak_memory, reset_peak_memory
+from miaobi.model import cpu_attention
+from miaobi.model.transformer import head_dim
+from miaobi.train import compile_time
+from miaobi.train.compile_time import digest, machine, store
 from miaobi.train.layout import EAGER, Objective, compile_as, compiled_parts, use_compiled
+from miaobi.train.threads import Others
 from miaobi.train.watch import duration
 
 PIECES = 400
@@ -35,8 +38,8 @@ LARGER = 4
 GAIN = 1.03
 """A mode must be this much faster than the one before it in the list: less is noise."""
 ROUNDS = 3
-COMPILING = {"blocks": 20.0, "whole": 30.0, "autotuned": 120.0}
-"""Seconds that compiling takes on two cores, roughly; of the whole, for each six layers (docs/lab-notes.md)."""
+DISTURBED = 0.3
+"""Cores taken by others, from which on what was timed beside them is not remembered."""
 WORTH = 0.03
 """Share of a run that trying compiled modes may cost."""
 
@@ -49,6 +52,8 @@ class ExecutionMode:
     """Precision of the matrix products, torch's name."""
     explicit: bool = False
     """Attention as two products and a softmax, instead of by torch's fused kernel."""
+    tiled: bool = False
+    """Attention by our own kernel for CPUs (`model/cpu_attention.py`)."""
     compiled: str = ""
     """torch.compile over the `blocks` or the `whole` objective; empty = eager."""
     autotuned: bool = False
@@ -59,10 +64,14 @@ class ExecutionMode:
     """Of one sequence, forward and backward, when it was measured; 0 = it was not."""
     why: str = "not measured: the run is short"
 
+    @property
+    def attention(self) -> str:
+        """As `Transformer.use_attention` calls it."""
+        return "tiled" if self.tiled else "explicit" if self.explicit else "fused"
+
     def __str__(self) -> str:
-        attention = "explicit" if self.explicit else "fused"
         how = f"compiled ({self.compiled}{', max_autotune' if self.autotuned else ''})" if self.compiled else "eager"
-        return f"{self.dtype}, {attention} attention, {how}{f', {self.micro} at once' if self.micro else ''}"
+        return f"{self.dtype}, {self.attention} attention, {how}{f', {self.micro} at once' if self.micro else ''}"
 
 
 @dataclass(frozen=True)
@@ -83,19 +92,28 @@ class Work:
     """The user says how many."""
     ready: dict[ExecutionMode, tuple] = field(default_factory=dict)
     """Ways that are compiled, by their `compiled_parts`."""
+    others: list[float] = field(default_factory=list)
+    """Cores that other programs took while modes were timed."""
 
     def set(self, mode: ExecutionMode) -> bool:
         """Compute in `mode` from now on. Where the compiler fails, as before: a line of warning, and False."""
-        self.objective.model.use_explicit_attention(mode.explicit)
+        if mode.tiled and not tiled_fits(self):
+            warn("this run's attention was computed by a kernel of ours, which needs a C++ compiler; it goes on with "
+                 "torch's, with other roundings")  # fmt: skip
+            mode = replace(mode, tiled=False)
+        self.objective.model.use_attention(mode.attention)
         known = replace(mode, seconds=0.0, why="")
         if not mode.compiled:
             use_compiled(self.objective, EAGER)
         elif known in self.ready:
             use_compiled(self.objective, self.ready[known])
         else:
-            log(f"compiling now, which takes some {compiling_seconds(self, mode):.0f} s: {mode.why}")
+            log(f"compiling now, which takes about {compiling_seconds(self, mode):.0f} s: {mode.why}")
+            started = time.perf_counter()
             if not compile_as(self.objective, mode.compiled, mode.autotuned, lambda: self.once(mode)):
                 return False
+            kind, times = compiling_kind(self, mode)
+            compile_time.remember(self.device, kind, (time.perf_counter() - started) / times)
             self.ready[known] = compiled_parts(self.objective)
         return True
 
@@ -129,20 +147,24 @@ class Work:
     def key(self, mode: ExecutionMode) -> str:
         """Of this machine, its threads and versions, and everything that the speed depends on."""
         model, (ids, _, _, mask) = self.objective.model, self.example(self.micro, False)
-        device = cpu_flags() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
-        facts = (
-            device, torch.__version__, torch.get_num_threads(), asdict(model.cfg), model.recompute, mode.dtype,
-            tuple(ids.shape), None if mask is None else tuple(mask.shape), self.rows, self.bound,
+        return digest(
+            *machine(self.device), asdict(model.cfg), model.recompute, mode.dtype, tuple(ids.shape),
+            None if mask is None else tuple(mask.shape), self.rows, self.bound,
             [tuple(p.shape) for p in model.parameters()],
         )  # fmt: skip
-        return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+
+
+def compiling_kind(work: Work, mode: ExecutionMode) -> tuple[str, int]:
+    """What `compile_time` calls a compiled mode, and how many times its seconds the model takes."""
+    if mode.compiled == "blocks":
+        return "blocks", 1
+    return "autotuned" if mode.autotuned else "whole", math.ceil(len(work.objective.model.blocks) / 6)
 
 
 def compiling_seconds(work: Work, mode: ExecutionMode) -> float:
-    """What compiling the mode takes before its first step, roughly."""
-    if mode.compiled == "blocks":
-        return COMPILING["blocks"]
-    return COMPILING["autotuned" if mode.autotuned else "whole"] * math.ceil(len(work.objective.model.blocks) / 6)
+    """About what compiling the mode takes before its first step."""
+    kind, times = compiling_kind(work, mode)
+    return times * compile_time.expected(work.device, kind)
 
 
 def compare(modes: dict[ExecutionMode, Callable[[], float]]) -> dict[ExecutionMode, float]:
@@ -170,7 +192,9 @@ def compared(work: Work, modes: list[ExecutionMode], before: str = "") -> Execut
 
     before: what was found earlier.
     """
+    others = Others()
     seconds = compare({mode: lambda mode=mode: work.timed(mode) for mode in modes})
+    work.others.append(others.cores())
     best = fastest(seconds)
     told = "; ".join(f"{mode}: {1000 * took:.3g} ms" for mode, took in seconds.items())
     return replace(best, seconds=seconds[best], why=f"{before or 'measured, a sequence each'}; {told}")
@@ -188,11 +212,11 @@ def choose(work: Work, dtypes: list[str], compiles: bool, why: str) -> Execution
     key = work.key(usual)
     best = usual
     if work.device.type == "cpu":
-        best = recall(key).get("eager") or remember(key, "eager", choose_eager(work, dtypes))
+        best = recall(key).get("eager") or keep(work, key, "eager", choose_eager(work, dtypes))
     if not compiles:
         return best
     name = f"compiled for {work.steps} steps{', blocks anyway' if why else ''}"
-    return recall(key).get(name) or remember(key, name, choose_compiled(work, best, dtypes[0], why))
+    return recall(key).get(name) or keep(work, key, name, choose_compiled(work, best, dtypes[0], why))
 
 
 def is_long(work: Work) -> bool:
@@ -211,6 +235,8 @@ def choose_eager(work: Work, dtypes: list[str]) -> ExecutionMode:
     modes = [ExecutionMode(dtype) for dtype in dtypes]
     if explicit_fits(work):
         modes += [replace(mode, explicit=True) for mode in modes]
+    if "float32" in dtypes and tiled_fits(work):
+        modes.append(ExecutionMode("float32", tiled=True))
     best = compared(work, modes)
     more = larger(work, KEPT_SHARE * peak / max(1, peak - held))
     return compared(work, [best, replace(best, micro=more)], best.why) if more else best
@@ -225,6 +251,13 @@ def larger(work: Work, room: float) -> int:
         return 0
     pieces = math.ceil(work.rows / max(1, math.floor(work.micro * min(LARGER, 1 + room))))
     return math.ceil(work.rows / pieces) if pieces < math.ceil(work.rows / work.micro) else 0
+
+
+def tiled_fits(work: Work) -> bool:
+    """Whether our own kernel computes this attention: on a CPU, of undivided blocks, with nothing dropped."""
+    model, (_, _, _, mask) = work.objective.model, work.example(work.micro, False)
+    is_plain = work.device.type == "cpu" and mask is None and model.cfg.dropout == 0.0
+    return is_plain and cpu_attention.is_ready(head_dim(model.cfg))
 
 
 def explicit_fits(work: Work) -> bool:
@@ -244,17 +277,19 @@ def choose_compiled(work: Work, best: ExecutionMode, usual: str, why: str) -> Ex
     """
     run_seconds = work.steps * work.rows * best.seconds
     tried = why or f"a run of {duration(run_seconds)} pays for trying whether that is faster"
-    plain = replace(best, dtype=usual, compiled="blocks", seconds=0.0, why=tried)
+    tiled = best.tiled and usual == "float32"
+    plain = replace(best, dtype=usual, tiled=tiled, compiled="blocks", seconds=0.0, why=tried)
     whole = replace(plain, compiled="whole")
     spent = 0.0
-    for mode in (plain, whole, replace(whole, explicit=not plain.explicit), replace(whole, autotuned=True)):
+    other = replace(whole, explicit=not plain.explicit, tiled=False)
+    for mode in (plain, whole, other, replace(whole, autotuned=True)):
         spent += compiling_seconds(work, mode)
         if spent > WORTH * run_seconds and not (why and mode.compiled == "blocks"):
             break
         if mode.explicit and not plain.explicit and (work.device.type != "cpu" or not explicit_fits(work)):
             continue
         if mode.autotuned:
-            mode = replace(mode, explicit=best.explicit)
+            mode = replace(mode, explicit=best.explicit, tiled=best.tiled)
         if not work.set(mode):
             break
         # On a GPU eager attention over packed documents would fill the memory: its blocks are compiled to begin with.
@@ -272,17 +307,20 @@ def recall(key: str) -> dict[str, ExecutionMode]:
         return {}
 
 
-def remember(key: str, name: str, mode: ExecutionMode) -> ExecutionMode:
-    """Keep a choice for the next run of this shape; a home that cannot be written forgets. Returns it."""
-    file = memory_file(key)
-    known = {each: asdict(other) for each, other in recall(key).items()}
-    try:
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(known | {name: asdict(mode)}), encoding="utf-8")
-        os.replace(temporary, file)
-    except OSError as e:
-        warn(f"{file} cannot be written ({e.strerror}); the next run measures again")
+def keep(work: Work, key: str, name: str, mode: ExecutionMode) -> ExecutionMode:
+    """`remember` what was chosen, unless other programs had a part in it. Returns it."""
+    cores = max(work.others, default=0.0)
+    if cores < DISTURBED:
+        remember(key, name, mode)
+    else:
+        log(f"other programs took {cores:.1f} cores while this was timed: the next run of this shape times it again")
     return mode
+
+
+def remember(key: str, name: str, mode: ExecutionMode) -> None:
+    """Keep a choice for the next run of this shape."""
+    known = {each: asdict(other) for each, other in recall(key).items()}
+    store(memory_file(key), known | {name: asdict(mode)})
 
 
 def memory_file(key: str) -> Path:
@@ -293,14 +331,14 @@ def memory_file(key: str) -> Path:
 def checked(fields: dict[str, Any]) -> ExecutionMode:
     """Fields from a file as `ExecutionMode`. Raises ValueError or TypeError for any that it cannot be."""
     mode = ExecutionMode(**fields)
-    flags = isinstance(mode.explicit, bool) and isinstance(mode.autotuned, bool) and isinstance(mode.why, str)
+    flags = all(isinstance(flag, bool) for flag in (mode.explicit, mode.tiled, mode.autotuned))
     numbers = (
         type(mode.micro) is int
         and mode.micro >= 0
         and isinstance(mode.seconds, int | float)
         and 0 <= mode.seconds < math.inf
     )
-    if not flags or not numbers:
+    if not (flags and numbers and isinstance(mode.why, str)):
         raise TypeError(f"{mode} is not known")
     if mode.dtype not in ("float32", "bfloat16", "float16") or mode.compiled not in ("", "blocks", "whole"):
         raise ValueError(f"{mode} is not known")

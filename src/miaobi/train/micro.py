@@ -13,6 +13,7 @@ import torch
 
 from miaobi.console import log, warn
 from miaobi.device import is_out_of_memory, peak_memory, reset_peak_memory
+from miaobi.errors import number_of
 from miaobi.train.measured import ExecutionMode, Work
 from miaobi.train.setup import Plan
 
@@ -55,7 +56,7 @@ def find(plan: Plan, works: Callable[[int], Work], dtype: str) -> Plan:
     if micro == asked:
         return plan
     p.micro = even(asked, micro)
-    log(f"micro-batches of {p.micro} sequences, {asked} would not fit: {room / 2**30:.1f} GiB are free, "
+    log(f"micro-batches of {number_of(p.micro, 'sequence')}, {asked} would not fit: {room / 2**30:.1f} GiB are free, "
         f"{max(PROBES)} took {peaks[max(PROBES)] / 2**30:.1f}")  # fmt: skip
     return replace(plan, micro=p.micro)
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import posixpath
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,6 +116,11 @@ class Mirror:
                     (file := Path(folder) / "config.yaml").write_text(config, encoding="utf-8")
                     check(file)
             for step in sorted({step for step in named.values() if step}):
+                checkpoints.mkdir(parents=True, exist_ok=True)
+                size, free = self.files.du(self._at(step)), shutil.disk_usage(checkpoints).free
+                if size > free:
+                    raise UserError(f"{step} in the mirror {self.url} has {size:,} bytes, and the disk of {run} has "
+                                    f"{free:,} left; free some space")  # fmt: skip
                 log(f"fetching {step} from {self.url}")
                 with written_whole(checkpoints / step) as directory:
                     self.files.get(f"{self._at(step)}/", f"{directory}/", recursive=True)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from miaobi.config import RunConfig
+from miaobi.errors import UserError
+from miaobi.files import read_whole
 from miaobi.model.card import USAGE, Card, Metric
 from miaobi.settings import flatten
 from miaobi.train.run_directory import Progress
@@ -17,6 +19,7 @@ PRIVATE = {
     "out_dir",
     "mirror",
     "tensorboard_path",
+    "trackers",
     "wandb_project",
     "wandb_run_name",
     "init_from",
@@ -92,7 +95,7 @@ def _names(value: Any) -> Any:
 def latest_sample(file: Path, step: int) -> str | None:
     """What the model wrote last, up to `step`."""
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        rows = [json.loads(line) for line in read_whole(file).decode().split("\n") if line]
         return next((row["text"] for row in reversed(rows) if row["step"] <= step), None)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # a card without a sample is a card

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from miaobi.files import read_whole
+
 PREFIX = "optimizer."
 
 
@@ -52,7 +54,7 @@ class Reader(pickle.Unpickler):
 
 def checked(file: Path) -> bytes:
     """The bytes of a pickle. Raises UnpicklingError for one that asks for memory far beyond its own size."""
-    data = file.read_bytes()
+    data = read_whole(file)
     for code, argument, _ in pickletools.genops(data):
         if "PUT" in code.name and isinstance(argument, int) and argument > len(data):
             raise pickle.UnpicklingError("a memo far beyond its end")

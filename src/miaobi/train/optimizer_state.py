@@ -21,6 +21,7 @@ from torch.amp import GradScaler
 
 from miaobi.errors import UserError
 from miaobi.files import is_a, read_record, write_json
+from miaobi.model.families import is_finite
 from miaobi.model.transformer import Transformer
 from miaobi.train.layout import is_sharded
 from miaobi.train.older_state import OlderState
@@ -145,7 +146,9 @@ def load(directory: Path, model: Transformer, optimizers: Optimizers, scaler: Gr
             optimizer, p, key = wanted[name]
             if shape != (() if key == "step" else tuple(p.shape)):
                 raise ValueError(f"{name} has shape {shape}")
-            optimizer.state[p][key] = filled(saved, name, p, key)
+            optimizer.state[p][key] = state = filled(saved, name, p, key)
+            if not is_finite(state.to_local() if is_sharded(state) else state):
+                raise ValueError(f"{name} has numbers that are not finite")
         if saved.scaler and scaler.is_enabled():
             scaler.load_state_dict({k: type(v)(saved.scaler[k]) for k, v in scaler.state_dict().items()})
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, SafetensorError) as e:

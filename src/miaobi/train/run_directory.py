@@ -5,31 +5,29 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
+from miaobi.checksums import for_model, for_training, hash_ahead, verifying
 from miaobi.config import RunConfig
 from miaobi.console import log
 from miaobi.errors import UserError
 from miaobi.files import point as point_at
-from miaobi.files import pointed, put_back, read_record, remove, verifying
+from miaobi.files import pointed, put_back, read_record, remove
 from miaobi.lock import locked
-from miaobi.model.checkpoint import WEIGHED
 from miaobi.settings import Origin, flatten, load_config, read_yaml, save_config
 from miaobi.train.mirror import Mirror
 
 # How a run is entered, where it lies and how its memory is used, not what it is.
 STEERING = {"init_from", "resume_from", "eval_only", "eval_first", "out_dir", "micro_batch_size", "parallel",
             "fsdp_shard_size", "activation_checkpointing", "comm_timeout", "mirror", "tensorboard_path",
-            "license"}  # fmt: skip
+            "trackers", "wandb_log", "wandb_project", "wandb_run_name", "license"}  # fmt: skip
 # What a run writes besides its checkpoints; `data` only where TEXT says that the run prepared it.
-OWN = ("metrics.jsonl", "samples.jsonl", "summary.json", "plan.json", "report.html", "wandb", "config.yaml")
+OWN = ("metrics.jsonl", "samples.jsonl", "summary.json", "plan.json", "report.html", "wandb", "swanlog", "config.yaml")
 TEXT = "text.json"
 """Which text a run prepared for itself: see train/data.py."""
-# What users may edit in a model directory: it says how to sample, and changes nothing in training.
-EDITABLE = {"generation_config.json", "tokenizer_config.json", "chat_template.jinja", "README.md"}
 
 
 @dataclass
@@ -230,6 +228,20 @@ def find_state(name: str) -> Path:
     return directory
 
 
+def hash_early(cfg: RunConfig) -> None:
+    """Begin to hash the checkpoint that the run will go on from, before torch is imported; `verified` compares it.
+
+    Here nothing is refused yet, and where there is no checkpoint, nothing begins.
+    """
+    train, first = cfg.train, os.environ.get("RANK", "0") == "0"
+    with suppress(UserError, OSError, ValueError):
+        checkpoint = pointed(Path(train.out_dir) / "checkpoints" / "last")
+        if checkpoint is None and train.resume_from:
+            checkpoint = find_state(train.resume_from)
+        if checkpoint is not None and train.init_from != "scratch":
+            hash_ahead(checkpoint, for_training if first else for_model)
+
+
 def verified(checkpoint: Path | None, is_first: bool) -> AbstractContextManager:
     """While a checkpoint is read, its files are compared with what was written: all on rank 0, on others the model's.
 
@@ -237,7 +249,7 @@ def verified(checkpoint: Path | None, is_first: bool) -> AbstractContextManager:
     """
     if checkpoint is None:
         return nullcontext()
-    return verifying(checkpoint, lambda name: name not in EDITABLE if is_first else name in WEIGHED)
+    return verifying(checkpoint, for_training if is_first else for_model)
 
 
 def refuse_changes(config: Path, cfg: RunConfig, what: str) -> None:

@@ -17,9 +17,10 @@ from threading import Thread
 import torch
 from torch import Tensor
 
+from miaobi.checksums import Checksums
 from miaobi.console import warn
 from miaobi.errors import UserError
-from miaobi.files import Checksums, point, pointed, sha256, write_text, written_whole
+from miaobi.files import point, pointed, sha256, write_text, written_whole
 from miaobi.model.card import write_card
 from miaobi.model.checkpoint import Unfilled, save_model, save_tensors
 from miaobi.model.lora import adapters, merged, save_adapter

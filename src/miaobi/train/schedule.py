@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from miaobi.config import OptimConfig, RunConfig, TrainConfig
-from miaobi.console import log
+from miaobi.console import log, warn
 from miaobi.corpus.dataset import Batch
+from miaobi.errors import number_of
 from miaobi.model.transformer import Transformer
 from miaobi.train.evaluate import place
 from miaobi.train.layout import Objective
@@ -30,8 +31,12 @@ if TYPE_CHECKING:
 
 PARTS = 10
 """The steps are laid anew when a tenth of the rest is done."""
+COARSE = 0.2
+"""Share of the schedule in one step from which on it is no schedule any more, and that is said."""
 WRITING = 1.0
 """Seconds that a checkpoint is taken to need, before one was written."""
+ENDING = 2.0
+"""Seconds kept for what comes after the last evaluation: its checkpoint on the disk, the report."""
 
 
 def clock() -> float:
@@ -59,7 +64,10 @@ def lay_first(
         work.once(mode)
         steps = int(60 * cfg.train.max_minutes / (work.once(mode) * rows))
         progress.laid = [[0, world.gather(max(1, min(most, steps)))[0], 0.0]]
-        log(f"max_minutes={cfg.train.max_minutes:g}: about {progress.laid[0][1]:,} steps by the first measurement")
+        log(
+            f"max_minutes={cfg.train.max_minutes:g}: about {number_of(progress.laid[0][1], 'step')} by the "
+            f"first measurement"
+        )
     return int(progress.laid[0][1])
 
 
@@ -70,22 +78,23 @@ class Deadline:
     that lay behind.
     """
 
-    def __init__(self, cfg: TrainConfig, progress: Progress, world: World, most: int, started: float) -> None:
-        """most: steps that the run may have at all. started: by `clock`, when the command began."""
+    def __init__(self, cfg: TrainConfig, progress: Progress, world: World, most: int, begun: float) -> None:
+        """most: steps that the run may have at all. begun: by `clock`, when the run began, its cuts taken out."""
         self.cfg, self.progress, self.world, self.most = cfg, progress, world, most
-        self.begun = started - progress.wall
+        self.begun = begun
         self.per_step: float | None = None
         self.evaluation: float | None = None  # with its checkpoint, in seconds
+        self.told = False
         step, total, _ = progress.laid[-1]
         self.next = max(progress.step, int(step)) + max(1, min(3, int(total - step) // PARTS))
 
     @classmethod
-    def of(cls, plan: Plan, started: float) -> Deadline | None:
+    def of(cls, plan: Plan, begun: float) -> Deadline | None:
         """That of a run; None where it may take as long as it takes."""
         if plan.cfg.train.max_minutes is None or not plan.progress.laid:
             return None
         most = total_steps(plan.cfg, len(plan.blocks))
-        return cls(plan.cfg.train, plan.progress, plan.world, most, started)
+        return cls(plan.cfg.train, plan.progress, plan.world, most, begun)
 
     def elapsed(self) -> float:
         """Seconds of the commands of this run up to their last checkpoints, and of this one."""
@@ -109,10 +118,16 @@ class Deadline:
         evaluation = self.evaluation
         if evaluation is None:  # forward alone, a third of the work
             evaluation = WRITING + per_step / 3 * 1.25 * self.progress.windows / self.cfg.global_batch
-        left = 60 * self.cfg.max_minutes - self.elapsed() - evaluation
+        left = 60 * self.cfg.max_minutes - self.elapsed() - evaluation - ENDING
         steps = int(max(1.0, left / max(1e-9, per_step + evaluation / self.cfg.eval_interval)))
         total = self.world.gather(min(self.most, step + steps))[0]
         done = share_done(step, laid)
+        if (1.0 - done) / (total - step) > COARSE and total < self.most and not self.told:
+            warn(
+                f"max_minutes leaves time for {total - step} more step(s), with {1 - done:.0%} of the learning rate's "
+                "schedule before them, which is cut short: steps are slow now. More minutes, or a smaller model, help"
+            )
+            self.told = True
         if laid[-1][0] == step:
             laid.pop()
         laid.append([step, total, done])

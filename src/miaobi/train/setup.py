@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from miaobi.config import ModelConfig, OptimConfig, RunConfig
+from miaobi.console import log
 from miaobi.corpus.dataset import Batch
 from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 from miaobi.model.checkpoint import load_model, model_directory
 from miaobi.model.lora import adapter_parameters, add_lora, load_adapter
 from miaobi.model.rows import add_rows, added_tokens
@@ -96,10 +97,12 @@ class Plan:
         cfg = self.model.cfg
         part = f", {self.trained_parameters:,} trained (LoRA)" if self.progress.base_weights else ""
         return (
-            f"number of parameters: {self.parameters / 1e6:.2f}M{part}  ({cfg.family}, {cfg.n_layer} layers, "
-            f"{cfg.n_head} heads, {cfg.n_embd} wide, block {cfg.block_size}, vocabulary {cfg.vocab_size})\n"
+            f"number of parameters: {self.parameters / 1e6:.2f}M{part}  ({cfg.family}, "
+            f"{number_of(cfg.n_layer, 'layer')}, "
+            f"{number_of(cfg.n_head, 'head')}, {cfg.n_embd} wide, block {cfg.block_size}, vocabulary "
+            f"{cfg.vocab_size})\n"
             f"{self.optim.optimizer}, {self.cfg.train.global_batch} x {cfg.block_size} tokens a step, "
-            f"{self.total_steps} steps, {len(self.data.train):,} training tokens; "
+            f"{number_of(self.total_steps, 'step')}, {number_of(len(self.data.train), 'training token')}; "
             f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
         )
 
@@ -128,7 +131,7 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
     """
     mirror = Mirror(cfg.train.mirror) if cfg.train.mirror else None
     checkpoint, data = enter(cfg, origin, world, mirror)
-    tokenizer = data.tokenizer
+    tokenizer, given = data.tokenizer, cfg
     with verified(checkpoint, world.is_first):
         progress = start_or_continue(cfg, data, checkpoint)
         make = partial(placed, cfg.train, world, device, dtype)
@@ -139,21 +142,26 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
         steps, micro = total_steps(cfg, len(blocks)), micro_batch(cfg, device, world.size)
         if cfg.train.max_minutes is not None and not cfg.train.eval_only:
             steps = lay_first(cfg, progress, world, model, blocks.fixed(micro), dtype, steps)
-            cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr_decay_iters=steps))
             total = int(progress.laid[-1][1])
         else:
             total = steps
         if progress.step > total and not cfg.train.eval_only:
-            raise UserError(f"{checkpoint} is at step {progress.step}, beyond the {total} steps of this run: "
+            raise UserError(f"{checkpoint} is at step {progress.step}, beyond the {number_of(total, 'step')} of "
+                            f"this run: "
                             "nothing is left to train; give a larger --max_iters")  # fmt: skip
         tuning = cfg.train.trainable if progress.base else None
         short = progress.bigrams and bigrams.is_short(cfg, shape, data)  # it may have been extended
-        optim = resolve_optim(grown(cfg, progress).optim, shape.family, steps, tuning, short, shape.n_embd)
+        asked = grown(cfg, progress).optim
+        if progress.laid:  # the decay ends with the time
+            asked = dataclasses.replace(asked, lr_decay_iters=None)
+        optim = resolve_optim(asked, shape.family, steps, tuning, short, shape.n_embd)
         optimizers = make_optimizers(model, optim, optim.optimizer)
         scaler = GradScaler(device.type, enabled=dtype == torch.float16)
         if checkpoint is not None and not cfg.train.eval_only:
             load_optimizers(checkpoint / "train_state", model, optimizers, scaler)
         average = Average.of(cfg.train, checkpoint, model, progress, steps * cfg.train.global_batch / len(blocks))
+    if world.is_first and not only_reads(given):  # not before: a damaged checkpoint leaves everything as it is
+        start_run(given, origin)
     val_windows, train_windows = evaluation_windows(cfg, progress, steps, blocks, val_blocks)
     adapted = adapter_parameters(model)
     parameters = model.num_parameters() - adapted
@@ -169,8 +177,6 @@ def enter(cfg: RunConfig, origin: Origin, world: World, mirror: Mirror | None) -
     with world.first():
         if world.is_first:
             checkpoint = open_run(cfg, origin, mirror, world.restarted)
-            if not only_reads(cfg):
-                start_run(cfg, origin)
         data = open_data(cfg, out, world.is_first)
     check_same(world, cfg, data.fingerprint)
     state = world.gather(str(checkpoint) if checkpoint else None)[0]
@@ -249,6 +255,8 @@ def build_model(cfg: RunConfig, origin: Origin, start: Start, place: Place) -> T
         progress.bigrams = weights is not None
         return place(shape, weights)
     model, theirs = load_model(source, is_verified=source == checkpoint)
+    if model.quantized:
+        log(f"{source} has {model.quantized} weights; they are trained on in full precision, from what they stand for")
     added = added_tokens(start.tokenizer, theirs) if checkpoint is None else 0
     if added and lora:
         raise UserError(f"{added} control tokens of the chat template are new to {source}, and LoRA leaves the rows of "

@@ -55,9 +55,12 @@ class Summary(Environment):
     """Most that this process, or the GPU's allocator, held at once."""
 
 
-def read_summary(run: Path) -> Summary | None:
-    """What the run left; None where it left nothing. Raises UserError for a damaged file."""
-    return read_record(run / SUMMARY, Summary) if (run / SUMMARY).is_file() else None
+def read_summary(run: Path, unknown: list[str] | None = None) -> Summary | None:
+    """What the run left; None where it left nothing. Raises UserError for a damaged file.
+
+    unknown: gets the names of fields that a newer miaobi wrote; without it they are refused.
+    """
+    return read_record(run / SUMMARY, Summary, unknown=unknown) if (run / SUMMARY).is_file() else None
 
 
 @contextmanager

@@ -32,18 +32,15 @@ class Threads:
         """alone: no other processes of this run, which are no strangers."""
         self.most = torch.get_num_threads()
         self.adapts = alone and self.most > 1 and "OMP_NUM_THREADS" not in os.environ and cpu_seconds() is not None
-        self.seen = (time.monotonic(), cpu_seconds() or 0.0, own_seconds())
+        self.others = Others()
         self.looks: list[float] = []
 
     def look(self) -> None:
         """Called after every step: twice in a row the same answer changes the number of threads."""
-        now = time.monotonic()
-        if not self.adapts or now - self.seen[0] < LOOK:
+        if not self.adapts or self.others.seconds() < LOOK:
             return
-        seen = (now, cpu_seconds() or 0.0, own_seconds())
-        spent, total, own = (b - a for a, b in zip(self.seen, seen, strict=True))
-        self.seen = seen
-        self.looks = [*self.looks[-1:], (total - own) / spent]
+        self.looks = [*self.looks[-1:], self.others.cores()]
+        self.others = Others()
         self.decide()
 
     def decide(self) -> None:
@@ -65,6 +62,28 @@ class Threads:
         """As many threads as before the run."""
         if self.adapts:
             torch.set_num_threads(self.most)
+
+
+class Others:
+    """What other programs compute from now on."""
+
+    def __init__(self) -> None:
+        self.began = _counters()
+
+    def seconds(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self.began[0]
+
+    def cores(self) -> float:
+        """Cores that they have kept busy since then, of those of this process; 0 where the system does not say, and
+        where its clock (hundredths of a second) is too coarse for so short a time.
+        """
+        spent, total, own = (b - a for a, b in zip(self.began, _counters(), strict=True))
+        return (total - own) / spent if total and spent > 0.2 else 0.0
+
+
+def _counters() -> tuple[float, float, float]:
+    return time.monotonic(), cpu_seconds() or 0.0, own_seconds()
 
 
 def cpu_seconds() -> float | None:

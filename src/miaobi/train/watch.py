@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from miaobi.console import warn
-from miaobi.errors import UserError
 from miaobi.files import write_text
 from miaobi.settings import flatten
+from miaobi.train.trackers import About, Tracker, start
 
 if TYPE_CHECKING:
     from miaobi.train.setup import Plan
 
 
 class Metrics:
-    """metrics.jsonl, samples.jsonl, TensorBoard events, and wandb where asked for.
+    """metrics.jsonl, samples.jsonl, TensorBoard events, and the trackers that were asked for.
 
     Failing to write them never ends a run.
     """
@@ -29,30 +29,30 @@ class Metrics:
         self,
         out: Path,
         start: int,
-        wandb_settings: dict[str, Any] | None,
         evaluated: bool = True,
         events: str | Path | None = None,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         """start: steps that are done. evaluated: whether `start` was before it was saved, where it was to be. events:
         a directory that gets the TensorBoard events as well."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only needed here
 
-        self.warned, self.file, self.samples, self.boards, self.wandb = False, None, None, [], None
+        self.warned, self.file, self.samples, self.boards, self.trackers = False, None, None, [], trackers
         with self.going_on():
             self.file = self.continued(out / "metrics.jsonl", start, evaluated)
             self.samples = self.continued(out / "samples.jsonl", start, evaluated)
         for directory in {Path(place).resolve() for place in (out, events) if place is not None}:
             with self.going_on():
                 self.boards.append(SummaryWriter(str(directory), purge_step=start + 1))
-        if wandb_settings is not None:
-            self.wandb = start_wandb(out, wandb_settings)
 
     @classmethod
     def of(cls, plan: Plan) -> Metrics:
         """Those of a run, going on from where it stands."""
         cfg, p = plan.cfg.train, plan.progress
-        wandb = {"project": cfg.wandb_project, "name": cfg.wandb_run_name, "id": p.run, "config": flatten(plan.cfg)}
-        return cls(plan.out, p.step, wandb if cfg.wandb_log else None, p.evaluated == p.step, cfg.tensorboard_path)
+        asked = dict.fromkeys((*cfg.trackers, *(["wandb"] if cfg.wandb_log else [])))
+        about = About(cfg.wandb_project, cfg.wandb_run_name, p.run, flatten(plan.cfg))
+        trackers = [start(kind, plan.out, about) for kind in asked]
+        return cls(plan.out, p.step, p.evaluated == p.step, cfg.tensorboard_path, trackers)
 
     @staticmethod
     def continued(path: Path, start: int, evaluated: bool) -> TextIO:
@@ -77,8 +77,9 @@ class Metrics:
             for key, value in known.items():
                 for board in self.boards:
                     board.add_scalar(key, value, step)
-        if self.wandb is not None:
-            self.wandb.log(known, step=step)
+        for tracker in self.trackers:
+            with self.going_on():
+                tracker.log(known, step=step)
 
     def sample(self, step: int, text: str) -> None:
         """One line of samples.jsonl: what the model wrote at an evaluation."""
@@ -103,24 +104,9 @@ class Metrics:
             with self.going_on():
                 if sink is not None:
                     sink.close()
-        if self.wandb is not None:
-            self.wandb.finish()
-
-
-def start_wandb(out: Path, settings: dict[str, Any]) -> Any:
-    """The run at Weights & Biases: begun, or continued where `settings` has its id.
-
-    Raises UserError where the package is missing or does not work.
-    """
-    try:
-        import wandb
-    except ModuleNotFoundError as e:
-        if e.name == "wandb":
-            raise UserError("wandb_log needs wandb: pip install 'miaobi[track]'") from e
-        raise UserError(f"wandb is installed but cannot be imported ({e}); install it again") from e
-    except Exception as e:
-        raise UserError(f"wandb is installed but cannot be imported ({type(e).__name__}: {e}); install it again") from e
-    return wandb.init(dir=str(out), resume="allow", **settings)
+        for tracker in self.trackers:
+            with self.going_on():
+                tracker.finish()
 
 
 def _read(line: str) -> tuple[float, bool]:

@@ -68,6 +68,16 @@ class World:
             dist.all_reduce(values, group=self.control)
         return values
 
+    def all_finite(self, value: Tensor, mine: Tensor) -> Tensor:
+        """`value` where what each rank has as `mine` is finite, else NaN, on every rank: all take the same decision.
+
+        Scalars on the device of the run; nobody waits for a GPU.
+        """
+        broken = (~mine.isfinite()).float()
+        if self.size > 1:
+            dist.all_reduce(broken)
+        return torch.where(broken > 0, torch.nan, value)
+
     def agree(self, reason: str | None) -> str | None:
         """The gravest of the ranks' reasons to stop; None if no rank has one."""
         if self.size == 1:

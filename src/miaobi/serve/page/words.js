@@ -137,7 +137,7 @@ const WORDS = {
   "file.save": ["下载 {name}", "Download {name}"],
   "file.empty": ["这个文件里没有一行文字。", "There is no row of text in this file."],
   "file.binary": ["这不像文字文件：{name} 里有零字节。", "This does not look like a text file: {name} has zero bytes."],
-  "file.encoding": ["{name} 既不是 UTF-8 也不是 GB18030，读不出来。另存为 UTF-8 再试。", "{name} is neither UTF-8 nor GB18030. Save it as UTF-8 and try again."],
+  "file.encoding": ["{name} 不是 UTF-8、GB18030、Big5 中的任何一种，读不出来。另存为 UTF-8 再试。", "{name} is neither UTF-8, GB18030 nor Big5. Save it as UTF-8 and try again."],
   "file.quote": ["第 {row} 行的引号没有合上，表格从那里读不准。", "The quote in row {row} is never closed; the table cannot be read from there."],
   "file.blank": ["{n} 行是空的，不判断", "{n} empty rows are left unjudged"],
   "file.big": ["{name} 太大（超过 200 MB）；用 miaobi classify predict 处理。", "{name} is too large (over 200 MB); use miaobi classify predict."],

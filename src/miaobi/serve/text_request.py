@@ -17,18 +17,19 @@ from miaobi.generate.stream import Stream
 from miaobi.serve.config import Serve
 from miaobi.serve.errors import APIError, refused
 from miaobi.serve.schemas import MOST, ResponseRequest, Sampling
-from miaobi.serve.served import Prompt, Writing
+from miaobi.serve.served import Prompt, ServedModel
 from miaobi.serve.text import Writer
 from miaobi.serve.worker import Choice, Job
 
-DIALS = ("temperature", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+SAMPLING_FIELDS = ("temperature", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+                   "seed")  # fmt: skip
 
 
 @dataclass
-class Asked:
-    """A request for texts, understood."""
+class TextRequest:
+    """What a client wants written: one request of any endpoint, with the model that is to do it."""
 
-    writing: Writing
+    model: ServedModel
     prompts: list[Prompt]
     cfg: SamplingConfig
     """Its seed is that of the first text of each prompt."""
@@ -51,9 +52,9 @@ class Asked:
 
     @property
     def head(self) -> dict[str, Any]:
-        """What all answers begin with."""
-        return {"id": self.id, "created": self.created, "model": self.writing.name,
-                "system_fingerprint": self.writing.fingerprint}  # fmt: skip
+        """Fields that every answer begins with."""
+        return {"id": self.id, "created": self.created, "model": self.model.name,
+                "system_fingerprint": self.model.fingerprint}  # fmt: skip
 
     def job(self, server: Serve, is_streamed: bool) -> Job:
         """What the worker is given: choice n * i + k is text k of prompt i."""
@@ -67,7 +68,7 @@ class Asked:
 
     def choice(self, index: int, prompt: Prompt, number: int) -> Choice:
         """Text `number` of a prompt."""
-        lm, chat = self.writing.lm, self.writing.chat
+        lm, chat = self.model.lm, self.model.chat
         ends = chat.ends if self.is_reply else lm.end_ids
         barred = chat.unknown if self.is_reply else lm.barred
 
@@ -89,9 +90,9 @@ class Asked:
                 "prompt_tokens_details": {"cached_tokens": min(job.recalled, read)}}  # fmt: skip
 
 
-def sampling(request: Sampling | ResponseRequest, defaults: SamplingConfig, tokens: int) -> SamplingConfig:
-    """The settings of a request. Raises APIError."""
-    values = {name: value for name in DIALS if (value := getattr(request, name, None)) is not None}
+def sampling_settings(request: Sampling | ResponseRequest, defaults: SamplingConfig, tokens: int) -> SamplingConfig:
+    """How a request is to be sampled: its own values over `defaults`. Raises APIError."""
+    values = {name: value for name in SAMPLING_FIELDS if (value := getattr(request, name, None)) is not None}
     if values.get("top_k") == -1:  # vLLM's word for all
         values["top_k"] = 0
     if request.top_p is not None:
@@ -104,7 +105,7 @@ def sampling(request: Sampling | ResponseRequest, defaults: SamplingConfig, toke
         raise refused(str(e), None) from e
 
 
-def bias(request: Sampling, vocab_size: int) -> dict[int, float]:
+def logit_bias(request: Sampling, vocab_size: int) -> dict[int, float]:
     """Its logit_bias by id. Raises APIError for ids that there are not."""
     found = {int(id_): value for id_, value in (request.logit_bias or {}).items()}
     if wrong := [id_ for id_ in found if id_ >= vocab_size]:
@@ -112,30 +113,30 @@ def bias(request: Sampling, vocab_size: int) -> dict[int, float]:
     return found
 
 
-def length(asked: int | None, default: int, server: Serve, param: str) -> int:
+def allowed_tokens(wanted: int | None, default: int, server: Serve, param: str) -> int:
     """Tokens to write at most. Raises APIError for more than the server allows."""
-    if asked is not None and asked > server.max_tokens:
-        raise refused(f"{param} is too large: {asked}. This server writes {server.max_tokens} tokens at most "
+    if wanted is not None and wanted > server.max_tokens:
+        raise refused(f"{param} is too large: {wanted}. This server writes {server.max_tokens} tokens at most "
                       "(miaobi serve --max_tokens)", param)  # fmt: skip
-    return min(default, server.max_tokens) if asked is None else asked
+    return min(default, server.max_tokens) if wanted is None else wanted
 
 
-def fits(prompts: Sequence[Prompt], block: int, param: str) -> None:
+def check_length(prompts: Sequence[Prompt], block: int, param: str) -> None:
     """Raises APIError for a prompt that the model cannot see whole."""
     if (longest := max(len(prompt.ids) for prompt in prompts)) > block:
         raise APIError(400, f"This model's maximum context length is {block} tokens. However, your {param} has "
                        f"{longest} tokens. Please reduce its length.", "context_length_exceeded", param)  # fmt: skip
 
 
-def model_of(writing: Writing | None, name: str | None) -> Writing:
+def model_of(model: ServedModel | None, name: str | None) -> ServedModel:
     """The model that a request names. Raises APIError where there is none of that name."""
-    if writing is None or (name is not None and name != writing.name):
-        there = f"; there is {writing.name!r}" if writing is not None else ": no language model is served here"
+    if model is None or (name is not None and name != model.name):
+        there = f"; there is {model.name!r}" if model is not None else ": no language model is served here"
         raise APIError(404, f"The model {brief(name)} does not exist{there}", "model_not_found", "model")
-    return writing
+    return model
 
 
-def noted(server: Serve, what: Any) -> None:
-    """What is asked, in the log where that is wanted."""
+def log_prompt(server: Serve, what: Any) -> None:
+    """Write a prompt into the log, where --log_prompts says so."""
     if server.log_prompts:
         log(brief(what) if not isinstance(what, str) else what[:1000])

@@ -1,4 +1,4 @@
-"""Where a run lies: never in another model's place, nor among cells of other settings, texts or weights."""
+"""The directory of a run of cells: never one that holds another model, or cells of other settings, texts or weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONTENTS = {"data_sha256": ("texts or labels", "data"), "base_sha256": ("weights
 def run_directory(cfg: ClassifyConfig, origin: Origin, base: str) -> Path:
     """`cfg.out_dir`; where that was given as small-gpt's checkpoint_root and a model lies there, `classify` in it.
 
-    Raises UserError for another place that a model has: `best` would no longer be that model.
+    Raises UserError for any other directory that holds a model: `best` would no longer be that model.
     """
     out = Path(cfg.out_dir)
     if origin.get("out_dir", "").endswith(CHECKPOINT_ROOT) and (owner := occupant(out, base)):
@@ -64,7 +64,7 @@ def is_pretraining(out: Path) -> bool:
 
 
 def identity(cfg: ClassifyConfig, data: Labelled, base: str) -> dict[str, Any]:
-    """What decides the figures of a cell besides its place in the grid: settings, and SHA-256 of what they name.
+    """What decides the figures of a cell besides its row and column: settings, and SHA-256 of what they name.
 
     Raises UserError for a base without weights.
     """

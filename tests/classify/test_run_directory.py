@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from miaobi.classify import ablation
 from miaobi.classify.config import load_config
-from miaobi.classify.place import BASELINE, ROW, read_result
+from miaobi.classify.run_directory import BASELINE, ROW, read_result
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, model_directory
 

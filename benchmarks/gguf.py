@@ -1,0 +1,158 @@
+"""GGUF files against our own engine: the same ids, the same greedy text, their size, and bits per character.
+
+    python -m benchmarks.gguf --text TEXT
+
+Trains four small models (char and BPE, gpt2 and qwen3) on TEXT, writes each as GGUF in several kinds, and asks
+llama.cpp (the package xllamacpp) for its probabilities of a piece of the validation text, token by token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tempfile
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xllamacpp
+
+import miaobi
+from benchmarks.common import machine, parse, report, version
+from miaobi.console import log
+from miaobi.convert.config import GGUFConfig
+from miaobi.convert.gguf import convert
+from miaobi.corpus.prepared import PreparedData
+from miaobi.generate.engine import LanguageModel
+
+
+@dataclass(frozen=True)
+class Args:
+    """Command line."""
+
+    text: Path
+    """What the models learn, and are asked about."""
+    kinds: tuple[str, ...] = ("f32", "bf16", "q8_0", "q4_0")
+    """Kinds of files; the first one is compared id by id and text by text."""
+    sentences: int = 1000
+    """Sentences whose ids are compared."""
+    pieces: int = 4
+    """Pieces of one block each whose tokens are scored."""
+    max_iters: int = 200
+    n_layer: int = 4
+    n_embd: int = 128
+    block_size: int = 128
+    json: bool = False
+    """Print one line of JSON as well."""
+
+
+class LlamaCpp:
+    """A file loaded by llama.cpp, asked over loopback."""
+
+    def __init__(self, file: Path, context: int = 128) -> None:
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel = str(file), context, 1
+        params.warmup, params.verbosity, params.cpuparams.n_threads = False, -1, 1
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # as ours
+        self.server = xllamacpp.Server(params)
+
+    def post(self, path: str, **body: object) -> dict:
+        """The JSON that a path of llama.cpp's server answers."""
+        request = urllib.request.Request(
+            self.server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text in which nothing is a control token."""
+        return self.post("/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
+
+    def continuation(self, ids: list[int], count: int, probabilities: int = 0, cached: bool = False) -> dict:
+        """`count` greedy tokens behind `ids`, each with the log-probabilities of its likeliest."""
+        return self.post(
+            "/completion", prompt=ids, n_predict=count, temperature=0, return_tokens=True, n_probs=probabilities,
+            cache_prompt=cached,
+        )  # fmt: skip
+
+    def nats(self, ids: list[int], vocabulary: int) -> float:
+        """Nats of all ids but the first, each behind those before it."""
+        total = 0.0
+        for i in range(1, len(ids)):
+            told = self.continuation(ids[:i], 1, vocabulary, cached=True)["completion_probabilities"][0]
+            total -= next(entry["logprob"] for entry in told["top_logprobs"] if entry["id"] == ids[i])
+        return total
+
+
+def our_nats(lm: LanguageModel, ids: list[int]) -> float:
+    """The same, of our own engine."""
+    logits = lm.logits(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+    return -logits[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].sum().item()
+
+
+def compare(run: Path, data: Path, sentences: list[str], args: Args, work: Path) -> dict[str, Any]:
+    """One model: shares of equal ids and of equal greedy tokens; size and bits/char of every kind of file."""
+    lm = miaobi.load(str(run), "cpu", "float32")
+    tokens = PreparedData.open(data).val.read(0, args.pieces * args.block_size).tolist()
+    pieces = [tokens[i : i + args.block_size] for i in range(0, len(tokens) - args.block_size + 1, args.block_size)]
+    characters = sum(len(lm.tokenizer.decode(piece[1:])) for piece in pieces)
+    bits = 1 / math.log(2) / characters
+    found: dict[str, Any] = {"ours": sum(our_nats(lm, piece) for piece in pieces) * bits, "kinds": {}}
+    for kind in args.kinds:
+        made = convert(GGUFConfig(str(run), out=work / f"{run.name}-{kind}.gguf", quantize=kind))
+        llama = LlamaCpp(Path(made["out"]), args.block_size)
+        if kind == args.kinds[0]:
+            found["ids equal"] = sum(llama.encode(text) == lm.tokenizer.encode(text) for text in sentences)
+            prompt = lm.tokenizer.encode("中国")
+            length = args.block_size - len(prompt) - 1
+            theirs = llama.continuation(prompt, length)["content"]
+            ours = lm.generate("中国", num_samples=1, max_new_tokens=length, temperature=0)[0].text.removeprefix("中国")
+            same = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), None)
+            found["text equal"] = (
+                "all" if theirs == ours else f"first {min(len(ours), len(theirs)) if same is None else same}"
+            )
+            found["text equal"] += f" of {len(ours)}"
+        nats = sum(llama.nats(piece, lm.model.cfg.vocab_size) for piece in pieces)
+        found["kinds"][kind] = {"bytes": made["bytes"], "bits_per_char": nats * bits}
+        log(f"{run.name} {kind}: {made['bytes']:,} bytes, {nats * bits:.4f} bits/char (ours {found['ours']:.4f})")
+        del llama
+    return found
+
+
+def main() -> None:
+    """Print the table."""
+    args = parse("gguf", Args, __doc__)
+    told, rows = {}, []
+    text = args.text.read_text(encoding="utf-8")
+    sentences = [s for s in re.findall(r"[^。！？\n]+[。！？]?", text) if s.strip()][-args.sentences :]
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        for tokenizer in ("char", "bpe"):
+            data = work / tokenizer
+            size = {"vocab_size": 3000} if tokenizer == "bpe" else {}
+            miaobi.prepare(args.text, out=data, tokenizer=tokenizer, **size)
+            for family in ("gpt2", "qwen3"):
+                run = work / f"{family}-{tokenizer}"
+                miaobi.train_run(
+                    data=data, out_dir=run, family=family, n_layer=args.n_layer, n_head=4, n_embd=args.n_embd,
+                    block_size=args.block_size, batch_size=16, max_iters=args.max_iters, eval_iters=4,
+                    eval_interval=args.max_iters, sample_tokens=0, device="cpu", dtype="float32", compile=False,
+                )  # fmt: skip
+                found = told[run.name] = compare(run, data, sentences, args, work)
+                for kind, file in found["kinds"].items():
+                    first = kind == args.kinds[0]
+                    rows.append([
+                        f"{run.name} {kind}", f"{found['ids equal']}/{len(sentences)}" if first else "",
+                        f"{found['text equal']}" if first else "", f"{file['bytes'] / 1e6:.2f}",
+                        f"{file['bits_per_char']:.4f}", f"{file['bits_per_char'] - found['ours']:+.4f}",
+                    ])  # fmt: skip
+    columns = ["file", "ids equal", "greedy text equal", "MB", "bits/char", "more than ours"]
+    result = {"machine": machine(), "xllamacpp": version("xllamacpp"), "models": told}
+    report("gguf", columns, rows, result, args.json)
+
+
+if __name__ == "__main__":
+    main()
