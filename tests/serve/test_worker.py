@@ -4,6 +4,7 @@ import asyncio
 import threading
 from types import SimpleNamespace
 
+from miaobi.serve import worker
 from miaobi.serve.text import Piece
 from miaobi.serve.worker import Job
 
@@ -12,8 +13,9 @@ def piece(number: int) -> Piece:
     return Piece(0, str(number), [], None)
 
 
-def test_a_reader_is_woken_only_where_it_waits():
+def test_a_reader_is_woken_only_where_it_waits(monkeypatch):
     """Waking it costs a system call of the worker and a turn of the loop, on the cores that the model needs."""
+    monkeypatch.setattr(worker, "PACE", 0.01)
 
     async def read() -> list[str]:
         loop, found = asyncio.get_running_loop(), []
@@ -28,14 +30,31 @@ def test_a_reader_is_woken_only_where_it_waits():
                     job.pieces.append(piece(number))
                     job.ring()
             elif len(found) == 9:
-                loop.call_soon(lambda: (job.pieces.append(piece(9)), job.ring()))  # when it waits
+                loop.call_later(0.2, lambda: (job.pieces.append(piece(9)), job.ring()))  # when it waits
             else:
+                counts.append(len(woken))
                 job.finish()
         return found
 
-    woken = []
+    woken, counts = [], []
     assert asyncio.run(read()) == [str(number) for number in range(10)]
-    assert len(woken) == 2, "once before it first took something, once while it waited"
+    assert counts == [1]
+
+
+def test_the_end_of_a_text_is_told_at_once(monkeypatch):
+    """However long a stream pauses between what it sends."""
+    monkeypatch.setattr(worker, "PACE", 60.0)
+
+    async def read() -> list[str]:
+        job, found = Job([], 10.0), []
+        job.pieces.append(piece(0))
+        async for some in job.taken():
+            found += [one.text for one in some]
+            if len(found) == 1:
+                threading.Timer(0.05, lambda: (job.pieces.append(piece(1)), job.finish())).start()
+        return found
+
+    assert asyncio.run(asyncio.wait_for(read(), 10)) == ["0", "1"]
 
 
 def test_nothing_is_lost_between_two_threads():
