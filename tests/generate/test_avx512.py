@@ -1,4 +1,4 @@
-"""The compiled step with AVX-512's dot products, emulated: every CPU with a compiler tests what they compute."""
+"""The compiled step with AVX-512's dot products and AMX's tiles, emulated: every CPU with a compiler tests them."""
 
 import ctypes
 import math
@@ -30,14 +30,15 @@ def compiled(out: Path, march: str, *flags: str) -> Path:
     return out
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    header = Path(__file__).with_name("avx512.h")
-    out = tmp_path_factory.mktemp("emulated") / "step.so"
-    return ctypes.CDLL(str(compiled(out, "-march=native", "-Wno-psabi", "-include", str(header))))
+@pytest.fixture(scope="module", params=["avx512", "amx"])
+def emulated(request, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    names = ["avx512.h"] if request.param == "avx512" else ["avx512.h", "amx.h"]  # what has tiles has dot products too
+    headers = [word for name in names for word in ("-include", str(Path(__file__).with_name(name)))]
+    out = tmp_path_factory.mktemp("emulated") / f"{request.param}.so"
+    return ctypes.CDLL(str(compiled(out, "-march=native", "-Wno-psabi", *headers)))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def there(emulated, monkeypatch):
     monkeypatch.setattr(cpu_step, "library", lambda: emulated)
 
@@ -68,6 +69,7 @@ def rounding(transformer: Transformer, kind: str) -> None:
     transformer.norm.register_forward_hook(lambda _, given, out: rounded(out, kind))
 
 
+@pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 @torch.inference_mode()
@@ -85,6 +87,7 @@ def test_a_step_gives_the_logits_of_a_forward_with_rounded_states(family, kind):
             assert (got - expected).norm() < (0.02 if kind == "bfloat16" else 0.05) * expected.norm()
 
 
+@pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", cpu_step.KINDS)
 @torch.inference_mode()
@@ -94,7 +97,7 @@ def test_streams_change_nothing_for_each_other(family, kind):
     ids = torch.randint(0, 101, (17, 6))
     caches = step.model.make_caches(17, 40, step.cache_dtype)
     everybody = [step(ids[:, t : t + 1], caches, [t] * 17) for t in range(6)]
-    for streams in (1, 2, 3, 4, 5, 8, 13):
+    for streams in (1, 2, 3, 4, 5, 8, 13, 16):
         caches = step.model.make_caches(streams, 40, step.cache_dtype)
         for t in range(6):
             assert torch.equal(step(ids[:streams, t : t + 1], caches, [t] * streams), everybody[t][:streams])
@@ -118,6 +121,7 @@ def bits(lm, text: str) -> float:
     return nats / math.log(2) / (len(windows) * (block - 1))
 
 
+@pytest.mark.usefixtures("there")
 @pytest.mark.parametrize(("kind", "most"), [("bfloat16", 0.004), ("int8", 0.01)])
 def test_rounded_states_cost_a_trained_model_next_to_nothing(trained, kind, most):
     from tests.conftest import sports_text
@@ -138,3 +142,5 @@ def test_it_is_built_for_such_a_cpu_and_has_their_instructions(tmp_path):
     listing = subprocess.run(["objdump", "-d", str(out)], check=True, capture_output=True, text=True).stdout
     assert "vdpbf16ps" in listing
     assert "vpdpbusd" in listing
+    assert "tdpbf16ps" in listing
+    assert "tdpbssd" in listing

@@ -15,6 +15,7 @@
 
 #include "cpu_step_product.h"
 #include "cpu_step_avx512.h"
+#include "cpu_step_amx.h"
 
 // Without branches or calls, so that the compiler makes vectors of them. exp: 2^n times a polynomial of the rest
 // (Cephes); erf: Abramowitz and Stegun 7.1.26, off by 1.5e-7 at most.
@@ -159,6 +160,9 @@ extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, i
     auto multiply = kind == FLOAT      ? product<float>
                     : kind == BFLOAT16 ? rounded_product<Bfloat16Sums, bfloat16>
                                        : rounded_product<ByteSums, int8_t>;
+#ifdef MIAOBI_AMX
+    if (kind != FLOAT && may_use_tiles()) multiply = kind == BFLOAT16 ? tiled_product<bfloat16> : tiled_product<int8_t>;
+#endif
 #else
     auto multiply = kind == FLOAT ? product<float> : kind == BFLOAT16 ? product<bfloat16> : product<int8_t>;
 #endif

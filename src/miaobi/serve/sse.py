@@ -14,7 +14,6 @@ from starlette.types import Receive, Scope, Send
 from miaobi.serve.errors import json_bytes
 
 T = TypeVar("T")
-PACE = 0.02  # seconds between writes: what comes sooner goes out together, which eyes do not see and the CPU does
 STUCK = 60.0  # seconds after which a client that reads nothing is given up
 STILL_HERE = b": still here\n\n"
 
@@ -57,7 +56,6 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for data in self.frames:
             await asyncio.wait_for(send({"type": "http.response.body", "body": data, "more_body": True}), STUCK)
-            await asyncio.sleep(PACE)
         await send({"type": "http.response.body", "body": b""})
 
 

@@ -22,6 +22,9 @@ from miaobi.serve.errors import APIError
 from miaobi.serve.metrics import Metrics
 from miaobi.serve.text import Piece, Writer
 
+PACE = (
+    0.04  # seconds between what a stream sends: what comes sooner goes out together, or each would cost the model time
+)
 QUIET = 15.0  # seconds without a piece, after which a stream says that it is still there
 
 
@@ -49,10 +52,12 @@ class Job:
     """Whether the request wants pieces; else it is called when all is there."""
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     bell: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
     pieces: deque[Piece] = field(default_factory=deque)
     error: APIError | None = None
     began: float = field(default_factory=time.perf_counter)
-    rung: bool = False
+    waits: bool = False
+    """Whether the request wants to be woken; not while it sends."""
     over: bool = False
     first: float | None = None
     """Seconds until the first token."""
@@ -72,32 +77,42 @@ class Job:
 
     def ring(self) -> None:
         """In the worker: there is something to take."""
-        if not self.rung:
-            self.rung = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                self.loop.call_soon_threadsafe(self.bell.set)
+        if self.waits:
+            self.waits = False
+            self.wake(self.bell)
+
+    def wake(self, event: asyncio.Event) -> None:
+        """In the worker: set what the request waits for."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(event.set)
 
     def finish(self, error: APIError | None = None) -> None:
         """In the worker: nothing more comes."""
         self.error, self.over = error, True
-        self.ring()
+        self.wake(self.bell)
+        self.wake(self.ended)
 
     async def taken(self) -> AsyncIterator[list[Piece]]:
-        """All that is there, again and again until nothing more comes; an empty list where nothing came for long.
+        """All that is there, each `PACE` again until nothing more comes; an empty list where nothing came for long.
 
         Raises APIError where the worker could not go on.
         """
         over = False
         while not over:
-            if not self.over:
+            self.bell.clear()
+            self.waits = True  # first this, then a look: what is put in afterwards rings
+            if not (self.pieces or self.over):
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self.bell.wait(), QUIET)
-            self.bell.clear()
-            self.rung, over, found = False, self.over, []  # in this order: what is put in later rings again
+            self.waits = False
+            over, found = self.over, []  # in this order: what comes in between is found the next time
             while self.pieces:
                 found.append(self.pieces.popleft())
             if found or not over:
                 yield found
+            if not over:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self.ended.wait(), PACE)
         if self.error is not None:
             raise self.error
 
