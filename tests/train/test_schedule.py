@@ -83,7 +83,7 @@ def test_what_went_by_before_training_counts(prepared, tmp_path, machine):
     settings = {"data": prepared(), "out_dir": tmp_path / "run", "max_minutes": 2, "max_iters": 10**6,
                 "eval_interval": 25, "device": "cpu", "block_size": 32, "n_layer": 1, "n_head": 1, "n_embd": 16,
                 "batch_size": 4, "eval_iters": 2, "sample_tokens": 0, "compile": False}  # fmt: skip
-    result = loop_train(*load_config(None, [(key, str(value)) for key, value in settings.items()]), started=-40.0)
+    result = loop_train(*load_config(None, [(key, str(value)) for key, value in settings.items()]), since=-40.0)
     assert result["stopped"] == "max_minutes"
     assert 0.95 * 120 <= 40 + now[0] <= 1.05 * 120
 

@@ -49,7 +49,7 @@ def prepare_base(cfg: ClassifyConfig, base: str, seed: int) -> tuple[Transformer
     trained = base_classifier(base)
     model, tokenizer = (trained.classifier.model, trained.tokenizer) if trained else load_model(base)
     if model.quantized:
-        log(f"{base}: its weights are {model.quantized}; they are tuned in full precision, from what they stand for")
+        log(f"{base}: its weights are {model.quantized}; they are tuned in full precision")
     size = min(cfg.block_size or model.cfg.block_size, model.cfg.block_size)
     if cfg.block_size is not None and cfg.block_size > size:
         raise UserError(f"block_size is {cfg.block_size}, but {base} reads {size} tokens at most; leave block_size out")

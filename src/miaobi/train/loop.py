@@ -43,17 +43,15 @@ Preview = Callable[[Transformer, Tokenizer, str, int, tuple[int, ...], bool], st
 """(model, tokenizer, prompt, tokens, end_ids, is_dialogue) -> prompt and what follows; printed at every evaluation."""
 
 
-def train(
-    cfg: RunConfig, origin: Origin | None = None, preview: Preview | None = None, started: float | None = None
-) -> dict:
-    """Train, or continue, the run that `cfg` describes. started: max_minutes count from there on, by `schedule.clock`.
+def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None = None, since: float = 0) -> dict:
+    """Train, or continue, the run that `cfg` describes. since: when the command began, by `schedule.clock`.
 
     Returns run, step, train_loss, val_loss, val_bits_per_char, best_step, tokens_per_second, parameters,
     trained_parameters, stopped.
     Raises UserError for settings and data that do not fit, a loss that is not finite, too little memory, a run that
     another process is writing.
     """
-    started = clock() if started is None else started
+    since = since or clock()
     keep_allocations()
     world = join(cfg.train)
     try:
@@ -65,7 +63,7 @@ def train(
         advice = memory_advice(micro_batch(cfg, device, world.size), cfg.model.block_size)
         with explain_memory(device, advice), explain_lost(world), one_writer(cfg, world.is_first):
             plan = set_up(cfg, origin or {}, world, device, dtype)
-            begun = started - plan.progress.wall  # a run that goes back does not get its time back
+            begun = since - plan.progress.wall  # a run that goes back does not get its time back
             return recovering(plan, origin or {}, lambda plan: Run(plan, begun).go(preview))
     finally:
         world.leave()
@@ -80,13 +78,11 @@ class Run:
     def __init__(self, plan: Plan, begun: float | None = None) -> None:
         """begun: by `schedule.clock`, when the run would have begun in one go to be where it is; now, if not given."""
         self.plan, self.progress, self.cfg, self.world = plan, plan.progress, plan.cfg.train, plan.world
-        self.model = plan.model
+        self.model, self.saver, self.alarms = plan.model, Saver(plan), Alarms(plan)
         self.objective: nn.Module = Objective(plan.model)
-        self.saver = Saver(plan)
         self.metrics: Metrics | None = None
         self.interrupted: str | None = None
         self.flex, self.peak = False, math.inf
-        self.alarms = Alarms(plan)
         self.deadline = Deadline.of(plan, clock() if begun is None else begun)
         self.fetching = 0.0  # seconds spent on reading batches, since the last line of metrics
 

@@ -256,7 +256,7 @@ def build_model(cfg: RunConfig, origin: Origin, start: Start, place: Place) -> T
         return place(shape, weights)
     model, theirs = load_model(source, is_verified=source == checkpoint)
     if model.quantized:
-        log(f"{source}: its weights are {model.quantized}; they are trained on in full precision, from what they stand for")
+        log(f"{source}: its weights are {model.quantized}; they are trained on in full precision")
     added = added_tokens(start.tokenizer, theirs) if checkpoint is None else 0
     if added and lora:
         raise UserError(f"{added} control tokens of the chat template are new to {source}, and LoRA leaves the rows of "
