@@ -27,8 +27,7 @@ class Verb:
     load: str = ""
     """function(CONFIG, flags) -> settings and their origin, for verbs that take a CONFIG.yaml."""
     also: tuple[str, ...] = ()
-    """What else the function takes: origin (where each setting came from), as_json (it prints as it goes, or not),
-    started (time.perf_counter() of the command's beginning)."""
+    """What else the function takes: origin (of each setting), as_json (it prints by itself), started (see `run`)."""
 
 
 VERBS = {
@@ -53,8 +52,7 @@ VERBS = {
     "doctor": Verb("what this machine has and lacks, with remedies", "doctor:DoctorConfig", "doctor:doctor", "doctor"),
     "push": Verb("a model to a hub: weights, card, GGUF beside", "push:PushConfig", "push:push", "pushed", "MODEL"),
     "classify train": Verb("tune a model on labelled texts", "classify.config:ClassifyConfig",
-                           "classify.ablation:train", "classifier", "CLASSIFY", "classify.config:load_config",
-                           ("origin",)),
+                       "classify.ablation:train", "classifier", "CLASSIFY", "classify.config:load_config", ("origin",)),
     "classify ablate": Verb("mask and no_mask with every trainable part, or the --pooling and --trainable given: "
                             "table, CSV, plot", "classify.config:ClassifyConfig", "classify.ablation:ablate",
                             "ablation", "CLASSIFY", "classify.config:load_config", ("origin",)),
@@ -110,20 +108,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: list[str], started: float) -> int:
     """Read, run and show one command line, which began at `started` by time.perf_counter; its exit code."""
-    from miaobi import __version__, show
+    from miaobi import __version__, completion, show
 
     first, second = [*args, "--help", "--help"][:2]
-    if first == "--version":
-        print(f"miaobi {__version__}")
+    if first in ("--version", "--completion") or first.startswith("--complete="):
+        print(f"miaobi {__version__}\n" if first == "--version" else completion.answer(args, VERBS, imported), end="")
         return 0
     if first in ASKING or (first in GROUPS and second in ASKING):
         show.overview({name: verb.what for name, verb in VERBS.items()}, GROUPS, "" if first in ASKING else first)
         return 0
-    from miaobi import command_line, completion, seeds, settings
+    from miaobi import command_line, seeds, settings
 
-    if first == "--completion" or first.startswith("--complete="):
-        print(completion.answer(args, VERBS, imported), end="")
-        return 0
     name = f"{first} {second}" if first in GROUPS else first
     if (verb := VERBS.get(name)) is None:
         raise command_line.unknown_verb(name, list(VERBS))
@@ -141,9 +136,8 @@ def run(args: list[str], started: float) -> int:
     how = "as_json" if line.as_json else verb.show
     if how and result is not None and os.environ.get("RANK", "0") == "0":  # of several processes the first one tells it
         getattr(show, how)(result, cfg)
-    if not (result or {}).get("healthy", True):
-        return 1
-    return SIGNALLED.get((result or {}).get("stopped"), 0)
+    end = result or {}
+    return SIGNALLED.get(end.get("stopped"), 0 if end.get("healthy", True) else 1)
 
 
 def imported(name: str) -> Any:
