@@ -164,6 +164,7 @@ def clean(reviews: str) -> None:
     miaobi("doctor")
     miaobi("push", "run", "me/mine", "--dry_run")
     miaobi("convert", "gguf", "run", "--out=run.gguf")
+    miaobi("convert", "quantize", "run", "--dtype=int4", "--out=run-int4")
     serve("chatty", "--classifier=judge", "--runs=.")
     miaobi("data", "list")
     digest = hashlib.sha256(Path(reviews).read_bytes()).hexdigest()
@@ -302,6 +303,7 @@ def others(evil: bytes, reviews: str) -> None:
         shutil.copytree(step, "stranger", ignore=shutil.ignore_patterns("checksums.json", "train_state"))
         Path("stranger", file).write_bytes(JINJA.encode() if file.endswith("jinja") else evil)
         miaobi("convert", "gguf", "stranger", "--out=stranger.gguf")
+        miaobi("convert", "quantize", "stranger", "--dtype=int8", "--out=stranger-int8")
         miaobi("push", "stranger", "me/mine", "--dry_run")
         serve("stranger", "--classifier=judge")
     for content in (evil, YAML.encode()):

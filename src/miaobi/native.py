@@ -13,9 +13,13 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from miaobi.cache import is_ours, private_cache
 from miaobi.console import log, warn
+
+if TYPE_CHECKING:
+    import subprocess  # of use once per machine
 
 FLAGS = "-std=c++17 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fPIC -shared"
 TRY_AGAIN = 24 * 3600
@@ -25,6 +29,10 @@ TRY_AGAIN = 24 * 3600
 def compiler() -> str | None:
     """The system's C++ compiler, where a library of its making can be loaded."""
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None) if sys.platform == "linux" else None
+
+
+_compiling: dict[Path, subprocess.Popen] = {}
+"""Compilers that this process has started and not waited for, by their source."""
 
 
 @cache
@@ -52,7 +60,7 @@ def build(source: Path) -> Path | None:
             why = next(iter(failed.read_text(encoding="utf-8", errors="replace").splitlines()), "it gave no reason")
             log(f"{program} could not build {source.name} ({why[:200]}); going on without. Delete {failed} to retry")
             return None
-        import shlex  # of use once per machine
+        import shlex
         import subprocess
 
         command = shlex.join([program, *FLAGS.split(), str(source)])
@@ -61,7 +69,8 @@ def build(source: Path) -> Path | None:
             'else rm -f "$0.$$"; mv "$0.$$.log" "$1"; fi'
         )
         nowhere = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        subprocess.Popen(["sh", "-c", whole_or_not, str(made), str(failed)], start_new_session=True, **nowhere)
+        words = ["sh", "-c", whole_or_not, str(made), str(failed)]
+        _compiling[source] = subprocess.Popen(words, start_new_session=True, **nowhere)
     except OSError:  # no shell, no room for another process
         return None
     return made
@@ -74,10 +83,12 @@ def library(source: Path) -> ctypes.CDLL | None:
 
 
 def awaited(source: Path, seconds: float = 30.0) -> ctypes.CDLL | None:
-    """`library`, for which the compiler is waited for, but no longer than `seconds`."""
-    made, until = build(source), time.monotonic() + seconds
-    while made is not None and time.monotonic() < until and not (made.exists() or made.with_suffix(".failed").exists()):
-        time.sleep(0.1)
+    """`library`; where this process has started the compiler, that is waited for, once and no longer than `seconds`."""
+    build(source)
+    if process := _compiling.pop(source, None):
+        until = time.monotonic() + seconds
+        while process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
     return library(source)
 
 

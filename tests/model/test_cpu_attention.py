@@ -15,6 +15,12 @@ from miaobi.model.transformer import Transformer
 needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    native.build.cache_clear()  # another test's cache may be gone
+    return native.awaited(cpu_attention.SOURCE)
+
+
 def parts(B: int, H: int, groups: int, T: int, D: int, scale: float) -> list[torch.Tensor]:
     """q, k, v as the decoder has them: views of one tensor."""
     kv = H // groups

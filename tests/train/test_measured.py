@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from miaobi import native
 from miaobi.config import ModelConfig, TrainConfig
 from miaobi.device import can_compile
 from miaobi.errors import UserError
@@ -34,8 +35,15 @@ from miaobi.train.world import World
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    """Our own attention lies in the cache that all tests share."""
+    native.build.cache_clear()
+    native.awaited(cpu_attention.SOURCE)
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def own_cache(built, tmp_path, monkeypatch):
     monkeypatch.setenv("MIAOBI_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(measured.Others, "cores", lambda self: 0.0)  # other tests may run beside these
 

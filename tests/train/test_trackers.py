@@ -3,6 +3,7 @@
 import json
 import os
 import sqlite3
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ def offline(tmp_path_factory: pytest.TempPathFactory):
     settings = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "SWANLAB_MODE": "offline", "TRACKIO_DIR": str(place),
                 "SWANLAB_SAVE_DIR": str(place / "swanlab"), "HF_HUB_OFFLINE": "1"}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+            patch.delitem(sys.modules, name)  # it looks for its directory when it is imported
         for name, value in settings.items():
             patch.setenv(name, value)
         patch.delenv("TRACKIO_SPACE_ID", raising=False)

@@ -130,6 +130,12 @@ def _sources_of(given: str, format: str, left: list[LeftOut]) -> list[Source]:
     return [source for file in files for source in _in_file(file, format, left)]
 
 
+def _first_of(left: list[LeftOut], before: int) -> str:
+    """In brackets, the first files that were left out since there were `before`, and why."""
+    listed = "; ".join(f"{entry.path}: {entry.reason}" for entry in left[before : before + 3])
+    return f" ({listed})" if listed else ""
+
+
 def _in_directory(path: Path, given: str, format: str, left: list[LeftOut]) -> list[Source]:
     sources, before = [], len(left)
 
@@ -152,9 +158,8 @@ def _in_directory(path: Path, given: str, format: str, left: list[LeftOut]) -> l
         else:
             sources.append(_in_file(file, format, left, is_listed=True)[0])
     if not sources:
-        listed = "; ".join(f"{entry.path}: {entry.reason}" for entry in left[before : before + 3])
         raise UserError(
-            f"{printable(given)}: no text in this directory{f' ({listed})' if listed else ''}; "
+            f"{printable(given)}: no text in this directory{_first_of(left, before)}; "
             "put .txt, .jsonl, .csv or .parquet files there"
         )
     return sources
@@ -254,7 +259,7 @@ def _in_zip(file: Path, format: str, left: list[LeftOut]) -> list[Source]:
         raise UserError(f"{printable(file)} is not a readable zip archive: {error}") from error
     if sum(size for _, _, size in named) > unpack.most(file.stat().st_size):
         raise UserError(unpack.grows(printable(file)))
-    sources = []
+    sources, before = [], len(left)
     for name, entry, size in named:
         source = Source(file, _format_of(name, format), "zip", name, entry, size, is_listed=True)
         parts = [part for part in name.split("/") if part not in ("", ".", "..")]
@@ -272,7 +277,7 @@ def _in_zip(file: Path, format: str, left: list[LeftOut]) -> list[Source]:
         else:
             sources.append(source)
     if not sources:
-        raise UserError(f"{printable(file)}: no text in this zip archive")
+        raise UserError(f"{printable(file)}: no text in this zip archive{_first_of(left, before)}")
     return sources
 
 
