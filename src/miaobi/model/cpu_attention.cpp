@@ -123,14 +123,14 @@ static int apart(int n) { return n + N; }
 static void pack(const Head& from, int T, int padded, int D, float* rows, float* columns) {
     for (int t = 0; t < T; t++) memcpy(rows + (size_t)t * D, from.at + t * from.row, sizeof(float) * D);
     memset(rows + (size_t)T * D, 0, sizeof(float) * (padded - T) * D);
-    if (columns)
-        for (int d = 0; d < D; d++)
-            for (int t = 0; t < padded; t++) columns[(size_t)d * apart(padded) + t] = rows[(size_t)t * D + d];
+    if (columns)  // in narrow strips, whose rows stay in the first-level cache
+        for (int from = 0; from < padded; from += N)
+            for (int d = 0; d < D; d++)
+                for (int t = from; t < from + N; t++) columns[(size_t)d * apart(padded) + t] = rows[(size_t)t * D + d];
 }
 
-static void add_rows(const float* rows, int T, int D, const Head& to) {
-    for (int t = 0; t < T; t++)
-        for (int d = 0; d < D; d++) to.at[t * to.row + d] += rows[(size_t)t * D + d];
+static void unpack(const float* rows, int T, int D, const Head& to) {
+    for (int t = 0; t < T; t++) memcpy(to.at + t * to.row, rows + (size_t)t * D, sizeof(float) * D);
 }
 
 struct Scratch {  // floats of one thread
@@ -170,8 +170,7 @@ extern "C" int miaobi_attention(const Shape* shape, float* q, const Strides* qs,
                     if (r < rows) of_rows[from + r] = denominator;
                 }
                 multiply<false>(ROWS, D, seen, S, L, 1, V, D, O, D);
-                for (int r = 0; r < rows; r++)
-                    memcpy(out.at + (from + r) * out.row, O + (size_t)r * D, sizeof(float) * D);
+                unpack(O, rows, D, {out.at + from * out.row, out.row});
             }
         }
     }
@@ -179,7 +178,7 @@ extern "C" int miaobi_attention(const Shape* shape, float* q, const Strides* qs,
     return 1;
 }
 
-// Gradients of q, k, v, which are added to dq, dk, dv (zero before), from dy and what the forward pass left.
+// dq, dk, dv: gradients of q, k, v, from dy and what the forward pass left.
 // Returns 0 where there is no memory.
 extern "C" int miaobi_attention_backward(const Shape* shape, float* q, const Strides* qs, float* k, const Strides* ks,
                                          float* v, const Strides* vs, float* y, const Strides* ys, float* lse,
@@ -226,11 +225,11 @@ extern "C" int miaobi_attention_backward(const Shape* shape, float* q, const Str
                 multiply<true>(seen, D, ROWS, S, 1, L, G + (size_t)from * D, D, DV, D);
                 multiply<true>(seen, D, ROWS, R, 1, L, Q + (size_t)from * D, D, DK, D);
                 multiply<false>(ROWS, D, seen, R, L, 1, K, D, DQ, D);
-                add_rows(DQ, rows, D, {to.at + from * to.row, to.row});
+                unpack(DQ, rows, D, {to.at + from * to.row, to.row});
             }
         }
-        add_rows(DK, T, D, head(dk, *dks, b, h_kv));
-        add_rows(DV, T, D, head(dv, *dvs, b, h_kv));
+        unpack(DK, T, D, head(dk, *dks, b, h_kv));
+        unpack(DV, T, D, head(dv, *dvs, b, h_kv));
     }
     free(all);
     return 1;

@@ -67,17 +67,19 @@ def _empty(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("miaobi::cpu_attention_backward", mutates_args=())
 def _backward(q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, y, grad = map(_rows_whole, (q, k, v, y, grad))
-    grads = _zeros(q, k, v, y, sums, grad)
+    grads = _empty_grads(q, k, v, y, sums, grad)
     _call("miaobi_attention_backward", q, k, _at(q), _at(k), _at(v), _at(y), [_pointer(sums)], _at(grad),
           [_pointer(g) for g in grads], [_strides(g) for g in grads])  # fmt: skip
     return grads
 
 
 @_backward.register_fake
-def _zeros(q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_grads(
+    q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     def beside(x: Tensor) -> Tensor:
         B, H, T, D = x.shape
-        return x.new_zeros(B, T, H, D).transpose(1, 2)
+        return x.new_empty(B, T, H, D).transpose(1, 2)
 
     return beside(q), beside(k), beside(v)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -37,7 +36,7 @@ LARGER = 4
 """How many times the usual micro-batch is tried, where that share allows it."""
 GAIN = 1.03
 """A mode must be this much faster than the one before it in the list: less is noise."""
-ROUNDS = 3
+ROUNDS = 4
 DISTURBED = 0.3
 """Cores taken by others, from which on what was timed beside them is not remembered."""
 WORTH = 0.03
@@ -168,14 +167,14 @@ def compiling_seconds(work: Work, mode: ExecutionMode) -> float:
 
 
 def compare(modes: dict[ExecutionMode, Callable[[], float]]) -> dict[ExecutionMode, float]:
-    """Median seconds of each mode, which take turns; one turn before does not count."""
+    """Least seconds of each mode, which take turns: what disturbs only adds. One turn before does not count."""
     turns: dict[ExecutionMode, list[float]] = {mode: [] for mode in modes}
     for number in range(ROUNDS + 1):
         for mode, once in modes.items():
             took = once()
             if number:
                 turns[mode].append(took)
-    return {mode: statistics.median(times) for mode, times in turns.items()}
+    return {mode: min(times) for mode, times in turns.items()}
 
 
 def fastest(seconds: dict[ExecutionMode, float]) -> ExecutionMode:
