@@ -39,16 +39,24 @@ def test_states_and_gradients_are_those_of_attention_in_float64(B, heads, T, D, 
     torch.manual_seed(T)
     q, k, v = parts(B, *heads, T, D, scale)
     grad = torch.randn(B, T, heads[0], D).transpose(1, 2)
-    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=heads[1] > 1)
-    expected = (exact, *torch.autograd.grad(exact, (q, k, v), grad.double()))
+
+    def with_gradients(y: torch.Tensor, to: torch.Tensor) -> list[torch.Tensor]:
+        return [y, *torch.autograd.grad(y, (q, k, v), to)]
+
+    def by_torch(*qkv: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=heads[1] > 1)
+
+    exact = with_gradients(by_torch(q.double(), k.double(), v.double()), grad.double())
+    torchs = with_gradients(by_torch(q, k, v), grad)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    y = cpu_attention.attention(q, k, v)
-    found = (y, *torch.autograd.grad(y, (q, k, v), grad))
+    ours = with_gradients(cpu_attention.attention(q, k, v), grad)
     torch.set_num_threads(before)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.shape == theirs.shape
-        torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=2e-5 * max(1.0, scale**2))
+    for found, other, right in zip(ours, torchs, exact, strict=True):
+        assert found.shape == right.shape
+        allowed = 5 * (other - right).abs().max() + 1e-5 * right.abs().max()  # large scores round by more in any fp32
+        allowed += 4e-6 * max(1.0, scale**2)  # of what cancels out to nothing
+        assert (found - right).abs().max() <= allowed
 
 
 @needs_compiler
