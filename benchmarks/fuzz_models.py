@@ -164,7 +164,12 @@ def runs(work: Path, data: Path) -> list[Format]:
     bare = Path(shutil.copytree(work / "run", work / "bare", symlinks=True))  # whose files may be changed
     (pointed(bare / "checkpoints" / "last") / "checksums.json").unlink()
     state = pointed(bare / "checkpoints" / "last") / "train_state"
-    go_on = functools.partial(trained, bare, data=data)
+
+    def go_on() -> object:
+        """A copy goes on: what is taken, altered as it is, writes checkpoints that later cases must not find."""
+        shutil.rmtree(work / "going", ignore_errors=True)
+        return trained(Path(shutil.copytree(bare, work / "going", symlinks=True)), data=data)
+
     (own := work / "own" / "data").parent.mkdir()
     shutil.copytree(data, own)
     lora = {"data": data, "init_from": work / "run", "trainable": "lora", "lora_rank": 2}

@@ -4,13 +4,14 @@ import hashlib
 import json
 import re
 import threading
+from abc import ABC, abstractmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 COMMIT = "d" * 40
 
 
-class LocalServer:
+class LocalServer(ABC):
     """HTTP on this machine: every request goes to `answer`."""
 
     def __init__(self) -> None:
@@ -36,8 +37,9 @@ class LocalServer:
         self.server.shutdown()
         self.server.server_close()
 
+    @abstractmethod
     def answer(self, request: BaseHTTPRequestHandler) -> None:
-        raise NotImplementedError
+        """Every request comes here."""
 
 
 class Flaky(LocalServer):

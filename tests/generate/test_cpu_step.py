@@ -14,6 +14,7 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.generate import cpu_step, engine, speculate
 from miaobi.generate.config import SampleConfig
 from miaobi.model.checkpoint import save_model
+from miaobi.model.quantized import eight_bits
 from miaobi.model.transformer import Transformer
 
 GREEDY = SampleConfig(num_samples=1, max_new_tokens=24, temperature=0)
@@ -137,7 +138,7 @@ def test_the_model_is_rounded_to_what_was_packed(kind: str):
 
 def test_a_row_of_zeros_stays_zero_in_int8():
     weight = torch.tensor([[0.0, 0.0], [-2.0, 1.0]])
-    packed, scale = cpu_step.quantize_rows(weight)
+    packed, scale = eight_bits(weight)
     torch.testing.assert_close(packed * scale, torch.tensor([[0.0, 0.0], [-2.0, 1.0]]), rtol=0, atol=2 / 254)
 
 

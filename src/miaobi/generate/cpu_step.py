@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from miaobi import native
+from miaobi.model.quantized import eight_bits
 from miaobi.model.transformer import KVCache, Transformer, head_dim, intermediate_size
 
 SOURCE = Path(__file__).with_name("cpu_step.cpp")
@@ -54,12 +55,6 @@ def can_step(model: Transformer) -> bool:
     """Whether cpu_step.cpp can have this model: it takes whole vectors."""
     cfg = model.cfg
     return not any(width % LANES for width in (cfg.n_embd, head_dim(cfg), intermediate_size(cfg)))
-
-
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 weights and one float32 scale per row, symmetric around 0: weight (N, K) ~ int8 (N, K) * scale (N, 1)."""
-    scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return (weight / scale).round().to(torch.int8), scale
 
 
 def large_pages(size: int) -> Tensor:
@@ -130,7 +125,7 @@ class CpuStep:
         """Pack a weight (N, K), and round it in place to what was packed."""
         packed, scale = weight, None
         if self.kind == "int8":
-            packed, scale = quantize_rows(weight)
+            packed, scale = eight_bits(weight)
             packed = self.place(packed, torch.int8)
             torch.mul(packed, scale, out=weight)
         elif self.kind == "bfloat16":

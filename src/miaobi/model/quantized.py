@@ -82,7 +82,7 @@ def quantize(tensors: Mapping[str, Tensor], kind: str) -> tuple[dict[str, Tensor
 
 
 def eight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) -> int8 (N, K), and the scale of each row, float32 (N, 1)."""
+    """(N, K) -> int8 (N, K), symmetric around 0, and the scale of each row, float32 (N, 1): weight ~ int8 * scale."""
     scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=TINY) / 127
     return (weight / scale).round().to(torch.int8), scale
 
