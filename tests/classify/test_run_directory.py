@@ -122,7 +122,8 @@ WRONG = (None, "x", [], {}, True, float("nan"), float("inf"), 10**400, 2**64, 0.
 @pytest.mark.parametrize(("key", "kinds"), [("row", ROW), ("rows", BASELINE)])
 def test_a_result_with_any_figure_of_a_wrong_kind_is_none(tmp_path: Path, capsys, key: str, kinds: dict):
     whole = {name: {str: "a", int: 3, float: 0.5}[kind] for name, kind in kinds.items()} | {"worst_errors": [1]}
-    path = tmp_path / "result.json"
+    path = tmp_path / ("a-a-3/result.json" if key == "row" else "3.json")
+    path.parent.mkdir(exist_ok=True)
 
     def read(row: object) -> object:
         path.write_text(json.dumps({"settings": {}, key: row if key == "row" else [row]}), encoding="utf-8")
@@ -132,6 +133,9 @@ def test_a_result_with_any_figure_of_a_wrong_kind_is_none(tmp_path: Path, capsys
     spoilt = [{k: v for k, v in whole.items() if k != name} for name in kinds] + [None, [], 5]
     spoilt += [whole | {name: value} for name, kind in kinds.items() for value in WRONG
                if not (kind is float and value in (0.5, 2**64)) and not (kind is str and value == "x")]  # fmt: skip
+    spoilt += [whole | {"seed": 4}]  # another's, which would name other files
+    spoilt += [whole | {name: value} for name in ("pooling", "trainable") if name in kinds
+               for value in ("x", "../a", "a\0", "\ud800")]  # fmt: skip
     for row in spoilt:
         assert read(row) is None, row
     for text in ("[" * 100_000, "9" * 10_000, '{"settings": {}, "row": {}, "rows": []}', "\ud800"):

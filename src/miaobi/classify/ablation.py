@@ -19,7 +19,7 @@ from miaobi.classify.config import ClassifyConfig
 from miaobi.classify.data import Labelled, differences, make_split, read_labelled
 from miaobi.classify.evaluation import baselines, paired_interval
 from miaobi.classify.finetune import Cell, Experiment, Interrupted, finetune
-from miaobi.classify.run_directory import RESULT, changed, identity, read_result, refuse_others, run_directory
+from miaobi.classify.run_directory import RESULT, cell_of, changed, identity, read_result, refuse_others, run_directory
 from miaobi.console import log
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError, number_of
@@ -194,7 +194,7 @@ class Run:
         rows = [row for row in self.rows if self.keep_models]
         if rows:
             best = max(rows, key=lambda row: row["dev_accuracy"])
-            point(self.out / "checkpoints" / "best", Cell(best["pooling"], best["trainable"], best["seed"]).name)
+            point(self.out / "checkpoints" / "best", cell_of(best).name)
 
 
 def count(data: Labelled, cfg: ClassifyConfig) -> dict[str, Any]:

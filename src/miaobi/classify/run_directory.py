@@ -101,9 +101,14 @@ def changed(was: dict[str, Any], now: dict[str, Any]) -> str | None:
     return next((key for key, value in was.items() if now.get(key) != value), None)
 
 
+def cell_of(row: dict[str, Any]) -> Cell:
+    """The cell whose figures these are."""
+    return Cell(row["pooling"], row["trainable"], row["seed"])
+
+
 def read_result(path: Path, key: str = "row") -> dict[str, Any] | None:
     """What a cell (`row`) or the baselines of a split (`rows`) left behind, with their `settings`; None where there is
-    nothing, or nothing whole, which is said.
+    nothing, or nothing whole, or another's, which is said: what a row says of itself names files, too.
     """
     try:
         result = read_json(path)
@@ -115,6 +120,8 @@ def read_result(path: Path, key: str = "row") -> dict[str, Any] | None:
     rows, asked = ([result.get("row")], ROW) if key == "row" else (result.get("rows"), BASELINE)
     kinds = isinstance(result.get("settings"), dict) and is_a(rows, list[dict]) and bool(rows)
     if kinds and all(name in row and is_a(row[name], kind) for row in rows for name, kind in asked.items()):
-        return result
+        places = {str(row["seed"]) if key == "rows" else cell_of(row).name for row in rows}
+        if places == {path.stem if key == "rows" else path.resolve().parent.name} or path.parent.name == "best":
+            return result
     warn_once(f"{path} does not hold the figures of a classifier; they are computed anew")
     return None
