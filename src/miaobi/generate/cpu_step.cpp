@@ -109,7 +109,7 @@ static void attend(const Model& m, const Layer& l, float* qkv, int h, int pos, c
         float top, total = 0, scale = 1 / std::sqrt((float)D);
         int j = 0;
         for (; j + 4 <= pos + 1; j += 4) beside<4>(ks + (size_t)j * D, q, D, p + j);
-        for (; j <= pos; j++) dots<1>(ks + (size_t)j * D, q, D, p + j);
+        for (; j <= pos; j++) p[j] = dot(ks + (size_t)j * D, q, D);
         top = p[0];
         #pragma omp simd reduction(max : top)
         for (j = 0; j <= pos; j++) top = p[j] > top ? p[j] : top;
@@ -146,6 +146,14 @@ struct Barrier {
     }
 };
 
+// Rows in a panel, as `miaobi_step` wants matrices of a kind; 1 where it wants them row by row.
+extern "C" int miaobi_panel(int kind) {
+#ifdef MIAOBI_AVX512
+    if (kind != FLOAT) return 1;
+#endif
+    return PANEL;
+}
+
 // What cpu_step.py calls: x (B, width), embeddings in and states out; logits (B, vocab). k, v: caches of all layers
 // (layers, rows, H_kv, S, D), bfloat16 where is_short, else float. Token b goes to positions[b] of row b, or of row 0
 // where is_one: then they are one stream's, in order, and get the logits that they would get one by one; none for the
@@ -174,7 +182,7 @@ extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, i
         const int t = omp_get_thread_num(), of = omp_get_num_threads();
         float* z = own + (size_t)t * ((size_t)B * E + m.block_size);  // normed states, then attention weights
         float* p = z + (size_t)B * E;
-        auto first = [&](int n, int thread) { return thread == of ? n : (int)((int64_t)n / 16 * thread / of) * 16; };
+        auto first = [&](int n, int thread) { return thread == of ? n : (int)((int64_t)n / PANEL * thread / of) * PANEL; };
         auto share = [&](const Matrix& a, int n, int K, const float* in, float* out, Mode mode) {
             multiply(a, first(n, t), first(n, t + 1), K, in, B, out, n, mode);
         };
