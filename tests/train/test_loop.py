@@ -222,8 +222,9 @@ def test_small_gpts_tensorboard_path_gets_the_curves(train, prepared, tmp_path, 
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
-@pytest.mark.parametrize(("part", "message"), [("val", "validation part of the data is empty"),
-                                               ("train", "training part of the data has less than two tokens")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "message"), [("val", "the data is empty"), ("train", "the data has less than two tokens")]
+)
 def test_a_part_without_text_is_refused(train, prepared, tmp_path, monkeypatch, part, message, tokens):
     monkeypatch.setattr(TokenStream, "__len__", lambda self: tokens if self.name == part else int(self.ends[-1]))
     with pytest.raises(UserError, match=message):

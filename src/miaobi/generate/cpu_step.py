@@ -121,13 +121,13 @@ class CpuStep:
         return self.kept[-1].data_ptr()
 
     def matrix(self, weight: Tensor, bias: Tensor | None = None) -> Matrix:
-        """A copy of a weight (N, K) in large pages, with zeros up to a whole panel; `weight` is rounded to what it is."""
+        """A copy of a weight in large pages, with rows of zeros up to a whole panel; `weight` is rounded to it."""
         packed, scale = eight_bits(weight) if self.kind == "int8" else (weight, None)
-        dtype, (N, K) = getattr(torch, self.kind), weight.shape
-        size = -(-N // MOST_ROWS) * MOST_ROWS * K * dtype.itemsize
+        dtype, (rows, width) = getattr(torch, self.kind), weight.shape
+        size = -(-rows // MOST_ROWS) * MOST_ROWS * width * dtype.itemsize
         memory, self.free = self.free[:size], self.free[size:]
-        self.matrices.append(memory.view(dtype).view(-1, K))
-        placed = self.matrices[-1][:N].copy_(packed)
+        self.matrices.append(memory.view(dtype).view(-1, width))
+        placed = self.matrices[-1][:rows].copy_(packed)
         if self.kind == "int8":
             torch.mul(placed, scale, out=weight)
         elif self.kind == "bfloat16":
