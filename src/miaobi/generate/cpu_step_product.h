@@ -176,7 +176,7 @@ static void product(const Matrix& a, int from, int to, int K, const float* x, in
     for (int block = from; block < to; block += most * PANEL) {
         const int end = block + most * PANEL < to ? block + most * PANEL : to;
         const T* w = (const T*)a.w + (size_t)block * K;
-        const char* next = (const char*)(groups == 1 ? w : w + (size_t)most * PANEL * K) + (groups == 1 ? AHEAD : 0);
+        const char* next = groups == 1 ? (const char*)w + AHEAD : (const char*)(w + (size_t)(end - block) * K);
         for (int g = 0; g < groups; g++) {
             const int b = B * g / groups, n = B * (g + 1) / groups - b;
             for (int o = block; o < end; o += PANEL) {
