@@ -299,6 +299,14 @@ def refuse_bytes(values: dict[str, Any]) -> None:
             raise UserError(f"{key} is {str(value)!a:.200}: a name that is not UTF-8; rename it") from e
 
 
+def is_named(origin: Origin, key: str) -> bool:
+    """Whether a user wrote the key, on the command line or in a file; else its value is a default, or follows from
+    another key.
+    """
+    where = origin.get(key, "default")
+    return where == "command line" or ", line " in where
+
+
 # --- YAML --------------------------------------------------------------------------------------------------------
 
 

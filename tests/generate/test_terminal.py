@@ -175,7 +175,7 @@ def test_an_ascii_terminal_and_bytes_of_another_encoding(talker):
     assert (done.returncode, done.stdout) == (0, b"???\n????\n????\n")
     err = done.stderr.decode("ascii")
     assert err.count("set PYTHONIOENCODING=utf-8") == 1
-    assert err.count("neither UTF-8 nor GB18030") == 1
+    assert err.count("neither UTF-8, GB18030 nor Big5") == 1
     assert "Traceback" not in err
 
 

@@ -24,7 +24,7 @@ from miaobi.corpus.records import (
     refuse_other_records,
     taker,
 )
-from miaobi.corpus.sources import NotTextError, Source, find_sources, refuse_contradictions
+from miaobi.corpus.sources import Source, find_sources, refuse_contradictions
 from miaobi.corpus.template import NONCHARACTER
 from miaobi.errors import UserError
 
@@ -150,7 +150,7 @@ def read_block(
 
 def _refuse_unless_skipped(error: UserError, source: Source, skip_bad: bool) -> None:
     """Nobody named a binary file in a directory; text that cannot be read there may not be lost without a word."""
-    if not skip_bad and not (source.is_listed and isinstance(error, NotTextError)):
+    if not skip_bad and not source.leaves_out(error):
         raise error
 
 
@@ -272,7 +272,7 @@ def read_documents(
         removed += content.removed
         yield from [content.raw] if whole else content.documents
     if skipped:
-        warn(f"{skipped:,} bad files, records or bytes were left out or replaced")
+        warn(f"bad files, records or bytes left out or replaced: {skipped:,}")
     if removed:
         warn(REMOVED.format(removed))
 

@@ -107,6 +107,7 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
         "left_out": manifest["left_out"],
         "skipped": statistics["skipped"],
         "skipped_in": [record["path"] for record in records if record["skipped"]],
+        "refused": [record["path"] for record in records if record.get("reason") and not record["documents"]],
         "ignored": unread,
         "removed": statistics["removed"],
         "seconds": round(time.perf_counter() - began, 3),
@@ -127,16 +128,17 @@ def _ignored(records: list[dict]) -> Ignored:
 
 
 def _say_what_was_left(records: list[dict], left: list[LeftOut], removed: int) -> None:
-    refused = [
-        LeftOut(record["path"], re.sub("^(: | is | )", "", record["reason"].removeprefix(record["path"])))
-        for record in records
-        if record.get("reason")
-    ]
+    refused = [LeftOut(r["path"], _why(r["reason"].removeprefix(r["path"]))) for r in records if r.get("reason")]
     if left or refused:
         for line in folders.table_lines(_taken(records), [*left, *refused]):
             console.log(console.one_line(line))
     if removed:
         console.warn(REMOVED.format(removed))
+
+
+def _why(reason: str) -> str:
+    """A refusal as the reason why a file was left out: without the advice to leave it out."""
+    return re.sub(r"^(: | is | )|; (otherwise )?leave it out.*", "", reason)
 
 
 def settings_of(cfg: PrepareConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 from miaobi import console
 from miaobi.corpus import blocks
 from miaobi.corpus.blocks import decode_block, text_blocks
-from miaobi.corpus.sources import DAMAGED, NotTextError, Source
+from miaobi.corpus.sources import DAMAGED, DamagedError, NotTextError, Source
 from miaobi.errors import UserError, number_of
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def _parquet_rows(source: Source, columns: list[str] | None) -> Iterator[Record]
 
 def refuse_growth(source: Source) -> NoReturn:
     """Raises UserError: what a packed file unpacks to is out of all proportion."""
-    raise NotTextError(f"{source.name} becomes more than {MAX_GROWTH:,} times its size when it is read; "
+    raise DamagedError(f"{source.name} becomes more than {MAX_GROWTH:,} times its size when it is read; "
                     "it is damaged, or made to fill memories: leave it out")  # fmt: skip
 
 
@@ -276,7 +276,7 @@ def _guarded(source: Source, read: Any) -> Any:
     try:
         return read()
     except (pa.ArrowException, *DAMAGED, ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
-        raise NotTextError(f"{source.name} is not a readable parquet file: {error}") from error
+        raise DamagedError(f"{source.name} is not a readable parquet file: {error}") from error
 
 
 def _open_table(source: Source) -> tuple[pyarrow.parquet.ParquetFile, BinaryIO]:
