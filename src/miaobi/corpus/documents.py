@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from miaobi.console import warn
-from miaobi.corpus import blocks, clean, dialogue, overlap
+from miaobi.corpus import blocks, clean, dialogue, ignored, overlap
 from miaobi.corpus.blocks import Block, decoded, text_blocks, without_noise
 from miaobi.corpus.ignored import Ignored
 from miaobi.corpus.messages import ALL_EXTRAS
@@ -225,6 +226,10 @@ def documents_of(block: Block, options: DocumentOptions) -> tuple[Content, list[
     if options.normalize != "none" or options.simplify:
         documents = [clean.normalize_text(document, options.normalize, options.simplify) for document in documents]
     if options.dialogue == "lines":
+        if told := sum(document.count(dialogue.MARKS["system"]) for document in documents):
+            unread = dict(content.ignored or {})
+            ignored.note(unread, ["system"], block.source.name, told)
+            content = dataclasses.replace(content, ignored=unread)
         documents = [dialogue.as_lines(document) for document in documents]
     elif options.dialogue:
         documents = [dialogue.packed(dialogue.unpacked(document)) for document in documents]
