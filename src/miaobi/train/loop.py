@@ -36,7 +36,7 @@ from miaobi.train.schedule import Deadline, clock, share_of_rate
 from miaobi.train.setup import Plan, set_up
 from miaobi.train.summary import summarized
 from miaobi.train.threads import Threads
-from miaobi.train.watch import Metrics, on_signals, time_left
+from miaobi.train.watch import Metrics, known_end, on_signals, time_left
 from miaobi.train.world import check_batch, explain_lost
 
 Preview = Callable[[Transformer, Tokenizer, str, int, tuple[int, ...], bool], str]
@@ -112,7 +112,7 @@ class Run:
         if self.world.is_first:
             self.metrics = Metrics.of(plan)
         with summarized(plan), on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
-            task = bar.add_task("train", total=plan.total_steps, completed=first, figures="",
+            task = bar.add_task("train", total=known_end(plan), completed=first, figures="",
                                 visible=console.is_terminal)  # fmt: skip
             try:
                 self.steps(bar, task, preview)
@@ -199,7 +199,7 @@ class Run:
                              learning_rate=share * plan.optim.learning_rate, epoch=epoch,
                              grad_norm=norms[-1].item() if norms[-1].isfinite() else None)  # fmt: skip
         figures = f"loss {mean:.3f}  {speed:,.0f} tok/s  {1000 * per_step:,.0f} ms/step  mfu {mfu:.1%}"
-        left = time_left((plan.total_steps - p.step) * per_step)
+        left = time_left(plan, per_step)
         if not console.is_terminal:
             log(f"step {p.step}{f'/{plan.total_steps}' if left else ''}  {figures}  {left}".rstrip())
         return figures
