@@ -192,7 +192,7 @@ def test_what_only_later_lines_show_is_decoded_line_by_line(monkeypatch):
 def test_an_ascii_terminal_and_bytes_of_another_encoding(talker):
     lines = "你好\n".encode() + "你是谁\n".encode("gb18030") + b"\xff\xff\n" + "再见\n".encode()
     done = piped(lines, talker, *EXACT, LANG="C", PYTHONIOENCODING="ascii", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
-    assert (done.returncode, done.stdout) == (0, b"???\n????\n????\n")
+    assert (done.returncode, done.stdout) == (2, b"???\n????\n????\n")
     err = done.stderr.decode("ascii")
     assert err.count("set PYTHONIOENCODING=utf-8") == 1
     assert err.count("neither UTF-8, GB18030 nor Big5") == 1
@@ -251,9 +251,10 @@ def test_what_is_no_command_is_a_message(miaobi, typed, talker, monkeypatch, lin
 def test_a_mistaken_command_is_told_and_the_conversation_goes_on(miaobi, typed, talker, line, words):
     typed(line, "你好")
     answer = miaobi("chat", talker, *EXACT)
-    assert (answer.code, answer.out) == (0, "你好呀\n")
+    assert (answer.code, answer.out) == (2, "你好呀\n")
     assert words in answer.err
     assert answer.err.startswith("miaobi: ")
+    assert answer.err.endswith("miaobi: 1 line of the input got no answer; what was wrong stands above\n")
 
 
 @pytest.mark.parametrize(("line", "meant"), [("/EXIT", "/exit"), ("/Flush", "/flush"), ("/exot", "/exit"),
