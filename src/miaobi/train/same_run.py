@@ -12,7 +12,7 @@ from miaobi.config import RunConfig
 from miaobi.console import log
 from miaobi.corpus.prepared import is_prepared
 from miaobi.errors import UserError
-from miaobi.settings import Origin, flatten, is_named, load_config, read_yaml, with_values
+from miaobi.settings import UNLIMITED, Origin, flatten, is_named, load_config, read_yaml, with_values
 
 if TYPE_CHECKING:
     from miaobi.train.run_directory import Progress
@@ -47,7 +47,7 @@ def own_settings(config: Path, cfg: RunConfig, origin: Origin) -> tuple[RunConfi
     if not own:
         return cfg, origin
     if os.environ.get("RANK", "0") == "0":
-        listed = ", ".join(f"{key}={value}" for key, value in own.items())
+        listed = ", ".join(f"{key}={value}" for key, value in own.items() if value != UNLIMITED)
         log(f"{cfg.train.out_dir} goes on with its own settings where none are given: {listed}")
     try:
         return with_values(cfg, own), origin | dict.fromkeys(own, "as the run began")
