@@ -245,7 +245,9 @@ def collect(
     if (ignored := [key for key in names.no_longer if key in written]) and os.environ.get("RANK", "0") == "0":
         from miaobi.console import log
 
-        log(f"{path or 'command line'}: not needed: {explain(ignored, names.no_longer)}")
+        places = [str(path)] * any(key in file_values for key in ignored)
+        places += ["command line"] * any(key in names.no_longer for key, _ in given)
+        log(f"{' and '.join(places)}: not needed: {explain(ignored, names.no_longer)}")
     return values, origin, written
 
 
@@ -297,14 +299,6 @@ def refuse_bytes(values: dict[str, Any]) -> None:
             str(value).encode()
         except UnicodeEncodeError as e:
             raise UserError(f"{key} is {str(value)!a:.200}: a name that is not UTF-8; rename it") from e
-
-
-def is_named(origin: Origin, key: str) -> bool:
-    """Whether a user wrote the key, on the command line or in a file; else its value is a default, or follows from
-    another key.
-    """
-    where = origin.get(key, "default")
-    return where == "command line" or ", line " in where
 
 
 # --- YAML --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from miaobi.config import RunConfig
 from miaobi.console import log
 from miaobi.corpus.prepared import is_prepared
 from miaobi.errors import UserError
-from miaobi.settings import UNLIMITED, Origin, flatten, is_named, load_config, read_yaml, with_values
+from miaobi.settings import UNLIMITED, Origin, flatten, load_config, read_yaml, with_values
 
 if TYPE_CHECKING:
     from miaobi.train.run_directory import Progress
@@ -24,6 +24,14 @@ ENTERED = {"init_from", "resume_from", "eval_only", "eval_first", "out_dir", "mi
 TOLD = {"mirror", "tensorboard_path", "trackers", "wandb_log", "wandb_project", "wandb_run_name", "license"}
 TEXT = "text.json"
 """Which text a run prepared for itself: see train/data.py."""
+
+
+def is_named(origin: Origin, key: str) -> bool:
+    """Whether a user wrote the key, on the command line or in a file; else its value is a default, or follows from
+    another key.
+    """
+    where = origin.get(key, "default")
+    return where == "command line" or ", line " in where
 
 
 def read_saved(config: Path) -> dict[str, Any]:
