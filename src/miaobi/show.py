@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from miaobi.console import json_text
-from miaobi.errors import number_of
+from miaobi.errors import names_listed, number_of
 
 if TYPE_CHECKING:
     from miaobi.seeds import Names
@@ -29,9 +29,9 @@ def prepared(result: dict[str, Any], cfg: Any) -> None:
           f"({result['distinct_characters']:,} distinct), vocabulary {result['vocab_size']:,}")  # fmt: skip
     print(f"train {number_of(result['train_tokens'], 'token')}, validation {number_of(result['val_tokens'], 'token')}, "
           f"{number_of(result['duplicates_removed'], 'duplicate')} removed, {result['seconds']:.1f} s")  # fmt: skip
-    if names := result["skipped_in"]:
-        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-        print(f"skipped {result['skipped']:,} bad files, records or bytes in {', '.join(names[:5])}{more}")
+    if names := [name for name in result["skipped_in"] if name not in result["refused"]]:  # those stand in the table
+        bad = result["skipped"] - len(result["refused"])
+        print(f"bad records or bytes left out or replaced: {bad:,}, in {names_listed(names, most=5)}")
     print(f"next: miaobi train configs/{next_config(cfg)}.yaml --data={shlex.quote(out)} --out_dir=my_run")
 
 

@@ -111,6 +111,19 @@ def test_keys_are_said_once_with_file_line_and_count(tmp_path, monkeypatch, caps
     assert source["ignored"] == {key: [30, first]}
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_system_messages_that_a_template_has_no_place_for_are_counted(tmp_path, monkeypatch, capsys, count):
+    """Beside the turns, and inside: the sep template leaves both out."""
+    monkeypatch.setattr(workers, "SMALL_INPUT_BYTES", 0)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 900)
+    records = [dialogue(i) | ({"system": "简短"} if i % 3 == 0 else {}) for i in range(60)]
+    records[1]["messages"].insert(0, {"role": "system", "content": "礼貌"})
+    path = write(tmp_path / "a.jsonl", records)
+    cfg = PrepareConfig(out=tmp_path / "out", format="dialogue", template="sep", workers=count)
+    assert prepare([str(path)], cfg)["ignored"] == {"system": (21, str(path))}
+    assert f"not read: `system` (21, first in {path})" in capsys.readouterr().err
+
+
 def test_as_many_names_as_somebody_likes_take_no_more_room():
     counted = {}
     for i in range(5000):

@@ -27,8 +27,9 @@ from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, source_of
 from miaobi.corpus.tokenizer import BYTE_PIECES, Tokenizer
 from miaobi.errors import UserError, number_of
 from miaobi.files import aside_of, write_text
-from miaobi.model.checkpoint import load_model, model_directory, sampling_settings
+from miaobi.model.checkpoint import load_model, model_directory
 from miaobi.model.families import to_hf
+from miaobi.model.generation import sampling_settings
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
 
 if TYPE_CHECKING:

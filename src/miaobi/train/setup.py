@@ -32,7 +32,8 @@ from miaobi.train.mirror import Mirror
 from miaobi.train.optimizer import make_optimizers
 from miaobi.train.optimizer_state import load as load_optimizers
 from miaobi.train.recipe import micro_batch, resolve_model, resolve_optim, total_steps
-from miaobi.train.run_directory import Progress, grown, load_progress, only_reads, open_run, start_run, verified
+from miaobi.train.run_directory import Progress, load_progress, only_reads, open_run, start_run, verified
+from miaobi.train.same_run import grown
 from miaobi.train.schedule import lay_first
 from miaobi.train.world import World, check_same
 
