@@ -28,6 +28,11 @@ from miaobi.convert.gguf import convert
 from miaobi.corpus.prepared import PreparedData
 from miaobi.generate.engine import LanguageModel
 
+LIKELIEST = 200
+"""Tokens whose probabilities are asked for first: a whole vocabulary is 300 kB of JSON."""
+GREEDY = 100
+"""Tokens of greedy text that are compared."""
+
 
 @dataclass(frozen=True)
 class Args:
@@ -39,9 +44,11 @@ class Args:
     """Kinds of files; the first one is compared id by id and text by text."""
     sentences: int = 1000
     """Sentences whose ids are compared."""
-    pieces: int = 4
+    pieces: int = 2
     """Pieces of one block each whose tokens are scored."""
-    max_iters: int = 200
+    characters: int = 400_000
+    """Of the text, from its beginning, that the models learn."""
+    max_iters: int = 120
     n_layer: int = 4
     n_embd: int = 128
     block_size: int = 128
@@ -80,11 +87,16 @@ class LlamaCpp:
 
     def nats(self, ids: list[int], vocabulary: int) -> float:
         """Nats of all ids but the first, each behind those before it."""
-        total = 0.0
-        for i in range(1, len(ids)):
-            told = self.continuation(ids[:i], 1, vocabulary, cached=True)["completion_probabilities"][0]
-            total -= next(entry["logprob"] for entry in told["top_logprobs"] if entry["id"] == ids[i])
-        return total
+        return -sum(self.log_probability(ids[:i], ids[i], vocabulary) for i in range(1, len(ids)))
+
+    def log_probability(self, before: list[int], id_: int, vocabulary: int) -> float:
+        """That of one id. The server lists the likeliest only: more are asked for until it is among them."""
+        for count in (LIKELIEST, vocabulary):
+            told = self.continuation(before, 1, count, cached=True)["completion_probabilities"][0]
+            found = [entry["logprob"] for entry in told["top_logprobs"] if entry["id"] == id_]
+            if found:
+                return found[0]
+        raise LookupError(f"llama.cpp gives no probability of id {id_}")
 
 
 def our_nats(lm: LanguageModel, ids: list[int]) -> float:
@@ -105,21 +117,26 @@ def compare(run: Path, data: Path, sentences: list[str], args: Args, work: Path)
         made = convert(GGUFConfig(str(run), out=work / f"{run.name}-{kind}.gguf", quantize=kind))
         llama = LlamaCpp(Path(made["out"]), args.block_size)
         if kind == args.kinds[0]:
-            found["ids equal"] = sum(llama.encode(text) == lm.tokenizer.encode(text) for text in sentences)
+            found["ids equal"] = same_ids(llama, lm, sentences)
             prompt = lm.tokenizer.encode("中国")
-            length = args.block_size - len(prompt) - 1
+            length = min(GREEDY, args.block_size - len(prompt))
             theirs = llama.continuation(prompt, length)["content"]
             ours = lm.generate("中国", num_samples=1, max_new_tokens=length, temperature=0)[0].text.removeprefix("中国")
-            same = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), None)
-            found["text equal"] = (
-                "all" if theirs == ours else f"first {min(len(ours), len(theirs)) if same is None else same}"
-            )
-            found["text equal"] += f" of {len(ours)}"
+            same = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), len(ours))
+            found["text equal"] = f"{same}/{len(ours)}"
         nats = sum(llama.nats(piece, lm.model.cfg.vocab_size) for piece in pieces)
         found["kinds"][kind] = {"bytes": made["bytes"], "bits_per_char": nats * bits}
         log(f"{run.name} {kind}: {made['bytes']:,} bytes, {nats * bits:.4f} bits/char (ours {found['ours']:.4f})")
         del llama
+    if not lm.tokenizer.by_character:
+        made = convert(GGUFConfig(str(run), out=work / f"{run.name}-compatible.gguf", bpe="compatible"))
+        found["ids equal, bpe=compatible"] = same_ids(LlamaCpp(Path(made["out"])), lm, sentences)
     return found
+
+
+def same_ids(llama: LlamaCpp, lm: LanguageModel, sentences: list[str]) -> int:
+    """Sentences that become the same ids here and there."""
+    return sum(llama.encode(text) == lm.tokenizer.encode(text) for text in sentences)
 
 
 def main() -> None:
@@ -130,10 +147,11 @@ def main() -> None:
     sentences = [s for s in re.findall(r"[^。！？\n]+[。！？]?", text) if s.strip()][-args.sentences :]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
+        (work / "text.txt").write_text(text[: args.characters], encoding="utf-8")
         for tokenizer in ("char", "bpe"):
             data = work / tokenizer
             size = {"vocab_size": 3000} if tokenizer == "bpe" else {}
-            miaobi.prepare(args.text, out=data, tokenizer=tokenizer, **size)
+            miaobi.prepare(work / "text.txt", out=data, tokenizer=tokenizer, **size)
             for family in ("gpt2", "qwen3"):
                 run = work / f"{family}-{tokenizer}"
                 miaobi.train_run(
@@ -149,6 +167,8 @@ def main() -> None:
                         f"{found['text equal']}" if first else "", f"{file['bytes'] / 1e6:.2f}",
                         f"{file['bits_per_char']:.4f}", f"{file['bits_per_char'] - found['ours']:+.4f}",
                     ])  # fmt: skip
+                if (same := found.get("ids equal, bpe=compatible")) is not None:
+                    rows.append([f"{run.name} bf16, bpe=compatible", f"{same}/{len(sentences)}", *[""] * 4])
     columns = ["file", "ids equal", "greedy text equal", "MB", "bits/char", "more than ours"]
     result = {"machine": machine(), "xllamacpp": version("xllamacpp"), "models": told}
     report("gguf", columns, rows, result, args.json)
