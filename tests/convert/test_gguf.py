@@ -16,7 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from miaobi.config import ModelConfig
 from miaobi.convert.gguf import GGUFConfig, convert, count_differing
-from miaobi.convert.gguf_vocabulary import ids_by_score, vocabulary_of
+from miaobi.convert.gguf_vocabulary import ByScore, vocabulary_of
 from miaobi.corpus.template import SEP_TEMPLATE
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
@@ -206,7 +206,7 @@ def test_compatible_bpe_loads_where_the_exact_kind_is_unknown(model_of, tmp_path
         texts = sentences(300)
         theirs = [llama.encode(text) for text in texts]
         vocabulary = vocabulary_of(tokenizer, tokenizer.vocab_size, "compatible")
-        assert [ids_by_score(vocabulary, text) for text in texts] == theirs, "what is counted is what llama.cpp does"
+        assert list(map(ByScore(vocabulary).encode, texts)) == theirs, "what is counted is what llama.cpp does"
         same = sum(ids == tokenizer.encode(text) for ids, text in zip(theirs, texts, strict=True))
         assert same > 0.8 * len(texts)
         for text, ids in zip(texts, theirs, strict=True):

@@ -23,7 +23,7 @@ import torch
 
 from miaobi.console import log, warn
 from miaobi.convert.config import GGUFConfig
-from miaobi.convert.gguf_vocabulary import BLANK, Vocabulary, ids_by_score, vocabulary_of
+from miaobi.convert.gguf_vocabulary import BLANK, ByScore, Vocabulary, vocabulary_of
 from miaobi.corpus.prepared import PreparedData, is_prepared
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, source_of
 from miaobi.corpus.tokenizer import Tokenizer
@@ -264,7 +264,9 @@ def differences(model: Transformer, tokenizer: Tokenizer, vocabulary: Vocabulary
 
 
 def sentences_of(model: str) -> list[str]:
-    """Up to 1,000 sentences of the validation text of a run, where its prepared data still is; else SAMPLE's."""
+    """Up to 1,000 sentences of a run's validation text, where its prepared data still is, else SAMPLE's; cut after 200
+    characters without a full stop.
+    """
     text, run = SAMPLE, Path(model)
     with suppress(UserError, OSError):
         given = str(read_yaml(run / "config.yaml")[0].get("data", ""))
@@ -272,12 +274,13 @@ def sentences_of(model: str) -> list[str]:
         if place is not None:
             data = PreparedData.open(place)
             text = data.tokenizer.decode(data.val.read(0, min(len(data.val), 50_000))) or SAMPLE
-    return [s for s in re.findall(r"[^。！？\n]+[。！？]?", text) if s.strip()][:1000]
+    return [s for s in re.findall(r"[^。！？\n]{1,200}[。！？]?", text) if s.strip()][:1000]
 
 
 def count_differing(sentences: list[str], tokenizer: Tokenizer, vocabulary: Vocabulary) -> dict[str, Any]:
     """How many of the sentences get other ids in llama.cpp; said in a line."""
-    differ = sum(ids_by_score(vocabulary, text) != tokenizer.encode(text) for text in sentences)
+    theirs = ByScore(vocabulary)
+    differ = sum(theirs.encode(text) != tokenizer.encode(text) for text in sentences)
     warn(f"--bpe=compatible is approximate: {differ:,} of {number_of(len(sentences), 'sentence')} get other ids there "
          "than here; a llama.cpp of April 2026 or later gives the same with --bpe=exact")  # fmt: skip
     return {"sentences": len(sentences), "sentences_that_differ": differ}

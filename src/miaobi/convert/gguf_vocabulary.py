@@ -84,23 +84,30 @@ def _merges(settings: dict) -> list[tuple[str, str]]:
     return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in settings["model"]["merges"]]
 
 
-def ids_by_score(vocabulary: Vocabulary, text: str) -> list[int]:
-    """The ids that llama.cpp's SentencePiece kind makes of a text: of all neighbours that are a piece together, those
-    of the best score are joined, the leftmost first; characters without a piece are spelled in bytes.
+class ByScore:
+    """Ids that llama.cpp's SentencePiece kind makes of a text: of all neighbours that are a piece together, those of
+    the best score are joined, the leftmost first; characters without a piece are spelled in bytes.
 
     Source: llm_tokenizer_spm of llama.cpp's src/llama-vocab.cpp.
     """
-    known = {token: i for i, token in enumerate(vocabulary.tokens) if vocabulary.types[i] == NORMAL}
-    pieces = list(text.replace(" ", BLANK))
-    while True:
-        joined = [known.get(left + right) for left, right in itertools.pairwise(pieces)]
-        found = [(-vocabulary.scores[id_], i) for i, id_ in enumerate(joined) if id_ is not None]
-        if not found:
-            break
-        at = min(found)[1]
-        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
-    spelled = {piece: i for i, piece in enumerate(vocabulary.tokens) if vocabulary.types[i] == BYTE}
-    ids = []
-    for piece in pieces:
-        ids += [known[piece]] if piece in known else [spelled[BYTE_PIECES[byte]] for byte in piece.encode()]
-    return ids
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        by_type = {kind: {token: i for i, token in enumerate(vocabulary.tokens) if vocabulary.types[i] == kind}
+                   for kind in (NORMAL, BYTE)}  # fmt: skip
+        self.scores, self.known, self.spelled = vocabulary.scores, by_type[NORMAL], by_type[BYTE]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; takes time with the square of its length."""
+        pieces = list(text.replace(" ", BLANK))
+        while True:
+            joined = [self.known.get(left + right) for left, right in itertools.pairwise(pieces)]
+            found = [(-self.scores[id_], i) for i, id_ in enumerate(joined) if id_ is not None]
+            if not found:
+                break
+            at = min(found)[1]
+            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+        ids = []
+        for piece in pieces:
+            known = self.known.get(piece)
+            ids += [known] if known is not None else [self.spelled[BYTE_PIECES[byte]] for byte in piece.encode()]
+        return ids
