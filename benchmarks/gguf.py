@@ -80,14 +80,13 @@ class LlamaCpp:
         """Ids of a text in which nothing is a control token."""
         return self.post("/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
 
-    def continuation(self, ids: list[int], count: int, probabilities: int = 0, cached: bool = False) -> dict:
-        """`count` greedy tokens behind `ids`, each with the log-probabilities of its likeliest.
-
-        Of an end of text it tells none: where they are asked for, it is not drawn, which leaves them as they are.
-        """
+    def continuation(
+        self, ids: list[int], count: int, probabilities: int = 0, cached: bool = False, **more: object
+    ) -> dict:
+        """`count` greedy tokens behind `ids`, each with the log-probabilities of its likeliest."""
         return self.post(
             "/completion", prompt=ids, n_predict=count, temperature=0, return_tokens=True, n_probs=probabilities,
-            cache_prompt=cached, ignore_eos=probabilities > 0,
+            cache_prompt=cached, **more,
         )  # fmt: skip
 
     def nats(self, ids: list[int], vocabulary: int) -> float:
@@ -95,9 +94,14 @@ class LlamaCpp:
         return -sum(self.log_probability(ids[:i], ids[i], vocabulary) for i in range(1, len(ids)))
 
     def log_probability(self, before: list[int], id_: int, vocabulary: int) -> float:
-        """That of one id. The server lists the likeliest only: more are asked for until it is among them."""
+        """That of one id. The server lists the likeliest only: more are asked for until it is among them.
+
+        It lists none where what it draws is an end of text or a part of a character: it is made to draw a whole one,
+        which leaves the probabilities as they are.
+        """
+        whole = [[self.encode("的")[-1], 1000]]
         for count in (LIKELIEST, vocabulary):
-            told = self.continuation(before, 1, count, cached=True)["completion_probabilities"][0]
+            told = self.continuation(before, 1, count, True, logit_bias=whole)["completion_probabilities"][0]
             found = [entry["logprob"] for entry in told["top_logprobs"] if entry["id"] == id_]
             if found:
                 return found[0]

@@ -118,3 +118,12 @@ def test_as_many_names_as_somebody_likes_take_no_more_room():
     assert len(counted) == MOST + 1
     assert counted[OTHERS] == (5000 - MOST, 3)
     assert len(told(counted)) < 2000
+
+
+@pytest.mark.parametrize("key", ["\ud800", "名\udfff", "\x00\ud9ff\x1b["])
+def test_names_with_half_a_character_stand_in_the_manifest_as_they_are(tmp_path, key):
+    file = tmp_path / "a.jsonl"
+    file.write_text((json.dumps({"messages": [USER, REPLY], key: 1}) + "\n") * 30, encoding="utf-8")
+    prepare([str(file)], PrepareConfig(out=tmp_path / "out", format="dialogue", workers=1, dedup="none"))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
+    assert list(manifest["sources"][0]["ignored"]) == [key]

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from miaobi.errors import UserError
-from miaobi.files import MOST_OF_A_LIST, is_running, read_whole
+from miaobi.files import MOST_OF_A_LIST, is_running, json_of, read_whole
 from miaobi.lock import locked
 
 SHARD_BYTES = 1 << 31
@@ -148,8 +148,7 @@ class PreparedWriter:
     def commit(self, manifest: dict) -> None:
         """Writes the manifest and puts the new directory in place of the old one."""
         with open(self.directory / "manifest.json", "w", encoding="utf-8") as file:
-            json.dump(manifest, file, ensure_ascii=False, indent=1)
-            file.write("\n")
+            file.write(json_of(manifest, indent=1) + "\n")
             _flush(file)
         for path in self.directory.glob("*.j*"):  # the tokenizer's files
             with open(path, "rb") as file:

@@ -32,7 +32,7 @@ from miaobi.corpus.vocabulary import (  # noqa: F401 - the names of the specials
     SPECIALS,
 )  # fmt: skip
 from miaobi.errors import UserError
-from miaobi.files import read_whole
+from miaobi.files import json_of, read_whole
 
 _OWN_CONFIG = {"eos_token": EOT, "pad_token": PAD}
 _SENTENCE_PIECE = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
@@ -139,7 +139,7 @@ class Tokenizer:
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
         (directory / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+        text = json_of(config, indent=2) + "\n"
         (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from miaobi.corpus.template import ChatTemplate, Messages
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory
 from miaobi.errors import UserError
+from miaobi.files import json_of
 from miaobi.generate.config import ChatConfig, SampleConfig
 from miaobi.generate.engine import LanguageModel, control_ids
 from miaobi.generate.stream import Stream
@@ -109,7 +109,7 @@ class Chat:
         Raises UserError for a file that is there already, unless this conversation wrote it.
         """
         if path.suffix == ".jsonl":
-            text = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
+            text = json_of({"messages": self.messages}) + "\n"
         else:
             marks = {"system": "/system ", "user": ">>>", "assistant": ""}
             text = "".join(f"{marks[m['role']]}{m['content']}\n" for m in self.messages)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from miaobi.console import warn
-from miaobi.files import write_text
+from miaobi.files import json_of, write_text
 from miaobi.settings import flatten
 from miaobi.train.trackers import About, Tracker, start
 
@@ -85,7 +85,7 @@ class Metrics:
         """One line of samples.jsonl: what the model wrote at an evaluation."""
         with self.going_on():
             if self.samples is not None:
-                self.samples.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
+                self.samples.write(json_of({"step": step, "text": text}) + "\n")
                 self.samples.flush()
 
     @contextmanager
