@@ -66,6 +66,7 @@ class LlamaCpp:
         params.model.path, params.n_ctx, params.n_parallel = str(file), context, 1
         params.warmup, params.verbosity, params.cpuparams.n_threads = False, -1, 1
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # as ours
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it sums in fp16
         self.server = xllamacpp.Server(params)
 
     def post(self, path: str, **body: object) -> dict:
