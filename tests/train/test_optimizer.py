@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from miaobi.config import ModelConfig, OptimConfig
 from miaobi.model.transformer import Transformer
-from miaobi.train import optimizer
-from miaobi.train.optimizer import Muon, make_optimizers, move, orthogonalize, rate, set_rate
+from miaobi.train import optimizer, orthogonal
+from miaobi.train.optimizer import Muon, make_optimizers, move, rate, set_rate
+from miaobi.train.orthogonal import orthogonalize
 from miaobi.train.recipe import resolve_optim
 
 # --- learning rate -----------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def test_iterations_in_float16_keep_gradients_of_any_size(monkeypatch, scale):
     torch.manual_seed(0)
     g = torch.randn(3, 48, 32)
     exact = orthogonalize(g * scale)
-    monkeypatch.setattr(optimizer, "iteration_dtype", lambda device: torch.float16)
+    monkeypatch.setattr(orthogonal, "iteration_dtype", lambda device: torch.float16)
     torch.testing.assert_close(orthogonalize(g * scale), exact, atol=0.02, rtol=0)
 
 
