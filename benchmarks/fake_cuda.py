@@ -56,25 +56,44 @@ CHUNK, BLOCKS, TENSORS = 65536, 320, (110, 64, 48, 36, 30)
 class Counted(TorchDispatchMode):
     """Counts what is launched on cuda:0, by the name of the operation, and the bytes that go in and out.
 
-    One launch for each operation that is no view; of `_foreach_` and fused optimizers as many as CUDA takes.
+    One launch for each operation that is no view; of `_foreach_` and fused optimizers as many as CUDA takes. Copies for
+    which the CPU waits are counted as well: all to the CPU, and those from there that are not told not to wait.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
         self.bytes = 0
+
+    @property
+    def total(self) -> int:
+        """Launches of all operations."""
+        return sum(self.launches.values())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         name = func._schema.name.removeprefix("aten::")
-        if not any(t.device.type == "cuda" for t in (*tensors, *made)) or is_view(func) or name in NO_KERNEL:
+        sides = {t.device.type for t in (*tensors, *made)}
+        if "cuda" not in sides or is_view(func) or name in NO_KERNEL:
             return out
+        if name == "dropout" and not args[2]:  # of a model that is not being trained
+            return out
+        if name in ("_to_copy", "copy_") and "cpu" in sides and not does_not_wait(name, args, kwargs or {}):
+            self.waits[name] += 1
         lists = [arg for arg in args if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor)]
         self.launches[name] += chunked(lists) if name.startswith(("_foreach", "_fused_adam")) else 1
         self.bytes += sum(t.numel() * t.itemsize for t in (*tensors, *made))
         return out
+
+
+def does_not_wait(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether a copy between the CPU and the card was told not to wait; one to the CPU always does."""
+    target = torch.device(kwargs.get("device") or "cpu") if name == "_to_copy" else args[0].device
+    told = kwargs.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
+    return target.type == "cuda" and bool(told)
 
 
 def is_view(func) -> bool:

@@ -361,11 +361,10 @@ class Transformer(nn.Module):
 
     def make_caches(self, batch: int, length: int | None = None, dtype: torch.dtype | None = None) -> list[KVCache]:
         """Empty caches for `batch` streams of up to `length` (default block_size) positions, in the precision of the
-        products or in `dtype`. All keys lie in one stretch of memory, layer by layer, and so do all values.
+        products or in `dtype`. Keys lie in one stretch of memory, layer by layer, and values in another behind it.
         """
         attn, weight = self.blocks[0].attn, self.wte.weight
-        shape = (len(self.blocks), batch, attn.n_kv_head, length or self.cfg.block_size, attn.head_dim)
+        shape = (2, len(self.blocks), batch, attn.n_kv_head, length or self.cfg.block_size, attn.head_dim)
         if dtype is None:
             dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled() else weight.dtype
-        return [KVCache(k, v) for k, v in zip(weight.new_zeros(shape, dtype=dtype),
-                                              weight.new_zeros(shape, dtype=dtype), strict=True)]  # fmt: skip
+        return [KVCache(k, v) for k, v in zip(*weight.new_zeros(shape, dtype=dtype), strict=True)]
