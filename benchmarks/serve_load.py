@@ -148,11 +148,11 @@ async def ask(port: int, body: dict[str, Any], leave_after: float | None = None)
 
 
 def body(args: Args, model: str, draw: random.Random, tokens: int) -> dict[str, Any]:
-    """A request of a client."""
+    """A request of a client. `transformers serve`, whose model is a path, takes OpenAI's fields alone."""
     said = [{"role": "user", "content": message(draw, args.prompt)}]
-    return {"model": model, "messages": said, "max_tokens": tokens, "temperature": 0.8, "top_p": 1.0, "top_k": 200,
-            "repetition_penalty": 1.0, "repeat_penalty": 1.0, "ignore_eos": True,
-            "seed": draw.randrange(1 << 30)}  # fmt: skip
+    own = {"top_k": 200, "repetition_penalty": 1.0, "repeat_penalty": 1.0, "ignore_eos": True}
+    return {"model": model, "messages": said, "max_tokens": tokens, "temperature": 0.8, "top_p": 1.0,
+            "seed": draw.randrange(1 << 30), **({} if "/" in model else own)}  # fmt: skip
 
 
 async def together(port: int, bodies: list[dict[str, Any]]) -> tuple[float, list[Reply]]:

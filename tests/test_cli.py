@@ -175,14 +175,15 @@ def test_ctrl_c_outside_a_run_exits_with_130(miaobi, monkeypatch):
     assert "Traceback" not in answer.err
 
 
-def test_a_reader_that_went_away_is_no_traceback():
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["classify", "train", "--help"]])
+def test_a_reader_that_went_away_is_no_traceback(arguments):
     """miaobi ... | head"""
     read_end, write_end = os.pipe()
     os.close(read_end)
-    command = [sys.executable, "-m", "miaobi", "--help"]
+    command = [sys.executable, "-m", "miaobi", *arguments]
     done = subprocess.run(command, check=False, stdout=write_end, stderr=subprocess.PIPE)
     os.close(write_end)
-    assert done.stderr.decode() == ""
+    assert (done.returncode, done.stderr.decode()) == (0, "")
 
 
 @pytest.mark.parametrize(("closed", "arguments", "code"), [

@@ -59,6 +59,35 @@ def test_a_run_writes_through_none(miaobi, prepared, tmp_path, secret):
     assert secret.read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "wandb"])
+def test_a_run_is_not_led_into_another_directory(miaobi, prepared, tmp_path, name):
+    """Neither written nor deleted, nor moved aside by --init_from=scratch."""
+    (tmp_path / "run").mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "step-1").mkdir(parents=True)
+    (tmp_path / "run" / name).symlink_to(elsewhere)
+    for more in ((), ("--init_from=scratch",)):
+        flags = [f"--data={prepared()}", f"--out_dir={tmp_path / 'run'}", *tiny(max_iters=2, eval_interval=2), *more]
+        answer = miaobi("train", *flags)
+        assert answer.code == 2
+        assert f"{name} is a link to {elsewhere}" in answer.err
+    assert [path.name for path in elsewhere.iterdir()] == ["step-1"]
+
+
+def test_an_ablation_is_not_led_into_another_directory(miaobi, trained, tmp_path):
+    (tmp_path / "reviews.csv").write_text(
+        "label,review\n" + "".join(f"{i % 2},{'输赢'[i % 2]}了{i}\n" for i in range(60)), encoding="utf-8"
+    )
+    (tmp_path / "grid").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "grid" / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    answer = miaobi("classify", "train", f"--base_model={trained()}", f"--data={tmp_path / 'reviews.csv'}",
+                    f"--out_dir={tmp_path / 'grid'}", "--max_epoch=1", "--device=cpu")  # fmt: skip
+    assert answer.code == 2
+    assert "checkpoints is a link to" in answer.err
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_an_ablation_writes_through_none_whatever_its_table_is_called(miaobi, trained, tmp_path, secret):
     """A name with $ is no formula to the plot, and brackets are no markup to the table."""
     table = tmp_path / "re$\\frac[bold]views.csv"

@@ -164,6 +164,8 @@ class ModelConfig:
         ):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be positive and finite")
+        if self.rope_theta < 1:
+            raise UserError(f"rope_theta is {self.rope_theta}; it must be at least 1, and 10000 is usual")
         if self.family == "gpt2" and (self.head_dim is not None or self.n_kv_head is not None):
             raise UserError("the gpt2 family has neither head_dim nor n_kv_head; drop them or use --family=qwen3")
         rotary = self.family in ("qwen3", "llama", "qwen2")

@@ -24,6 +24,15 @@ class UserError(Exception):
         super().__init__(message if len(message) <= LONGEST else f"{message[:half]} ... {message[-half + 5 :]}")
 
 
+def not_finite(what: str) -> UserError:
+    """The error of a model whose weights are finite but not what it computes with them, such as a rope_theta of 1e-320.
+
+    what: the numbers, in words.
+    """
+    return UserError(f"{what} of this model are not finite (nan or inf): its weights or its config.json are damaged, "
+                     "or the run that wrote it diverged; copy it again, or use an older checkpoint")  # fmt: skip
+
+
 class _Brief(reprlib.Repr):
     """Looks at a few members of a few levels: an alias bomb or a list that holds itself takes no longer."""
 

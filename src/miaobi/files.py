@@ -61,6 +61,14 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise
 
 
+def no_links(directory: Path, *names: str) -> None:
+    """Raise UserError where one of these in `directory` is a link: what is written and deleted there is another's."""
+    for path in (directory / name for name in names):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link to {os.readlink(path)}, where this run would write and delete "
+                            "what is not its own; put the directory there, or choose another --out_dir")  # fmt: skip
+
+
 def put_back(path: Path) -> None:
     """Clear away what a killed `written_whole` left of an older `path`; if that is all there is, it is `path` again."""
     older = older_of(path)

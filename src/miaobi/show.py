@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import sys
 import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,9 +103,19 @@ def reported(result: dict[str, Any], cfg: Any) -> None:
     print(f"{result['out']}: open it in a browser ({result['bytes'] / 1000:,.0f} kB, nothing is fetched)")
 
 
+def table_out(*what: Any, **settings: Any) -> None:
+    """Print what rich can draw, by `print`: where the reader of a pipe has left, rich would exit with code 1."""
+    from rich.console import Console
+
+    console = Console(emoji=False, **settings)
+    with console.capture() as text:
+        for one in what:
+            console.print(one)
+    print(text.get(), end="")
+
+
 def doctor(result: dict[str, Any], cfg: Any) -> None:
     """`miaobi doctor`: a line for each look, and below it what to do."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -115,7 +126,7 @@ def doctor(result: dict[str, Any], cfg: Any) -> None:
         if check["remedy"]:
             found.append(f"\n-> {check['remedy']}", style="dim")
         table.add_row(Text(check["status"], style=looks[check["status"]]), Text(check["name"]), found)
-    Console(highlight=False, markup=False, emoji=False).print(table)
+    table_out(table, highlight=False, markup=False)
     print("nothing that is needed is missing" if result["healthy"] else "what is marked missing is needed")
 
 
@@ -159,7 +170,6 @@ def scores(result: dict[str, Any], cfg: Any) -> None:
 
 def ablation(result: dict[str, Any], cfg: Any) -> None:
     """`miaobi classify ablate`: the table; means over the seeds, ± standard deviation."""
-    from rich.console import Console
     from rich.table import Table
 
     from miaobi.classify.ablation import FIGURES, by_cell, spread
@@ -179,7 +189,7 @@ def ablation(result: dict[str, Any], cfg: Any) -> None:
         table.add_row(name, "", str(len(rows)), percent(spread(rows, "accuracy"), len(rows)),
                       f"{spread(rows, 'macro_f1')[0]:.4f}", "", duration(spread(rows, "seconds")[0]))  # fmt: skip
     if result["rows"]:
-        Console(width=None if Console().is_terminal else 120, markup=False, emoji=False).print(table)
+        table_out(table, width=None if sys.stdout.isatty() else 120, markup=False)
 
 
 def classifier(result: dict[str, Any], cfg: Any) -> None:
@@ -263,7 +273,6 @@ def overview(verbs: dict[str, str], groups: dict[str, str], group: str) -> None:
 
 def explain(command: str, what: str, kind: type, names: Names) -> None:
     """`COMMAND --help`: every setting with its docstring, its choices and its default."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -285,12 +294,12 @@ def explain(command: str, what: str, kind: type, names: Names) -> None:
         text.append(f" {facts(key)}", style="dim")
         table.add_row(Text(f"  {key.name.upper() if key.is_positional else '--' + key.name}"), text)
     table.add_row(Text("  --json"), Text("Print the result as one JSON object."))
-    console = Console(highlight=False)
-    console.print(table)
+    also = []
     if names.aliases:
-        also = ", ".join(f"{theirs} = {ours.upper() if keys(kind)[ours].is_positional else ours}"
+        named = ", ".join(f"{theirs} = {ours.upper() if keys(kind)[ours].is_positional else ours}"
                          for theirs, ours in names.aliases.items())  # fmt: skip
-        console.print(Text(f"\nOther names: {also}"))
+        also.append(Text(f"\nOther names: {named}"))
+    table_out(table, *also, highlight=False)
 
 
 def usage(key: Key) -> str:

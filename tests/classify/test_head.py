@@ -209,6 +209,7 @@ def test_any_value_in_classifier_json_judges_or_is_an_error_by_name(saved: Path,
 @pytest.mark.parametrize(
     ("key", "value"),
     [("pooling", "max"), ("long_texts", "cut"), ("temperature", 0.0), ("temperature", -1), ("temperature", math.nan),
+     ("temperature", 1e-320),
      ("before", [10**6]), ("after", [-1]), ("pad_id", 10**6), ("pad_id", 1.0), ("block_size", 0), ("block_size", 10**6),
      ("labels", ["坏", "坏", "好"]), ("labels", "坏中好")],
 )  # fmt: skip
@@ -218,6 +219,17 @@ def test_values_that_no_classifier_has_are_refused(saved: Path, key: str, value:
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {key: value}), encoding="utf-8")
     with pytest.raises(UserError, match=key):
         head.load(tmp_path / "c", CPU, torch.float32)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("factor", [3e38, -3e38])
+def test_there_are_no_probabilities_of_numbers_that_are_not_finite(family: str, factor: float):
+    judge = judge_of(family)
+    with torch.no_grad():
+        judge.classifier.score.weight.mul_(factor)
+        judge.classifier.model.norm.weight.fill_(1e9)
+    with pytest.raises(UserError, match="the logits of this model are not finite"):
+        judge.probabilities(TEXTS)
 
 
 def test_a_head_that_is_not_finite_is_refused(saved: Path, tmp_path: Path):

@@ -64,11 +64,12 @@ def greedy(lm: engine.LanguageModel) -> list[int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("kind", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05), ("int8", 0.05)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("float32", 2e-4), ("bfloat16", 0.05), ("int8", 0.05)])
 @pytest.mark.parametrize("threads", [1, 3])
 @torch.inference_mode()
 def test_a_step_gives_the_logits_of_forward(family: str, kind: str, tolerance: float, threads: int):
-    """Logits are about 2.5 wide. float32 differs by the order of sums alone; in the others a key or value that lies
+    """Logits are about 2.5 wide. float32 differs by the order of sums alone (either is up to
+    8e-5 away from float64); in the others a key or value that lies
     between two bf16 neighbours in the cache may go to either."""
     model = loud_model(**FAMILIES[family])
     compiled = cpu_step.CpuStep(model, kind)

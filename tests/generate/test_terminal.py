@@ -172,7 +172,7 @@ def test_a_closed_standard_input_is_the_end_of_the_input(talker):
 def test_an_ascii_terminal_and_bytes_of_another_encoding(talker):
     lines = "你好\n".encode() + "你是谁\n".encode("gb18030") + b"\xff\xff\n" + "再见\n".encode()
     done = piped(lines, talker, *EXACT, LANG="C", PYTHONIOENCODING="ascii", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
-    assert (done.returncode, done.stdout) == (0, b"???\n????\n????\n")
+    assert (done.returncode, done.stdout) == (2, b"???\n????\n????\n")
     err = done.stderr.decode("ascii")
     assert err.count("set PYTHONIOENCODING=utf-8") == 1
     assert err.count("neither UTF-8 nor GB18030") == 1
@@ -231,9 +231,10 @@ def test_what_is_no_command_is_a_message(miaobi, typed, talker, monkeypatch, lin
 def test_a_mistaken_command_is_told_and_the_conversation_goes_on(miaobi, typed, talker, line, words):
     typed(line, "你好")
     answer = miaobi("chat", talker, *EXACT)
-    assert (answer.code, answer.out) == (0, "你好呀\n")
+    assert (answer.code, answer.out) == (2, "你好呀\n")
     assert words in answer.err
     assert answer.err.startswith("miaobi: ")
+    assert answer.err.endswith("miaobi: 1 line of the input got no answer; what was wrong stands above\n")
 
 
 def test_there_is_no_reply_to_retry_after_a_system_message_alone():

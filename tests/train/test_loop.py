@@ -221,9 +221,13 @@ def test_small_gpts_tensorboard_path_gets_the_curves(train, prepared, tmp_path, 
     assert found["other"] == wanted[3:]
 
 
-def test_validation_without_text_is_refused(train, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(TokenStream, "__len__", lambda self: 0 if self.name == "val" else int(self.ends[-1]))
-    with pytest.raises(UserError, match="validation part of the data is empty"):
+@pytest.mark.parametrize("tokens", [0, 1])
+@pytest.mark.parametrize(
+    ("part", "message"), [("val", "the data is empty"), ("train", "the data has less than two tokens")]
+)
+def test_a_part_without_text_is_refused(train, prepared, tmp_path, monkeypatch, part, message, tokens):
+    monkeypatch.setattr(TokenStream, "__len__", lambda self: tokens if self.name == part else int(self.ends[-1]))
+    with pytest.raises(UserError, match=message):
         train(data=prepared(), out_dir=tmp_path / "run")
 
 

@@ -23,7 +23,7 @@ from miaobi.classify.run_directory import RESULT, cell_of, changed, identity, re
 from miaobi.console import log
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError, number_of
-from miaobi.files import aside_of, point, write_json, write_text, written_whole
+from miaobi.files import aside_of, no_links, point, write_json, write_text, written_whole
 from miaobi.fonts import plot_fonts
 from miaobi.lock import locked
 from miaobi.model.card import write_card
@@ -123,6 +123,7 @@ class Run:
     def enter(self) -> ExitStack:
         """Make the run directory, whose only writer this is until the stack is closed, and write config.yaml."""
         stack = ExitStack()
+        no_links(self.out, "checkpoints", "baselines")
         try:
             stack.enter_context(locked(self.out))
             (self.out / "checkpoints").mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from miaobi.checksums import for_model, verifying
 from miaobi.classify.data import Reading
 from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.errors import UserError, brief
+from miaobi.errors import UserError, brief, not_finite
 from miaobi.files import read_json, read_record, write_json
 from miaobi.model.checkpoint import model_directory, save_tensors
 from miaobi.model.families import check_hf, load_hf, refuse_unusable, to_hf
@@ -33,6 +32,8 @@ OWN = "miaobi-classifier"
 """model_type of classifiers that transformers does not have: it refuses them instead of pooling another state."""
 SETTINGS = "classifier.json"
 CPU_TOKENS, GPU_TOKENS = 4096, 65536
+MOST_CERTAIN = 1e-3
+"""The least temperature of a classifier; training fits one from 1/8 to 8."""
 SLACK = 0.6
 """On a CPU rows of one micro-batch are at least this share of its longest: padding costs as much as text."""
 
@@ -198,9 +199,12 @@ class Judge:
         return total / np.bincount(owner, minlength=units)[:, None]
 
     def probabilities(self, texts: list[str]) -> np.ndarray:
-        """Calibrated probabilities (texts, labels)."""
+        """Calibrated probabilities (texts, labels). Raises UserError for logits that are not finite."""
         rows, owner = self.reading.rows(texts, self.tokenizer)
-        return softmax(self.logits([torch.from_numpy(row) for row in rows], owner, len(texts)) / self.temperature)
+        logits = self.logits([torch.from_numpy(row) for row in rows], owner, len(texts))
+        if not np.isfinite(logits).all():
+            raise not_finite("the logits")
+        return softmax(logits / self.temperature)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -263,8 +267,9 @@ class Settings:
                 raise UserError(
                     f"{SETTINGS} has {key}={brief(getattr(self, key))}; it must be one of {', '.join(known)}"
                 )
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"{SETTINGS} has temperature={self.temperature}; it must be positive and finite")
+        if not MOST_CERTAIN <= self.temperature <= 1 / MOST_CERTAIN:
+            raise UserError(f"{SETTINGS} has temperature={self.temperature}; it must lie from {MOST_CERTAIN:g} to "
+                            f"{1 / MOST_CERTAIN:g}")  # fmt: skip
         if len(set(self.labels)) < max(2, len(self.labels)):
             raise UserError(f"{SETTINGS} has labels={brief(self.labels)}; they must be two or more, each once")
         if self.block_size <= len(self.before) + len(self.after):

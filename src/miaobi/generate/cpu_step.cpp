@@ -109,7 +109,7 @@ static void attend(const Model& m, const Layer& l, float* qkv, int h, int pos, c
         float top, total = 0, scale = 1 / std::sqrt((float)D);
         int j = 0;
         for (; j + 4 <= pos + 1; j += 4) beside<4>(ks + (size_t)j * D, q, D, p + j);
-        for (; j <= pos; j++) dots<1>(ks + (size_t)j * D, q, D, p + j);
+        for (; j <= pos; j++) p[j] = dot(ks + (size_t)j * D, q, D);
         top = p[0];
         #pragma omp simd reduction(max : top)
         for (j = 0; j <= pos; j++) top = p[j] > top ? p[j] : top;
@@ -146,6 +146,14 @@ struct Barrier {
     }
 };
 
+// Rows in a panel, as `miaobi_step` wants matrices of a kind; 1 where it wants them row by row.
+extern "C" int miaobi_panel(int kind) {
+#ifdef MIAOBI_AVX512
+    if (kind != FLOAT) return 1;
+#endif
+    return PANEL;
+}
+
 // What cpu_step.py calls: x (B, width), embeddings in and states out; logits (B, vocab). k, v: caches of all layers
 // (layers, rows, H_kv, S, D), bfloat16 where is_short, else float. Token b goes to positions[b] of row b, or of row 0
 // where is_one: then they are one stream's, in order, and get the logits that they would get one by one; none for the
@@ -168,15 +176,32 @@ extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, i
 #endif
     auto keep = is_short ? remember<bfloat16> : remember<float>;
     auto attention = is_short ? attend<bfloat16> : attend<float>;
+    constexpr int HEADS = 4;  // that a thread takes at once
+    const int rows_at_once = miaobi_panel(kind) > 1 ? 2 * PANEL : 1 << 30;  // the others round their states at each call
+    const int parts = 5 * m.layers + 1;
+    std::vector<std::atomic<int>> taken((size_t)parts * threads);
     Barrier barrier;
     #pragma omp parallel num_threads(threads)
     {
         const int t = omp_get_thread_num(), of = omp_get_num_threads();
         float* z = own + (size_t)t * ((size_t)B * E + m.block_size);  // normed states, then attention weights
         float* p = z + (size_t)B * E;
-        auto first = [&](int n, int thread) { return thread == of ? n : (int)((int64_t)n / 16 * thread / of) * 16; };
-        auto share = [&](const Matrix& a, int n, int K, const float* in, float* out, Mode mode) {
-            multiply(a, first(n, t), first(n, t + 1), K, in, B, out, n, mode);
+        int part = 0;
+        // `work` on all of n, some at a time: each thread has its share, and when that is done, what others have not begun:
+        // one of them may have lost its core to another program. A share begins at a multiple of `unit`.
+        auto shared = [&](int n, int unit, int at_once, auto work) {
+            std::atomic<int>* begun = taken.data() + (size_t)part++ * threads;
+            auto first = [&](int thread) { return thread == of ? n : (int)((int64_t)n / unit * thread / of) * unit; };
+            for (int i = 0; i < of; i++) {
+                const int thread = (t + i) % of, from = first(thread), to = first(thread + 1);
+                for (int at; (at = begun[thread].fetch_add(1)) < (to - from + at_once - 1) / at_once;) {
+                    const int begin = from + at * at_once;
+                    work(begin, begin + at_once < to ? begin + at_once : to);
+                }
+            }
+        };
+        auto multiplied = [&](const Matrix& a, int n, int K, const float* in, float* out, Mode mode) {
+            shared(n, PANEL, rows_at_once, [&](int from, int to) { multiply(a, from, to, K, in, B, out, n, mode); });
         };
         auto norm_all = [&](const float* w, const float* bias) {  // each thread for itself: cheaper than to wait
             for (int b = 0; b < B; b++) normalize(m, x + (size_t)b * E, w, bias, E, m.eps, z + (size_t)b * E);
@@ -184,36 +209,44 @@ extern "C" void miaobi_step(const Model* model, const Layer* layers, int kind, i
         for (int i = 0; i < m.layers; i++) {
             const Layer& l = layers[i];
             norm_all(l.attn_norm, l.attn_norm_bias);
-            share(l.qkv, Q, E, z, qkv, SET);
+            multiplied(l.qkv, Q, E, z, qkv, SET);
             barrier.wait(of);
-            const int heads = B * m.kv_heads, from_head = heads * t / of, to_head = heads * (t + 1) / of;
+            const int heads = B * m.kv_heads;
             auto offset = [&](int at) {
                 return ((size_t)i * rows * m.kv_heads + (is_one ? at % m.kv_heads : at)) * S * D;
             };
-            for (int at = from_head; at < to_head; at++) {
+            auto keep_head = [&](int at) {
                 const int b = at / m.kv_heads;
                 keep(m, l, qkv + (size_t)b * Q, at % m.kv_heads, positions[b], k, v, offset(at));
+            };
+            if (is_one) {  // they look at each other's
+                for (int at = heads * t / of; at < heads * (t + 1) / of; at++) keep_head(at);
+                barrier.wait(of);
             }
-            if (is_one) barrier.wait(of);  // they look at each other's
-            for (int at = from_head; at < to_head; at++) {
-                const int b = at / m.kv_heads, h = at % m.kv_heads;
-                attention(m, l, qkv + (size_t)b * Q, h, positions[b], k, v, offset(at), p, y + (size_t)b * Y);
-            }
+            shared(heads, 1, HEADS, [&](int from, int to) {
+                for (int at = from; at < to; at++) {
+                    const int b = at / m.kv_heads, h = at % m.kv_heads;
+                    if (!is_one) keep_head(at);
+                    attention(m, l, qkv + (size_t)b * Q, h, positions[b], k, v, offset(at), p, y + (size_t)b * Y);
+                }
+            });
             barrier.wait(of);
-            share(l.proj, E, Y, y, x, ADD);
+            multiplied(l.proj, E, Y, y, x, ADD);
             barrier.wait(of);
             norm_all(l.mlp_norm, l.mlp_norm_bias);
-            share(m.is_gated ? l.gate : l.up, F, E, z, inner, SET);
-            const int from = first(F, t), to = first(F, t + 1);
-            for (int b = 0; b < B; b++) activate(m, inner + (size_t)b * F + from, to - from);
-            if (m.is_gated) share(l.up, F, E, z, inner, MULTIPLY);
+            shared(F, PANEL, rows_at_once, [&](int from, int to) {
+                multiply(m.is_gated ? l.gate : l.up, from, to, E, z, B, inner, F, SET);
+                for (int b = 0; b < B; b++) activate(m, inner + (size_t)b * F + from, to - from);
+                if (m.is_gated) multiply(l.up, from, to, E, z, B, inner, F, MULTIPLY);
+            });
             barrier.wait(of);
-            share(l.down, E, F, inner, x, ADD);
+            multiplied(l.down, E, F, inner, x, ADD);
             barrier.wait(of);
         }
         norm_all(m.norm, m.norm_bias);
         if (unscored < B)
-            multiply(m.head, first(m.vocab, t), first(m.vocab, t + 1), E, z + (size_t)unscored * E, B - unscored, logits,
-                     m.vocab, SET);
+            shared(m.vocab, PANEL, rows_at_once, [&](int from, int to) {
+                multiply(m.head, from, to, E, z + (size_t)unscored * E, B - unscored, logits, m.vocab, SET);
+            });
     }
 }

@@ -22,6 +22,7 @@ from miaobi.model.transformer import KVCache, Transformer, head_dim, intermediat
 SOURCE = Path(__file__).with_name("cpu_step.cpp")
 KINDS = ("float32", "bfloat16", "int8")  # in the order of cpu_step.cpp
 LANES = 8  # floats in one vector of cpu_step.cpp
+MOST_ROWS = 64  # of a panel, in any cpu_step.cpp
 
 
 class Matrix(ctypes.Structure):
@@ -85,8 +86,12 @@ class CpuStep:
         self.model, self.kind = model, kind
         self.cache_dtype = torch.float32 if kind == "float32" else torch.bfloat16
         self.kept: list[Tensor] = []  # memory that the structures point to
-        bytes_per_weight = {"float32": 0, "bfloat16": 2, "int8": 1}[kind]  # fp32 weights stay where they are
-        self.free = large_pages(bytes_per_weight * sum(p.numel() for p in model.parameters()))
+        self.matrices: list[Tensor] = []  # (rows, K), in the type of `kind`
+        self.is_arranged = False
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        self.free = large_pages(
+            getattr(torch, kind).itemsize * sum((len(p) + 2 * MOST_ROWS) * p.shape[1] for p in matrices)
+        )
         self.layers = (Layer * cfg.n_layer)(*(self.layer(block) for block in model.blocks))
         inner = intermediate_size(cfg)
         self.about = Model(
@@ -115,23 +120,26 @@ class CpuStep:
         self.kept.append(tensor.detach().contiguous())
         return self.kept[-1].data_ptr()
 
-    def place(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy in large pages, in `dtype`."""
-        size = tensor.numel() * dtype.itemsize
-        memory, self.free = self.free[:size], self.free[size:]
-        return memory.view(dtype).view(tensor.shape).copy_(tensor)
-
     def matrix(self, weight: Tensor, bias: Tensor | None = None) -> Matrix:
-        """Pack a weight (N, K), and round it in place to what was packed."""
-        packed, scale = weight, None
+        """A copy of a weight in large pages, with rows of zeros up to a whole panel; `weight` is rounded to it."""
+        packed, scale = eight_bits(weight) if self.kind == "int8" else (weight, None)
+        dtype, (rows, width) = getattr(torch, self.kind), weight.shape
+        size = -(-rows // MOST_ROWS) * MOST_ROWS * width * dtype.itemsize
+        memory, self.free = self.free[:size], self.free[size:]
+        self.matrices.append(memory.view(dtype).view(-1, width))
+        placed = self.matrices[-1][:rows].copy_(packed)
         if self.kind == "int8":
-            packed, scale = eight_bits(weight)
-            packed = self.place(packed, torch.int8)
-            torch.mul(packed, scale, out=weight)
+            torch.mul(placed, scale, out=weight)
         elif self.kind == "bfloat16":
-            packed = self.place(weight, torch.bfloat16)
-            weight.copy_(packed)
-        return Matrix(self.keep(packed), self.keep(scale), self.keep(bias))
+            weight.copy_(placed)
+        return Matrix(placed.data_ptr(), self.keep(scale), self.keep(bias))
+
+    @torch.no_grad()
+    def arrange(self, rows: int) -> None:
+        """Bring the matrices into panels of so many rows, as the library reads them."""
+        for matrix in self.matrices if rows > 1 else []:
+            matrix.copy_(matrix.view(-1, rows, matrix.shape[1]).mT.reshape(matrix.shape))
+        self.is_arranged = True
 
     def linear(self, linear: nn.Linear, parts: int = 1) -> list[Matrix]:
         """Pack a linear layer, cut into as many parts of equal height."""
@@ -168,6 +176,8 @@ class CpuStep:
         self, tokens: Tensor, caches: list[KVCache], positions: list[int], row: int | None = None, unscored: int = 0
     ) -> Tensor:
         """`miaobi_step` of cpu_step.cpp; row: all tokens are of this one, one behind the other."""
+        if not self.is_arranged:
+            self.arrange(library().miaobi_panel(KINDS.index(self.kind)))
         model, cache, B, first = self.model, caches[0], len(tokens), row or 0
         rows, _, S, _ = cache.k.shape
         position_ids = torch.tensor(positions)

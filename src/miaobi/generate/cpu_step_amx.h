@@ -19,6 +19,7 @@ static bool may_use_tiles() {
 // multiplied by tiles.
 constexpr int SIDE = 16;  // lines of a tile, and numbers of four bytes in a line
 
+struct alignas(64) Line { float floats[16]; };  // of the cache
 struct alignas(64) TileConfig {  // as LDTILECFG reads it
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {};  // of a line

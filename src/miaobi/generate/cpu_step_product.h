@@ -1,8 +1,7 @@
 // The matrix products of cpu_step.cpp, in whose middle this is, and the vectors that they are made of.
 //
-// Few streams: each row of a matrix is widened to float in registers and multiplied with all of them (`dots`). More:
-// rows and streams are packed and multiplied in tiles, which load less for each multiplication (`tile`). Both add up
-// in the same order, to the same bits.
+// Rows of a matrix lie side by side in panels, whose numbers are widened to float in registers and multiplied with all
+// streams. A sum is added up in the order of the columns, for one stream and for many, to the same bits.
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -35,6 +34,20 @@ static inline vec fma(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256
 #else
 static inline vec fma(vec a, vec b, vec c) { return a * b + c; }
 #endif
+static inline vec everywhere(float x) {
+#ifdef __AVX2__
+    return (vec)_mm256_set1_ps(x);
+#else
+    return x - vec{};
+#endif
+}
+// In a register: the compiler would rather load it again for each use, and loads are what a product has most of.
+static inline vec held(vec v) {
+#ifdef __AVX2__
+    asm("" : "+x"(v));
+#endif
+    return v;
+}
 static inline float sum(vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 static inline void store(float* p, float x) { *p = x; }
 static inline void store(bfloat16* p, float x) {  // round to nearest even
@@ -77,87 +90,18 @@ static void beside(const T* w, const float* x, int K, float* out) {
 
 constexpr int U = 4;  // sums at once for a dot product, or each addition would wait for the one before
 
-// out[n] = w . x[n], for few streams: row after row is one stretch of memory, which the processor fetches faster than
-// several.
-template <int N, class T>
-static void dots(const T* w, const float* x, int K, float* out) {
-    vec acc[N][U] = {};
+// w . x
+template <class T>
+static float dot(const T* w, const float* x, int K) {
+    vec acc[U] = {};
     int k = 0;
-    for (; k + U * W <= K; k += U * W) {
-        for (size_t i = 0; i < U * W * sizeof(T); i += 64) __builtin_prefetch((const char*)(w + k) + i + 2048);
-        for (int u = 0; u < U; u++) {
-            vec a = load(w + k + u * W);
-            for (int n = 0; n < N; n++) acc[n][u] = fma(a, load(x + (size_t)n * K + k + u * W), acc[n][u]);
-        }
-    }
-    for (; k < K; k += W)
-        for (int n = 0; n < N; n++) acc[n][0] = fma(load(w + k), load(x + (size_t)n * K + k), acc[n][0]);
-    for (int n = 0; n < N; n++) out[n] = sum((acc[n][0] + acc[n][1]) + (acc[n][2] + acc[n][3]));
+    for (; k + U * W <= K; k += U * W)
+        for (int u = 0; u < U; u++) acc[u] = fma(load(w + k + u * W), load(x + k + u * W), acc[u]);
+    for (; k < K; k += W) acc[0] = fma(load(w + k), load(x + k), acc[0]);
+    return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }
 
-struct alignas(64) Line { float floats[16]; };  // of the cache
-
-// N rows of K numbers each as `tile` reads them, in floats: the steps of the first of the U sums, then of the second...
-// A step has a vec of each row.
-template <int N, class T>
-static void pack(const T* rows, int K, float* to) {
-    const int whole = K / (U * W), rest = K / W - whole * U;
-    auto put = [&](float*& at, int n, int k) {
-        vec v = load(rows + (size_t)n * K + k);
-        memcpy(at, &v, sizeof v);
-        at += W;
-    };
-    float* part[U];
-    for (int u = 0; u < U; u++) part[u] = to + (size_t)(u * whole + (u ? rest : 0)) * N * W;
-    for (int k = 0; k < whole * U * W; k += U * W)
-        for (int u = 0; u < U; u++)
-            for (int n = 0; n < N; n++) put(part[u], n, k + u * W);
-    for (int k = whole * U * W; k < K; k += W)
-        for (int n = 0; n < N; n++) put(part[0], n, k);
-}
-
-// In a register: the compiler would rather load it again for each use, and loads are what a tile has most of.
-static inline vec held(vec v) {
-#ifdef __AVX2__
-    asm("" : "+x"(v));
-#endif
-    return v;
-}
-
-// out[r * apart + m] = w[r] . x[m] for R rows and M streams, both packed. Every sum is added up in the order of `dots`,
-// to the same bits.
-template <int R, int M>
-static void tile(const float* w, const float* x, int K, float* out, int apart) {
-    constexpr int S = R * M > 6 ? 1 : R * M > 3 ? 2 : U;  // so many of the U sums at once: registers hold no more
-    const int whole = K / (U * W), rest = K / W - whole * U;
-    vec found[R][U][M];
-    for (int u = 0; u < U; u += S) {
-        vec acc[S][R][M] = {};
-        const size_t from = u * whole + (u ? rest : 0);
-        auto add = [&](int s, size_t step) {
-            const float *a = w + step * R * W, *b = x + step * M * W;
-            vec row[R];
-            for (int r = 0; r < R; r++) row[r] = held(load(a + r * W));
-            for (int m = 0; m < M; m++) {
-                vec state = held(load(b + m * W));
-                for (int r = 0; r < R; r++) acc[s][r][m] = fma(row[r], state, acc[s][r][m]);
-            }
-        };
-        for (int j = 0; j < whole; j++)
-            for (int s = 0; s < S; s++) add(s, from + j + s * whole + (u == 0 && s ? rest : 0));
-        for (int j = whole; u == 0 && j < whole + rest; j++) add(0, j);
-        for (int s = 0; s < S; s++)
-            for (int r = 0; r < R; r++)
-                for (int m = 0; m < M; m++) found[r][u + s][m] = acc[s][r][m];
-    }
-    for (int r = 0; r < R; r++) {
-        vec total[M];
-        for (int m = 0; m < M; m++) total[m] = (found[r][0][m] + found[r][1][m]) + (found[r][2][m] + found[r][3][m]);
-        sums<M>(total, out + r * apart);
-    }
-}
-
-struct Matrix {  // (out, in) row by row, a scale per row where they are int8, a bias where there is one
+struct Matrix {  // (out, in) in panels or, for `rounded_product` and `tiled_product`, row by row; a scale per row where they are int8, a bias where there is one
     const void* w;
     const float* scale;
     const float* bias;
@@ -173,61 +117,80 @@ static inline void put(const Matrix a, int o, int n, const float* values, int ap
     }
 }
 
-// `product` with few streams: a row is read from memory in one stretch, and widened once for all of them.
-template <class T>
-static void product_of_few(const Matrix& a, int from, int to, int K, const float* x, int B, float* y, int stride,
-                           Mode mode) {
-    constexpr int N = 3;  // with these sums and their factors 16 registers are full
-    for (int o = from; o < to; o++) {
-        const T* w = (const T*)a.w + (size_t)o * K;
-        float out[N];
-        int b = 0;
-        for (; b + N <= B; b += N) {
-            dots<N>(w, x + (size_t)b * K, K, out);
-            for (int n = 0; n < N; n++) put(a, o, 1, out + n, 1, y + (size_t)(b + n) * stride, mode);
+// A matrix lies in panels of so many rows, column by column: (out / PANEL, in, PANEL), rows of zeros at its end. So
+// the numbers of a vec belong to different rows, and no sum has to be gathered from the places of one.
+constexpr int PANEL = 32;
+constexpr int AHEAD = 2048;  // bytes between what is multiplied and what is fetched, where memory is read straight on
+
+// out[n][v]: V vecs of rows of a panel, from w on, times N streams. Meanwhile `lines` lines of the cache are fetched
+// from `next` on for each 8 columns.
+template <int V, int N, class T>
+static void columns(const T* w, const float* x, int K, vec out[][PANEL / W], const char* next, int lines) {
+    vec acc[N][V] = {};
+    for (int k = 0; k < K; k += 8) {
+        for (int i = 0; i < lines; i++, next += 64) __builtin_prefetch(next, 0, 2);
+        for (int j = k; j < k + 8; j++) {
+            vec rows[V];
+            for (int v = 0; v < V; v++) rows[v] = held(load(w + (size_t)j * PANEL + v * W));
+            for (int n = 0; n < N; n++) {
+                const vec state = everywhere(x[(size_t)n * K + j]);
+                for (int v = 0; v < V; v++) acc[n][v] = fma(rows[v], state, acc[n][v]);
+            }
         }
-        for (; b < B; b++) {
-            dots<1>(w, x + (size_t)b * K, K, out);
-            put(a, o, 1, out, 1, y + (size_t)b * stride, mode);
-        }
+    }
+    for (int n = 0; n < N; n++)
+        for (int v = 0; v < V; v++) out[n][v] = acc[n][v];
+}
+
+// A panel times N streams. 16 registers hold 4 vecs of rows and 2 streams, or 2 and 6.
+template <int N, class T>
+static void panel(const T* w, const float* x, int K, vec out[][PANEL / W], const char* next, int lines) {
+    if constexpr (N <= 2) return columns<4, N>(w, x, K, out, next, lines);
+    const int half = (lines + 1) / 2;
+    columns<2, N>(w, x, K, out, next, half);
+    columns<2, N>(w + 2 * W, x, K, (vec(*)[PANEL / W])(out[0] + 2), next + (size_t)half * K * 8, half);
+}
+
+// Puts what rows o to o + PANEL of a times x are into a stream's y.
+static inline void put(const Matrix& a, int o, const vec* values, float* y, Mode mode) {
+    for (int v = 0; v < PANEL / W; v++, o += W) {
+        vec value = values[v];
+        if (a.scale) value *= load(a.scale + o);
+        if (a.bias) value += load(a.bias + o);
+        if (mode == ADD) value += load(y + o);
+        if (mode == MULTIPLY) value *= load(y + o);
+        memcpy(y + o, &value, sizeof value);
     }
 }
 
 // Rows `from` to `to` of a times each x (B, K), into, onto or times those columns of y (B, stride): each x as if there
-// were no other, to the last bit, so that a text is the same whoever else is being written.
+// were no other, to the last bit, so that a text is the same whoever else is being written. `from` is where a panel
+// begins.
 template <class T>
 static void product(const Matrix& a, int from, int to, int K, const float* x, int B, float* y, int stride,
                     Mode mode) {
-    constexpr int R = 3, M = 4;  // 12 sums, a row and the streams fill 16 registers
-    constexpr int MOST = 8 * R, ROOM = 12 << 10;  // rows at a time: as fill so many bytes of the first-level cache
-    if (B < M) return product_of_few<T>(a, from, to, K, x, B, y, stride, mode);
-    const int fit = ROOM / (int)sizeof(float) / K / R * R, rows = fit < R ? R : fit > MOST ? MOST : fit;
-    const T* w = (const T*)a.w;
-    static thread_local std::vector<Line> room;
-    room.resize(((size_t)B + rows) * K / 16 + 1);
-    float *packed = room[0].floats, *states = packed + (size_t)rows * K;
-    for (int b = 0; b < B; b += M)
-        known<M>(B - b < M ? B - b : M, [&](auto m) { pack<m>(x + (size_t)b * K, K, states + (size_t)b * K); });
-    for (int block = from; block < to; block += rows) {
-        const int end = block + rows < to ? block + rows : to;
-        const char *next = (const char*)(w + (size_t)end * K), *stop = (const char*)(w + (size_t)to * K);
-        const size_t share = (size_t)rows * K * sizeof(T) / ((size_t)(B + M - 1) / M * (rows / R)) + 64;
-        for (int o = block; o < end; o += R)
-            known<R>(end - o < R ? end - o : R, [&](auto r) {
-                pack<r>(w + (size_t)o * K, K, packed + (size_t)(o - block) * K);
-            });
-        for (int b = 0; b < B; b += M)
-            known<M>(B - b < M ? B - b : M, [&](auto m) {
-                float out[MOST][M];
-                for (int o = block; o < end; o += R) {
-                    for (const char* until = next + share; next < until && next < stop; next += 64)
-                        __builtin_prefetch(next, 0, 2);  // the next rows come while these are at work
-                    known<R>(end - o < R ? end - o : R, [&](auto r) {
-                        tile<r, m>(packed + (size_t)(o - block) * K, states + (size_t)b * K, K, out[o - block], M);
-                    });
+    constexpr int N = 6, ROOM = 128 << 10;  // streams at a time; bytes of panels, which stay in the second-level cache
+    const int groups = (B + N - 1) / N, fit = ROOM / (int)sizeof(T) / K / PANEL;
+    const int most = groups == 1 || fit < 1 ? 1 : fit;
+    const int lines = (PANEL * sizeof(T) * 8 / 64 + groups - 1) / groups;
+    for (int block = from; block < to; block += most * PANEL) {
+        const int end = block + most * PANEL < to ? block + most * PANEL : to;
+        const T* w = (const T*)a.w + (size_t)block * K;
+        const char* next = groups == 1 ? (const char*)w + AHEAD : (const char*)(w + (size_t)(end - block) * K);
+        for (int g = 0; g < groups; g++) {
+            const int b = B * g / groups, n = B * (g + 1) / groups - b;
+            for (int o = block; o < end; o += PANEL) {
+                vec out[N][PANEL / W];
+                known<N>(n, [&](auto n) {
+                    panel<n>(w + (size_t)(o - block) * K, x + (size_t)b * K, K, out, next, lines);
+                });
+                next += (size_t)lines * K * 8;
+                for (int i = 0; i < n; i++) {
+                    float* of = y + (size_t)(b + i) * stride;
+                    if (o + PANEL <= to) put(a, o, out[i], of, mode);
+                    else put(a, o, to - o, (const float*)out[i], 1, of, mode);
                 }
-                for (int i = 0; i < m; i++)
-                    put(a, block, end - block, out[0] + i, M, y + (size_t)(b + i) * stride, mode);
-            });
+            }
+        }
     }
 }

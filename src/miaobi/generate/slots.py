@@ -13,6 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from miaobi.errors import not_finite
 from miaobi.generate.eager_step import EagerStep
 from miaobi.generate.sampling import drawing, next_token, penalize_repeats
 from miaobi.generate.step import Step
@@ -298,7 +299,10 @@ class Slots:
             if stream.never_empty:
                 stream.never_empty = False
                 mark(self.barred[row], stream.barred)
-        return tokens.tolist()
+        ids = torch.where(own.amax(-1).isfinite(), tokens, -1).tolist()  # what is nan is above everything
+        if -1 in ids:
+            raise not_finite("the logits")
+        return ids
 
     def tell(self, logits: Tensor, tokens: Tensor) -> None:
         """Score the tokens (n,) of the streams that ask for it, by the logits (n, V) of the model itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from miaobi.errors import not_finite
 from miaobi.generate.config import SamplingConfig
 from miaobi.generate.speculate import PromptLookup
 
@@ -78,9 +80,11 @@ class Stream:
 
 
 def score(logits: Tensor, tokens: Tensor, alternatives: int) -> list[Score]:
-    """Scores of tokens (n,) by the logits (n, V) that they were drawn from."""
+    """Scores of tokens (n,) by the logits (n, V) that they were drawn from. Raises UserError where these are nan."""
     logprobs = logits.float().log_softmax(-1)
     own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+    if any(map(math.isnan, own)):
+        raise not_finite("the logits")
     if not alternatives:
         return [Score(value) for value in own]
     values, ids = logprobs.topk(min(alternatives, logprobs.shape[-1]))

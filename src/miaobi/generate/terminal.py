@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from miaobi.config import RunConfig
 from miaobi.console import error, warn_of_encoding
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 from miaobi.generate.config import ChatConfig, ChatRequest
 from miaobi.seeds import PRETRAINING
 from miaobi.settings import Origin, find_config, load_config, read_yaml
@@ -78,8 +78,10 @@ def chat(cfg: ChatRequest, origin: Origin, as_json: bool = False) -> dict[str, A
     chosen = {name for name in MODEL_SETTINGS if getattr(settings, name) != getattr(ChatConfig, name)} | origin.keys()
     lm = engine.load(cfg.model if run is None else model_of(run), settings.device, settings.dtype, cfg.checkpoint)
     conversation = Chat(lm, model_settings(settings, lm.model.generation, chosen))
-    talk(conversation, silent=as_json)
-    return {"messages": conversation.messages}
+    failed = talk(conversation, silent=as_json)
+    if failed and not as_json and not sys.stdin.isatty():
+        raise UserError(f"{number_of(failed, 'line')} of the input got no answer; what was wrong stands above")
+    return {"messages": conversation.messages} | ({"failed": failed} if failed else {})
 
 
 def about(lm: LanguageModel) -> str:
@@ -89,8 +91,9 @@ def about(lm: LanguageModel) -> str:
     return f"{what}, step {int(step[1]):,}" if step else what
 
 
-def talk(chat: Chat, silent: bool = False) -> None:
-    """Read messages and commands until `exit` or the end of the input, and print the replies.
+def talk(chat: Chat, silent: bool = False) -> int:
+    """Read messages and commands until `exit` or the end of the input, and print the replies. Returns how many lines
+    ended in an error, which is printed.
 
     silent: stdout is left to the caller. A person is talked with on stderr; to a pipe no reply is printed.
     In a terminal Ctrl-C stops a reply, clears a line, and the second time in a row leaves; in a pipe it raises
@@ -105,26 +108,27 @@ def talk(chat: Chat, silent: bool = False) -> None:
     ask = line_reader(for_humans, out)
     if for_humans:
         print(f"{about(chat.lm)}; /help lists the commands, exit leaves", file=out)
-    interrupted = False
+    interrupted, failed = False, 0
     while True:
         try:
             line = ask()
             interrupted = False
             if not obey(chat, readable(line), out, silent and not for_humans):
-                return
+                return failed
         except EOFError:
             if for_humans:
                 print(file=out)
-            return
+            return failed
         except KeyboardInterrupt:
             if not for_humans:
                 raise
             if interrupted:
-                return
+                return failed
             interrupted = True
             print("(Ctrl-C again leaves, so do Ctrl-D and exit)", file=out)
         except UserError as e:  # the conversation goes on
             error(e)
+            failed += 1
 
 
 def obey(chat: Chat, line: str, out: TextIO, silent: bool) -> bool:

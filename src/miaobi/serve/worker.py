@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from miaobi.console import log, warn
+from miaobi.errors import UserError
 from miaobi.generate.engine import LanguageModel
 from miaobi.generate.stream import Stream
 from miaobi.serve.errors import APIError
@@ -254,8 +255,12 @@ class Worker(threading.Thread):
     def fail(self, error: Exception) -> None:
         """Tell all who are being written that it went wrong, and begin with empty slots."""
         warn(f"a step failed: {type(error).__name__}: {str(error)[:300]}")
-        log("".join(traceback.format_exception(error)))
+        why = "the model could not go on; the server's log says why"
+        if isinstance(error, UserError):  # it says what to do, and is no fault of this program
+            why = str(error)
+        else:
+            log("".join(traceback.format_exception(error)))
         jobs, self.active = {job for job, _ in self.active.values()}, {}
         for job in jobs:
-            job.finish(APIError(500, "the model could not go on; the server's log says why", "internal_error"))
+            job.finish(APIError(500, why, "internal_error"))
         self.slots = self.lm.slots(self.size)

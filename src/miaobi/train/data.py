@@ -146,12 +146,17 @@ def open_blocks(cfg: DataConfig, data: PreparedData, block_size: int) -> tuple[B
             raise UserError("packing=documents is for dialogues; prepare the data with --format=dialogue")
         if data.train.scored is not None:
             raise UserError("packing=stream learns all tokens, but the data marks the assistant's; use packing=auto")
+        if len(data.train) < 2:
+            raise UserError("the training part of the data has less than two tokens, so there is nothing to predict; "
+                            "give more text")  # fmt: skip
         return TextWindows(data.train, block_size), TextWindows(data.val, block_size)
     train = PackedDialogues(data.train, block_size, cfg.long_history, data.sep_id)
     log(f"{number_of(len(train.starts), 'dialogue')} in {number_of(len(train), 'block')}, {train.useful:.1%} of "
         f"their tokens in use"
         + (f"; {number_of(train.cut_dialogues, 'dialogue')} were longer than a block and were cut between turns, "
            f"{number_of(train.cut_turns, 'turn')} inside" if train.cut_dialogues else ""))  # fmt: skip
+    if not len(train):
+        raise UserError("no dialogue of the training part has a token to learn; give more text")
     return train, PackedDialogues(data.val, block_size)
 
 

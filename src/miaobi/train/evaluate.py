@@ -16,6 +16,7 @@ from torch import Tensor
 from miaobi.console import console, progress
 from miaobi.corpus.dataset import IGNORE, Batch
 from miaobi.corpus.tokenizer import Tokenizer
+from miaobi.errors import not_finite
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import Transformer, document_block_mask, document_mask
 from miaobi.train.layout import is_sharded
@@ -184,7 +185,8 @@ def score_batches(
 ) -> dict:
     """Score batches that hold every token once.
 
-    Returns loss (nats per token), perplexity, bits_per_char, bits_per_byte, tokens, characters, seconds.
+    Returns loss (nats per token), perplexity, bits_per_char, bits_per_byte, tokens, characters, seconds. Raises
+    UserError for a loss that is not finite.
     """
     started = time.perf_counter()
     model.eval()
@@ -195,6 +197,8 @@ def score_batches(
             total += nats(model, batch, dtype)
             scored += int((batch.targets != IGNORE).sum())
             bar.update(task, completed=scored)
+    if not math.isfinite(total):
+        raise not_finite("the losses")
     return {
         "loss": total / scored,
         "perplexity": math.exp(min(total / scored, 700.0)),

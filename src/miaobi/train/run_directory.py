@@ -14,8 +14,8 @@ from miaobi.checksums import for_model, for_training, hash_ahead, verifying
 from miaobi.config import RunConfig
 from miaobi.console import log
 from miaobi.errors import UserError
+from miaobi.files import no_links, pointed, put_back, read_record, remove
 from miaobi.files import point as point_at
-from miaobi.files import pointed, put_back, read_record, remove
 from miaobi.lock import locked
 from miaobi.settings import Origin, flatten, load_config, read_yaml, save_config
 from miaobi.train.mirror import Mirror
@@ -98,11 +98,12 @@ class Progress:
 def one_writer(cfg: RunConfig, is_first: bool) -> ExitStack:
     """The locks of a run, held by rank 0 while the body runs; reading a run (eval_only) needs none.
 
-    Raises UserError naming the process that holds one, or for a run directory that cannot be made.
+    Raises UserError naming the process that holds one, or for a run directory that cannot be made or leads elsewhere.
     """
     stack, out = ExitStack(), Path(cfg.train.out_dir)
     if not is_first or only_reads(cfg):
         return stack
+    no_links(out, "checkpoints", "wandb", "swanlog")
     mirror = Mirror(cfg.train.mirror) if cfg.train.mirror else None
     try:
         stack.enter_context(locked(out))
