@@ -69,8 +69,8 @@ def test_recorded_steps_write_what_plain_ones_write(family, size):
 
 @pytest.mark.parametrize(("family", "values"), [
     ("gpt2", {}), ("gpt2", {"bias": True}), ("gpt2", {"activation": "gelu_new"}), ("qwen3", {}),
-    ("qwen3", {"n_kv_head": 2}), ("qwen3", {"n_kv_head": 1, "head_dim": 12}), ("qwen2", {"n_kv_head": 2}), ("llama", {}),
-    ("llama", {"n_kv_head": 1}),
+    ("qwen3", {"n_kv_head": 2}), ("qwen3", {"n_kv_head": 1, "head_dim": 12}), ("qwen2", {"n_kv_head": 2}),
+    ("llama", {}), ("llama", {"n_kv_head": 1}),
 ])  # fmt: skip
 def test_the_step_in_few_launches_gives_the_models_logits(family, values):
     """Rows at different positions, with tokens behind them that must not be seen."""
