@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from miaobi.console import warn
 from miaobi.generate.eager_step import EagerStep
-from miaobi.model.transformer import Block, KVCache, Transformer, as_rows
+from miaobi.model.transformer import Block, KVCache, Transformer, as_rows, keys_and_values
 
 ALIGNED = 16
 """Attention copies a mask whose rows do not begin at multiples of this, in every layer."""
@@ -143,7 +143,7 @@ def decode_block(
         normed = heads if attn.q_norm is None else F.rms_norm(heads, heads.shape[-1:], None, attn.q_norm.eps)
         exchanged, both = normed.roll(attn.head_dim // 2, -1), slice(attn.n_head + attn.n_kv_head)
         torch.addcmul(normed[:, both] * turn[0], exchanged[:, both], turn[1], out=heads[:, both])
-    keys_and_values(cache)[:, at[0], :, at[1]] = heads[:, attn.n_head :].view(B, 2, attn.n_kv_head, attn.head_dim)
+    keys_and_values([cache])[:, 0, at[0], :, at[1]] = heads[:, attn.n_head :].view(B, 2, attn.n_kv_head, attn.head_dim)
     q = as_rows(heads[:, : attn.n_head, None], attn.n_kv_head)
     y = F.scaled_dot_product_attention(q, cache.k, cache.v, mask)
     x = plus_linear(x, y.reshape(B, -1), attn.proj)
@@ -152,12 +152,6 @@ def decode_block(
         gate, up = y.chunk(2, dim=-1)
         return plus_linear(x, F.silu(gate) * up, mlp.down)
     return plus_linear(x, F.gelu(y, approximate=mlp.approximate), mlp.down)
-
-
-def keys_and_values(cache: KVCache) -> Tensor:
-    """Both as one tensor (2, B, H_kv, S, D) of the same memory, so that one launch writes to both."""
-    distance = cache.v.storage_offset() - cache.k.storage_offset()
-    return cache.k.as_strided((2, *cache.k.shape), (distance, *cache.k.stride()))
 
 
 def plus_linear(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:

@@ -44,6 +44,16 @@ class KVCache:
         return self.k[:, :, :end].to(k.dtype), self.v[:, :, :end].to(v.dtype)
 
 
+def keys_and_values(caches: list[KVCache]) -> Tensor:
+    """Those of all layers, (2, L, B, H_kv, S, D), where `Transformer.make_caches` has put them: one launch copies what
+    would take two for each layer.
+    """
+    first, following = caches[0], caches[min(1, len(caches) - 1)]
+    to_values = first.v.storage_offset() - first.k.storage_offset()
+    to_next = following.k.storage_offset() - first.k.storage_offset()
+    return first.k.as_strided((2, len(caches), *first.k.shape), (to_values, to_next, *first.k.stride()))
+
+
 @dataclass
 class RowCache(KVCache):
     """A cache whose rows are at different positions: `append` stores one token per row at `position_ids` (B,) and
