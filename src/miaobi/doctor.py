@@ -203,9 +203,9 @@ def space() -> Iterator[Check]:
                     "" if status == "ok" else "processes share memory there; Docker: --shm-size=1g")  # fmt: skip
     total, available = memory_bytes(), available_memory()
     if total:
-        told = f"{total / GIB:.1f} GiB" + (f", {available / GIB:.1f} free" if available is not None else "")
+        size = f"{total / GIB:.1f} GiB" + (f", {available / GIB:.1f} free" if available is not None else "")
         few = available is not None and available < GIB
-        yield Check("memory", "note" if few else "ok", told, "close other programs" if few else "")
+        yield Check("memory", "note" if few else "ok", size, "close other programs" if few else "")
 
 
 def available_memory() -> int | None:
@@ -239,8 +239,8 @@ def open_files() -> Iterator[Check]:
         return
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = soft != resource.RLIM_INFINITY and soft < WISHED_FILES
-    told = "any number" if soft == resource.RLIM_INFINITY else f"{soft:,}"
-    yield Check("open files", "note" if few else "ok", f"{told} at once",
+    number = "any number" if soft == resource.RLIM_INFINITY else f"{soft:,}"
+    yield Check("open files", "note" if few else "ok", f"{number} at once",
                 f"ulimit -n {4 * WISHED_FILES}" if few else "")  # fmt: skip
 
 

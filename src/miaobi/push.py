@@ -60,13 +60,13 @@ def push(cfg: PushConfig) -> dict[str, Any]:
     if CARD not in names:
         raise UserError(f"{directory} has no {CARD}: who finds the model there learns nothing of it. Write one there "
                         "(a model that this version trains or converts has one)")  # fmt: skip
-    told = [{"path": name, "bytes": file.stat().st_size} for name, file in zip(names, files, strict=True)]
+    sent = [{"path": name, "bytes": file.stat().st_size} for name, file in zip(names, files, strict=True)]
     if cfg.gguf is not None:
-        told.append({"path": cfg.gguf.name, "bytes": cfg.gguf.stat().st_size})
-    result = {"to": cfg.to, "name": cfg.name, "url": None, "files": told}
+        sent.append({"path": cfg.gguf.name, "bytes": cfg.gguf.stat().st_size})
+    result = {"to": cfg.to, "name": cfg.name, "url": None, "files": sent}
     if cfg.dry_run:
         return result
-    log(f"sending {len(told)} files, {sum(file['bytes'] for file in told) / 1e6:,.1f} MB, to {cfg.to}: {cfg.name}")
+    log(f"sending {len(sent)} files, {sum(file['bytes'] for file in sent) / 1e6:,.1f} MB, to {cfg.to}: {cfg.name}")
     send = to_hugging_face if cfg.to == "hf" else to_model_scope
     return result | {"url": send(cfg, directory, names)}
 

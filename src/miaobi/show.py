@@ -64,14 +64,14 @@ def planned(result: dict[str, Any], cfg: Any) -> None:
     print(f"run: {number_of(run['steps'], 'step')} of {run['batch_size']} x {model['block_size']} tokens, "
           f"{run['epochs']:.1f} passes over the text")  # fmt: skip
     names = ("weights", "gradients", "optimizer", "activations", "working")
-    told = ", ".join(f"{name} {size_in_words(memory[name])}" for name in names)
-    told += f", averaged weights {size_in_words(memory['average'])}" if memory["average"] else ""
+    parts = ", ".join(f"{name} {size_in_words(memory[name])}" for name in names)
+    parts += f", averaged weights {size_in_words(memory['average'])}" if memory["average"] else ""
     if memory["process"]:
-        told += (
+        parts += (
             f", fragments {size_in_words(memory['fragments'])}, Python and libraries {size_in_words(memory['process'])}"
         )
     print(
-        f"memory: {size_in_words(memory['run'])} at micro-batches of {memory['micro_batch']} ({told}; "
+        f"memory: {size_in_words(memory['run'])} at micro-batches of {memory['micro_batch']} ({parts}; "
         f"a checkpoint being written {size_in_words(memory['checkpoint'])}, "
         f"keys and values of a sample {size_in_words(memory['kv_cache'])})"
     )
@@ -81,10 +81,10 @@ def planned(result: dict[str, Any], cfg: Any) -> None:
         print(f"{device['name']}, {device['dtype']}: {size_in_words(memory['free'])} can be used, {fits}")
     if "measured" in memory:
         print(f"measured: {size_in_words(memory['measured'])}")
-    told = [duration(result["time"]["seconds"])]
-    told += [f"{result['energy_kwh']:.2f} kWh"] if result["energy_kwh"] is not None else []
-    told += [f"costs {result['cost']:.2f}"] if result["cost"] is not None else []
-    print(f"time: {', '.join(told)} ({result['time']['basis']})")
+    estimates = [duration(result["time"]["seconds"])]
+    estimates += [f"{result['energy_kwh']:.2f} kWh"] if result["energy_kwh"] is not None else []
+    estimates += [f"costs {result['cost']:.2f}"] if result["cost"] is not None else []
+    print(f"time: {', '.join(estimates)} ({result['time']['basis']})")
     if forecast := result["forecast"]:
         curve = ", ".join(f"{bits:.2f} after {epoch:.3g}" for epoch, bits in forecast["curve"])
         print(f"forecast of the validation text: {curve} passes (bits/char)")

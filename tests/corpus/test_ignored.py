@@ -9,7 +9,7 @@ import pytest
 
 from miaobi.corpus import blocks, workers
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.ignored import MOST, OTHERS, note, told
+from miaobi.corpus.ignored import MOST, OTHERS, in_words, note
 from miaobi.corpus.messages import ignored_keys, messages_of
 from miaobi.corpus.prepare import prepare
 
@@ -130,7 +130,7 @@ def test_as_many_names_as_somebody_likes_take_no_more_room():
         note(counted, [f"{i:05}" * 200], 3)
     assert len(counted) == MOST + 1
     assert counted[OTHERS] == (5000 - MOST, 3)
-    assert len(told(counted)) < 2000
+    assert len(in_words(counted)) < 2000
 
 
 @pytest.mark.parametrize("key", ["\ud800", "名\udfff", "\x00\ud9ff\x1b["])

@@ -226,9 +226,9 @@ def documents_of(block: Block, options: DocumentOptions) -> tuple[Content, list[
     if options.normalize != "none" or options.simplify:
         documents = [clean.normalize_text(document, options.normalize, options.simplify) for document in documents]
     if options.dialogue == "lines":
-        if told := sum(document.count(dialogue.MARKS["system"]) for document in documents):
+        if count := sum(document.count(dialogue.MARKS["system"]) for document in documents):
             unread = dict(content.ignored or {})
-            ignored.note(unread, ["system"], block.source.name, told)
+            ignored.note(unread, ["system"], block.source.name, count)
             content = dataclasses.replace(content, ignored=unread)
         documents = [dialogue.as_lines(document) for document in documents]
     elif options.dialogue:

@@ -94,7 +94,7 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
     unread = _ignored(records)
     _say_what_was_left(records, left, statistics["removed"])
     if unread:
-        console.log(console.one_line(ignored.told(unread)))
+        console.log(console.one_line(ignored.in_words(unread)))
     return {
         "out": str(Path(cfg.out).expanduser()),
         "documents": statistics["documents"],

@@ -156,8 +156,8 @@ class Tokenizer:
         framed, bare = (self.backend.encode("a", add_special_tokens=special).ids for special in (True, False))
         at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
         before, behind = framed[:at], framed[at + len(bare) :]
-        told = [self.config.get(key) is not False for key in ("add_bos_token", "add_eos_token")]
-        return before if told[0] else [], behind if told[1] else []
+        has = [self.config.get(key) is not False for key in ("add_bos_token", "add_eos_token")]
+        return before if has[0] else [], behind if has[1] else []
 
     @property
     def begin_ids(self) -> list[int]:

@@ -102,8 +102,8 @@ def generation_settings(path: Path, vocab_size: int) -> dict[str, Any]:
     others = {key: value for key, value in settings.items()
               if key not in NO_MATTER and value and value != NEUTRAL.get(key)}  # fmt: skip
     if others:
-        told = ", ".join(f"{brief(key)[1:-1]}={brief(value)}" for key, value in list(others.items())[:10])
-        warn_once(f"{file}: {told}{' and more' * (len(others) > 10)}: not used; texts are drawn token by token, with "
+        unused = ", ".join(f"{brief(key)[1:-1]}={brief(value)}" for key, value in list(others.items())[:10])
+        warn_once(f"{file}: {unused}{' and more' * (len(others) > 10)}: not used; texts are drawn token by token, with "
                   f"{', '.join(SAMPLING)}")  # fmt: skip
     return settings
 

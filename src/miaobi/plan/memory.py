@@ -215,8 +215,8 @@ def largest_micro(work: Work, rows: int, free: int) -> int:
     """
 
     def peak(micro: int) -> int:
-        told = step_memory(dataclasses.replace(work, micro=micro, pieces=-(-rows // micro)))
-        return told.peak + told.fragments
+        parts = step_memory(dataclasses.replace(work, micro=micro, pieces=-(-rows // micro)))
+        return parts.peak + parts.fragments
 
     known = {1: peak(1)}
     if known[1] > free:

@@ -65,7 +65,7 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
     page = render(runs)
     with text_written_whole(out) as file:
         file.write(page)
-    told = [
+    entries = [
         {
             "run": str(run.path),
             "verdict": judge(run).headline.en,
@@ -76,7 +76,7 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
         }
         for run in runs
     ]
-    return {"out": str(out), "bytes": out.stat().st_size, "runs": told}
+    return {"out": str(out), "bytes": out.stat().st_size, "runs": entries}
 
 
 @contextmanager

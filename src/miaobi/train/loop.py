@@ -284,9 +284,9 @@ class Run:
         self.alarms.evaluated()
         if preview is not None and cfg.sample_tokens and self.world.is_first and not is_sharded(self.model):
             prompt = cfg.sample_start or opening(plan.data, plan.tokenizer)
-            told = plan.tokenizer, prompt, cfg.sample_tokens, plan.data.end_ids, plan.data.is_dialogue
+            given = plan.tokenizer, prompt, cfg.sample_tokens, plan.data.end_ids, plan.data.is_dialogue
             with evaluating(self.model), plan.average.shown() if plan.average else nullcontext():
-                text = preview(self.model, *told)
+                text = preview(self.model, *given)
             log("  " + text.replace("\n", "\n  "))
             if self.metrics is not None:
                 self.metrics.sample(p.step, text)
