@@ -158,23 +158,23 @@ def compiled_step() -> Iterator[Check]:
     else:
         yield Check("compiled step", "ok", f"built by {program} when it is first wanted")
     try:
-        place = wished_cache()
+        directory = wished_cache()
     except (RuntimeError, KeyError):
         yield Check("cache", "note", "no home directory: what is compiled is forgotten each time",
                     "set MIAOBI_CACHE_DIR to a directory of your own")  # fmt: skip
         return
     try:
-        if place.exists():
-            private_directory(place)
+        if directory.exists():
+            private_directory(directory)
     except NotPrivateError as e:
-        yield Check("cache", "note", f"{place} is not used: {e}", "remove it, or set MIAOBI_CACHE_DIR")
+        yield Check("cache", "note", f"{directory} is not used: {e}", "remove it, or set MIAOBI_CACHE_DIR")
         return
-    failed = sorted(place.glob("*.failed"))
+    failed = sorted(directory.glob("*.failed"))
     if failed:
-        yield Check("cache", "note", f"{place}: a part could not be compiled ({failed[0].name})",
+        yield Check("cache", "note", f"{directory}: a part could not be compiled ({failed[0].name})",
                     f"read {failed[0]}, correct it and delete the file")  # fmt: skip
     else:
-        yield Check("cache", "ok", f"{place}, yours alone")
+        yield Check("cache", "ok", f"{directory}, yours alone")
 
 
 def fonts() -> Iterator[Check]:
