@@ -54,7 +54,8 @@ Register-ArgumentCompleter -Native -CommandName miaobi -ScriptBlock {
     param($word, $line, $position)
     $words = @($line.CommandElements | Where-Object { $_.Extent.EndOffset -lt $position } | ForEach-Object { "$_" })
     miaobi "--complete=$word" @($words | Select-Object -Skip 1) 2>$null | ForEach-Object {
-        [System.Management.Automation.CompletionResult]::new($_, $_, 'ParameterValue', $_)
+        $text = if ($_ -match '[^\w./\\:=~-]') { "'" + $_.Replace("'", "''") + "'" } else { $_ }
+        [System.Management.Automation.CompletionResult]::new($text, $_, 'ParameterValue', $_)
     }
 }
 """,

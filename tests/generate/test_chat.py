@@ -136,6 +136,23 @@ def test_a_hub_models_template_and_greedy_replies_are_those_of_transformers(qwen
     assert chat.messages == messages
 
 
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_whether_a_model_thinks_is_asked_as_transformers_asks(qwen, thinking):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(qwen)
+    chat = Chat(load(qwen, "cpu", "float32"), ChatConfig(**GREEDY | {"enable_thinking": thinking}))
+    messages = [{"role": "user", "content": "你好"}]
+    asked = {} if thinking is None else {"enable_thinking": thinking}
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **asked)
+    assert chat.prompt(messages) == list(expected)
+    assert ("<think>" in tokenizer.decode(expected)) == (thinking is False)
+
+
+def test_a_model_that_does_not_ask_whether_to_think_is_not_told(miaobi, talker):
+    said = miaobi("chat", talker, "--enable_thinking=False", "--device=cpu")
+    assert said.code == 2
+    assert "--enable_thinking is for templates that ask for it" in said.err
+
+
 def test_what_a_user_types_never_becomes_a_control_token(qwen):
     lm = load(qwen, "cpu")
     chat = Chat(lm, ChatConfig(**GREEDY))

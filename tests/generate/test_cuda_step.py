@@ -11,7 +11,7 @@ import torch
 
 from miaobi.config import ModelConfig
 from miaobi.generate.config import SamplingConfig
-from miaobi.generate.cuda_step import CudaStep
+from miaobi.generate.cuda_step import CudaStep, decode
 from miaobi.generate.slots import Slots, Stream
 from miaobi.model.transformer import Transformer
 
@@ -34,9 +34,9 @@ class Refused(CudaStep):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore of that")
 
 
-def model(family: str, device: str = "cpu", dtype: torch.dtype = torch.double) -> Transformer:
+def model(family: str, device: str = "cpu", dtype: torch.dtype = torch.double, **values) -> Transformer:
     torch.manual_seed(0)
-    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": BLOCK, "vocab_size": V}
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": BLOCK, "vocab_size": V} | values
     made = Transformer(ModelConfig(family=family, **sizes)).eval()
     for p in made.parameters():
         torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.3)
@@ -65,6 +65,26 @@ def test_recorded_steps_write_what_plain_ones_write(family, size):
     assert written(transformer, size, graphs) == written(transformer, size, None)
     assert set(graphs.recorded) <= {min(size, rows) for rows in (1, 2, 4, 8)}
     assert graphs.records <= 3 * len(graphs.recorded), "recorded again only where the caches grew"
+
+
+@pytest.mark.parametrize(("family", "values"), [
+    ("gpt2", {}), ("gpt2", {"bias": True}), ("gpt2", {"activation": "gelu_new"}), ("qwen3", {}),
+    ("qwen3", {"n_kv_head": 2}), ("qwen3", {"n_kv_head": 1, "head_dim": 12}), ("qwen2", {"n_kv_head": 2}),
+    ("llama", {}), ("llama", {"n_kv_head": 1}),
+])  # fmt: skip
+def test_the_step_in_few_launches_gives_the_models_logits(family, values):
+    """Rows at different positions, with tokens behind them that must not be seen."""
+    transformer = model(family, **values)
+    text = torch.randint(V, (3, BLOCK), generator=torch.Generator().manual_seed(0))
+    at = [5, BLOCK - 1, 0]
+    with torch.inference_mode():
+        caches, expected = transformer.make_caches(3), transformer(text)
+        transformer.hidden(text, caches=[replace(cache) for cache in caches])
+        for cache in caches:
+            for row, position in enumerate(at):
+                cache.k[row, :, position] = cache.v[row, :, position] = 100.0
+        logits = decode(transformer, text[range(3), at], torch.tensor(at), caches)
+    torch.testing.assert_close(logits, expected[range(3), at], atol=1e-9, rtol=1e-9)
 
 
 def test_one_after_the_other_slots_of_other_sizes_are_recorded_anew():

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from miaobi.errors import UserError
-from miaobi.files import MOST_OF_A_LIST, json_of, read_whole
+from miaobi.files import MOST_OF_A_LIST, is_running, json_of, read_whole
 from miaobi.lock import locked
 
 SHARD_BYTES = 1 << 31
@@ -215,7 +215,7 @@ def clear_leftovers(out: Path) -> None:
     name = re.compile(re.escape(_beside(out, "KIND", 0).name[:-1]).replace("KIND", "(tmp|aside|old)") + r"(\d+)")
     for path in list(out.parent.iterdir()):
         match = name.fullmatch(path.name)
-        if not match or _is_running(int(match[2])):
+        if not match or is_running(int(match[2])):
             continue
         if match[1] == "old" and not out.exists():
             os.replace(path, out)
@@ -225,16 +225,6 @@ def clear_leftovers(out: Path) -> None:
 def _beside(out: Path, kind: str, process: int | None = None) -> Path:
     """A name of this process, on the same disk as `out`; of this machine too, as disks are shared."""
     return out.with_name(f".{out.name}.{kind}-{socket.gethostname()}-{os.getpid() if process is None else process}")
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 def check_replaceable(out: Path, sources: list[Path]) -> None:

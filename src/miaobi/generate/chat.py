@@ -45,9 +45,9 @@ class Chat:
     """
 
     def __init__(self, lm: LanguageModel, cfg: ChatConfig) -> None:
-        """Raises UserError when the model has no chat template."""
+        """Raises UserError when the model has no chat template, or one that does not know `enable_thinking`."""
         self.lm, self.cfg = lm, cfg
-        self.template = ChatTemplate.of(lm.tokenizer)
+        self.template = ChatTemplate.of(lm.tokenizer, cfg.enable_thinking)
         self.messages: Messages = []
         control = control_ids(lm.tokenizer)
         self.unknown = [control[name] for name in UNKNOWN if name in control]

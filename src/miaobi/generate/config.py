@@ -85,6 +85,8 @@ class ChatConfig(SamplingConfig):
     temperature: float = 0.8
     top_p: float = 0.9
     repetition_penalty: float = 1.2
+    enable_thinking: bool | None = None
+    """For templates that ask (Qwen3's): whether the model thinks before it answers. Default: as the template has it."""
 
 
 @dataclass(frozen=True)

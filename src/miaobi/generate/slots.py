@@ -18,7 +18,7 @@ from miaobi.generate.eager_step import EagerStep
 from miaobi.generate.sampling import drawing, next_token, penalize_repeats
 from miaobi.generate.step import Step
 from miaobi.generate.stream import Stream, score
-from miaobi.model.transformer import KVCache, Transformer
+from miaobi.model.transformer import KVCache, Transformer, keys_and_values
 
 PREFILL_TOKENS = 8192  # of several prompts in one forward pass, which bounds its memory
 CHUNK = 48  # tokens of a prompt that an exact step reads at once
@@ -198,8 +198,8 @@ class Slots:
             return
         dtype = None if self.fast is None else self.fast.cache_dtype  # so that the fast step may take over later
         self.caches = self.model.make_caches(self.size, length, dtype)
-        for new, before in zip(self.caches, old, strict=False):
-            new.k[:, :, :had], new.v[:, :, :had] = before.k, before.v
+        if old:
+            keys_and_values(self.caches)[..., :had, :] = keys_and_values(old)
 
     def recall(self, row: int, prompt: list[int]) -> int:
         """Let `row` begin with what `prompt` has in common with the row most like it; how many tokens that is."""
@@ -213,9 +213,8 @@ class Slots:
     def copy(self, source: int, row: int, count: int) -> None:
         """The first `count` positions of another row into `row`."""
         self.known[row] = []  # until it is whole: Ctrl-C may come in between
-        for cache in self.caches:
-            cache.k[row, :, :count] = cache.k[source, :, :count]
-            cache.v[row, :, :count] = cache.v[source, :, :count]
+        both = keys_and_values(self.caches)
+        both[:, :, row, :, :count] = both[:, :, source, :, :count]
         self.known[row] = self.known[source][:count]
 
     def prefill(self, rows: list[int], prompts: list[list[int]], start: int = 0) -> None:

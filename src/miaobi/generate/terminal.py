@@ -144,8 +144,8 @@ def obey(chat: Chat, line: str, out: TextIO, silent: bool) -> bool:
     known = {name.split()[0] for name in COMMANDS} - {"//TEXT"}
     if command not in known or (rest.strip() and command not in TAKE_TEXT):
         say(chat.reply(line.replace("//", "/", 1) if line.lstrip().startswith("//") else line), out, silent)
-        meant = "" if command.startswith("//") else command.lower()
-        if out.isatty() and (close := difflib.get_close_matches(meant, known, n=1, cutoff=0.75)):
+        close = [] if command.startswith("//") else difflib.get_close_matches(command.lower(), known, n=1, cutoff=0.75)
+        if out.isatty() and close:
             why = "takes no text and was sent as a message; alone it is the command"
             if command not in known:
                 why = f"is no command and was sent as a message. Did you mean {close[0]}?"

@@ -44,6 +44,16 @@ class KVCache:
         return self.k[:, :, :end].to(k.dtype), self.v[:, :, :end].to(v.dtype)
 
 
+def keys_and_values(caches: list[KVCache]) -> Tensor:
+    """Those of all layers, (2, L, B, H_kv, S, D), where `Transformer.make_caches` has put them: one launch copies what
+    would take two for each layer.
+    """
+    first, following = caches[0], caches[min(1, len(caches) - 1)]
+    to_values = first.v.storage_offset() - first.k.storage_offset()
+    to_next = following.k.storage_offset() - first.k.storage_offset()
+    return first.k.as_strided((2, len(caches), *first.k.shape), (to_values, to_next, *first.k.stride()))
+
+
 @dataclass
 class RowCache(KVCache):
     """A cache whose rows are at different positions: `append` stores one token per row at `position_ids` (B,) and
@@ -361,11 +371,10 @@ class Transformer(nn.Module):
 
     def make_caches(self, batch: int, length: int | None = None, dtype: torch.dtype | None = None) -> list[KVCache]:
         """Empty caches for `batch` streams of up to `length` (default block_size) positions, in the precision of the
-        products or in `dtype`. All keys lie in one stretch of memory, layer by layer, and so do all values.
+        products or in `dtype`. Keys lie in one stretch of memory, layer by layer, and values in another behind it.
         """
         attn, weight = self.blocks[0].attn, self.wte.weight
-        shape = (len(self.blocks), batch, attn.n_kv_head, length or self.cfg.block_size, attn.head_dim)
+        shape = (2, len(self.blocks), batch, attn.n_kv_head, length or self.cfg.block_size, attn.head_dim)
         if dtype is None:
             dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled() else weight.dtype
-        return [KVCache(k, v) for k, v in zip(weight.new_zeros(shape, dtype=dtype),
-                                              weight.new_zeros(shape, dtype=dtype), strict=True)]  # fmt: skip
+        return [KVCache(k, v) for k, v in zip(*weight.new_zeros(shape, dtype=dtype), strict=True)]

@@ -142,6 +142,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a sharded tensor, the same memory; any other as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def shards_of(local: Tensor, like: Tensor) -> Tensor:
+    """The sharded tensor, laid out as `like` is, of which this rank holds `local`."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
 def part_of(value: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a tensor that every rank has whole, sharded as `like` is; all of it where that is not."""
     if not is_sharded(like):

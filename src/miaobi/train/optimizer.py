@@ -9,14 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from miaobi.config import OptimConfig
-from miaobi.device import cpu_has_bf16, gpu_has_bf16
 from miaobi.model.families import qkv_widths
 from miaobi.model.transformer import Transformer
-from miaobi.train.layout import is_sharded, part_of, whole
+from miaobi.train.layout import is_sharded, local_part, part_of, shards_of, whole
+from miaobi.train.orthogonal import orthogonalize
 
 WITHOUT_WAITING = ("cuda",)
 """Devices that compute while Python goes on: to ask one for a number is to wait for all that it was given."""
-QUINTIC = (3.4445, -4.7750, 2.0315)  # Newton-Schulz coefficients of Jordan et al. 2024
 
 
 class Muon(torch.optim.Optimizer):
@@ -55,31 +54,40 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _move(self, alike: list[tuple[Tensor, list[int]]], lr: float, momentum: float, weight_decay: float) -> None:
-        """Update parameters of one shape, each split into the same parts."""
-        updates = []
-        for p, _ in alike:
-            state = self.state[p]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            buffer, grad = state["momentum_buffer"], p.grad
-            if self.found_inf is not None:  # towards itself the buffer does not move, and what follows is finite
-                grad = torch.where(self.found_inf.bool(), buffer, grad)
-            buffer.lerp_(grad, 1 - momentum)
-            updates.append(whole(grad.lerp(buffer, momentum)))
-        pieces = torch.stack(updates).split(alike[0][1], dim=1)  # (N, rows, C) each
+        """Update parameters of one shape, each split into the same parts, in a few launches for all of them."""
+        params, parts = [p for p, _ in alike], alike[0][1]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        weights = [local_part(p) for p in params]
+        buffers = [local_part(self.state[p]["momentum_buffer"]) for p in params]
+        stacked = torch.stack([local_part(p.grad) for p in params])
+        if self.found_inf is not None:  # towards itself a buffer does not move, and what follows is finite
+            stacked = torch.where(self.found_inf.bool(), torch.stack(buffers), stacked)
+        grads = stacked.unbind()
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        torch._foreach_lerp_(grads, buffers, momentum)
+        if is_sharded(params[0]):
+            stacked = torch.stack([whole(shards_of(g, p)) for g, p in zip(grads, params, strict=True)])
+        pieces = stacked.split(parts, dim=1)  # (N, rows, C) each
         by_shape: dict[torch.Size, list[int]] = {}
         for i, piece in enumerate(pieces):
             by_shape.setdefault(piece.shape, []).append(i)
         moved = list(pieces)
         for shape, indices in by_shape.items():
             scale = math.sqrt(max(1.0, shape[1] / shape[2]))
-            orthogonal = shared_orthogonalize(torch.cat([pieces[i] for i in indices]))
+            together = pieces[indices[0]] if len(indices) == 1 else torch.cat([pieces[i] for i in indices])
+            orthogonal = shared_orthogonalize(together)
+            orthogonal *= scale if self.found_inf is None else scale * (1 - self.found_inf)
             for i, o in zip(indices, orthogonal.split(len(alike)), strict=True):
-                moved[i] = o * (scale if self.found_inf is None else scale * (1 - self.found_inf))
-        for (p, _), update in zip(alike, torch.cat(moved, dim=1), strict=True):
-            if weight_decay:
-                p.mul_(1 - lr * weight_decay * (1 if self.found_inf is None else 1 - self.found_inf))
-            p.add_(part_of(update, p), alpha=-lr)
+                moved[i] = o
+        updates = (moved[0] if len(moved) == 1 else torch.cat(moved, dim=1)).unbind()
+        if is_sharded(params[0]):
+            updates = [local_part(part_of(update, p)) for update, p in zip(updates, params, strict=True)]
+        if weight_decay:
+            kept = 1 - lr * weight_decay * (1 if self.found_inf is None else 1 - self.found_inf)
+            torch._foreach_mul_(weights, kept)
+        torch._foreach_add_(weights, updates, alpha=-lr)
 
 
 def world_size() -> int:
@@ -101,31 +109,6 @@ def shared_orthogonalize(g: Tensor) -> Tensor:
     everyone = torch.empty(ranks * each, *g.shape[1:], dtype=g.dtype, device=g.device)
     dist.all_gather(list(everyone.split(each)), mine)
     return everyone[: len(g)]
-
-
-def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrices of g (N, R, C), roughly: singular values end between 0.7 and 1.2."""
-    a, b, c = QUINTIC
-    x = g.mT if g.shape[-2] > g.shape[-1] else g
-    dtype = iteration_dtype(g.device)
-    if dtype == torch.float16:  # gradients may be smaller than its least number; shares of their norm are not
-        x = (x.float() / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
-    else:
-        x = x.to(dtype)
-        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
-    return (x.mT if g.shape[-2] > g.shape[-1] else x).to(g.dtype)
-
-
-def iteration_dtype(device: torch.device) -> torch.dtype:
-    """What the iterations run in: bf16 where the hardware has units for it; on GPUs before them (Volta, Turing) fp16,
-    since no singular value leaves [0, 1.3]; else fp32.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16 if gpu_has_bf16(device) else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
 
 
 def make_optimizers(model: Transformer, cfg: OptimConfig, kind: str) -> list[torch.optim.Optimizer]:

@@ -1,0 +1,94 @@
+"""Newton-Schulz iterations (Jordan et al. 2024, kellerjordan.github.io/posts/muon) with few products and few launches.
+
+A step of them is x <- (a + b G + c G^2) x, where G = x x^T. Two things make five steps cheaper, and change nothing but
+roundings. Every product among the small square matrices is symmetric, since all of them are polynomials of one G: half
+of it is enough. And where x is wide, G and the product of the polynomials go from step to step without x (Dao-AILab's
+Gram Newton-Schulz). Errors of G grow twelvefold a step, so it is computed anew after three: then the result is as near
+to the exact one as that of the plain iterations, in fp32, fp16 and bf16 (docs/lab-notes.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from miaobi.device import cpu_has_bf16, gpu_has_bf16
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+"""Coefficients a, b, c of a step."""
+PLAIN, BY_GRAM = (1, 1, 1, 1, 1), (3, 2)
+"""Steps from one G = x x^T to the next."""
+WIDE = 1.5
+"""Columns per row from which on BY_GRAM takes fewer operations."""
+BLOCK = 128
+"""Rows of a symmetric product that a CPU computes at once. Smaller ones save more operations, and take longer for each;
+below four of them nothing is won (docs/lab-notes.md)."""
+CACHED = 1 << 22
+"""Numbers that a CPU iterates on at once: what its last cache holds."""
+
+
+def orthogonalize(g: Tensor) -> Tensor:
+    """Nearest semi-orthogonal matrices of g (N, R, C), roughly: singular values end between 0.7 and 1.2."""
+    is_tall = g.shape[-2] > g.shape[-1]
+    x = g.mT if is_tall else g  # the smaller Gram matrix
+    dtype = iteration_dtype(g.device)
+    if dtype == torch.float16:  # gradients may be smaller than its least number; shares of their norm are not
+        x = (x.float() / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
+    else:
+        x = x.to(dtype)
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if x.device.type == "cpu" and x.numel() > CACHED:
+        x = torch.cat([iterated(some) for some in x.split(max(1, CACHED // x[0].numel()))])
+    else:
+        x = iterated(x)
+    return (x.mT if is_tall else x).to(g.dtype)
+
+
+def iterated(x: Tensor) -> Tensor:
+    """x (N, R, C), R <= C, whose singular values are at most 1, after five steps."""
+    for steps in BY_GRAM if x.shape[-1] > WIDE * x.shape[-2] else PLAIN:
+        x = advanced(x, steps)
+    return x
+
+
+def advanced(x: Tensor, steps: int) -> Tensor:
+    """x (N, R, C), R <= C, whose singular values are at most 1.3, after so many steps."""
+    a, b, c = QUINTIC
+    gram = symmetric_product(x, x.mT)
+    p = symmetric_product(gram, gram, gram, b, c)  # the step multiplies by a + p
+    if steps == 1:
+        return torch.baddbmm(x, p, x, beta=a)
+    product = p.clone()
+    product.diagonal(dim1=-2, dim2=-1).add_(a)
+    for _ in range(steps - 1):
+        half = symmetric_product(gram, p, gram, a)
+        gram = symmetric_product(half, p, half, a)  # of the x that is not there
+        p = symmetric_product(gram, gram, gram, b, c)
+        product = symmetric_product(p, product, product, a)
+    return product @ x
+
+
+def symmetric_product(x: Tensor, y: Tensor, c: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
+    """beta c + alpha x y, (N, R, R), which is symmetric. x: (N, R, K). y: (N, K, R). c: (N, R, R), symmetric."""
+    rows = x.shape[1]
+    if x.device.type != "cpu" or x.dtype != torch.float32 or rows < 4 * BLOCK:
+        return x @ y if c is None else torch.baddbmm(c, x, y, beta=beta, alpha=alpha)
+    out = x.new_empty(len(x), rows, rows)
+    for start in range(0, rows, BLOCK):  # what lies on the diagonal and to the right of it
+        some, right = slice(start, start + BLOCK), slice(start + BLOCK, None)
+        if c is None:
+            torch.bmm(x[:, some], y[:, :, start:], out=out[:, some, start:])
+        else:
+            torch.baddbmm(c[:, some, start:], x[:, some], y[:, :, start:], beta=beta, alpha=alpha,
+                          out=out[:, some, start:])  # fmt: skip
+        out[:, right, some] = out[:, some, right].mT
+    return out
+
+
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """What the iterations run in: bf16 where the hardware has units for it; on GPUs before them (Volta, Turing) fp16,
+    since no singular value leaves [0, 1.3]; else fp32.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if gpu_has_bf16(device) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32

@@ -1,0 +1,48 @@
+"""The bars of the GPU path that can be counted without a GPU: launches, operations, waits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from miaobi import native
+
+ROOT = Path(__file__).parents[2]
+MUON_BEFORE = {"qwen3 40x512": (953, 1.6509), "qwen3 6x384": (273, 0.1053), "gpt2 6x384": (270, 0.1019)}
+"""Launches and TFLOP of a step before it was written for few of them, counted by this program."""
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, dict]:
+    """What the program prints; a process of its own, since the device is registered before torch is imported."""
+    if native.compiler() is None:
+        pytest.skip("no C++ compiler")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.launches", "--json"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["items"]
+
+
+@pytest.mark.parametrize("shape", MUON_BEFORE)
+def test_muon_in_few_launches(counted, shape):
+    launches, tflop = MUON_BEFORE[shape]
+    now = counted[f"muon, {shape}"]
+    assert now["launches"] <= (0.25 if "40" in shape else 0.6) * launches
+    assert now["tflop"] <= 0.87 * tflop
+
+
+def test_a_training_step_never_waits_for_the_card(counted):
+    """Two micro-batches, dropout, clipping, averaged weights; AdamW and Muon; bf16, and fp16 with its scaler."""
+    steps = {name: row for name, row in counted.items() if name.startswith("training")}
+    assert {row["waits"] for row in steps.values()} == {0}
+    assert len(steps) == 3
+
+
+@pytest.mark.parametrize(("family", "most"), [("gpt2", 14), ("qwen3", 14), ("qwen3, 2 heads of keys", 14)])
+def test_a_layer_is_decoded_in_few_launches(counted, family, most):
+    row = counted[f"decoding, {family}"]
+    assert row["per_layer"] <= most, row["by_name"]
+    assert row["waits"] == 0
