@@ -318,8 +318,8 @@ def test_a_table_grows_by_what_was_tested_alike_and_by_nothing_else(ask, miaobi,
     renamed.write_bytes(table.read_bytes())
     assert earlier("--seed=5", data=renamed) == known, "cells of its own kind are no earlier ones"
     fewer = write(tmp_path / "fewer.csv", reviews(100, long=60))
-    for flags, data in ((["--protocol=as-published", "--seed=6"], table), (["--train_fraction=0.7", "--seed=6"], table),
-                        (["--seed=6"], fewer)):  # fmt: skip
+    for flags, data in ((["--protocol=as-published", "--seed=6"], table), (["--train_fraction=0.7", "--seed=7"], table),
+                        (["--seed=8"], fewer)):  # fmt: skip
         assert earlier(*flags, data=data) == []
     shown = miaobi("classify", "train", f"--base_model={trained('gpt2')}", f"--data={table}", *FAST, "--trainable=head",
                    f"--out_dir={tmp_path / 'run'}", "--baselines=False").out  # fmt: skip

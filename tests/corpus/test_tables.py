@@ -29,7 +29,7 @@ MESSAGES = [{"role": "user", "content": "你好"}, {"role": "assistant", "conten
 
 @pytest.fixture(autouse=True)
 def _told_anew():
-    tables._say_once.cache_clear()
+    tables.guessed.clear()
 
 
 def records(path, **options):
