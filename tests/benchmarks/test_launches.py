@@ -10,7 +10,7 @@ import pytest
 from miaobi import native
 
 ROOT = Path(__file__).parents[2]
-MUON_BEFORE = {"qwen3 40x512": (953, 1.6509), "qwen3 6x384": (273, 0.1053), "gpt2 6x384": (270, 0.1019)}
+MUON_BEFORE = {"qwen3 40x512": (953, 1.6509), "gpt2 6x384": (270, 0.1019)}
 """Launches and TFLOP of a step before it was written for few of them, counted by this program."""
 
 
@@ -23,26 +23,30 @@ def counted() -> dict[str, dict]:
         [sys.executable, "-m", "benchmarks.launches", "--json"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)["items"]
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("shape", MUON_BEFORE)
 def test_muon_in_few_launches(counted, shape):
     launches, tflop = MUON_BEFORE[shape]
-    now = counted[f"muon, {shape}"]
-    assert now["launches"] <= (0.25 if "40" in shape else 0.6) * launches
+    now = counted["items"][f"muon, {shape}"]
+    assert now["launches"] <= (0.25 if shape.startswith("qwen3 40") else 0.51) * launches
     assert now["tflop"] <= 0.87 * tflop
 
 
 def test_a_training_step_never_waits_for_the_card(counted):
-    """Two micro-batches, dropout, clipping, averaged weights; AdamW and Muon; bf16, and fp16 with its scaler."""
-    steps = {name: row for name, row in counted.items() if name.startswith("training")}
+    """Two micro-batches, dropout, clipping, averaged weights, a batch of an evaluation; AdamW in bf16, Muon in fp16
+    with its scaler. Asking for a value would have ended the program; it says itself whether it would have seen that.
+    """
+    steps = {name: row for name, row in counted["items"].items() if name.startswith("training")}
     assert {row["waits"] for row in steps.values()} == {0}
-    assert len(steps) == 3
+    assert len(steps) == 2
+    assert counted["seen"] == {"item": True, "bool": True, "list": True, "to the CPU": True, "from it": True,
+                               "from it, without waiting": False}  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "most"), [("gpt2", 14), ("qwen3", 14), ("qwen3, 2 heads of keys", 14)])
+@pytest.mark.parametrize(("family", "most"), [("gpt2", 9), ("qwen3", 14), ("qwen3, 2 heads of keys", 14)])
 def test_a_layer_is_decoded_in_few_launches(counted, family, most):
-    row = counted[f"decoding, {family}"]
+    row = counted["items"][f"decoding, {family}"]
     assert row["per_layer"] <= most, row["by_name"]
     assert row["waits"] == 0
