@@ -41,6 +41,9 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         """One update of every matrix that has a gradient."""
         loss = closure() if closure is not None else None
+        is_bad, share = None, 1.0
+        if self.found_inf is not None:
+            is_bad, share = self.found_inf.bool(), 1 - self.found_inf
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[tuple[Tensor, list[int]]]] = {}
             for p, parts in zip(group["params"], group["parts"], strict=True):
@@ -50,11 +53,15 @@ class Muon(torch.optim.Optimizer):
                 # sharded matrices are whole for a moment: only as many at once as there are ranks to work on them
                 at_once = world_size() if is_sharded(alike[0][0]) else len(alike)
                 for i in range(0, len(alike), at_once):
-                    self._move(alike[i : i + at_once], group["lr"], group["momentum"], group["weight_decay"])
+                    self._move(alike[i : i + at_once], group, is_bad, share)
         return loss
 
-    def _move(self, alike: list[tuple[Tensor, list[int]]], lr: float, momentum: float, weight_decay: float) -> None:
-        """Update parameters of one shape, each split into the same parts, in a few launches for all of them."""
+    def _move(self, alike: list[tuple[Tensor, list[int]]], group: dict, is_bad: Tensor | None, share: Tensor | float):
+        """Update parameters of one shape, each split into the same parts, in a few launches for all of them.
+
+        is_bad, share: `found_inf` as a bool, and how much of an update is made, 0 or 1.
+        """
+        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
         params, parts = [p for p, _ in alike], alike[0][1]
         for p in params:
             if not self.state[p]:
@@ -62,8 +69,8 @@ class Muon(torch.optim.Optimizer):
         weights = [local_part(p) for p in params]
         buffers = [local_part(self.state[p]["momentum_buffer"]) for p in params]
         stacked = torch.stack([local_part(p.grad) for p in params])
-        if self.found_inf is not None:  # towards itself a buffer does not move, and what follows is finite
-            stacked = torch.where(self.found_inf.bool(), torch.stack(buffers), stacked)
+        if is_bad is not None:  # towards itself a buffer does not move, and what follows is finite
+            stacked = torch.where(is_bad, torch.stack(buffers), stacked)
         grads = stacked.unbind()
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         torch._foreach_lerp_(grads, buffers, momentum)
@@ -78,15 +85,14 @@ class Muon(torch.optim.Optimizer):
             scale = math.sqrt(max(1.0, shape[1] / shape[2]))
             together = pieces[indices[0]] if len(indices) == 1 else torch.cat([pieces[i] for i in indices])
             orthogonal = shared_orthogonalize(together)
-            orthogonal *= scale if self.found_inf is None else scale * (1 - self.found_inf)
+            orthogonal *= scale * share
             for i, o in zip(indices, orthogonal.split(len(alike)), strict=True):
                 moved[i] = o
         updates = (moved[0] if len(moved) == 1 else torch.cat(moved, dim=1)).unbind()
         if is_sharded(params[0]):
             updates = [local_part(part_of(update, p)) for update, p in zip(updates, params, strict=True)]
         if weight_decay:
-            kept = 1 - lr * weight_decay * (1 if self.found_inf is None else 1 - self.found_inf)
-            torch._foreach_mul_(weights, kept)
+            torch._foreach_mul_(weights, 1 - lr * weight_decay * share)
         torch._foreach_add_(weights, updates, alpha=-lr)
 
 
