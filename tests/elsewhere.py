@@ -31,15 +31,33 @@ POSIX_FUNCTIONS = (
     "getloadavg", "sysconf", "register_at_fork", "mkfifo", "chown", "nice", "O_NOFOLLOW", "O_CLOEXEC", "O_DIRECTORY",
 )  # fmt: skip
 SIGNALS = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM", "setitimer")
+LACKED = {  # by Windows, of what the standard library itself needs here: miaobi's modules do not see it
+    "os": (
+        *POSIX_FUNCTIONS, "chroot", "confstr", "copy_file_range", "ctermid", "environb", "eventfd", "fchdir",
+        "fchmod", "fchown", "fdatasync", "fpathconf", "fstatvfs", "fwalk", "getenvb", "getgrouplist",
+        "getgroups", "getpgrp", "getpriority", "getsid", "getxattr", "killpg", "lchown", "listxattr", "lockf",
+        "memfd_create", "mknod", "openpty", "pathconf", "pidfd_open", "pipe2", "posix_fadvise",
+        "posix_fallocate", "posix_spawn", "preadv", "pwritev", "readv", "sched_setaffinity", "sched_yield",
+        "sendfile", "setgid", "setpgid", "setpriority", "setuid", "setxattr", "splice", "statvfs", "sync",
+        "tcgetpgrp", "ttyname", "uname", "wait", "wait3", "wait4", "waitid", "writev", "O_NONBLOCK", "O_SYNC",
+        "O_DSYNC", "O_NOCTTY", "O_TMPFILE", "WNOHANG", "WIFSIGNALED", "WTERMSIG",
+    ),
+    "signal": (
+        *SIGNALS, "alarm", "pthread_kill", "pthread_sigmask", "siginterrupt", "sigpending", "sigwait", "SIG_BLOCK",
+        "SIG_SETMASK", "SIGCHLD", "SIGCONT", "SIGKILL", "SIGPIPE", "SIGQUIT", "SIGSTOP", "SIGTSTP", "SIGWINCH",
+    ),
+}  # fmt: skip
 
 
 class Told:
-    """A module, but for the attributes that are given."""
+    """A module, but for the attributes that are given, and those that Windows lacks."""
 
     def __init__(self, module: types.ModuleType, **told: object) -> None:
-        self.__dict__.update(told, _module=module)
+        self.__dict__.update(told, _module=module, _lacked=frozenset(LACKED.get(module.__name__, ())))
 
     def __getattr__(self, name: str) -> object:
+        if name in self._lacked:
+            raise AttributeError(f"module {self._module.__name__!r} has no attribute {name!r} on Windows")
         return getattr(self._module, name)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -49,6 +67,11 @@ class Told:
 def refuse_links(*_: object, **__: object) -> None:
     """As Windows does for who is no administrator."""
     raise OSError(errno.EPERM, "A required privilege is not held by the client")
+
+
+def kill(process: int, number: int) -> None:
+    """Windows' own: 0 is no question there but Ctrl-C, and what is not Ctrl-C or Ctrl-Break ends the process."""
+    raise AssertionError(f"os.kill({process}, {number}) would end a process of Windows")
 
 
 def without_proc(real):
@@ -95,7 +118,9 @@ def tell_windows() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("miaobi"):
             if getattr(module, "os", None) is os:
-                module.os = Told(os, name="nt")
+                module.os = Told(os, name="nt", kill=kill)
+            if getattr(module, "signal", None) is signal:
+                module.signal = Told(signal)
             if getattr(module, "sys", None) is sys:
                 module.sys = Told(sys, platform="win32")
 

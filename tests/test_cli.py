@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from tests.conftest import tiny
 
 from miaobi import cli, seeds, show
 from miaobi.errors import UserError
@@ -235,6 +236,22 @@ def test_train_prints_one_json_object(miaobi, corpus_file, tmp_path):
     config = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
     assert "n_layer: 1" in config
     assert "# command line" in config
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train", "eval", "classify train", "classify ablate"])
+def test_a_bad_record_at_the_end_leaves_nothing_on_stdout(miaobi, trained, tmp_path, verb):
+    """Of no verb with --json half an object: whoever reads it gets all or nothing, and the code says which."""
+    texts, table = tmp_path / "a.jsonl", tmp_path / "a.csv"
+    texts.write_text('{"text": "好的皇马"}\n' * 3000 + "{\n", encoding="utf-8")
+    table.write_text("label,review\n" + "1,好\n0,坏\n" * 3000 + '1,"好\n', encoding="utf-8")
+    words = {
+        "prepare": [texts, f"--out={tmp_path / 'out'}"],
+        "train": [*tiny(data=texts, out_dir=tmp_path / "run")],
+        "eval": [trained(), texts, "--device=cpu"],
+    }.get(verb, [f"--base_model={trained()}", f"--data={table}", f"--out_dir={tmp_path / 'run'}", "--device=cpu"])
+    answer = miaobi(*verb.split(), *words, "--json")
+    assert (answer.code, answer.out) == (2, "")
+    assert "line " in answer.err.splitlines()[-1]
 
 
 def test_the_seeds_sample_line(miaobi, trained):

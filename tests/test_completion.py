@@ -1,6 +1,7 @@
 """Completion: what real shells offer at TAB, and what the parser knows."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,24 @@ def test_an_unknown_shell_is_told_which_are_known(miaobi):
         answer = miaobi("--completion", *words)
         assert answer.code == 2
         assert "bash, zsh, fish, powershell" in answer.err
+
+
+def test_powershell_reads_its_script():
+    """By a grammar of it, as it runs nowhere here: in the form that Microsoft documents for native commands."""
+    powershell = pytest.importorskip("tree_sitter_powershell")
+    from tree_sitter import Language, Parser
+
+    def has_error(source: str) -> bool:
+        return Parser(Language(powershell.language())).parse(source.encode()).root_node.has_error
+
+    source = completion.script(["powershell"])
+    assert not has_error(source)
+    for part in ("}\n", ")", "'"):
+        assert has_error(source.replace(part, "", 1)), "the grammar notices what is missing"
+    assert "Register-ArgumentCompleter -Native -CommandName miaobi -ScriptBlock {\n    param($" in source
+    assert re.search(r"param\(\$\w+, \$\w+, \$\w+\)\n", source), "a word, the line's syntax, the cursor"
+    made = re.search(r"\[System\.Management\.Automation\.CompletionResult\]::new\((.*?)\)\n", source)[1].split(", ")
+    assert (len(made), made[2]) == (4, "'ParameterValue'"), "what is typed, what is listed, its kind, its tip"
 
 
 BASH = """

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from tests import processes
+from tests.conftest import tiny
 
 from miaobi import device as module
 from miaobi.device import can_compile, peak_flops, pick_device, pick_dtype
@@ -146,3 +148,29 @@ def test_the_data_sheet_is_used_for_known_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4080")
     assert peak_flops(torch.device("cuda"), torch.bfloat16) == 97.5e12
     assert peak_flops(CPU, torch.float32) > 1e8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("verb", ["train", "sample", "eval", "chat", "classify train", "ranks"])
+def test_a_device_that_is_missing_and_keys_without_a_meaning_are_told_once(verb, miaobi, trained, prepared, tmp_path):
+    """By every verb that takes the seeds' lines, however often it asks; of several ranks by the first."""
+    reviews = tmp_path / "reviews.csv"
+    reviews.write_text("label,review\n" + "".join(f"{i % 2},皇马{i}\n" for i in range(40)), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text("test_batch: 4\nddp: True\nlocal_rank: -1\n", encoding="utf-8")
+    flags = tiny(data=prepared(), out_dir=tmp_path / "run", max_iters=2, device="cuda", batch_size=4, family="qwen3")
+    train = ["train", tmp_path / "run.yaml", *flags, "--backend=nccl"]
+    words = {
+        "train": train,
+        "sample": ["sample", trained(), "--init_from=resume", "--compile=False", "--num_samples=1",
+                   "--max_new_tokens=1"],
+        "eval": ["eval", trained(), prepared()],
+        "chat": ["chat", trained()],  # which has no template: what was said until then counts
+        "classify train": ["classify", "train", f"--base_model={trained()}", f"--data={reviews}", "--test_batch=8",
+                           "--save_freq=9", f"--out_dir={tmp_path / 'c'}", "--max_epoch=1", "--seeds=2"],
+    }  # fmt: skip
+    if verb == "ranks":
+        said = "".join(done.stderr for done in processes.ranks(2, *train[1:]))
+    else:
+        said = miaobi(*words[verb], *["--device=cuda"] * (verb != "train")).err
+    assert said.count("device cuda is not available here; using the CPU") == 1, said
+    assert said.count("not needed:") == (verb not in ("eval", "chat")), said

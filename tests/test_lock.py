@@ -16,6 +16,7 @@ from tests.conftest import tiny
 from tests.processes import Process
 
 from miaobi import lock
+from miaobi.corpus import store
 from miaobi.errors import UserError
 from miaobi.lock import locked, this_process
 
@@ -94,6 +95,24 @@ def test_a_link_is_not_written_through(tmp_path):
     with pytest.raises(OSError, match="symbolic"), locked(tmp_path / "run"):
         pytest.fail("followed")
     assert (tmp_path / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["link", "link/../run", "run/", "elsewhere/run"])
+def test_another_way_to_the_same_directory_meets_the_same_lock(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run", target_is_directory=True)
+    (tmp_path / "elsewhere").symlink_to(".", target_is_directory=True)
+    with locked(tmp_path / "run"), pytest.raises(UserError, match=f"process {os.getpid()}"), locked(Path(name)):
+        pytest.fail("two writers")
+    held = prepare_lock(Path("run"))
+    with held, pytest.raises(UserError, match=f"process {os.getpid()}"), prepare_lock(Path(name)):
+        pytest.fail("two writers")
+
+
+def prepare_lock(out: Path):
+    """The lock of `prepare --out`, which resolves the name first."""
+    return store.one_writer(out.resolve())
 
 
 def test_signs_of_life_are_given_while_the_work_goes_on(tmp_path, monkeypatch):

@@ -149,15 +149,73 @@ def test_a_model_without_a_card_is_not_sent(miaobi, hub, trained, tmp_path: Path
     assert hub.files == {}
 
 
-def test_modelscope_gets_the_same_files_through_its_client(miaobi, trained, monkeypatch):
-    modelscope = pytest.importorskip("modelscope_hub")
-    sent, made = [], []
-    monkeypatch.setattr(modelscope.HubApi, "repo_exists", lambda self, name, kind: False)
-    monkeypatch.setattr(modelscope.HubApi, "create_repo", lambda self, name, kind, **how: made.append((name, how)))
-    monkeypatch.setattr(modelscope.HubApi, "upload_file",
-                        lambda self, name, kind, path, to, **how: sent.append((to, Path(path).is_file())))  # fmt: skip
-    answer = miaobi("push", trained("qwen3"), NAME, "--to=modelscope", "--json")
+class ModelScope(Receiver):
+    """ModelScope's API, as far as its client asks it."""
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        body, path = self.body(request), request.path.partition("?")[0]
+        told: dict[str, object] = {}
+        status = self.status
+        if "Authorization" in request.headers:
+            self.tokens.add(request.headers["Authorization"])
+        if request.command == "GET" and path.endswith(f"/models/{NAME}") and not self.created:
+            status = 404
+        elif request.command == "POST" and path.endswith("/models"):
+            self.created.append(json.loads(body))
+        elif path.endswith("/info/lfs/objects/batch"):
+            told = {"objects": [{**thing, "actions": {"upload": {"href": f"{self.url}/put/{thing['oid']}"}}}
+                                for thing in json.loads(body)["objects"]]}  # fmt: skip
+        elif path.startswith("/put/"):
+            assert hashlib.sha256(body).hexdigest() == path.removeprefix("/put/")
+            self.large[path.removeprefix("/put/")] = body
+        elif "/commit/" in path and status == 200:
+            for action in json.loads(body)["actions"]:
+                is_large = action["type"] == "lfs"
+                content = self.large[action["sha256"]] if is_large else base64.b64decode(action["content"])
+                self.files[action["path"]] = content
+        answer = json.dumps({"Code": status, "Success": status == 200, "Data": told, "Message": "no"}).encode()
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(answer)))
+        request.send_header("Content-Type", "application/json")
+        request.end_headers()
+        request.wfile.write(answer)
+
+
+@pytest.fixture
+def model_scope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModelScope]:
+    from modelscope_hub.config import set_default_config
+
+    receiver = ModelScope()
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", receiver.url)
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms_test")
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "home"))
+    set_default_config(None)  # it reads the environment once
+    yield receiver
+    receiver.close()
+    set_default_config(None)
+
+
+def test_modelscope_gets_the_same_files_through_its_client(miaobi, model_scope, trained, tmp_path: Path):
+    run = trained("qwen3")
+    (tmp_path / "my.gguf").write_bytes(b"GGUF" + bytes(100))
+    answer = miaobi("push", run, NAME, "--to=modelscope", f"--gguf={tmp_path / 'my.gguf'}", "--private", "--json")
     assert answer.code == 0, answer.err
-    assert made == [(NAME, {"visibility": "public"})]
-    assert {name for name, _ in sent} == {file["path"] for file in json.loads(answer.out)["files"]}
-    assert all(there for _, there in sent)
+    assert {file["path"] for file in json.loads(answer.out)["files"]} == set(model_scope.files)
+    best = pointed(run / "checkpoints" / "best")
+    for name, content in model_scope.files.items():
+        assert content == (tmp_path / "my.gguf" if name == "my.gguf" else best / name).read_bytes(), name
+    made = model_scope.created[0]  # its client asks again for each file
+    assert made["License"] == "Other", "none was stated: its client would say Apache-2.0"
+    assert made["Path"] + "/" + made["Name"] == NAME
+    assert made["Visibility"] == 1, "private"
+    assert model_scope.tokens == {"Bearer ms_test"}
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_what_modelscope_refuses_says_what_to_do(miaobi, model_scope, trained, status: int):
+    model_scope.status = status
+    answer = miaobi("push", trained("qwen3"), NAME, "--to=modelscope")
+    assert answer.code == 2
+    assert "MODELSCOPE_API_TOKEN" in answer.err
+    assert model_scope.files == {}

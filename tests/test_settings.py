@@ -112,6 +112,23 @@ def test_of_several_ranks_the_first_one_says_what_is_not_needed(tmp_path, capsys
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "given", "place", "keys"),
+    [("test_batch: 4\nddp: True\n", [], "{file}", "test_batch .*; ddp "),
+     ("seed: 1\n", ["backend"], "command line", "backend "),
+     ("test_batch: 4\n", ["backend", "local_rank"], "{file} and command line", "backend .*test_batch .*local_rank "),
+     ("backend: gloo\n", ["backend"], "{file} and command line", "backend "),
+     ("seed: 1\n", ["max_iters"], "", "")],
+)  # fmt: skip
+def test_what_is_not_needed_is_one_line_that_says_where_it_stands(tmp_path, capsys, text, given, place, keys):
+    file = yaml_file(tmp_path / "c.yaml", text)
+    load_config(file, [(key, "1") for key in given])
+    said = capsys.readouterr().err
+    assert said.count("\n") == bool(place)
+    if place:
+        assert re.fullmatch(rf"{re.escape(place.format(file=file))}: not needed: {keys}.*\n", said)
+
+
 def test_small_gpts_epochs_are_not_cut_short_by_a_default(tmp_path):
     """Its files give max_epoch and nothing else: our default max_iters must not end the run before them."""
     from miaobi.train.recipe import total_steps

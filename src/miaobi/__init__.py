@@ -3,8 +3,8 @@
 What other programs may use, in the order in which it is used:
 
 >>> import miaobi
->>> told = miaobi.prepare("novel.txt", out="novel")
->>> told["documents"]
+>>> manifest = miaobi.prepare("novel.txt", out="novel")
+>>> manifest["documents"]
 300
 >>> run = miaobi.train_run(data="novel", out_dir="my_run", n_layer=1, n_head=2, n_embd=32, block_size=32, batch_size=4,
 ...                        max_iters=20, eval_interval=10, eval_iters=1, sample_tokens=0, device="cpu")

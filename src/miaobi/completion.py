@@ -54,7 +54,8 @@ Register-ArgumentCompleter -Native -CommandName miaobi -ScriptBlock {
     param($word, $line, $position)
     $words = @($line.CommandElements | Where-Object { $_.Extent.EndOffset -lt $position } | ForEach-Object { "$_" })
     miaobi "--complete=$word" @($words | Select-Object -Skip 1) 2>$null | ForEach-Object {
-        [System.Management.Automation.CompletionResult]::new($_, $_, 'ParameterValue', $_)
+        $text = if ($_ -match '[^\w./\\:=~-]') { "'" + $_.Replace("'", "''") + "'" } else { $_ }
+        [System.Management.Automation.CompletionResult]::new($text, $_, 'ParameterValue', $_)
     }
 }
 """,
@@ -89,8 +90,8 @@ def answer(args: list[str], verbs: Mapping[str, Any], imported: Callable[[str], 
 def script(shells: list[str]) -> str:
     """What a shell's start-up file reads. Raises UserError for a shell that is not known."""
     if len(shells) != 1 or shells[0] not in SCRIPTS:
-        told = f"does not know {brief(shells[0])}" if shells else "needs the name of a shell"
-        raise UserError(f"--completion {told}; it knows {', '.join(SCRIPTS)}. For bash: {WHERE['bash']}")
+        wrong = f"does not know {brief(shells[0])}" if shells else "needs the name of a shell"
+        raise UserError(f"--completion {wrong}; it knows {', '.join(SCRIPTS)}. For bash: {WHERE['bash']}")
     return f"# {WHERE[shells[0]]}{SCRIPTS[shells[0]]}"
 
 

@@ -215,11 +215,11 @@ def from_hugging_face(cfg: GetConfig) -> dict[str, Any]:
                         f"reads; of those that it reads there are: {there}")  # fmt: skip
     license = str((info.card_data or {}).get("license") or "none stated")
     log(f"{name}: {number_of(len(chosen), 'file')}\nlicense: {license}; from {site}/datasets/{name}")
-    place = Path(cfg.out) / name.replace("/", "--")
-    known = read_known(place)
+    directory = Path(cfg.out) / name.replace("/", "--")
+    known = read_known(directory)
     paths = []
     for file, sibling in chosen.items():
-        path = inside(place, file)
+        path = inside(directory, file)
         digest = sibling.lfs["sha256"] if sibling.lfs else ""
         if path.is_file() and known.get(file) == sha256(path) and digest in ("", known[file]):
             log(f"{path} is there already, and whole")
@@ -227,15 +227,17 @@ def from_hugging_face(cfg: GetConfig) -> dict[str, Any]:
             url = hf_hub_url(name, file, repo_type="dataset", revision=info.sha, endpoint=site)
             fetch(url, path, f"{name}: {file}", digest, sibling.size, build_hf_headers())
             known[file] = sha256(path)
-            write_json(place / RECORD, asdict(Origin(f"{site}/datasets/{name}", license, known)))
+            write_json(directory / RECORD, asdict(Origin(f"{site}/datasets/{name}", license, known)))
         paths.append(path)
-    return result(cfg, paths, license, f"{site}/datasets/{name}", f"miaobi prepare {place} --out={place}-prepared")
+    return result(
+        cfg, paths, license, f"{site}/datasets/{name}", f"miaobi prepare {directory} --out={directory}-prepared"
+    )
 
 
-def read_known(place: Path) -> dict[str, str]:
+def read_known(directory: Path) -> dict[str, str]:
     """SHA-256 of what was downloaded into a directory before."""
     try:
-        return dict(read_record(place / RECORD, Origin).sha256)
+        return dict(read_record(directory / RECORD, Origin).sha256)
     except UserError:
         return {}
 
@@ -252,12 +254,12 @@ def is_data(file: str, split: str) -> bool:
     return reads and not hidden and path.name != "LICENSE.txt" and (not split or split.lower() in words)
 
 
-def inside(place: Path, file: str) -> Path:
+def inside(directory: Path, file: str) -> Path:
     """Where a file of a hub lies. Raises UserError for a name that would lead elsewhere."""
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file or ":" in file:
         raise UserError(f"the data set names a file {file[:80]!r}, which is not in its directory; nothing was written")
-    return place.joinpath(*path.parts)
+    return directory.joinpath(*path.parts)
 
 
 def from_model_scope(cfg: GetConfig) -> dict[str, Any]:
@@ -268,17 +270,17 @@ def from_model_scope(cfg: GetConfig) -> dict[str, Any]:
     except ImportError as e:
         raise UserError(f"{cfg.name} needs a package more: pip install 'miaobi[modelscope]'") from e
     name = cfg.name.removeprefix(MODELSCOPE)
-    place = Path(cfg.out) / name.replace("/", "--")
+    directory = Path(cfg.out) / name.replace("/", "--")
     try:
         api = HubApi(endpoint=cfg.mirror or None)
-        api.download_repo(name, "dataset", local_dir=place)
+        api.download_repo(name, "dataset", local_dir=directory)
     except (HubError, OSError, ValueError, ImportError) as e:
         raise UserError(f"{cfg.name} could not be fetched ({reason(e)}). Check the name; the same command goes on "
                         "where this one stopped") from e  # fmt: skip
-    paths = sorted(p for p in place.rglob("*") if p.is_file() and is_data(p.relative_to(place).as_posix(), ""))
+    paths = sorted(p for p in directory.rglob("*") if p.is_file() and is_data(p.relative_to(directory).as_posix(), ""))
     if not paths:
-        raise UserError(f"{place}: no file of {name} is one that `miaobi prepare` reads")
-    log(f"{name}: its license stands in {place / 'README.md'}")
+        raise UserError(f"{directory}: no file of {name} is one that `miaobi prepare` reads")
+    log(f"{name}: its license stands in {directory / 'README.md'}")
     return result(
-        cfg, paths, "see its README.md", f"{MODELSCOPE}{name}", f"miaobi prepare {place} --out={place}-prepared"
+        cfg, paths, "see its README.md", f"{MODELSCOPE}{name}", f"miaobi prepare {directory} --out={directory}-prepared"
     )

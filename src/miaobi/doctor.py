@@ -158,23 +158,23 @@ def compiled_step() -> Iterator[Check]:
     else:
         yield Check("compiled step", "ok", f"built by {program} when it is first wanted")
     try:
-        place = wished_cache()
+        directory = wished_cache()
     except (RuntimeError, KeyError):
         yield Check("cache", "note", "no home directory: what is compiled is forgotten each time",
                     "set MIAOBI_CACHE_DIR to a directory of your own")  # fmt: skip
         return
     try:
-        if place.exists():
-            private_directory(place)
+        if directory.exists():
+            private_directory(directory)
     except NotPrivateError as e:
-        yield Check("cache", "note", f"{place} is not used: {e}", "remove it, or set MIAOBI_CACHE_DIR")
+        yield Check("cache", "note", f"{directory} is not used: {e}", "remove it, or set MIAOBI_CACHE_DIR")
         return
-    failed = sorted(place.glob("*.failed"))
+    failed = sorted(directory.glob("*.failed"))
     if failed:
-        yield Check("cache", "note", f"{place}: a part could not be compiled ({failed[0].name})",
+        yield Check("cache", "note", f"{directory}: a part could not be compiled ({failed[0].name})",
                     f"read {failed[0]}, correct it and delete the file")  # fmt: skip
     else:
-        yield Check("cache", "ok", f"{place}, yours alone")
+        yield Check("cache", "ok", f"{directory}, yours alone")
 
 
 def fonts() -> Iterator[Check]:
@@ -203,9 +203,9 @@ def space() -> Iterator[Check]:
                     "" if status == "ok" else "processes share memory there; Docker: --shm-size=1g")  # fmt: skip
     total, available = memory_bytes(), available_memory()
     if total:
-        told = f"{total / GIB:.1f} GiB" + (f", {available / GIB:.1f} free" if available is not None else "")
+        size = f"{total / GIB:.1f} GiB" + (f", {available / GIB:.1f} free" if available is not None else "")
         few = available is not None and available < GIB
-        yield Check("memory", "note" if few else "ok", told, "close other programs" if few else "")
+        yield Check("memory", "note" if few else "ok", size, "close other programs" if few else "")
 
 
 def available_memory() -> int | None:
@@ -239,8 +239,8 @@ def open_files() -> Iterator[Check]:
         return
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = soft != resource.RLIM_INFINITY and soft < WISHED_FILES
-    told = "any number" if soft == resource.RLIM_INFINITY else f"{soft:,}"
-    yield Check("open files", "note" if few else "ok", f"{told} at once",
+    number = "any number" if soft == resource.RLIM_INFINITY else f"{soft:,}"
+    yield Check("open files", "note" if few else "ok", f"{number} at once",
                 f"ulimit -n {4 * WISHED_FILES}" if few else "")  # fmt: skip
 
 

@@ -98,18 +98,18 @@ def receive(url: str, part: Path, headers: dict[str, str], came: Any, size: int 
             raise AnswerError(answer.status_code, url)
         goes_on = answer.status_code == 206 and start > 0
         first = start if goes_on else 0
-        told = answer.headers.get("Content-Length")
+        length_header = answer.headers.get("Content-Length")
         etag = answer.headers.get("ETag", "")
         if etag and not etag.startswith("W/"):
             tag.write_text(etag, encoding="utf-8")
-        came(first, first + int(told) if told else None)
+        came(first, first + int(length_header) if length_header else None)
         with part.open("ab" if goes_on else "wb") as file:
             for piece in answer.iter_raw():
                 file.write(piece)
                 came(file.tell(), None)
                 if size is not None and file.tell() > size:
                     return True
-        return told is None or length(part) == first + int(told)
+        return length_header is None or length(part) == first + int(length_header)
 
 
 def length(part: Path) -> int:

@@ -68,9 +68,9 @@ def git_state() -> tuple[str | None, bool | None]:
     return _git(Path.cwd(), "rev-parse", "HEAD"), None
 
 
-def _git(place: Path, *words: str) -> str | None:
+def _git(directory: Path, *words: str) -> str | None:
     """What git says; None where it is missing, fails, or takes long. Nothing that a repository configures is run."""
-    command = ["git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "-C", str(place), *words]
+    command = ["git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "-C", str(directory), *words]
     try:
         done = subprocess.run(
             command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, stdin=subprocess.DEVNULL

@@ -205,7 +205,7 @@ def text_written_whole(path: Path) -> Iterator[TextIO]:
     """
     temporary = aside_of(path)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -215,18 +215,26 @@ def text_written_whole(path: Path) -> Iterator[TextIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file, or the link that is there and not what it names, by UTF-8 text in one go."""
+    """Replace a file, or the link that is there and not what it names, by UTF-8 text in one go; a lone surrogate, as
+    names of files may have, is written as an escape.
+    """
     temporary = aside_of(path)
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def json_of(value: Any, indent: int | None = None) -> str:
+    """JSON that UTF-8 can hold: a lone surrogate, as other JSON and names of files may have, stays an escape."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def write_json(path: Path, value: dict) -> None:
     """Indented UTF-8 JSON."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    write_text(path, json_of(value, indent=2) + "\n")
 
 
 def read_whole(file: Path, most: int = MOST) -> bytes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,13 +60,13 @@ def push(cfg: PushConfig) -> dict[str, Any]:
     if CARD not in names:
         raise UserError(f"{directory} has no {CARD}: who finds the model there learns nothing of it. Write one there "
                         "(a model that this version trains or converts has one)")  # fmt: skip
-    told = [{"path": name, "bytes": file.stat().st_size} for name, file in zip(names, files, strict=True)]
+    sent = [{"path": name, "bytes": file.stat().st_size} for name, file in zip(names, files, strict=True)]
     if cfg.gguf is not None:
-        told.append({"path": cfg.gguf.name, "bytes": cfg.gguf.stat().st_size})
-    result = {"to": cfg.to, "name": cfg.name, "url": None, "files": told}
+        sent.append({"path": cfg.gguf.name, "bytes": cfg.gguf.stat().st_size})
+    result = {"to": cfg.to, "name": cfg.name, "url": None, "files": sent}
     if cfg.dry_run:
         return result
-    log(f"sending {len(told)} files, {sum(file['bytes'] for file in told) / 1e6:,.1f} MB, to {cfg.to}: {cfg.name}")
+    log(f"sending {len(sent)} files, {sum(file['bytes'] for file in sent) / 1e6:,.1f} MB, to {cfg.to}: {cfg.name}")
     send = to_hugging_face if cfg.to == "hf" else to_model_scope
     return result | {"url": send(cfg, directory, names)}
 
@@ -109,21 +111,33 @@ def to_model_scope(cfg: PushConfig, directory: Path, names: list[str]) -> str:
         raise UserError("ModelScope needs a package more: pip install 'miaobi[modelscope]'") from e
     api = HubApi()
     try:
-        if not api.repo_exists(cfg.name, "model"):
-            api.create_repo(cfg.name, "model", visibility="private" if cfg.private else "public")
-        for name in names:
-            api.upload_file(cfg.name, "model", directory / name, name, commit_message="Upload by miaobi push")
-        if cfg.gguf is not None:
-            api.upload_file(cfg.name, "model", cfg.gguf, cfg.gguf.name, commit_message="Upload by miaobi push")
+        with contextlib.redirect_stdout(sys.stderr):  # it tells of every file
+            if not api.repo_exists(cfg.name, "model"):
+                api.create_repo(cfg.name, "model", visibility="private" if cfg.private else "public",
+                                license=license_of(directory))  # fmt: skip
+            sent = [(directory / name, name) for name in names]
+            for file, name in [*sent, *([(cfg.gguf, cfg.gguf.name)] if cfg.gguf is not None else [])]:
+                api.upload_file(cfg.name, "model", file, name, commit_message="Upload by miaobi push")
     except (HubError, OSError, ValueError, ImportError) as e:
         raise refused(cfg, "ModelScope", e, "MODELSCOPE_API_TOKEN", "MODELSCOPE_ENDPOINT") from e
     return f"https://modelscope.cn/models/{cfg.name}"
 
 
+def license_of(directory: Path) -> str:
+    """The card's license as ModelScope calls it; its client takes Apache-2.0 where nothing is said."""
+    from huggingface_hub import ModelCard
+    from modelscope_hub.constants import License
+
+    stated = ""
+    with contextlib.suppress(Exception):  # what PyYAML raises, and more: a person may have written it
+        stated = str(ModelCard.load(directory / CARD, ignore_metadata_errors=True).data.license or "").lower()
+    return next((known.value for known in License if known.value.lower() == stated), License.OTHER.value)
+
+
 def refused(cfg: PushConfig, site: str, e: Exception, token: str, endpoint: str) -> UserError:
     """The error for what the hub, or the network, did not take."""
     said = shown(reason(e))[:200]
-    status = getattr(getattr(e, "response", None), "status_code", None)
+    status = getattr(getattr(e, "response", e), "status_code", None)  # ModelScope's errors have it themselves
     if status in (401, 403):
         advice = f"The token needs the right to write to {cfg.name}: make one in the settings of the hub, set {token}"
     else:

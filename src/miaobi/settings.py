@@ -245,7 +245,9 @@ def collect(
     if (ignored := [key for key in names.no_longer if key in written]) and os.environ.get("RANK", "0") == "0":
         from miaobi.console import log
 
-        log(f"{path or 'command line'}: not needed: {explain(ignored, names.no_longer)}")
+        places = [str(path)] * any(key in file_values for key in ignored)
+        places += ["command line"] * any(key in names.no_longer for key, _ in given)
+        log(f"{' and '.join(places)}: not needed: {explain(ignored, names.no_longer)}")
     return values, origin, written
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from miaobi.console import json_text
-from miaobi.errors import number_of
+from miaobi.errors import names_listed, number_of
 
 if TYPE_CHECKING:
     from miaobi.seeds import Names
@@ -29,9 +29,9 @@ def prepared(result: dict[str, Any], cfg: Any) -> None:
           f"({result['distinct_characters']:,} distinct), vocabulary {result['vocab_size']:,}")  # fmt: skip
     print(f"train {number_of(result['train_tokens'], 'token')}, validation {number_of(result['val_tokens'], 'token')}, "
           f"{number_of(result['duplicates_removed'], 'duplicate')} removed, {result['seconds']:.1f} s")  # fmt: skip
-    if names := result["skipped_in"]:
-        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-        print(f"skipped {result['skipped']:,} bad files, records or bytes in {', '.join(names[:5])}{more}")
+    if names := [name for name in result["skipped_in"] if name not in result["refused"]]:  # those stand in the table
+        bad = result["skipped"] - len(result["refused"])
+        print(f"bad records or bytes left out or replaced: {bad:,}, in {names_listed(names, most=5)}")
     print(f"next: miaobi train configs/{next_config(cfg)}.yaml --data={shlex.quote(out)} --out_dir=my_run")
 
 
@@ -64,14 +64,14 @@ def planned(result: dict[str, Any], cfg: Any) -> None:
     print(f"run: {number_of(run['steps'], 'step')} of {run['batch_size']} x {model['block_size']} tokens, "
           f"{run['epochs']:.1f} passes over the text")  # fmt: skip
     names = ("weights", "gradients", "optimizer", "activations", "working")
-    told = ", ".join(f"{name} {size_in_words(memory[name])}" for name in names)
-    told += f", averaged weights {size_in_words(memory['average'])}" if memory["average"] else ""
+    parts = ", ".join(f"{name} {size_in_words(memory[name])}" for name in names)
+    parts += f", averaged weights {size_in_words(memory['average'])}" if memory["average"] else ""
     if memory["process"]:
-        told += (
+        parts += (
             f", fragments {size_in_words(memory['fragments'])}, Python and libraries {size_in_words(memory['process'])}"
         )
     print(
-        f"memory: {size_in_words(memory['run'])} at micro-batches of {memory['micro_batch']} ({told}; "
+        f"memory: {size_in_words(memory['run'])} at micro-batches of {memory['micro_batch']} ({parts}; "
         f"a checkpoint being written {size_in_words(memory['checkpoint'])}, "
         f"keys and values of a sample {size_in_words(memory['kv_cache'])})"
     )
@@ -81,10 +81,10 @@ def planned(result: dict[str, Any], cfg: Any) -> None:
         print(f"{device['name']}, {device['dtype']}: {size_in_words(memory['free'])} can be used, {fits}")
     if "measured" in memory:
         print(f"measured: {size_in_words(memory['measured'])}")
-    told = [duration(result["time"]["seconds"])]
-    told += [f"{result['energy_kwh']:.2f} kWh"] if result["energy_kwh"] is not None else []
-    told += [f"costs {result['cost']:.2f}"] if result["cost"] is not None else []
-    print(f"time: {', '.join(told)} ({result['time']['basis']})")
+    estimates = [duration(result["time"]["seconds"])]
+    estimates += [f"{result['energy_kwh']:.2f} kWh"] if result["energy_kwh"] is not None else []
+    estimates += [f"costs {result['cost']:.2f}"] if result["cost"] is not None else []
+    print(f"time: {', '.join(estimates)} ({result['time']['basis']})")
     if forecast := result["forecast"]:
         curve = ", ".join(f"{bits:.2f} after {epoch:.3g}" for epoch, bits in forecast["curve"])
         print(f"forecast of the validation text: {curve} passes (bits/char)")

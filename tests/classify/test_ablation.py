@@ -301,3 +301,28 @@ def test_small_gpts_three_files_end_in_one_table_that_grows(miaobi, table: Path,
             assert re.search(r" [\d.]+ (s|min) ", cells[pooling, trainable])
     other = miaobi("classify", "train", "sentimental.yaml", *flags[1:], "--trainable=head", "--block_size=16", "--json")
     assert json.loads(other.out)["earlier"] == [], "other pieces are another test part"
+
+
+def test_a_table_grows_by_what_was_tested_alike_and_by_nothing_else(ask, miaobi, table: Path, trained, tmp_path: Path):
+    """Cells of several seeds, of ablate, of the same texts under another name; not of other texts or another cut."""
+
+    def earlier(*flags: str, data: Path = table) -> list[tuple]:
+        result, _ = ask("train", "--baselines=False", "--trainable=head", f"--data={data}", *flags)
+        return sorted((row["pooling"], row["trainable"], row["seed"]) for row in result["earlier"])
+
+    ask("ablate", "--baselines=False", "--pooling=no_mask", "--trainable=last_block")
+    ask("train", "--baselines=False", "--trainable=head", "--pooling=mean", "--seeds=2")
+    known = [("mean", "head", 1337), ("mean", "head", 1338), ("no_mask", "last_block", 1337)]
+    assert earlier() == known
+    renamed = tmp_path / "same.csv"
+    renamed.write_bytes(table.read_bytes())
+    assert earlier("--seed=5", data=renamed) == known, "cells of its own kind are no earlier ones"
+    fewer = write(tmp_path / "fewer.csv", reviews(100, long=60))
+    for flags, data in ((["--protocol=as-published", "--seed=6"], table), (["--train_fraction=0.7", "--seed=7"], table),
+                        (["--seed=8"], fewer)):  # fmt: skip
+        assert earlier(*flags, data=data) == []
+    shown = miaobi("classify", "train", f"--base_model={trained('gpt2')}", f"--data={table}", *FAST, "--trainable=head",
+                   f"--out_dir={tmp_path / 'run'}", "--baselines=False").out  # fmt: skip
+    (mean,) = (line for line in shown.splitlines() if "│ mean" in line)
+    assert mean.split("│")[3].strip() == "2"
+    assert "±" in mean

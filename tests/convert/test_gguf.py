@@ -8,12 +8,15 @@ from pathlib import Path
 import gguf
 import pytest
 import snownlp
+import tokenizers
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from miaobi.config import ModelConfig
-from miaobi.convert.gguf import GGUFConfig, convert
+from miaobi.convert.gguf import GGUFConfig, convert, count_differing
+from miaobi.convert.gguf_vocabulary import ByScore, vocabulary_of
 from miaobi.corpus.template import SEP_TEMPLATE
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
@@ -121,7 +124,7 @@ def both(model_of, tmp_path_factory) -> list[tuple[LlamaCpp, Tokenizer]]:
     [{"family": "qwen3", "n_kv_head": 2}, {"family": "qwen3", "head_dim": 32}, {"family": "llama"},
      {"family": "llama", "n_kv_head": 2}, {"family": "qwen3", "tie_word_embeddings": False},
      {"family": "qwen3", "vocab_size": 4000}, {"family": "qwen3", "rope_type": "linear", "rope_factor": 2.0},
-     {"family": "gpt2", "bias": True, "activation": "gelu_new"}],
+     {"family": "gpt2", "bias": True, "activation": "gelu_new"}, {"family": "qwen2", "n_kv_head": 2}],
 )  # fmt: skip
 def test_every_shape_has_the_same_probabilities(shape, model_of, tmp_path):
     path = model_of(kind="bpe", **shape)
@@ -201,11 +204,72 @@ def test_compatible_bpe_loads_where_the_exact_kind_is_unknown(model_of, tmp_path
     tokenizer = Tokenizer.load(path)
     with loaded(path, tmp_path / "m.gguf", quantize="f32", bpe="compatible") as llama:
         texts = sentences(300)
-        same = sum(llama.encode(text) == tokenizer.encode(text) for text in texts)
+        theirs = [llama.encode(text) for text in texts]
+        vocabulary = vocabulary_of(tokenizer, tokenizer.vocab_size, "compatible")
+        assert list(map(ByScore(vocabulary).encode, texts)) == theirs, "what is counted is what llama.cpp does"
+        same = sum(ids == tokenizer.encode(text) for ids, text in zip(theirs, texts, strict=True))
         assert same > 0.8 * len(texts)
-        for text in texts:
-            ids = llama.encode(text)
+        for text, ids in zip(texts, theirs, strict=True):
             assert llama.post("/detokenize", tokens=ids)["content"] == text or "▁" in text
+    assert count_differing(texts, tokenizer, vocabulary) == {
+        "sentences": len(texts), "sentences_that_differ": len(texts) - same,
+    }  # fmt: skip
+
+
+def test_compatible_counts_the_sentences_that_differ_and_says_so(trained, tmp_path, capsys):
+    run = trained("qwen3", "bpe")
+    result = convert(GGUFConfig(model=str(run), out=tmp_path / "m.gguf", bpe="compatible"))
+    assert result["sentences"] > 50, "of the run's own validation text"
+    assert 0 <= result["sentences_that_differ"] <= result["sentences"]
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"{result['sentences_that_differ']:,} of {result['sentences']:,} sentences get other ids" in told
+    assert "sentences" not in convert(GGUFConfig(model=str(run), out=tmp_path / "m.gguf"))
+
+
+def fields(file: Path) -> dict[str, object]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+
+
+def test_the_model_cards_facts_are_its_metadata(trained, tmp_path):
+    run = trained("qwen3", "char")
+    out = convert(GGUFConfig(model=str(run), out=tmp_path / "m.gguf"))["out"]
+    card = (run / "checkpoints" / "best" / "README.md").read_text(encoding="utf-8")
+    found = fields(Path(out))
+    assert found["general.name"] == run.name
+    assert found["general.languages"] == ["zh"]
+    assert {"miaobi", "text-generation"} <= set(found["general.tags"])
+    assert found["general.description"] in card
+    assert "license" not in card
+    assert "general.license" not in found
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("license: apache-2.0\nlanguage: [zh, en]\nbase_model: Qwen/Qwen3-0.6B\ndatasets: [a/b]",
+         {"general.license": "apache-2.0", "general.languages": ["zh", "en"], "general.base_model.count": 1,
+          "general.base_model.0.repo_url": "https://huggingface.co/Qwen/Qwen3-0.6B", "general.dataset.count": 1}),
+        ("license: [mit]\nname: o\ntags: [1, {a: b}]\nlanguage: {zh: 1}\nbase_model: 3", {"general.license": "mit"}),
+        ("a: &a [x, x]\ntags: *a", {"general.tags": ["x", "x"]}), ("- 1", {}), ("tags: [", None),
+        ("tags: !!python/object/apply:os.system [x]", None),
+    ],
+)  # fmt: skip
+def test_anybodys_card_gives_facts_or_a_warning(card, expected, model_of, tmp_path, capsys):
+    path = model_of("qwen3", "char", n_layer=1)
+    (path / "README.md").write_text(f"---\n{card}\n---\n# words\n\nmore\n", encoding="utf-8")
+    convert(GGUFConfig(model=str(path), out=tmp_path / "m.gguf"))
+    found = fields(tmp_path / "m.gguf")
+    assert ("README.md is left out" in " ".join(capsys.readouterr().err.split())) == (expected is None)
+    facts = {
+        k
+        for k in found
+        if k.startswith("general.") and k.split(".")[1] in ("license", "languages", "tags", "base_model")
+    }
+    assert {key: found[key] for key in expected or {}} == (expected or {})
+    if not expected:
+        assert not facts
+    assert found["general.name"] == "m"
+    assert "general.description" not in found, "a sentence of another's card may be anything"
 
 
 def test_a_piece_with_the_sign_of_a_blank_is_left_out(tmp_path, capsys):
@@ -219,6 +283,55 @@ def test_a_piece_with_the_sign_of_a_blank_is_left_out(tmp_path, capsys):
     with loaded(path, tmp_path / "m.gguf", quantize="f32") as llama:
         assert llama.encode("中 中") == tokenizer.encode("中 中")
     assert "▁" in capsys.readouterr().err
+
+
+def hub_tokenizer(normalizer=None, add_prefix_space=False, begin=()):
+    """GPT-2's kind, as the hub has it."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(sentences(300)[:290], trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["<s>", "</s>"]))  # fmt: skip
+    if begin:
+        ids = [(name, backend.token_to_id(name)) for name in ("<s>", "</s>")]
+        single = f"{' '.join(begin)} $A"
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    if normalizer:
+        backend.normalizer = normalizer
+    return Tokenizer(backend, {"eos_token": "</s>", "bos_token": "<s>"})
+
+
+def saved(tokenizer: Tokenizer, path: Path) -> Path:
+    """A small model with this tokenizer."""
+    path.mkdir()
+    cfg = ModelConfig(family="gpt2", n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=tokenizer.vocab_size)
+    save_model(path, Transformer(cfg), tokenizer, (tokenizer.eot_id,))
+    return path
+
+
+@pytest.mark.parametrize("begin", [(), ("<s>",)])
+def test_gpt2s_own_kind_gives_the_same_ids_and_begins_as_it_does(begin, tmp_path):
+    tokenizer = hub_tokenizer(begin=begin)
+    with loaded(saved(tokenizer, tmp_path / "m"), tmp_path / "m.gguf", quantize="f32") as llama:
+        for text in ["hello world", *sentences(60)]:
+            theirs = llama.post("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
+            assert theirs == tokenizer.encode_prompt(text), text
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"normalizer": normalizers.NFC()},
+        {"add_prefix_space": True},
+        {"begin": ("</s>", "<s>")},
+    ],
+)
+def test_what_llama_cpp_would_read_otherwise_is_refused(other, tmp_path):
+    path = saved(hub_tokenizer(**other), tmp_path / "m")
+    with pytest.raises(UserError, match="would give other ids than this BPE"):
+        convert(GGUFConfig(model=str(path), out=tmp_path / "m.gguf"))
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_every_id_and_switch_is_written(model_of, tmp_path):

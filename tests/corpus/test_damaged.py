@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import random
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from miaobi.classify.data import read_rows
 from miaobi.corpus import blocks
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.prepare import prepare
@@ -83,6 +85,59 @@ def test_what_is_damaged_in_a_directory_is_left_out_and_listed(tmp_path, capsys)
     for name in names - {"no.zip"}:  # by its name: an error, as before
         with pytest.raises(UserError, match=name.replace(".", r"\.")):
             prepare([str(root / name)], PrepareConfig(out=tmp_path / "other"))
+
+
+def zipped(path: Path, damage: str) -> Path:
+    """An archive of two texts and a picture; the first text is damaged."""
+    packed = archive(x_txt=noise(3000), y_txt=TEXT, z_png="no text")
+    if damage == "middle":
+        packed[500:600] = bytes(100)
+    elif damage == "a short member":  # of which the head is looked at before it is taken
+        packed = archive(x_txt=noise(100), y_txt=TEXT, z_png="no text")
+        packed[60:90] = bytes(30)
+    elif damage == "password":
+        packed[6] |= 1  # its flag in the member's header, and in the list of members
+        packed[packed.index(b"PK\1\2") + 8] |= 1
+    elif damage == "a table":
+        file = io.BytesIO(bytes(archive(y_txt=TEXT)))
+        with zipfile.ZipFile(file, "a") as more:
+            more.writestr("x.parquet", table(999)[:-100])
+        packed = file.getvalue()
+    path.write_bytes(packed)
+    return path
+
+
+@pytest.mark.parametrize("damage", ["middle", "a short member", "password", "a table"])
+def test_what_is_damaged_in_an_archive_that_was_named_is_an_error(tmp_path, damage, miaobi):
+    """As a file is that was named; in a directory the archive's member is left out and listed, as there a file is."""
+    root = tmp_path / "in"
+    root.mkdir()
+    path = zipped(root / "a.zip", damage)
+    member = "x.parquet" if damage == "a table" else "x.txt"
+    for named in (path, root / "*.zip"):
+        answer = miaobi("prepare", named, f"--out={tmp_path / 'out'}")
+        assert (answer.code, answer.out) == (2, ""), answer
+        assert f"a.zip!{member} " in answer.err.splitlines()[-1]
+        assert not (tmp_path / "out").exists()
+    for arguments in ([root], [path, "--skip_bad=True"]):
+        answer = miaobi("prepare", *arguments, f"--out={tmp_path / 'out'}", "--json")
+        assert answer.code == 0, answer.err
+        result = json.loads(answer.out)
+        assert result["documents"] == 60
+        told = [entry["path"] for entry in result["left_out"]] + result.get("skipped_in", [])
+        assert f"{path}!{member}" in told
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_table_to_classify_in_a_damaged_archive_that_was_named_is_an_error(tmp_path):
+    packed = archive(x_csv="text,label\n" + "\n".join(f"{line},{i % 2}" for i, line in enumerate(noise(3000).split())))
+    packed[900:950] = bytes(50)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.zip").write_bytes(packed)
+    with pytest.raises(UserError, match=r"a\.zip!x\.csv is damaged"):
+        list(read_rows(str(tmp_path / "in" / "a.zip"), None, None))
+    (tmp_path / "in" / "good.csv").write_text("text,label\n好,1\n", encoding="utf-8")
+    assert [row.text for row in read_rows(str(tmp_path / "in"), None, None)][-1] == "好"
 
 
 def test_a_directory_of_nothing_else_says_why(tmp_path):

@@ -151,6 +151,82 @@ def test_every_reply_is_learned_behind_the_prompt_that_a_chat_writes(hub, name, 
     assert found == expected
 
 
+# Other families, as their directories on the hub have them, without what only tools need.
+KINDS = {
+    "Llama 3": (  # content trimmed, two newlines behind the header
+        "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_end|>\n\n' + m.content | trim + "
+        "'</s>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_end|>\n\n' }}{% endif %}"),
+    "Mistral": (  # alternating; the system's words go into the last question; no prompt of its own; a blank in front
+        "{% if messages[0].role == 'system' %}{% set told = messages[0].content %}{% set turns = messages[1:] %}"
+        "{% else %}{% set turns = messages %}{% endif %}{{ bos_token }}{% for m in turns %}"
+        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+        "{% if m.role == 'user' %}{% if told and (loop.last or (loop.revindex == 2 and turns[-1].role != 'user')) %}"
+        "{{ '[INST] ' + told + '\n\n' + m.content + '[/INST]' }}{% else %}{{ '[INST] ' + m.content + '[/INST]' }}"
+        "{% endif %}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"),
+    "Llama 2": (  # the system's words in front of the first question
+        "{% if messages[0].role == 'system' %}{% set turns = messages[1:] %}{% set told = '<<SYS>>\n' + "
+        "messages[0].content + '\n<</SYS>>\n\n' %}{% else %}{% set turns = messages %}{% set told = '' %}{% endif %}"
+        "{% for m in turns %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + ((told if loop.first else '') + "
+        "m.content) | trim + ' [/INST]' }}{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}"
+        "{% endfor %}"),
+    "Gemma": (  # another name for the assistant, no system
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not "
+        "supported') }}{% endif %}{{ '<|im_start|>' + ('model' if m.role == 'assistant' else m.role) + '\n' + "
+        "m.content | trim + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"),
+    "GLM-4": (  # nothing ends a turn but the next one; the newline belongs to the reply
+        "{{ '<s>' }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"),
+    "DeepSeek R1, first form": (  # thoughts are left out of every reply
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}"
+        "{% if m.role == 'user' %}{{ '<|im_start|>' + m.content }}{% endif %}{% if m.role == 'assistant' %}"
+        "{{ '<|im_end|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_end|>' }}{% endif %}"),
+    "QwQ": (  # the prompt begins the thought; old thoughts are left out
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and not loop.last %}"
+        "{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"),
+    "DeepSeek R1": (  # both: the prompt begins a thought that no reply keeps
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}"
+        "{% if m.role == 'user' %}{{ '<|im_start|>' + m.content }}{% endif %}{% if m.role == 'assistant' %}"
+        "{{ '<|im_end|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_end|><think>\n' }}{% endif %}"),
+}  # fmt: skip
+OPENED = [ASK[0], {"role": "assistant", "content": "<think>\n先问\n</think>\n\n你好呀"}, ASK[2],
+          {"role": "assistant", "content": "<think>\n两碗\n</think>\n\n好 😀"}]  # fmt: skip
+REFUSED = {("Gemma", "system"), ("QwQ", "plain"), ("QwQ", "system"), ("QwQ", "one"), ("DeepSeek R1", "plain"),
+           ("DeepSeek R1", "system"), ("DeepSeek R1", "one")}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["plain", "system", "one", "opened"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_templates_of_every_family_are_trained_as_they_are_asked(hub, kind, name):
+    """Every reply is learned once, whole, behind what transformers writes for a chat that has come so far."""
+    directory, messages = hub(KINDS[kind]), OPENED if name == "opened" else DIALOGUES[name]
+    tokenizer = Tokenizer.load(directory)
+    template = TrainingTemplate.of(tokenizer)
+    if (kind, name) in REFUSED:
+        with pytest.raises(UserError, match=r"otherwise than its own prompt|System role not"):
+            template.examples(messages)
+        return
+    replies = {i: m["content"] for i, m in enumerate(messages) if m["role"] == "assistant"}
+    prompts = {tuple(theirs(directory, messages[:i], add_generation_prompt=True)): i for i in replies}
+    for example in template.examples(messages):
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], example.is_reply, [0]))))
+        for start, end in edges.reshape(-1, 2):
+            at = prompts.pop(tuple(example.ids[:start]))
+            text = replies[at]
+            if kind == "DeepSeek R1, first form":
+                text = text.split("</think>")[-1]
+            elif kind in ("QwQ", "DeepSeek R1"):
+                text = text.removeprefix("<think>\n")
+            learned = tokenizer.decode(example.ids[start:end])
+            ends = ("</s>", "<|im_end|>", "<|im_start|>", " </s>", "")
+            assert learned.lstrip(" \n") in {text.lstrip(" \n") + end for end in ends}
+            assert learned[-1] == ">" or kind == "GLM-4"
+    assert not prompts, "each was learned"
+
+
 def test_a_template_that_says_the_same_at_every_turn_makes_one_example(hub):
     for source in (CHATML_TEMPLATE, LLAMA):
         directory = hub(source)

@@ -231,6 +231,26 @@ def control(content: str, id_: int = 263) -> list[dict]:
     return [{"id": id_, "content": content, "special": True, **kinds}]
 
 
+def around(ids: list[int]) -> dict:
+    """A post-processor that puts these ids before a text."""
+    single = [{"SpecialToken": {"id": "X", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    token = {"id": "X", "ids": ids, "tokens": ["x"] * len(ids)}
+    return {"type": "TemplateProcessing", "single": single, "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"X": token}}  # fmt: skip
+
+
+def test_a_text_is_neither_padded_nor_cut(tmp_path):
+    """Nor is memory taken for the length that a file asks for, when it is read."""
+    padding = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+               "pad_type_id": 0, "pad_token": "<pad>"}  # fmt: skip
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    texts = {}
+    for name, parts in (("plain", {}), ("padded", {"padding": padding}), ("cut", {"truncation": cut})):
+        (tmp_path / f"{name}.json").write_text(with_part(**parts), encoding="utf-8")
+        texts[name] = Tokenizer.load(tmp_path / f"{name}.json").encode("皇马赢得比赛")
+    assert texts["padded"] == texts["cut"] == texts["plain"]
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [
@@ -243,6 +263,9 @@ def control(content: str, id_: int = 263) -> list[dict]:
         (with_part(model={"type": "BPE", "vocab": {"a": 2**31}, "merges": []}), "2,147,483,648"),
         (with_part(model={"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "[UNK]", "max_input_chars_per_word": 9,
                           "continuing_subword_prefix": "##"}), r"\[UNK\]"),
+        (with_part(post_processor=around([4_000_000_000])), "the id 4,000,000,000 around a text"),
+        (with_part(post_processor=around([0] * 100_000)), "100,000 control tokens around"),
+        (with_part(post_processor={"type": "BertProcessing", "sep": ["a", 0], "cls": ["b", 70_000]}), "the id 70,000"),
         (with_part(model=None), ""),
         ("[" * 100_000, ""),
         ('{"model": ' * 100_000, "nested too deeply"),

@@ -9,7 +9,7 @@ import pytest
 
 from miaobi.corpus import blocks, workers
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.ignored import MOST, OTHERS, note, told
+from miaobi.corpus.ignored import MOST, OTHERS, in_words, note
 from miaobi.corpus.messages import ignored_keys, messages_of
 from miaobi.corpus.prepare import prepare
 
@@ -111,10 +111,32 @@ def test_keys_are_said_once_with_file_line_and_count(tmp_path, monkeypatch, caps
     assert source["ignored"] == {key: [30, first]}
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_system_messages_that_a_template_has_no_place_for_are_counted(tmp_path, monkeypatch, capsys, count):
+    """Beside the turns, and inside: the sep template leaves both out."""
+    monkeypatch.setattr(workers, "SMALL_INPUT_BYTES", 0)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 900)
+    records = [dialogue(i) | ({"system": "简短"} if i % 3 == 0 else {}) for i in range(60)]
+    records[1]["messages"].insert(0, {"role": "system", "content": "礼貌"})
+    path = write(tmp_path / "a.jsonl", records)
+    cfg = PrepareConfig(out=tmp_path / "out", format="dialogue", template="sep", workers=count)
+    assert prepare([str(path)], cfg)["ignored"] == {"system": (21, str(path))}
+    assert f"not read: `system` (21, first in {path})" in capsys.readouterr().err
+
+
 def test_as_many_names_as_somebody_likes_take_no_more_room():
     counted = {}
     for i in range(5000):
         note(counted, [f"{i:05}" * 200], 3)
     assert len(counted) == MOST + 1
     assert counted[OTHERS] == (5000 - MOST, 3)
-    assert len(told(counted)) < 2000
+    assert len(in_words(counted)) < 2000
+
+
+@pytest.mark.parametrize("key", ["\ud800", "名\udfff", "\x00\ud9ff\x1b["])
+def test_names_with_half_a_character_stand_in_the_manifest_as_they_are(tmp_path, key):
+    file = tmp_path / "a.jsonl"
+    file.write_text((json.dumps({"messages": [USER, REPLY], key: 1}) + "\n") * 30, encoding="utf-8")
+    prepare([str(file)], PrepareConfig(out=tmp_path / "out", format="dialogue", workers=1, dedup="none"))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
+    assert list(manifest["sources"][0]["ignored"]) == [key]

@@ -319,6 +319,26 @@ def test_nanogpts_data_is_read_as_it_is(tmp_path):
     assert data.fingerprint == PreparedData.open(tmp_path / "TH").fingerprint
 
 
+@pytest.mark.parametrize("dtype", [np.uint32, np.int64])
+def test_tokens_of_more_than_two_bytes_are_not_read_with_zeros_between_them(tmp_path, dtype):
+    """Of a fork with a large vocabulary: id 0 is a character too."""
+    nanogpt(tmp_path / "TH", TEXT)
+    file = tmp_path / "TH" / "train.bin"
+    np.fromfile(file, np.uint16).astype(dtype).tofile(file)
+    with pytest.raises(UserError, match=r"train\.bin: every second number of two bytes is 0"):
+        PreparedData.open(tmp_path / "TH")
+
+
+@pytest.mark.parametrize("left_out", ["stoi", "vocab_size"])
+def test_a_meta_pkl_needs_no_more_than_its_characters(tmp_path, left_out):
+    table = nanogpt(tmp_path / "TH", TEXT)
+    del table[left_out]
+    (tmp_path / "TH" / "meta.pkl").write_bytes(pickle.dumps(table))
+    assert PreparedData.open(tmp_path / "TH").tokenizer.encode(TEXT[:9]) == [
+        {c: i for i, c in table["itos"].items()}[c] for c in TEXT[:9]
+    ]
+
+
 def test_tokens_without_a_vocabulary_say_what_to_do(tmp_path):
     nanogpt(tmp_path / "owt", TEXT, meta=None)
     with pytest.raises(UserError, match=r"no meta\.pkl: tokens of GPT-2's BPE.*miaobi prepare input\.txt --out=DIR"):

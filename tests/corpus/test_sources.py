@@ -115,6 +115,14 @@ def test_a_link_that_leads_nowhere_is_not_suggested_instead_of_itself(tmp_path, 
         find_sources([str(tmp_path / "none")])
 
 
+def test_standard_input_is_named_as_the_pipe_that_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"standard input \(-\) is a pipe: .*save what comes out of it as a file"):
+        find_sources(["-"])
+    (tmp_path / "-").write_text("好", encoding="utf-8")
+    assert documents("-") == ["好"]
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 TEXT = "\n\n".join(f"第{i}场，皇马赢了曼联，球迷高兴" for i in range(60))
 

@@ -29,7 +29,7 @@ MESSAGES = [{"role": "user", "content": "你好"}, {"role": "assistant", "conten
 
 @pytest.fixture(autouse=True)
 def _told_anew():
-    tables._say_once.cache_clear()
+    tables.guessed.clear()
 
 
 def records(path, **options):
@@ -54,6 +54,11 @@ def test_the_delimiter_is_guessed_and_said(tmp_path, capsys, delimiter):
     assert documents(path) == [text for _, text in ROWS]
     assert [(row.label, row.text) for row in read_rows(str(path), None, None)] == ROWS
     assert capsys.readouterr().err.count("its columns are taken to be separated by") == (delimiter != ",")
+    prepare([str(path)], PrepareConfig(out=tmp_path / "out"))
+    (source,) = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["sources"]
+    told = source.get("guessed", [])
+    assert len(told) == (delimiter != ",")
+    assert all(guess.startswith("its columns are taken to be separated by") for guess in told)
 
 
 @pytest.mark.parametrize("first", ["sep=;\n", "sep=;\r\n", '"sep=;"\n', "sep=^\n"])

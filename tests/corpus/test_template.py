@@ -1,7 +1,10 @@
 """Chat templates against transformers' own, and what a user types against becoming a control token."""
 
+import importlib.util
 import json
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +179,85 @@ def test_replies_are_the_ones_that_a_generation_block_marks(hub, template):
             expected[part] = False
     assert expected.any()
     assert (rendered.is_reply == expected).all()
+
+
+# --- templates of real models ---------------------------------------------------------------------------------------
+
+OFFER = [{"type": "function", "function": {"name": "weather", "description": "天气", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}]  # fmt: skip
+CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "北京"}}}]
+SPOKEN = {
+    "plain": chat(*CHAT),
+    "system": chat(("system", "你是助手。"), *CHAT[:2]),
+    "thoughts inside": chat(("user", "一加一"), ("assistant", "<think>\n想想\n</think>\n\n二"), *THOUGHT[2:4]),
+    "thoughts beside": [m | ({"reasoning_content": "想想"} if m["role"] == "assistant" else {}) for m in chat(*CHAT)],
+    "tools": [
+        {"role": "user", "content": "北京天气", "tools": OFFER},
+        {"role": "assistant", "content": "", "tool_calls": CALL},
+        {"role": "tool", "name": "weather", "content": "晴"},
+        {"role": "assistant", "content": "晴天"},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`real("qwen3")`: a tokenizer with a template of a real model, as TRL ships them, and its control tokens."""
+    if (found := importlib.util.find_spec("trl")) is None:
+        pytest.skip("TRL, which ships the templates, is not installed")
+
+    def get(name: str) -> Path:
+        source = (Path(found.origin).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+        named = sorted(set(re.findall(r"<[|/]?[A-Za-z_|0-9]+[|]?>", source)))
+        ordinary = [token for token in named if "think" in token or "tool" in token]
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        backend.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
+        backend.add_special_tokens(["<|end|>", *(token for token in named if token not in ordinary)])
+        backend.add_tokens(ordinary)
+        home = tmp_path_factory.mktemp(name)
+        backend.save(str(home / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|end|>", "eos_token": "<|end|>",
+                  "chat_template": source}  # fmt: skip
+        (home / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        return home
+
+    return get
+
+
+@pytest.mark.parametrize("thinking", [None, False])
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1", "glm4moe"])
+def test_real_models_are_asked_and_trained_with_the_ids_of_transformers(real, name, thinking):
+    directory = real(name)
+    tokenizer, hub = Tokenizer.load(directory), AutoTokenizer.from_pretrained(directory)
+    asked = {} if thinking is None else {"enable_thinking": thinking}
+    if asked and "enable_thinking" not in tokenizer.config["chat_template"]:
+        with pytest.raises(UserError, match="this one does not"):
+            TrainingTemplate.of(tokenizer, thinking)
+        return
+    template = TrainingTemplate.of(tokenizer, thinking)
+    assert {"tool", "tools", "tool_calls"} <= template.extras
+    for kind, messages in SPOKEN.items():
+        asked["tools"] = messages[0].get("tools")
+        shown = [{key: value for key, value in m.items() if key != "tools"} for m in messages]
+
+        def ids(end: int, prompt: bool, shown=shown) -> list[int]:
+            return list(hub.apply_chat_template(shown[:end], add_generation_prompt=prompt, return_dict=False, **asked))
+
+        for end in range(1, len(messages) + 1):
+            for prompt in (False, True):
+                assert template.encode(messages[:end], prompt) == ids(end, prompt), kind
+        if thinking is False and "thoughts" in kind:
+            with pytest.raises(UserError, match="is there a thought, and --enable_thinking=False"):
+                template.examples(messages)
+            continue
+        examples = template.examples(messages)
+        for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
+            before = ids(i, True)
+            learned = [e for e in examples if e.ids[: len(before)] == before and len(e.ids) > len(before)
+                       and e.is_reply[len(before)] and not e.is_reply[len(before) - 1]]  # fmt: skip
+            assert learned, f"{kind}: reply {i} is learned behind the prompt that a chat has"
 
 
 # --- what a user types -------------------------------------------------------------------------------------------

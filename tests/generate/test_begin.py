@@ -1,5 +1,6 @@
 """What a foreign tokenizer puts before every text: sampled, evaluated and tuned with it, as transformers does."""
 
+import json
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.prepare import prepare
+from miaobi.corpus.template import ChatTemplate
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.generate.config import SampleConfig
 from miaobi.generate.engine import load
@@ -98,6 +100,31 @@ def test_a_text_of_berts_kind_begins_with_its_cls(tmp_path, form):
         drawn = list(lm.tokens(prompt, SampleConfig(num_samples=1, max_new_tokens=12, temperature=0)))
         assert drawn == out[: len(drawn)]
         assert out[len(drawn) :] in ([], [3])
+
+
+@pytest.mark.parametrize("bos", ["{{ bos_token }}", ""], ids=["written", "left out"])
+@pytest.mark.parametrize("frame", ["<s> $A", "<s> $A </s>", "$A </s>"])
+def test_a_chat_begins_as_its_template_says_and_not_twice(tmp_path, frame, bos):
+    """Also where the tokenizer frames texts by itself: transformers renders a template without that frame."""
+    written(tmp_path, frame)
+    file = tmp_path / "tokenizer_config.json"
+    template = bos + "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    settings = json.loads(file.read_text()) | {"split_special_tokens": False, "chat_template": template}
+    file.write_text(json.dumps(settings))
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    hub, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.load(tmp_path)
+    messages = [{"role": "user", "content": "皇马赢得"}, {"role": "assistant", "content": "hello"}]
+    for said, prompt in ((messages, False), (messages[:1], True)):
+        ids = list(hub.apply_chat_template(said, add_generation_prompt=prompt, return_dict=False))
+        assert ChatTemplate.of(ours).encode(said, add_generation_prompt=prompt) == ids
+        assert ids.count(hub.bos_token_id) == bool(bos)
+    lines = [json.dumps({"messages": [{**messages[0], "content": f"皇马{n}"}, messages[1]]}) for n in range(30)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    prepare([str(tmp_path / "chat.jsonl")], PrepareConfig(out=tmp_path / "data", format="dialogue", workers=1,
+                                                          tokenizer=str(tmp_path)))  # fmt: skip
+    learned = np.fromfile(tmp_path / "data" / "train.bin", np.uint16).tolist()
+    dialogues = np.fromfile(tmp_path / "data" / "train.idx", np.uint64)
+    assert learned.count(hub.bos_token_id) == len(dialogues) * bool(bos)
 
 
 def test_a_tokenizer_that_is_told_not_to_begin_does_not(tmp_path):

@@ -136,6 +136,23 @@ def test_a_hub_models_template_and_greedy_replies_are_those_of_transformers(qwen
     assert chat.messages == messages
 
 
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_whether_a_model_thinks_is_asked_as_transformers_asks(qwen, thinking):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(qwen)
+    chat = Chat(load(qwen, "cpu", "float32"), ChatConfig(**GREEDY | {"enable_thinking": thinking}))
+    messages = [{"role": "user", "content": "你好"}]
+    asked = {} if thinking is None else {"enable_thinking": thinking}
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **asked)
+    assert chat.prompt(messages) == list(expected)
+    assert ("<think>" in tokenizer.decode(expected)) == (thinking is False)
+
+
+def test_a_model_that_does_not_ask_whether_to_think_is_not_told(miaobi, talker):
+    said = miaobi("chat", talker, "--enable_thinking=False", "--device=cpu")
+    assert said.code == 2
+    assert "--enable_thinking is for templates that ask for it" in said.err
+
+
 def test_what_a_user_types_never_becomes_a_control_token(qwen):
     lm = load(qwen, "cpu")
     chat = Chat(lm, ChatConfig(**GREEDY))
@@ -425,13 +442,59 @@ def test_the_models_own_settings_are_the_defaults_and_the_users_win(capsys):
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", [{"temperature": "hot"}, {"top_p": 7}, {"top_k": 2.5}, {"top_k": [1]},
-                                 {"temperature": True}, {"repetition_penalty": -1}])  # fmt: skip
-def test_impossible_settings_of_a_model_are_told_by_file_and_name(bad):
-    (name,) = bad
-    with pytest.raises(UserError, match=f"generation_config.json.*{name}"):
-        model_settings(ChatConfig(), bad, ())
-    assert model_settings(ChatConfig(), bad, {name}) == ChatConfig()
+NONSENSE = {"top_p": 0, "temperature": "hot", "top_k": -5, "repetition_penalty": float("nan"), "do_sample": "yes"}
+NOT_OURS = {
+    "num_beams": 4,
+    "no_repeat_ngram_size": 3,
+    "max_new_tokens": 2048,
+    "bad_words_ids": [[5]],
+    "chat_format": "x",
+}
+
+
+@pytest.mark.parametrize("verb", ["chat", "sample", "eval", "serve", "gguf"])
+def test_what_of_a_models_settings_cannot_be_used_is_said_once_by_every_verb(
+    qwen, tmp_path, miaobi, monkeypatch, capsys, corpus_file, verb
+):
+    import shutil
+
+    from miaobi.generate import terminal
+    from miaobi.serve import served
+    from miaobi.serve.config import Serve
+
+    model = shutil.copytree(qwen, tmp_path / "model")
+    path = model / "generation_config.json"
+    right = {"min_p": 0.125, "num_return_sequences": 1, "length_penalty": 1.0, "use_cache": True, "max_length": 20}
+    path.write_text(json.dumps(json.loads(path.read_text()) | NONSENSE | NOT_OURS | right))
+    monkeypatch.setattr(terminal, "talk", lambda chat, silent: None)
+    command = {
+        "chat": ["chat", model],
+        "sample": ["sample", model, "--num_samples=2", "--max_new_tokens=2"],
+        "eval": ["eval", model, corpus_file],
+        "gguf": ["convert", "gguf", model, f"--out={tmp_path / 'a.gguf'}"],
+    }
+    if verb == "serve":
+        capsys.readouterr()
+        got = served.load(Serve(model=str(model), device="cpu"))
+        got.close()
+        said = capsys.readouterr().err
+        assert got.model.chat_settings.min_p == 0.125
+        assert got.model.chat_settings.top_p == ChatConfig.top_p
+    else:
+        answer = miaobi(*command[verb], *["--device=cpu"] * (verb != "gguf"))
+        assert answer.code == 0, answer.err
+        said = answer.err
+    for name, value in NONSENSE.items():
+        assert said.count(f"{path}: {name} is {value!r}") == 1
+    (line,) = [line for line in said.splitlines() if "num_beams" in line]
+    assert all(f"{name}={value!r}" in line for name, value in NOT_OURS.items())
+    assert str(path) in line
+    for name in right.keys() - {"min_p"}:
+        assert f"{name}=" not in said
+    if verb in ("chat", "serve"):
+        assert "generation_config.json says: min_p=0.125 (flags win)" in said
+    if verb in ("sample", "serve"):
+        assert "generation_config.json says min_p=0.125, which chat follows" in said
 
 
 def test_a_hub_chat_takes_its_settings_from_the_command_line_first(qwen, tmp_path, miaobi, monkeypatch):

@@ -19,7 +19,7 @@ from miaobi.generate.chat import preview
 from miaobi.generate.config import SampleConfig
 from miaobi.generate.engine import LanguageModel, load, read_prompt
 from miaobi.generate.slots import Slots, Stream
-from miaobi.model.checkpoint import end_ids
+from miaobi.model.generation import end_ids
 from miaobi.model.transformer import Transformer
 
 CHARACTERS = "皇马赢得比赛的冠军和转会球迷们期待国家队。，"

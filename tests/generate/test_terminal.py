@@ -169,13 +169,33 @@ def test_a_closed_standard_input_is_the_end_of_the_input(talker):
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "gb18030", "big5", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_pipe_is_decoded_as_a_file_is(encoding, monkeypatch):
+    """As `prepare` and `classify predict` read it; the first lines show what it is."""
+    text = "你好\n你是誰\n我們去公園\n" if encoding == "big5" else "你好\n你是谁\n我们去公园\n"
+    for lines in (text, text[:3]):
+        stream = io.TextIOWrapper(io.BufferedReader(io.BytesIO(lines.encode(encoding))), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", stream)
+        heard = []
+        monkeypatch.setattr(terminal, "obey", lambda chat, line, out, silent, heard=heard: heard.append(line) or True)
+        terminal.talk(None, silent=True)
+        assert heard == lines.splitlines()
+
+
+def test_what_only_later_lines_show_is_decoded_line_by_line(monkeypatch):
+    lines = [b"hello", "你好".encode(), "你是谁".encode("gb18030"), "我們去公園玩".encode("big5")]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    assert [terminal.readable(line.decode("utf-8", "surrogateescape")) for line in lines] == [
+        "hello", "你好", "你是谁", "我們去公園玩"]  # fmt: skip
+
+
 def test_an_ascii_terminal_and_bytes_of_another_encoding(talker):
     lines = "你好\n".encode() + "你是谁\n".encode("gb18030") + b"\xff\xff\n" + "再见\n".encode()
     done = piped(lines, talker, *EXACT, LANG="C", PYTHONIOENCODING="ascii", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
     assert (done.returncode, done.stdout) == (2, b"???\n????\n????\n")
     err = done.stderr.decode("ascii")
     assert err.count("set PYTHONIOENCODING=utf-8") == 1
-    assert err.count("neither UTF-8 nor GB18030") == 1
+    assert err.count("neither UTF-8, GB18030 nor Big5") == 1
     assert "Traceback" not in err
 
 
@@ -235,6 +255,19 @@ def test_a_mistaken_command_is_told_and_the_conversation_goes_on(miaobi, typed, 
     assert words in answer.err
     assert answer.err.startswith("miaobi: ")
     assert answer.err.endswith("miaobi: 1 line of the input got no answer; what was wrong stands above\n")
+
+
+@pytest.mark.parametrize(("line", "meant"), [("/EXIT", "/exit"), ("/Flush", "/flush"), ("/exot", "/exit"),
+                                             ("/home/me", ""), ("//EXIT", ""), ("1/2", "")])  # fmt: skip
+def test_a_person_hears_which_command_was_meant(line, meant, capsys):
+    """Whatever its case: a message all the same."""
+    said = []
+    screen = SimpleNamespace(isatty=lambda: True, write=said.append, flush=lambda: None)
+    chat = SimpleNamespace(reply=lambda text: iter_closing([said.append(text) or "好"]))
+    assert terminal.obey(chat, line, screen, silent=True)
+    assert said[0] == line.replace("//", "/")
+    told = capsys.readouterr().err
+    assert (f"Did you mean {meant}?" in told) if meant else not told
 
 
 def test_there_is_no_reply_to_retry_after_a_system_message_alone():

@@ -11,6 +11,8 @@ import transformers
 from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
+from miaobi.generate.config import SampleConfig
+from miaobi.generate.engine import load
 from miaobi.model.checkpoint import load_model, save_model
 from miaobi.model.hf_config import hf_config
 from miaobi.model.transformer import Transformer
@@ -182,6 +184,24 @@ def test_models_saved_by_transformers_compute_the_same_here(tmp_path, kind, shar
     context = torch.randint(0, 301, (2, model.cfg.block_size), generator=torch.Generator().manual_seed(1))
     for ids in (X, context):  # the longest context: far beyond original_max_position_embeddings
         torch.testing.assert_close(model.eval()(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama-linear", "llama-dynamic", "qwen2-tied-yarn", "llama-yarn-mscale", "llama-3", "gpt2-tanh"]
+)
+def test_greedy_text_of_stretched_angles_is_that_of_transformers(tmp_path, kind):
+    """Token by token through the cache, to the end of a context far beyond original_max_position_embeddings."""
+    theirs = random_weights(transformers.AutoModelForCausalLM.from_config(HUB[kind]))
+    theirs.generation_config.eos_token_id = None
+    theirs.save_pretrained(tmp_path)
+    TOKENIZER.save(tmp_path)
+    ids = TOKENIZER.encode("皇马赢得比赛")
+    lm = load(tmp_path, "cpu", "float32")
+    lm.end_ids = lm.barred = ()
+    count = lm.model.cfg.block_size - len(ids)
+    expected = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=count, pad_token_id=0)[0].tolist()
+    cfg = SampleConfig(temperature=0.0, max_new_tokens=count)
+    assert [*ids, *lm.tokens("皇马赢得比赛", cfg)] == expected
 
 
 @pytest.mark.parametrize("rope_type", ["linear", "llama3"])

@@ -19,7 +19,8 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.generate.engine import LanguageModel
 from miaobi.model import hf_config
-from miaobi.model.checkpoint import load_model, model_directory, sampling_settings, save_model
+from miaobi.model.checkpoint import load_model, model_directory, save_model
+from miaobi.model.generation import generation_settings, sampling_settings
 from miaobi.model.transformer import Transformer
 
 TOKENIZER = Tokenizer.train_char(Counter("皇马赢得比赛"))
@@ -323,12 +324,35 @@ def test_text_never_turns_into_an_id_that_the_model_lacks(kind, tmp_path: Path):
         (None, {}),
         ({}, {}),
         ({"temperature": "hot", "top_p": 1.5, "top_k": -1, "repetition_penalty": 0, "min_p": None}, {}),
-        ({"temperature": float("nan"), "top_k": 1e300, "top_p": True}, {}),
-        ({"top_k": 50.0}, {}),
+        ({"temperature": float("nan"), "top_k": 1e300, "top_p": True, "min_p": 1}, {}),
+        ({"top_k": 50.0, "temperature": -0.5, "repetition_penalty": 1e9, "top_p": 10**400}, {}),
+        ({"top_k": 0, "top_p": 1.0, "temperature": 0}, {"top_k": 0, "top_p": 1.0, "temperature": 0}),
+        ({"do_sample": "no", "temperature": [0.7], "top_p": {"a": 1}, "top_k": "50"}, {}),
     ],
 )
-def test_how_the_makers_want_it_sampled(told, found):
-    assert sampling_settings(told) == found
+def test_how_the_makers_want_it_sampled(told, found, tmp_path: Path, capsys):
+    """Each value that nothing can be sampled with is said, and none of the others."""
+    (tmp_path / "config.json").write_text("{}")
+    if told is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(told))
+    assert sampling_settings(generation_settings(tmp_path, 5)) == found
+    said = capsys.readouterr().err
+    dropped = {key for key, value in (told or {}).items() if key not in found and value is not None}
+    dropped -= {"eos_token_id"} | ({"do_sample", "temperature"} if told and told.get("do_sample") is False else set())
+    assert said.count("not used") == len(dropped)
+    for key in dropped:
+        assert f"generation_config.json: {key} is " in said
+
+
+def test_a_tuned_model_does_not_carry_nonsense_on(tmp_path: Path):
+    """What its makers said rightly, and what transformers does with other settings, stays."""
+    directory = five_tokens(tmp_path / "model")
+    changed(directory / "generation_config.json", top_p=0, top_k=7, num_beams=4)
+    model, tokenizer = load_model(directory)
+    (tmp_path / "new").mkdir()
+    save_model(tmp_path / "new", model, tokenizer, model.end_ids)
+    written = json.loads((tmp_path / "new" / "generation_config.json").read_text())
+    assert (written.get("top_p"), written["top_k"], written["num_beams"]) == (None, 7, 4)
 
 
 @pytest.mark.parametrize(

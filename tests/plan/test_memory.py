@@ -92,6 +92,47 @@ def test_what_saves_memory_saves_it_and_what_takes_it_takes_it():
     assert step_memory(drops).activations < step_memory(on_cpu).activations, "its kernel keeps no probabilities"
 
 
+# What others published of GPUs. A layer of a GPT-2 keeps s*b*h*(34 + 5as/h) bytes in 16 bits with dropout: 16 values of
+# s*b*h and 2 masks of bytes; and of its attention 2 values and a mask of a*s*s*b, which a kernel that computes it anew
+# does not keep (Korthikanti et al., arXiv 2205.05198, equation 2 and section 5).
+VALUES, MASKS, ATTENTION_VALUES, ATTENTION_MASKS = 16, 2, 2, 1
+MICRO, HEADS, WIDTH, LENGTH = 4, 4, 256, 128
+
+
+def bytes_of_a_layer(device: str, dropout: float, dtype: torch.dtype) -> float:
+    """Activations that a layer adds, in units of s*b*h."""
+    shape = {"n_head": HEADS, "n_embd": WIDTH, "block_size": LENGTH, "dropout": dropout}
+    told = [step_memory(work("gpt2", n_layer=n, device=device, dtype=dtype, micro=MICRO, **shape)) for n in (2, 6)]
+    return (told[1].activations - told[0].activations) / 4 / (MICRO * LENGTH * WIDTH)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_layer_on_a_gpu_keeps_what_the_published_formula_says(dtype, dropout):
+    """Within 1%: that leaves out means, deviations and the sums of the attention's rows."""
+    expected = VALUES * dtype.itemsize + MASKS * (dropout > 0)
+    if dtype == torch.bfloat16:  # Megatron computes in 16 bits throughout; autocast keeps what is added up, and read by
+        expected += 2 * 2  # the two norms, in 32, and a copy in 16 of the 12 h*h weights
+        expected += 2 * 12 * WIDTH / (MICRO * LENGTH)
+    assert bytes_of_a_layer("cuda", dropout, dtype) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_layer_whose_attention_is_kept_is_larger_by_what_the_published_formula_says():
+    """Ours on a CPU with dropout, whose masks take as much as values."""
+    expected = 4 * (VALUES + MASKS + (ATTENTION_VALUES + ATTENTION_MASKS) * HEADS * LENGTH / WIDTH)
+    assert bytes_of_a_layer("cpu", 0.1, torch.float32) == pytest.approx(expected, rel=0.01)
+
+
+def test_the_states_of_gpt2_xl_are_16_bytes_a_parameter():
+    """24 GB for "1.5B": ZeRO (Rajbhandari et al., arXiv 1910.02054), section 3.1; within 5%, as there are 1.56B."""
+    shape = {"n_head": 25, "n_embd": 1600, "block_size": 1024, "vocab_size": 50257, "micro": 1}
+    states = []
+    for layers in (1, 2):  # of 48 alike
+        told = step_memory(work("gpt2", n_layer=layers, device="cuda", dtype=torch.bfloat16, **shape))
+        states.append(told.weights + told.gradients + told.optimizer)
+    assert states[0] + 47 * (states[1] - states[0]) == pytest.approx(24e9, rel=0.05)
+
+
 def test_packed_dialogues_have_a_mask():
     assert step_memory(work(documents=True, block_size=128)).peak > step_memory(work(block_size=128)).peak
 

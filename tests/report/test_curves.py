@@ -32,6 +32,16 @@ def test_lower_values_lie_lower():
     assert heights[1] > heights[2] > heights[0]  # downwards in SVG
 
 
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 10)), min_size=1, max_size=8))
+def test_no_note_covers_another(at):
+    lines = [Line("loss", [(0, 0.0), (100, 10.0)], "s0")]
+    picture = parsed(chart(lines, "loss", marks=[(x, y, "6.093", "s0") for x, y in at]))
+    notes = [(float(t.get("x")), float(t.get("y"))) for t in picture.iter(f"{{{SVG}}}text") if t.get("class") == "note"]
+    assert len(notes) == len(at)
+    for i, (x, y) in enumerate(notes):
+        assert all(abs(x - other) >= 47.9 or abs(y - height) >= 12.8 for other, height in notes[:i])
+
+
 def test_there_is_no_picture_of_nothing():
     assert chart([], "x") == ""
     assert chart([Line("x", [], "s0")], "x") == ""
@@ -42,7 +52,8 @@ def test_there_is_no_picture_of_nothing():
 def test_ticks_are_few_and_within(low, span):
     found = ticks(low, low + span)
     assert len(found) <= 7
-    assert all(low - span * 1e-6 <= t <= low + span * (1 + 1e-6) for t in found)
+    slack = span * 1e-6 + 4e-16 * abs(low)  # what a float rounds to
+    assert all(low - slack <= t <= low + span + slack for t in found)
 
 
 def test_many_points_are_averaged_and_the_ends_kept():

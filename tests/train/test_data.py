@@ -1,5 +1,6 @@
 """A run knows its text by content: what changed is said by name, and no other text is learned in silence."""
 
+import gzip
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import pytest
 
 import miaobi
 from miaobi.errors import UserError
+from miaobi.settings import load_config
 from miaobi.train.loop import Run
 
 ONE, OTHER = "红楼梦里人。\n\n石头记中事！\n\n", "前锋赢得冠军。\n\n门将错过比赛！\n\n"
@@ -109,6 +111,48 @@ def test_the_same_text_elsewhere_or_touched_is_the_same_text(start, tmp_path):
     assert start(data.parent, max_iters=2)["step"] == 2
     data.rename(data.with_name("renamed.txt"))
     assert start(data.parent, max_iters=3)["step"] == 3
+
+
+def swap(one: Path, other: Path) -> None:
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+@pytest.mark.parametrize("change", ["moved", "spelled otherwise", "a glob", "in another order", "contents swapped",
+                                    "one of two edited", "packed", "one of two"])  # fmt: skip
+def test_neither_names_nor_places_make_a_text_another_one(start, tmp_path, monkeypatch, change):
+    folder = tmp_path / "text"
+    data = [write(folder / "a.txt", ONE), write(folder / "b.txt", OTHER)]
+    start(folder)
+    now, same = folder, change in ("moved", "spelled otherwise", "a glob")
+    if change == "moved":
+        now = folder.rename(tmp_path / "elsewhere")
+    elif change == "spelled otherwise":
+        monkeypatch.chdir(tmp_path)
+        now = "./text/../text/"
+    elif change == "a glob":
+        now = folder / "*.txt"
+    elif change == "in another order":
+        data[0].rename(folder / "c.txt")
+    elif change == "contents swapped":
+        swap(*data)
+    elif change == "one of two edited":
+        data[1].write_text((OTHER * 200).replace("锋", "青"), encoding="utf-8")
+    elif change == "packed":
+        (folder / "a.txt.gz").write_bytes(gzip.compress(data[0].read_bytes()))
+        data[0].unlink()
+    else:
+        now = data[0]
+    if same:
+        assert start(now, max_iters=2)["step"] == 2
+        assert load_config(tmp_path / "run" / "config.yaml", [])[0].data.data == str(now)
+        return
+    name = {"one of two edited": "b.txt has changed", "contents swapped": "a.txt has changed",
+            "one of two": "b.txt is no longer"}.get(change, "a.txt is no longer")  # fmt: skip
+    with pytest.raises(UserError, match=f"learned from another text: .*{name}"):
+        start(now, max_iters=2)
 
 
 def test_a_text_that_is_gone_is_not_needed_again(start, tmp_path, capsys):

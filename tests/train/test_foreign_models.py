@@ -14,7 +14,8 @@ from miaobi.corpus.tokenizer import IM_END, IM_START, Tokenizer
 from miaobi.errors import UserError
 from miaobi.generate.engine import load
 from miaobi.generate.slots import Slots
-from miaobi.model.checkpoint import end_ids, model_directory
+from miaobi.model.checkpoint import model_directory
+from miaobi.model.generation import end_ids
 
 BLOCK = 64
 TEXT = "皇马赢得比赛。hello world，球迷期待冠军！\n\n曼联输掉联赛，主教练谈到转会。\n\n"

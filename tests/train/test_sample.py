@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.dialogue import GREETING, first_message
@@ -51,6 +53,19 @@ def test_what_the_system_or_the_assistant_says_before_is_passed_over():
     assert first_message(tokenizer, template.render([system, *said("谁是你", "妙笔")]).ids) == "谁是你"
     assert first_message(tokenizer, template.render(said("妙笔", "谁是你", first="assistant")).ids) == "谁是你"
     assert first_message(tokenizer, template.render([system]).ids) == GREETING, "nobody asks anything"
+
+
+@pytest.mark.parametrize(("known", "message"), [("你好皇马", "皇马"), ("ab皇马", "马皇"), ("皇马", GREETING)])
+def test_a_vocabulary_that_knows_few_characters_is_no_reason_to_end_a_run(known: str, message: str):
+    """Of BERT's kind, whose others are all [UNK]: a digit stands for no other then."""
+    names = ["[PAD]", "[UNK]", "user", "assistant", *known]
+    backend = tokenizers.Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("user|assistant|."), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = Tokenizer(backend, {"chat_template": CHATML_TEMPLATE})
+    ids = TrainingTemplate.of(tokenizer).encode(said("皇马" if message == GREETING else message, "好"))
+    assert first_message(tokenizer, ids) == message
 
 
 def prepared_dialogues(place: Path, form: str) -> Path:

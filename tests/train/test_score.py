@@ -199,4 +199,4 @@ def test_bad_records_are_left_out_and_counted_where_that_is_asked_for(miaobi, tr
     assert "--skip_bad" in refused.err
     answer = miaobi("eval", trained(), tmp_path / "a.jsonl", "--skip_bad", "--device=cpu", "--json")
     assert json.loads(answer.out)["characters"] == 7
-    assert "1 bad files, records or bytes were left out" in answer.err
+    assert "bad files, records or bytes left out or replaced: 1" in answer.err

@@ -10,7 +10,7 @@ import pytest
 
 from miaobi.errors import UserError
 from miaobi.train import trackers
-from miaobi.train.run_directory import STEERING
+from miaobi.train.same_run import TOLD
 from miaobi.train.trackers import About, start
 
 
@@ -31,7 +31,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def run(offline: Path, prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run at all three, begun and continued."""
+    """One run at all three, begun, and continued by a command that names nothing but its length."""
     from tests.conftest import tiny
 
     from miaobi.settings import load_config
@@ -40,12 +40,11 @@ def run(offline: Path, prepared, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for kind in ("wandb", "swanlab", "trackio"):
         pytest.importorskip(kind, reason=f"{kind} is not installed")
     out = tmp_path_factory.mktemp("tracked") / "run"
-    for max_iters in (10, 20):
-        flags = tiny(data=prepared(), out_dir=out, max_iters=max_iters, wandb_project="sport")
-        given = [tuple(flag[2:].split("=", 1)) for flag in flags]
-        for kind in ("swanlab", "trackio"):
-            given.append(("trackers", kind))
-        train(*load_config(None, [*given, ("wandb_log", "True")]))
+    flags = tiny(data=prepared(), out_dir=out, max_iters=10, wandb_project="sport")
+    given = [tuple(flag[2:].split("=", 1)) for flag in flags]
+    given += [("trackers", "swanlab"), ("trackers", "trackio"), ("wandb_log", "True")]
+    train(*load_config(None, given))
+    train(*load_config(None, [("out_dir", str(out)), ("max_iters", "20")]))
     return out
 
 
@@ -112,5 +111,5 @@ def test_a_tracker_that_refuses_is_the_users_to_mend(tmp_path: Path, monkeypatch
 
 
 def test_who_watches_does_not_make_it_another_run():
-    assert {"trackers", "wandb_log", "wandb_project", "wandb_run_name"} <= STEERING
+    assert {"trackers", "wandb_log", "wandb_project", "wandb_run_name"} <= TOLD
     assert os.environ.get("WANDB_MODE") in (None, "offline")

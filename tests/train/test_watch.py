@@ -4,13 +4,14 @@ import json
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from miaobi.train.watch import Metrics, on_signals, overfitting, since_best, time_left
+from miaobi.train.watch import Metrics, known_end, on_signals, overfitting, since_best, time_left
 
 RISING = [[100, 4.0, 4.5], [200, 3.0, 4.2], [300, 2.0, 5.1], [400, 1.2, 5.2], [500, 0.3, 6.4], [600, 0.13, 7.2]]
 
@@ -194,11 +195,16 @@ def test_a_thread_that_may_not_handle_signals_still_trains():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(0, "0 s left"), (89, "89 s left"), (600, "10 min left"), (7200, "2.0 h left"), (31 * 86400, ""), (1e12, "")],
-)
-def test_the_time_that_is_left_is_said_unless_there_is_no_end(seconds, said):
-    assert time_left(seconds) == said
+    ("steps", "per_step", "blocks", "end", "said"),
+    [(5, 1.0, 100, 5, "0 s left"), (94, 1.0, 100, 94, "89 s left"), (605, 1.0, 100, 605, "10 min left"),
+     (7205, 1.0, 999, 7205, "2.0 h left"), (31 * 86400, 1.0, 10**6, 31 * 86400, ""), (15_238_491, 0.068, 253, None, ""),
+     (11_398_871, 1e-3, 47, None, ""), (3000, 0.01, 2, None, ""), (2500, 0.01, 2, 2500, "25 s left")],
+)  # fmt: skip
+def test_the_time_that_is_left_is_said_unless_there_is_no_end(steps, per_step, blocks, end, said):
+    """Of many steps a second an endless max_epochs is less than a month: passes over the text tell it too."""
+    plan = SimpleNamespace(total_steps=steps, progress=SimpleNamespace(step=5), blocks=range(blocks),
+                           cfg=SimpleNamespace(train=SimpleNamespace(global_batch=8)))  # fmt: skip
+    assert (known_end(plan), time_left(plan, per_step)) == (end, said)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")

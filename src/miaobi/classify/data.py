@@ -118,7 +118,7 @@ def read_rows(name: str, text_column: str | None, label_column: str | None, skip
             else:
                 yield from _rows(source, text_column, label_column, skip_bad, labels)
         except NotTextError as error:
-            if not source.is_listed:
+            if not source.leaves_out(error):
                 raise
             warn(f"left out from where it is damaged: {error}")
 

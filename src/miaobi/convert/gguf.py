@@ -13,48 +13,42 @@ Both write blanks as `▁` (U+2581). Layout: https://github.com/ggml-org/ggml/bl
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tokenizers import models
 
 from miaobi.console import log, warn
 from miaobi.convert.config import GGUFConfig
+from miaobi.convert.gguf_vocabulary import BLANK, ByScore, Vocabulary, vocabulary_of
+from miaobi.corpus.prepared import PreparedData, is_prepared
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, source_of
-from miaobi.corpus.tokenizer import BYTE_PIECES, Tokenizer
+from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, number_of
 from miaobi.files import aside_of, write_text
-from miaobi.model.checkpoint import load_model, model_directory, sampling_settings
+from miaobi.model.card import CARD, summary_of
+from miaobi.model.checkpoint import load_model, model_directory
 from miaobi.model.families import to_hf
+from miaobi.model.generation import sampling_settings
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
+from miaobi.settings import read_yaml
 
 if TYPE_CHECKING:
     import gguf
 
-BLANK = "\u2581"
-NORMAL, CONTROL, UNUSED, BYTE = 1, 3, 5, 6  # llama.cpp's types of tokens
 BLOCK = 32
 """Columns that Q8_0 and the Q4 and Q5 kinds quantize together."""
+CARD_KEYS = ("license", "language", "tags", "pipeline_tag", "base_model", "datasets")
+"""What a model card's metadata says that GGUF has a place for."""
+LARGEST_CARD = 1 << 20
 OLLAMA_TEMPLATES = {  # Ollama before 2026 does not read the file's own template
     SEP_TEMPLATE: "{{- range .Messages }}{{ .Content }}<sep>{{ end }}",
     CHATML_TEMPLATE: "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
     "<|im_start|>assistant\n",
 }
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A tokenizer in GGUF's words; lists go by id."""
-
-    model: str
-    pre: str | None
-    tokens: list[str]
-    types: list[int]
-    scores: list[float] | None
-    merges: list[str] | None
 
 
 def convert(config: GGUFConfig) -> dict[str, Any]:
@@ -73,7 +67,9 @@ def convert(config: GGUFConfig) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(temporary, model.cfg.family)
     try:
-        writer.add_name(_name(config.model, directory))
+        facts = facts_of(directory, gguf)
+        facts.name = _name(config.model, directory)
+        facts.set_gguf_meta_model(writer)
         writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[config.quantize]])
         write_shape(writer, model, gguf)
         write_tokenizer(writer, vocabulary, tokenizer, model)
@@ -93,6 +89,8 @@ def convert(config: GGUFConfig) -> dict[str, Any]:
         "tokenizer": vocabulary.model + (f"/{vocabulary.pre}" if vocabulary.pre else ""),
         "kept_in_f16": unaligned,
     } | differences(model, tokenizer, vocabulary)
+    if config.bpe == "compatible" and vocabulary.scores is not None and not tokenizer.by_character:
+        result |= count_differing(sentences_of(config.model), tokenizer, vocabulary)
     if unaligned:
         log(
             f"{number_of(len(unaligned), 'matrix')} with rows that are no multiple of {BLOCK}, staying f16: "
@@ -122,59 +120,27 @@ def _name(model: str, directory: Path) -> str:
     return Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2] or directory.name
 
 
-def vocabulary_of(tokenizer: Tokenizer, rows: int, bpe: str = "exact") -> Vocabulary:
-    """The tokenizer as llama.cpp reads it, for a model of `rows` rows.
+def facts_of(directory: Path, gguf) -> gguf.Metadata:
+    """What the model card says, as GGUF's metadata: license, languages, tags, base model, data sets, a sentence.
 
-    Raises UserError for kinds that llama.cpp has no exact counterpart for.
+    A card that cannot be read is left out, which is said: it may be anybody's.
     """
-    settings = json.loads(tokenizer.backend.to_str())
-    added = {token["id"] for token in settings["added_tokens"]}
-    byte_fallback = isinstance(tokenizer.backend.model, models.BPE) and tokenizer.backend.model.byte_fallback
-    byte_level = (settings.get("pre_tokenizer") or {}).get("type") == "ByteLevel"
-    if not (byte_fallback and settings["normalizer"] is None) and not byte_level:
-        kind = type(tokenizer.backend.model).__name__
-        raise UserError(f"llama.cpp has no tokenizer that gives the same ids as this {kind}; models with miaobi's own "
-                        "tokenizers (char, bpe) and with GPT-2's can be written")  # fmt: skip
-    by_id = {id_: token for token, id_ in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
-    tokens, types = [], []
-    for id_ in range(rows):
-        token = by_id.get(id_)
-        if token is None:
-            tokens.append(f"<unused {id_}>")
-            types.append(UNUSED)
-        elif id_ in added:
-            tokens.append(token)
-            types.append(CONTROL)
-        elif byte_fallback and token == BYTE_PIECES[ord(" ")] and " " not in by_id.values():
-            tokens.append(BLANK)  # a text's blanks have become this sign before they could become bytes
-            types.append(NORMAL)
-        elif byte_fallback and token in BYTE_PIECES:
-            tokens.append(token)
-            types.append(BYTE)
-        elif byte_fallback and BLANK in token:
-            # in these files ▁ is a blank; the character itself goes through its bytes
-            tokens.append(f"<literal {id_}>")
-            types.append(UNUSED)
-        else:
-            tokens.append(token.replace(" ", BLANK) if byte_fallback else token)
-            types.append(NORMAL)
-    if byte_level:
-        return Vocabulary("gpt2", "gpt-2", tokens, types, None, [" ".join(pair) for pair in _merges(settings)])
-    if tokenizer.by_character:
-        return Vocabulary("llama", None, tokens, types, [0.0] * rows, None)
-    merges = [
-        tuple(part.replace(" ", BLANK) for part in pair) for pair in _merges(settings) if BLANK not in "".join(pair)
-    ]
-    if bpe == "exact":
-        return Vocabulary("gpt2", "sarvam-moe", tokens, types, None, [" ".join(pair) for pair in merges])
-    rank = {left + right: -float(i) for i, (left, right) in reversed(list(enumerate(merges)))}
-    scores = [rank.get(token, -float(len(merges))) if types[i] == NORMAL else 0.0 for i, token in enumerate(tokens)]
-    return Vocabulary("llama", None, tokens, types, scores, None)
-
-
-def _merges(settings: dict) -> list[tuple[str, str]]:
-    """Pairs of a BPE model; older files write them with a blank between."""
-    return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in settings["model"]["merges"]]
+    file = directory / CARD
+    try:
+        if file.is_file() and file.stat().st_size > LARGEST_CARD:
+            raise ValueError(f"it has {file.stat().st_size:,} bytes")
+        card = gguf.Metadata.load_model_card(directory)
+    except Exception as e:  # PyYAML has kinds of its own
+        warn(f"{file} is left out of the GGUF file ({type(e).__name__}: {str(e)[:100]})")
+        card = {}
+    lists = {key: [value] if isinstance(value, str) else value for key, value in card.items() if key in CARD_KEYS}
+    texts = {key: value for key, value in lists.items() if isinstance(value, list) and value
+             and all(isinstance(item, str) for item in value)}  # fmt: skip
+    if "license" in texts:
+        texts["license"] = ",".join(texts["license"])
+    facts = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), texts, None, None, 0)
+    facts.description = summary_of(file) or None
+    return facts
 
 
 def write_shape(writer: gguf.GGUFWriter, model: Transformer, gguf) -> None:
@@ -216,7 +182,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, vocabulary: Vocabulary, tokenizer: 
     ends = special_ids(tokenizer, model)
     for role, id_ in ends.items():
         getattr(writer, f"add_{role}_token_id")(id_)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(bool(tokenizer.begin_ids))  # of a hub's; ours put nothing before a text
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     if (template := source_of(tokenizer)) is not None:
@@ -228,7 +194,8 @@ def special_ids(tokenizer: Tokenizer, model: Transformer) -> dict[str, int]:
     ends = list(model.end_ids)
     fallback = tokenizer.pad_id if tokenizer.pad_id is not None else (ends[-1] if ends else 0)
     text_end = ends[-1] if ends else (tokenizer.eot_id if tokenizer.eot_id is not None else fallback)
-    bos = (model.generation or {}).get("bos_token_id")
+    begin = tokenizer.begin_ids
+    bos = begin[0] if begin else (model.generation or {}).get("bos_token_id")
     return {
         "bos": bos if isinstance(bos, int) else text_end,
         "eos": text_end,
@@ -295,6 +262,29 @@ def differences(model: Transformer, tokenizer: Tokenizer, vocabulary: Vocabulary
             "get other ids"
         )
     return report
+
+
+def sentences_of(model: str) -> list[str]:
+    """Up to 1,000 sentences of a run's validation text, where its prepared data still is, else SAMPLE's; cut after 200
+    characters without a full stop.
+    """
+    text, run = SAMPLE, Path(model)
+    with suppress(UserError, OSError):
+        given = str(read_yaml(run / "config.yaml")[0].get("data", ""))
+        place = next((place for place in (Path(given), run / "data") if given and is_prepared(place)), None)
+        if place is not None:
+            data = PreparedData.open(place)
+            text = data.tokenizer.decode(data.val.read(0, min(len(data.val), 50_000))) or SAMPLE
+    return [s for s in re.findall(r"[^。！？\n]{1,200}[。！？]?", text) if s.strip()][:1000]
+
+
+def count_differing(sentences: list[str], tokenizer: Tokenizer, vocabulary: Vocabulary) -> dict[str, Any]:
+    """How many of the sentences get other ids in llama.cpp; said in a line."""
+    theirs = ByScore(vocabulary)
+    differ = sum(theirs.encode(text) != tokenizer.encode(text) for text in sentences)
+    warn(f"--bpe=compatible is approximate: {differ:,} of {number_of(len(sentences), 'sentence')} get other ids there "
+         "than here; a llama.cpp of April 2026 or later gives the same with --bpe=exact")  # fmt: skip
+    return {"sentences": len(sentences), "sentences_that_differ": differ}
 
 
 def write_modelfile(out: Path, tokenizer: Tokenizer, model: Transformer) -> Path:

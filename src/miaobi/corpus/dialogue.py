@@ -141,8 +141,13 @@ def first_message(tokenizer: Tokenizer, ids: list[int]) -> str:
     GREETING where the template does not show it. Raises UserError as `encode`.
     """
     template = _template_of(tokenizer)
-    one, two = (template.encode([{"role": "user", "content": c}], add_generation_prompt=True) for c in "12")
-    start = next(i for i, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1])
+    for words in ("12", "ab", "你好", "的是"):  # a small vocabulary may know neither of two
+        one, two = (template.encode([{"role": "user", "content": word}], add_generation_prompt=True) for word in words)
+        start = next((i for i, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]), None)
+        if start is not None:
+            break
+    else:
+        return GREETING
     before, after = one[:start], one[start + 1 :]
     marks = [i for i, id_ in enumerate(before) if tokenizer.is_control(id_)]
     before = before[marks[-1] :] if marks else before  # without a system message that the template adds

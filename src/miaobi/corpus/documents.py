@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from miaobi.console import warn
-from miaobi.corpus import blocks, clean, dialogue, overlap
+from miaobi.corpus import blocks, clean, dialogue, ignored, overlap
 from miaobi.corpus.blocks import Block, decoded, text_blocks, without_noise
 from miaobi.corpus.ignored import Ignored
 from miaobi.corpus.messages import ALL_EXTRAS
@@ -24,7 +25,7 @@ from miaobi.corpus.records import (
     refuse_other_records,
     taker,
 )
-from miaobi.corpus.sources import NotTextError, Source, find_sources, refuse_contradictions
+from miaobi.corpus.sources import Source, find_sources, refuse_contradictions
 from miaobi.corpus.template import NONCHARACTER
 from miaobi.errors import UserError
 
@@ -150,7 +151,7 @@ def read_block(
 
 def _refuse_unless_skipped(error: UserError, source: Source, skip_bad: bool) -> None:
     """Nobody named a binary file in a directory; text that cannot be read there may not be lost without a word."""
-    if not skip_bad and not (source.is_listed and isinstance(error, NotTextError)):
+    if not skip_bad and not source.leaves_out(error):
         raise error
 
 
@@ -225,6 +226,10 @@ def documents_of(block: Block, options: DocumentOptions) -> tuple[Content, list[
     if options.normalize != "none" or options.simplify:
         documents = [clean.normalize_text(document, options.normalize, options.simplify) for document in documents]
     if options.dialogue == "lines":
+        if count := sum(document.count(dialogue.MARKS["system"]) for document in documents):
+            unread = dict(content.ignored or {})
+            ignored.note(unread, ["system"], block.source.name, count)
+            content = dataclasses.replace(content, ignored=unread)
         documents = [dialogue.as_lines(document) for document in documents]
     elif options.dialogue:
         documents = [dialogue.packed(dialogue.unpacked(document)) for document in documents]
@@ -272,7 +277,7 @@ def read_documents(
         removed += content.removed
         yield from [content.raw] if whole else content.documents
     if skipped:
-        warn(f"{skipped:,} bad files, records or bytes were left out or replaced")
+        warn(f"bad files, records or bytes left out or replaced: {skipped:,}")
     if removed:
         warn(REMOVED.format(removed))
 

@@ -8,12 +8,13 @@ thoughts out), such a reply is an example of its own.
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
 from miaobi.corpus.template import BREAK, OPEN, REPLY, ROLES, ChatTemplate, Messages, length_of
-from miaobi.errors import UserError
+from miaobi.errors import UserError, brief
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,7 @@ class TrainingTemplate(ChatTemplate):
             part = messages if not examples else messages[: max(open_replies) + 1]
             example, agreeing = self._compared(part, open_replies)
             if not agreeing and part[-1]["role"] == "assistant" and len(part) - 1 in open_replies:
-                raise UserError(
-                    "the chat template begins a reply otherwise than its own prompt for one (add_generation_prompt): "
-                    "what is trained would never be asked. Take another template; or is there a thought, and "
-                    "--enable_thinking=False?"
-                )
+                example, agreeing = self._continued(part), {len(part) - 1}
             if agreeing or not open_replies:
                 examples.append(example)
                 open_replies -= agreeing
@@ -88,6 +85,36 @@ class TrainingTemplate(ChatTemplate):
                     end += 1  # ChatML's newline belongs to the turn that it ends
                 turns.append(end)
         return Rendered(ids, is_reply, turns)
+
+    def _continued(self, messages: Messages) -> Rendered:
+        """A dialogue whose last reply goes on from where its prompt leaves off, though the template leaves that out of
+        replies: DeepSeek R1's prompt begins a thought, and its replies have none.
+
+        Raises UserError where the reply does not begin as its prompt ends.
+        """
+        safe = list(map(self.safe, messages))
+        prompt, whole = self.texts([self.call(safe[:-1], True), self.call(safe, False)])
+        words = safe[-1]["content"]
+        begun = next((n for n in range(len(words), 0, -1) if prompt.endswith(words[:n])), 0)
+        marks = ["" if m["role"] == "assistant" else OPEN for m in messages]
+        marked, _, closes = self.marked(messages, marks)
+        if not begun or marked != whole or len(closes) != len(messages) or messages[-1].get("tool_calls"):
+            same = sum(
+                1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False))
+            )
+            raise UserError(
+                "the chat template begins a reply otherwise than its own prompt for one (add_generation_prompt), with "
+                f"{brief(whole[same:].replace(BREAK, ''))} where the prompt has {brief(prompt[same:])}: what is "
+                "trained would never be asked. Take another template; or is there a thought and "
+                "--enable_thinking=False, or none where the prompt begins one?"
+            )
+        before = self.tokens(prompt)[0]
+        ids, starts, _, is_control = self.tokens(words[begun:] + whole[_place(whole, closes[-1]) :])
+        after = int(np.searchsorted(starts, length_of(words[begun:])))
+        controls = np.flatnonzero(is_control[after:])
+        is_reply = np.zeros(len(before) + len(ids), bool)
+        is_reply[len(before) : len(before) + after + int(controls[0]) + 1 if len(controls) else None] = True
+        return Rendered([*before, *ids], is_reply, [0])
 
     @functools.cached_property
     def _is_regular(self) -> bool:

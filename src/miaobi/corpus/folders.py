@@ -12,6 +12,7 @@ from pathlib import Path
 
 from miaobi.corpus import encodings
 from miaobi.corpus.store import OWN_NAMES, is_prepared
+from miaobi.errors import names_listed
 
 COMPRESSION = {".gz": "gz", ".bz2": "bz2", ".xz": "xz", ".zst": "zst", ".zip": "zip"}
 ARCHIVES = {
@@ -30,6 +31,7 @@ _NOT_CORPUS = {
 _TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
 _LOG_KEYS = {"step", "current_steps", "iter", "epoch"}
+_BY_SUFFIX = "not text by its suffix "
 _LISTED = 20
 """More files of one directory than this, left out for one reason, are one line of the list."""
 HEAD = 4096
@@ -65,7 +67,7 @@ def reason_by_name(name: str) -> str:
         return "about the files, by its name"
     if re.fullmatch(r"tokenized_train_\d+\.txt", inner.name):  # GPT2-Chinese's
         return "token ids, by its name"
-    return "" if not suffix or suffix in TEXT_SUFFIXES else f"not text by its suffix {suffix}"
+    return "" if not suffix or suffix in TEXT_SUFFIXES else f"{_BY_SUFFIX}{suffix}"
 
 
 def reason_by_content(name: str, head: bytes) -> str:
@@ -173,8 +175,12 @@ def grouped(left: Iterable[LeftOut]) -> list[LeftOut]:
 def table_lines(taken: Counter[str], left: list[LeftOut]) -> list[str]:
     """A compact table: what was taken, as what, and what was left out and why."""
     by_reason: dict[str, list[LeftOut]] = {}
-    for entry in left:
-        by_reason.setdefault(entry.reason, []).append(entry)
+    suffixes = sorted({entry.reason for entry in left if entry.reason.startswith(_BY_SUFFIX)})
+    unknown = names_listed(reason.removeprefix(_BY_SUFFIX) for reason in suffixes)
+    for entry in left:  # suffixes of all kinds together: they say the same
+        several = len(suffixes) > 1 and entry.reason in suffixes
+        reason = f"not text by their suffixes ({unknown})" if several else entry.reason
+        by_reason.setdefault(reason, []).append(entry)
     lines = ["taken: " + ", ".join(f"{count:,} as {format}" for format, count in taken.most_common())]
     for reason, entries in by_reason.items():
         names = ", ".join(

@@ -24,6 +24,8 @@ MAX_CONTROL_CHARACTERS = 256
 """Longest control token: real ones have some forty, and templates look for every part of them."""
 MOST_TEXT = 48 << 20
 """Bytes of a tokenizer's file: Gemma 3's tokenizer.json has 33 million."""
+MOST_AROUND = 64
+"""Control tokens that a post-processor puts around a text at most."""
 MAX_IDS = 1 << 24
 _MAX_GROWTH = 64
 """How many times longer a text may become by all `Replace` steps of a tokenizer together, in characters."""
@@ -92,12 +94,19 @@ def backend_of(text: str) -> tokenizers.Tokenizer:
         raise ValueError("it has no model")
     _check_growth(content)
     backend = _guarded(lambda: tokenizers.Tokenizer.from_str(text))
+    backend.no_truncation()  # as some of the hub's ask for
+    backend.no_padding()  # to as many tokens as the file says, whatever the memory
     ids = _guarded(lambda: backend.get_vocab(with_added_tokens=True)).values()
     if not ids or max(ids) >= MAX_IDS:
         raise ValueError(f"it has the id {max(ids):,}; the largest is {MAX_IDS - 1:,}" if ids else "it has no tokens")
     for token in backend.get_added_tokens_decoder().values():
         check_control(token.content)
     _guarded(lambda: backend.encode("a1你\n\U0010fffd", add_special_tokens=False))  # no unknown token, and the like
+    around = _guarded(lambda: backend.num_special_tokens_to_add(is_pair=False))
+    if around > MOST_AROUND:
+        raise ValueError(f"it puts {around:,} control tokens around a text, more than {MOST_AROUND}")
+    if strangers := set(_guarded(lambda: backend.encode("")).ids).difference(ids):
+        raise ValueError(f"it puts the id {min(strangers):,} around a text, which is no token of it")
     return backend
 
 

@@ -22,7 +22,7 @@ def note(ignored: Ignored, keys: Iterable[str], where: int | str, count: int = 1
         ignored[key] = before + count, first
 
 
-def told(ignored: Ignored) -> str:
+def in_words(ignored: Ignored) -> str:
     """What `note` has counted, for people; "" where there is nothing."""
     entries = [f"`{key}` ({count:,}, first in {first})" for key, (count, first) in list(ignored.items())[:_SHOWN]]
     more = f" and {len(ignored) - _SHOWN:,} more, see manifest.json" if len(ignored) > _SHOWN else ""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from miaobi import console
-from miaobi.corpus import dialogue, encode, folders, ignored, overlap, selection, store
+from miaobi.corpus import dialogue, encode, folders, ignored, overlap, selection, store, tables
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.documents import REMOVED, DocumentOptions
 from miaobi.corpus.folders import LeftOut
@@ -59,6 +59,7 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
         UserError: what the user can put right: unreadable input, too little text, a full disk, an --out in use.
     """
     began = time.perf_counter()
+    tables.guessed.clear()
     groups, left = list_sources([*sources, *([cfg.val] if cfg.val else [])], cfg.format)
     files = [file for group in groups for file in group]
     refuse_contradictions(files, cfg.format)
@@ -84,6 +85,8 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
         store.check_replaceable(out, [file.path for file in files])
         aside = stack.enter_context(store.aside(out)) if sets_aside else None
         corpus = take_survey(files, options, cfg, workers, weights, is_val, aside)
+        for record in corpus.records:
+            record |= {"guessed": guesses} if (guesses := tables.guessed.get(record["path"])) else {}
         tokenizer = _tokenizer(corpus, cfg, workers)
         with store.explain_refusal(out):
             manifest = _write(out, corpus, tokenizer, cfg, workers, left)
@@ -91,7 +94,7 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
     unread = _ignored(records)
     _say_what_was_left(records, left, statistics["removed"])
     if unread:
-        console.log(console.one_line(ignored.told(unread)))
+        console.log(console.one_line(ignored.in_words(unread)))
     return {
         "out": str(Path(cfg.out).expanduser()),
         "documents": statistics["documents"],
@@ -107,6 +110,7 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
         "left_out": manifest["left_out"],
         "skipped": statistics["skipped"],
         "skipped_in": [record["path"] for record in records if record["skipped"]],
+        "refused": [record["path"] for record in records if record.get("reason") and not record["documents"]],
         "ignored": unread,
         "removed": statistics["removed"],
         "seconds": round(time.perf_counter() - began, 3),
@@ -127,16 +131,17 @@ def _ignored(records: list[dict]) -> Ignored:
 
 
 def _say_what_was_left(records: list[dict], left: list[LeftOut], removed: int) -> None:
-    refused = [
-        LeftOut(record["path"], re.sub("^(: | is | )", "", record["reason"].removeprefix(record["path"])))
-        for record in records
-        if record.get("reason")
-    ]
+    refused = [LeftOut(r["path"], _why(r["reason"].removeprefix(r["path"]))) for r in records if r.get("reason")]
     if left or refused:
         for line in folders.table_lines(_taken(records), [*left, *refused]):
             console.log(console.one_line(line))
     if removed:
         console.warn(REMOVED.format(removed))
+
+
+def _why(reason: str) -> str:
+    """A refusal as the reason why a file was left out: without the advice to leave it out."""
+    return re.sub(r"^(: | is | )|; (otherwise )?leave it out.*", "", reason)
 
 
 def settings_of(cfg: PrepareConfig) -> dict[str, Any]:
@@ -298,6 +303,7 @@ def _write(
                 "also_in_validation": corpus.dropped["validation"],
                 "left_out_by_weights": corpus.dropped["weights"],
                 "left_out_by_without": sum(survey.shared for survey in corpus.surveys),
+                "cut_into_pieces": corpus.options.cut,
                 "empty_removed": sum(survey.empty for survey in corpus.surveys),
                 "skipped": corpus.total("skipped"),
                 "removed": corpus.total("removed"),

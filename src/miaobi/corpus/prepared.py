@@ -316,9 +316,16 @@ def _nanogpt_manifest(path: Path) -> dict:
         if size % 2:
             raise UserError(f"{file} is truncated: {size} bytes are no whole number of tokens; prepare the data again")
         counts = np.zeros(65536, np.int64)
-        tokens = _Array(file, "<u2", size // 2)
+        tokens, is_wider = _Array(file, "<u2", size // 2), size > 64
         for start in range(0, tokens.length, PIECE):
-            counts += np.bincount(tokens.read(start, min(start + PIECE, tokens.length)), minlength=65536)
+            part = tokens.read(start, min(start + PIECE, tokens.length))
+            counts += np.bincount(part, minlength=65536)
+            is_wider = is_wider and not part[1::2].any()
+        if is_wider:
+            raise UserError(
+                f"{file}: every second number of two bytes is 0: tokens of four bytes or eight, nanoGPT's have two; "
+                "write them as np.uint16, or prepare the text: miaobi prepare"
+            )
         if counts[len(pieces) :].any():
             highest = int(np.flatnonzero(counts)[-1])
             raise UserError(f"{file} has token {highest}, but meta.pkl next to it knows "

@@ -136,6 +136,8 @@ def record_blocks(
 
 RECORDS = ("jsonl", "csv", "parquet", "messages")
 """Formats of files that hold records."""
+_SHAPES = {"messages", "conversations", "instruction"}
+"""Fields of dialogues, see `messages`."""
 _NO_OBJECT = "instead of an object"
 
 
@@ -147,11 +149,12 @@ def refuse_other_records(source: Source, field: str, skip_bad: bool, delimiter: 
     names, records = open_records(source, skip_bad, None, delimiter)
     first = next(records, None) if names is None else None
     known = names if names is not None else [*first.values] if first is not None else [field]
-    if {"messages", "conversations", "instruction"} & set(known) if source.format == "messages" else field in known:
+    if _SHAPES & set(known) if source.format == "messages" else field in known:
         return
     if first is None or not first.problem:
         what = "dialogue" if source.format == "messages" else f"field {field!r}"
-        hint = "" if source.format == "messages" else ". If one of them is the text, name it with --field"
+        hint = ". If one of them is the text, name it with --field" if source.format != "messages" else ""
+        hint = ". These are dialogues: --format=dialogue" if hint and _SHAPES & set(known) else hint
         raise NotTextError(f"{source.name}: no {what}; the fields are {', '.join(map(str, known)) or 'none'}{hint}")
     if first.problem.endswith(_NO_OBJECT):
         raise NotTextError(f"{source.name}: {first.problem}: no records")
@@ -197,7 +200,7 @@ def _field_text(values: dict[str, Any], field: str) -> tuple[str, str]:
     if isinstance(value, str):
         return (value, "") if is_whole(value) else ("", HALF_A_CHARACTER)
     if field not in values:
-        hint = " These are dialogues: --format=dialogue" if {"messages", "conversations"} & values.keys() else ""
+        hint = " These are dialogues: --format=dialogue" if _SHAPES & values.keys() else ""
         return "", f"no field {field!r}; the fields are {names_listed(values)}. Name one with --field.{hint}"
     kind = "in another encoding than UTF-8" if isinstance(value, UnicodeDecodeError) else type(value).__name__
     return "", f"field {field!r} is {kind}, not text"

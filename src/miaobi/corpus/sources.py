@@ -26,6 +26,12 @@ class NotTextError(UserError):
     """
 
 
+class DamagedError(NotTextError):
+    """A packed file, a member of an archive or a table that cannot be unpacked: cut short, altered, with a password, or
+    larger than any text becomes. In what the user named it is an error.
+    """
+
+
 @dataclass(frozen=True)
 class Source:
     """One text: a file, or a member of a zip archive."""
@@ -42,7 +48,9 @@ class Source:
     size: int = 0
     """Bytes on disk (a zip member: unpacked)."""
     is_listed: bool = field(default=False, compare=False)
-    """Found in a directory, not named by the user: what turns out to be no text at all is left out."""
+    """Found in a directory or an archive, not named by the user: what turns out to be no text at all is left out."""
+    is_named: bool = field(default=True, compare=False)
+    """It, or the archive that it is in, was named by the user: what is damaged there is an error."""
     is_exact: bool = field(default=False, compare=False)
     """Every character is kept: nothing is taken for padding or for a byte order mark inside."""
 
@@ -67,7 +75,7 @@ class Source:
                 return archive.open(archive.infolist()[self.entry])
             return unpack.opened(self.path, self.compression)
         except DAMAGED as error:
-            raise NotTextError(f"{self.name} cannot be opened: {error}") from error
+            raise DamagedError(f"{self.name} cannot be opened: {error}") from error
 
     def opened(self) -> BinaryIO:
         """The file as it is on the disk. Raises UserError where it may not be read."""
@@ -86,10 +94,15 @@ class Source:
             left = unpack.most(self.size) - stream.tell()
             found = stream.read(min(size, left + 1))
         except DAMAGED as error:
-            raise NotTextError(f"{self.name} is damaged or cut short: {error}; fetch or pack it again") from error
+            raise DamagedError(f"{self.name} is damaged or cut short: {error}; fetch or pack it again") from error
         if len(found) > left:
-            raise NotTextError(unpack.grows(self.name))
+            raise DamagedError(unpack.grows(self.name))
         return found
+
+    def leaves_out(self, error: UserError) -> bool:
+        """Whether the source is left out and listed for this error, instead of ending the command with it."""
+        damaged = isinstance(error, DamagedError) and self.is_named
+        return self.is_listed and isinstance(error, NotTextError) and not damaged
 
 
 def find_sources(paths: list[str], format: str = "auto") -> list[Source]:
@@ -116,9 +129,10 @@ def _sources_of(given: str, format: str, left: list[LeftOut]) -> list[Source]:
     path = Path(given).expanduser()
     if path.is_dir():
         return _in_directory(path, given, format, left)
-    if path.is_fifo():
+    if path.is_fifo() or (given == "-" and not path.exists()):
+        name = "standard input (-)" if given == "-" else printable(given)
         raise UserError(
-            f"{printable(given)} is a pipe: it can be read but once, and its name does not say what it holds; "
+            f"{name} is a pipe: it can be read but once, and its name does not say what it holds; "
             "save what comes out of it as a file, and give that"
         )
     if path.exists():
@@ -145,7 +159,7 @@ def _in_directory(path: Path, given: str, format: str, left: list[LeftOut]) -> l
     for file in sorted(folders.files_below(path, leave)):
         if file.suffix.lower() == ".zip":
             try:
-                sources += _in_zip(file, format, left)
+                sources += _in_zip(file, format, left, is_named=False)
             except UserError as error:
                 leave(file, str(error).partition(": ")[2] or str(error))
             continue
@@ -248,10 +262,13 @@ def _in_file(file: Path, format: str, left: list[LeftOut], is_listed: bool = Fal
     inner = file.stem if compression else file.name
     if {file.suffix.lower(), Path(inner).suffix.lower()} & folders.ARCHIVES:
         raise UserError(f"{printable(file)} is an archive; unpack it (tar -xf, 7z x) and give what is in it")
-    return [Source(file, _format_of(inner, format), compression, size=file.stat().st_size, is_listed=is_listed)]
+    return [
+        Source(file, _format_of(inner, format), compression, size=file.stat().st_size, is_listed=is_listed,
+               is_named=not is_listed)
+    ]  # fmt: skip
 
 
-def _in_zip(file: Path, format: str, left: list[LeftOut]) -> list[Source]:
+def _in_zip(file: Path, format: str, left: list[LeftOut], is_named: bool = True) -> list[Source]:
     try:
         archive = _archive(file)
         named = sorted((_member_name(m), entry, m.file_size) for entry, m in enumerate(archive.infolist()))
@@ -261,7 +278,7 @@ def _in_zip(file: Path, format: str, left: list[LeftOut]) -> list[Source]:
         raise UserError(unpack.grows(printable(file)))
     sources, before = [], len(left)
     for name, entry, size in named:
-        source = Source(file, _format_of(name, format), "zip", name, entry, size, is_listed=True)
+        source = Source(file, _format_of(name, format), "zip", name, entry, size, is_listed=True, is_named=is_named)
         parts = [part for part in name.split("/") if part not in ("", ".", "..")]
         if not parts or name.endswith("/"):
             continue
@@ -270,8 +287,8 @@ def _in_zip(file: Path, format: str, left: list[LeftOut]) -> list[Source]:
             reason = reason or "packed again; unpack it first"
         try:
             reason = reason or _reason(parts[-1], format, functools.partial(_member_head, source))
-        except NotTextError as error:
-            reason = str(error).removeprefix(f"{source.name} ")
+        except NotTextError as error:  # else whoever reads it says so, or leaves it out for --skip_bad
+            reason = str(error).removeprefix(f"{source.name} ") if source.leaves_out(error) else ""
         if reason:
             left.append(LeftOut(source.name, reason))
         else:

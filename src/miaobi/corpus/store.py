@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from miaobi.errors import UserError
-from miaobi.files import MOST_OF_A_LIST, read_whole
+from miaobi.files import MOST_OF_A_LIST, is_running, json_of, read_whole
 from miaobi.lock import locked
 
 SHARD_BYTES = 1 << 31
@@ -148,8 +148,7 @@ class PreparedWriter:
     def commit(self, manifest: dict) -> None:
         """Writes the manifest and puts the new directory in place of the old one."""
         with open(self.directory / "manifest.json", "w", encoding="utf-8") as file:
-            json.dump(manifest, file, ensure_ascii=False, indent=1)
-            file.write("\n")
+            file.write(json_of(manifest, indent=1) + "\n")
             _flush(file)
         for path in self.directory.glob("*.j*"):  # the tokenizer's files
             with open(path, "rb") as file:
@@ -216,7 +215,7 @@ def clear_leftovers(out: Path) -> None:
     name = re.compile(re.escape(_beside(out, "KIND", 0).name[:-1]).replace("KIND", "(tmp|aside|old)") + r"(\d+)")
     for path in list(out.parent.iterdir()):
         match = name.fullmatch(path.name)
-        if not match or _is_running(int(match[2])):
+        if not match or is_running(int(match[2])):
             continue
         if match[1] == "old" and not out.exists():
             os.replace(path, out)
@@ -226,16 +225,6 @@ def clear_leftovers(out: Path) -> None:
 def _beside(out: Path, kind: str, process: int | None = None) -> Path:
     """A name of this process, on the same disk as `out`; of this machine too, as disks are shared."""
     return out.with_name(f".{out.name}.{kind}-{socket.gethostname()}-{os.getpid() if process is None else process}")
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 def check_replaceable(out: Path, sources: list[Path]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 from miaobi import console
 from miaobi.corpus import blocks
 from miaobi.corpus.blocks import decode_block, text_blocks
-from miaobi.corpus.sources import DAMAGED, NotTextError, Source
+from miaobi.corpus.sources import DAMAGED, DamagedError, NotTextError, Source
 from miaobi.errors import UserError, number_of
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _dialect(source: Source, head: list[str], delimiter: str) -> Dialect:
             if agreeing > columns:
                 best, columns = Dialect(char, blanks), agreeing
     if not delimiter and not is_tsv and best.delimiter != ",":
-        _say_once(f"{source.name}: its columns are taken to be separated by {DELIMITERS[best.delimiter]} "
+        _say_once(source.name, f"its columns are taken to be separated by {DELIMITERS[best.delimiter]} "
                   "(--delimiter says otherwise)")  # fmt: skip
     return best
 
@@ -179,14 +179,20 @@ def _is_quoted(source: Source, skip_bad: bool, first: int) -> bool:
     """Whether quotes in a table with tabs are those of cells; in many they are nothing but text."""
     for _, cells, _ in _parsed(lines_of(source, skip_bad), Dialect("\t", False), csv.QUOTE_MINIMAL, first):
         if isinstance(cells, csv.Error):
-            _say_once(f"{source.name}: quotes do not pair up, they are read as text")
+            _say_once(source.name, "quotes do not pair up, they are read as text")
             return False
     return True
 
 
-@functools.cache
-def _say_once(message: str) -> None:
-    console.log(message)  # though every pass over the text finds it anew
+guessed: dict[str, list[str]] = {}
+"""What was guessed of a table, by its name, and said; for the manifest."""
+
+
+def _say_once(name: str, guess: str) -> None:
+    """Though every pass over the text finds it anew."""
+    if guess not in guessed.setdefault(name, []):
+        guessed[name].append(guess)
+        console.log(f"{name}: {guess}")
 
 
 def _parsed(
@@ -263,7 +269,7 @@ def _parquet_rows(source: Source, columns: list[str] | None) -> Iterator[Record]
 
 def refuse_growth(source: Source) -> NoReturn:
     """Raises UserError: what a packed file unpacks to is out of all proportion."""
-    raise NotTextError(f"{source.name} becomes more than {MAX_GROWTH:,} times its size when it is read; "
+    raise DamagedError(f"{source.name} becomes more than {MAX_GROWTH:,} times its size when it is read; "
                     "it is damaged, or made to fill memories: leave it out")  # fmt: skip
 
 
@@ -276,7 +282,7 @@ def _guarded(source: Source, read: Any) -> Any:
     try:
         return read()
     except (pa.ArrowException, *DAMAGED, ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
-        raise NotTextError(f"{source.name} is not a readable parquet file: {error}") from error
+        raise DamagedError(f"{source.name} is not a readable parquet file: {error}") from error
 
 
 def _open_table(source: Source) -> tuple[pyarrow.parquet.ParquetFile, BinaryIO]:

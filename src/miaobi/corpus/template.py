@@ -56,8 +56,9 @@ class ChatTemplate:
                 it to the template.
 
         Raises:
-            UserError: `source` is not a Jinja template.
+            UserError: `source` is not a Jinja template, or does not ask for `enable_thinking` where that is given.
         """
+        refuse_needless(source, enable_thinking)
         self.source = source
         self.is_ours = source in (SEP_TEMPLATE, CHATML_TEMPLATE)
         if not self.is_ours:
@@ -240,12 +241,17 @@ def with_thinking(source: str, enable_thinking: bool | None) -> str:
 
     Raises UserError for a template that does not ask.
     """
+    refuse_needless(source, enable_thinking)
     if enable_thinking is None:
         return source
-    if "enable_thinking" not in source:
-        raise UserError("--enable_thinking is for templates that ask for it, and this one does not; leave it out")
     default = str(enable_thinking).lower()
     return f"{{% if enable_thinking is not defined %}}{{% set enable_thinking = {default} %}}{{% endif %}}" + source
+
+
+def refuse_needless(source: str, enable_thinking: bool | None) -> None:
+    """Raise UserError where `enable_thinking` is given and the template `source` does not ask for it."""
+    if enable_thinking is not None and "enable_thinking" not in source:
+        raise UserError("--enable_thinking is for templates that ask for it, and this one does not; leave it out")
 
 
 def source_of(tokenizer: Tokenizer) -> str | None:

@@ -32,7 +32,7 @@ from miaobi.corpus.vocabulary import (  # noqa: F401 - the names of the specials
     SPECIALS,
 )  # fmt: skip
 from miaobi.errors import UserError
-from miaobi.files import read_whole
+from miaobi.files import json_of, read_whole
 
 _OWN_CONFIG = {"eos_token": EOT, "pad_token": PAD}
 _SENTENCE_PIECE = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
@@ -139,7 +139,7 @@ class Tokenizer:
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
         (directory / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+        text = json_of(config, indent=2) + "\n"
         (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
@@ -156,8 +156,8 @@ class Tokenizer:
         framed, bare = (self.backend.encode("a", add_special_tokens=special).ids for special in (True, False))
         at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
         before, behind = framed[:at], framed[at + len(bare) :]
-        told = [self.config.get(key) is not False for key in ("add_bos_token", "add_eos_token")]
-        return before if told[0] else [], behind if told[1] else []
+        has = [self.config.get(key) is not False for key in ("add_bos_token", "add_eos_token")]
+        return before if has[0] else [], behind if has[1] else []
 
     @property
     def begin_ids(self) -> list[int]:

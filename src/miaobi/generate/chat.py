@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,40 +13,28 @@ from miaobi.corpus.template import ChatTemplate, Messages
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory
 from miaobi.errors import UserError
+from miaobi.files import json_of
 from miaobi.generate.config import ChatConfig, SampleConfig
 from miaobi.generate.engine import LanguageModel, control_ids
 from miaobi.generate.stream import Stream
+from miaobi.model.generation import GENERATION_CONFIG, sampling_settings
 from miaobi.model.transformer import Transformer
 
 UNKNOWN = ("<unk>", "[UNK]")  # control tokens that do not end a reply; a reply of them alone would be empty
-
-MODEL_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-"""What a model's generation_config.json may say about how it is to be sampled; the names are transformers'."""
 
 
 def model_settings(cfg: ChatConfig, generation: dict[str, Any] | None, given: Collection[str]) -> ChatConfig:
     """`cfg` with what a model's makers recommend in place of our own defaults; one line on stderr says what that is.
 
-    generation: the content of generation_config.json. given: names of settings that the user chose; these stay.
-    Raises UserError for a value that cannot be.
+    generation: what `generation_settings` gave. given: names of settings that the user chose; these stay.
     """
-    advice = {name: value for name in MODEL_SETTINGS if (value := (generation or {}).get(name)) is not None}
-    if generation and generation.get("do_sample") is False:  # transformers draws nothing then
-        advice["temperature"] = 0.0
-    advice = {name: value for name, value in advice.items() if name not in given and value != getattr(cfg, name)}
+    stated = sampling_settings(generation)
+    advice = {name: value for name, value in stated.items() if name not in given and value != getattr(cfg, name)}
     if not advice:
         return cfg
-    for name, value in advice.items():
-        if isinstance(value, bool) or not isinstance(value, int if name == "top_k" else (int, float)):
-            raise UserError(f"generation_config.json of the model: {name} is {value!r:.40}, not a number; correct the "
-                            f"file, or give --{name}=...")  # fmt: skip
-    try:
-        cfg = replace(cfg, **advice)
-    except UserError as e:
-        raise UserError(f"generation_config.json of the model: {e}, or give it on the command line") from e
     listed = ", ".join(f"{name}={value}" for name, value in advice.items())
-    log(f"sampled as the model's generation_config.json says: {listed} (flags win)")
-    return cfg
+    log(f"sampled as the model's {GENERATION_CONFIG} says: {listed} (flags win)")
+    return replace(cfg, **advice)
 
 
 class Chat:
@@ -58,9 +45,9 @@ class Chat:
     """
 
     def __init__(self, lm: LanguageModel, cfg: ChatConfig) -> None:
-        """Raises UserError when the model has no chat template."""
+        """Raises UserError when the model has no chat template, or one that does not know `enable_thinking`."""
         self.lm, self.cfg = lm, cfg
-        self.template = ChatTemplate.of(lm.tokenizer)
+        self.template = ChatTemplate.of(lm.tokenizer, cfg.enable_thinking)
         self.messages: Messages = []
         control = control_ids(lm.tokenizer)
         self.unknown = [control[name] for name in UNKNOWN if name in control]
@@ -109,7 +96,7 @@ class Chat:
         Raises UserError for a file that is there already, unless this conversation wrote it.
         """
         if path.suffix == ".jsonl":
-            text = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
+            text = json_of({"messages": self.messages}) + "\n"
         else:
             marks = {"system": "/system ", "user": ">>>", "assistant": ""}
             text = "".join(f"{marks[m['role']]}{m['content']}\n" for m in self.messages)

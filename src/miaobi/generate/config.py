@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from miaobi.config import ModelChoice, Where
 from miaobi.errors import UserError
 from miaobi.kinds import Location, Positional
+from miaobi.model.generation import SAMPLING, check_sampling
 
 GREEDY = 1e-5
 """A temperature below this is 0: one token has all of the probability, and logits divided by less overflow."""
@@ -42,18 +42,10 @@ class SamplingConfig(Where):
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if not 0.0 <= self.temperature < math.inf:
-            raise UserError(f"temperature is {self.temperature}; give a finite number of 0 (greedy) or more")
+        for name in SAMPLING:
+            check_sampling(name, getattr(self, name))
         if self.temperature < GREEDY:
             object.__setattr__(self, "temperature", 0.0)
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; give 0 for no limit or a positive number")
-        if not 0.0 < self.top_p <= 1.0:
-            raise UserError(f"top_p is {self.top_p}; give a probability in (0, 1]")
-        if not 0.0 <= self.min_p < 1.0:
-            raise UserError(f"min_p is {self.min_p}; give a share from 0 up to below 1")
-        if not 0.01 <= self.repetition_penalty <= 100.0:  # far beyond, logits overflow
-            raise UserError(f"repetition_penalty is {self.repetition_penalty}; give one from 0.01 to 100 (1 = none)")
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2.0 <= getattr(self, name) <= 2.0:
                 raise UserError(f"{name} is {getattr(self, name)}; give a number from -2 to 2 (0 = none)")
@@ -93,6 +85,8 @@ class ChatConfig(SamplingConfig):
     temperature: float = 0.8
     top_p: float = 0.9
     repetition_penalty: float = 1.2
+    enable_thinking: bool | None = None
+    """For templates that ask (Qwen3's): whether the model thinks before it answers. Default: as the template has it."""
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from miaobi.console import warn_of_encoding
+from miaobi.console import log, warn_of_encoding
 from miaobi.generate import engine
-from miaobi.generate.config import SampleRequest
+from miaobi.generate.config import SampleRequest, SamplingConfig
+from miaobi.model.generation import GENERATION_CONFIG, sampling_settings
 
 
 def sample(cfg: SampleRequest, as_json: bool = False) -> dict[str, Any] | None:
@@ -18,6 +19,7 @@ def sample(cfg: SampleRequest, as_json: bool = False) -> dict[str, Any] | None:
     if not as_json:
         warn_of_encoding()
     lm = engine.load(cfg.model, cfg.device, cfg.dtype, cfg.checkpoint)
+    say_unused(cfg, lm.model.generation, "sample")
     prompt = engine.read_prompt(cfg.start)
     if cfg.stream and not as_json:
         for i in range(cfg.num_samples):
@@ -28,3 +30,14 @@ def sample(cfg: SampleRequest, as_json: bool = False) -> dict[str, Any] | None:
         return None
     completions, speed = engine.timed(lm, prompt, cfg)
     return {"samples": [dataclasses.asdict(c) for c in completions], "tokens_per_second": speed}
+
+
+def say_unused(cfg: SamplingConfig, generation: dict[str, Any] | None, what: str) -> None:
+    """One line on how a model's makers want it sampled, where `what` does not: text is continued by our own settings,
+    conversations by the model's.
+    """
+    stated = sampling_settings(generation)
+    others = [f"{name}={value}" for name, value in stated.items() if value != getattr(cfg, name)]
+    if others:
+        ours = ", ".join(f"{name}={getattr(cfg, name)}" for name in stated)
+        log(f"the model's {GENERATION_CONFIG} says {', '.join(others)}, which chat follows; {what} draws with {ours}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import dataclasses
 import difflib
 import io
@@ -9,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -17,6 +18,7 @@ from miaobi.config import RunConfig
 from miaobi.console import error, warn_of_encoding
 from miaobi.errors import UserError, number_of
 from miaobi.generate.config import ChatConfig, ChatRequest
+from miaobi.model.generation import SAMPLING
 from miaobi.seeds import PRETRAINING
 from miaobi.settings import Origin, find_config, load_config, read_yaml
 
@@ -73,9 +75,9 @@ def chat(cfg: ChatRequest, origin: Origin, as_json: bool = False) -> dict[str, A
     flags = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(ChatConfig) if f.name in origin}
     settings = dataclasses.replace(settings, **flags)
     from miaobi.generate import engine
-    from miaobi.generate.chat import MODEL_SETTINGS, Chat, model_settings
+    from miaobi.generate.chat import Chat, model_settings
 
-    chosen = {name for name in MODEL_SETTINGS if getattr(settings, name) != getattr(ChatConfig, name)} | origin.keys()
+    chosen = {name for name in SAMPLING if getattr(settings, name) != getattr(ChatConfig, name)} | origin.keys()
     lm = engine.load(cfg.model if run is None else model_of(run), settings.device, settings.dtype, cfg.checkpoint)
     conversation = Chat(lm, model_settings(settings, lm.model.generation, chosen))
     failed = talk(conversation, silent=as_json)
@@ -102,7 +104,7 @@ def talk(chat: Chat, silent: bool = False) -> int:
     out = sys.stderr if silent else sys.stdout
     for_humans = sys.stdin.isatty() and out.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # for `readable`
+        sys.stdin.reconfigure(errors="surrogateescape", encoding=encoding_of_pipe(sys.stdin))  # for `readable`
     if not silent:
         warn_of_encoding()
     ask = line_reader(for_humans, out)
@@ -142,7 +144,8 @@ def obey(chat: Chat, line: str, out: TextIO, silent: bool) -> bool:
     known = {name.split()[0] for name in COMMANDS} - {"//TEXT"}
     if command not in known or (rest.strip() and command not in TAKE_TEXT):
         say(chat.reply(line.replace("//", "/", 1) if line.lstrip().startswith("//") else line), out, silent)
-        if out.isatty() and (close := difflib.get_close_matches(command, known, n=1, cutoff=0.75)):
+        close = [] if command.startswith("//") else difflib.get_close_matches(command.lower(), known, n=1, cutoff=0.75)
+        if out.isatty() and close:
             why = "takes no text and was sent as a message; alone it is the command"
             if command not in known:
                 why = f"is no command and was sent as a message. Did you mean {close[0]}?"
@@ -170,7 +173,7 @@ def say(pieces: Iterator[str], out: TextIO, silent: bool) -> None:
     """Print a reply as it is written, on a line of its own; in a terminal Ctrl-C stops it."""
     printed = False
     try:
-        with closing(pieces):
+        with contextlib.closing(pieces):
             for piece in pieces:
                 printed = True
                 if not silent:
@@ -223,19 +226,39 @@ def line_history():
     return History(str(file))
 
 
-def readable(line: str) -> str:
-    """`line`, its bytes that fit the input's encoding not (read as lone surrogates) decoded as UTF-8 or GB18030.
+def encoding_of_pipe(stream: io.TextIOWrapper) -> str | None:
+    """The encoding of what a pipe or a file begins with, as `prepare` finds it; None where it is the stream's own, a
+    terminal is typed at, or the beginning is of no single one.
+    """
+    if stream.isatty() or not isinstance(stream.buffer, io.BufferedReader):
+        return None
+    from miaobi.corpus.encodings import detect
 
-    Raises UserError for a line that is neither.
+    head = stream.buffer.peek()
+    if b"\0" not in head and not head.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        with contextlib.suppress(UnicodeDecodeError, LookupError):
+            codecs.getincrementaldecoder(stream.encoding)().decode(head)
+            return None
+    name, mark = detect(head, is_whole=False) or ("", 0)
+    name = name.removesuffix("-le").removesuffix("-be") if mark else name  # these know the mark
+    with contextlib.suppress(UnicodeDecodeError, LookupError):
+        codecs.getincrementaldecoder(name)().decode(head)
+        return name
+    return None
+
+
+def readable(line: str) -> str:
+    """`line`; where bytes of it did not fit the input's encoding (lone surrogates stand for them), in the one that they
+    are in.
+
+    Raises UserError for what is no text.
     """
     try:
         line.encode("utf-8")
         return line
     except UnicodeEncodeError:
-        pass
-    for encoding in ("utf-8", "gb18030"):
-        try:
-            return line.encode(sys.stdin.encoding or "utf-8", "surrogateescape").decode(encoding)
-        except UnicodeError:
-            continue
-    raise UserError("this line is neither UTF-8 nor GB18030; set the terminal to UTF-8 and type it again")
+        from miaobi.corpus.encodings import detect
+    with contextlib.suppress(UnicodeError):
+        data = line.encode(sys.stdin.encoding or "utf-8", "surrogateescape")
+        return data.decode((detect(data) or ("utf-8", 0))[0])
+    raise UserError("this line is neither UTF-8, GB18030 nor Big5; set the terminal to UTF-8 and type it again")

@@ -92,6 +92,14 @@ def edited(file: Path) -> bytes | None:
     return None if mark and digest(text[: mark.start()]) == mark[1] else content
 
 
+def summary_of(file: Path) -> str:
+    """The sentence under the title of a card that `write_card` wrote; "" of another, or where there is none."""
+    if not file.is_file() or edited(file) is not None:
+        return ""
+    parts = file.read_text(encoding="utf-8").partition("\n---\n")[2].strip().split("\n\n")
+    return re.sub(r"\\([\\`*_\[\]<>|#~])", r"\1", parts[1]) if len(parts) > 1 else ""
+
+
 def digest(text: str) -> str:
     """SHA-256 of what a card says."""
     return hashlib.sha256(text.encode()).hexdigest()

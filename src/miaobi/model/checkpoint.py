@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -13,18 +11,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from miaobi.checksums import for_model, verifying
-from miaobi.console import warn
 from miaobi.corpus.tokenizer import SPECIALS, Tokenizer
 from miaobi.errors import UserError, brief, names_listed
 from miaobi.files import pointed, read_json, refuse_pointers, write_json
 from miaobi.model.families import check_hf, load_hf, to_hf
+from miaobi.model.generation import end_ids, generation_settings
 from miaobi.model.hf_config import hf_config, model_config
 from miaobi.model.hub import FILE, SETTINGS, resolve
 from miaobi.model.quantized import kind_of
 from miaobi.model.tensors import read_tensors
 from miaobi.model.transformer import Transformer
-
-WRITTEN_ANEW = ("eos_token_id", "transformers_version", "_from_model_config")  # of generation_config.json
 
 
 def save_model(directory: Path, model: Transformer, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> None:
@@ -94,76 +90,12 @@ def ends_documents(name: str | Path, checkpoint: str = "best") -> bool:
     return read_json(model_directory(name, checkpoint) / "config.json").get("eos_token_id") is not None
 
 
-def end_ids(path: Path, vocab_size: int = 1 << 31) -> tuple[int, ...]:
-    """Tokens that end a text or a turn, as a model directory says; often more than one in a chat model.
-
-    generation_config.json is asked first, then config.json. What is no id of the model is left out, and said in a line.
-    Raises UserError for a damaged file.
-    """
-    for file in ("generation_config.json", "config.json"):
-        named = read_json(path / file).get("eos_token_id")
-        listed = named if isinstance(named, list) else [] if named is None else [named]
-        ids = tuple(id_ for id_ in listed if is_id(id_, vocab_size))
-        if len(ids) < len(listed):
-            others = [id_ for id_ in listed if not is_id(id_, vocab_size)] if isinstance(named, list) else named
-            warn(
-                f"{path / file}: eos_token_id has {brief(others)}, no id of the model's 0 to {vocab_size - 1}: not used"
-            )
-        if ids:
-            return ids
-    return ()
-
-
 def own_end(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
     """What ends a text for a model whose configuration is silent: its tokenizer's end. A model of ours that is silent
     saw none.
     """
     ours = [tokenizer.token_to_id(token) for token in SPECIALS] == list(range(len(SPECIALS)))
     return () if ours or tokenizer.eot_id is None or tokenizer.eot_id >= vocab_size else (tokenizer.eot_id,)
-
-
-def is_id(value: Any, vocab_size: int) -> bool:
-    """Whether it is the id of a token that the model has."""
-    return type(value) is int and 0 <= value < vocab_size
-
-
-IDS = ("bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id",
-       "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")  # fmt: skip
-"""Settings of generation_config.json that hold token ids, or lists of them."""
-
-
-def generation_settings(path: Path, vocab_size: int) -> dict[str, Any]:
-    """What generation_config.json says besides what ends a text, and the bos_token_id; without ids that the model does
-    not have, which is said in a line. Raises UserError if damaged.
-    """
-    generation = read_json(path / "generation_config.json")
-    settings = {"bos_token_id": read_json(path / "config.json").get("bos_token_id")}
-    settings |= {key: value for key, value in generation.items() if key not in WRITTEN_ANEW}
-    for key in IDS:
-        if settings.get(key) is not None and not _all_ids(settings[key], vocab_size):
-            warn(f"{path}: {key} is {brief(settings[key])}, not of the model's ids 0 to {vocab_size - 1}: not used")
-            settings[key] = None
-    return settings
-
-
-def _all_ids(value: Any, vocab_size: int) -> bool:
-    if not isinstance(value, list):
-        return is_id(value, vocab_size)
-    flat = [part for item in value for part in (item if isinstance(item, list) else [item])]
-    return all(is_id(part, vocab_size) for part in flat)
-
-
-def sampling_settings(generation: Mapping[str, Any] | None) -> dict[str, float | int]:
-    """How a model's makers want it to be sampled: those of temperature, top_k, top_p, min_p and repetition_penalty that
-    its generation_config.json states and that make sense; do_sample=false is a temperature of 0.
-    """
-    settings = generation or {}
-    numbers = {key: settings.get(key) for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")}
-    sane = {key: value for key, value in numbers.items()
-             if type(value) in (int, float) and 0 <= value < 1 << 31 and (key[-2:] != "_p" or value <= 1)}  # fmt: skip
-    if type(sane.get("top_k")) is float or sane.get("repetition_penalty") == 0:
-        sane = {key: value for key, value in sane.items() if key not in ("top_k", "repetition_penalty")}
-    return sane | ({"temperature": 0.0} if settings.get("do_sample") is False else {})
 
 
 class Unfilled(TorchFunctionMode):

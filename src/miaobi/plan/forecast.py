@@ -116,25 +116,27 @@ def forecast(run: Setting, epochs: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def advice(told: dict[str, Any], run: Setting, epochs: float) -> list[str]:
+def advice(expected: dict[str, Any], run: Setting, epochs: float) -> list[str]:
     """What the forecast means for the run, in words; where it stands on nothing like it, that first."""
-    found, words = told["basis"], []
-    if not told["inside"]:
+    basis, words = expected["basis"], []
+    if not expected["inside"]:
         words.append("this run is outside of what was measured: take it as a direction")
-    if epochs > 1.25 * told["best_epoch"] and epochs > told["best_epoch"] + 1:
+    if epochs > 1.25 * expected["best_epoch"] and epochs > expected["best_epoch"] + 1:
         words.append(
-            f"the validation loss turns after about {told['best_epoch']:g} passes over the text: "
-            f"--max_epochs={max(1, math.ceil(told['best_epoch']))} ends there, and --patience stops there"
+            f"the validation loss turns after about {expected['best_epoch']:g} passes over the text: "
+            f"--max_epochs={max(1, math.ceil(expected['best_epoch']))} ends there, and --patience stops there"
         )
-    elif told["best_epoch"] > 1.5 * epochs:
-        words.append(f"the validation loss still falls at the end: about {told['best_epoch']:g} passes would be best")
-    if told["carries"] is not None and run.parameters > 2 * told["carries"]:
-        words.append(f"this text carries about {told['carries'] / 1e6:.2g}M parameters: a smaller model, or more text; "
-                     "--dropout=0.2 and up delays the turn")  # fmt: skip
+    elif expected["best_epoch"] > 1.5 * epochs:
+        words.append(
+            f"the validation loss still falls at the end: about {expected['best_epoch']:g} passes would be best"
+        )
+    if expected["carries"] is not None and run.parameters > 2 * expected["carries"]:
+        words.append(f"this text carries about {expected['carries'] / 1e6:.2g}M parameters: a smaller model, or more "
+                     "text; --dropout=0.2 and up delays the turn")  # fmt: skip
     words.append(
-        f"it stands on {found['runs']} small runs ({found['parameters'][0] / 1e6:.2g}M to "
-        f"{found['parameters'][1] / 1e6:.2g}M parameters), and was {found['bits_error']:.1f} bits/char off on "
-        f"runs it had not seen, the turn right to a quarter or one pass in {found['epochs_right']:.0%}"
+        f"it stands on {basis['runs']} small runs ({basis['parameters'][0] / 1e6:.2g}M to "
+        f"{basis['parameters'][1] / 1e6:.2g}M parameters), and was {basis['bits_error']:.1f} bits/char off on "
+        f"runs it had not seen, the turn right to a quarter or one pass in {basis['epochs_right']:.0%}"
     )
     return words
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -110,9 +112,24 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
+class CudaDropout(TorchFunctionMode):
+    """Dropout that keeps which values it dropped in a byte each, as CUDA's kernel; a CPU's keeps a factor of each."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.dropout:
+            return self.drop(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def drop(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        """As `F.dropout`."""
+        return torch.native_dropout(x, p, training)[0] if training and p else x
+
+
 def step_memory(work: Work) -> Memory:
     """Memory of a step of `work`. Takes seconds, for any size."""
-    with FakeTensorMode(), Alive() as alive, chunks_of(work.device):
+    on_cuda = CudaDropout() if work.device == "cuda" else contextlib.nullcontext()
+    with FakeTensorMode(), Alive() as alive, chunks_of(work.device), on_cuda:
         objective = Objective(make_model(work))
         model = objective.model
         weights = alive.now
@@ -198,8 +215,8 @@ def largest_micro(work: Work, rows: int, free: int) -> int:
     """
 
     def peak(micro: int) -> int:
-        told = step_memory(dataclasses.replace(work, micro=micro, pieces=-(-rows // micro)))
-        return told.peak + told.fragments
+        parts = step_memory(dataclasses.replace(work, micro=micro, pieces=-(-rows // micro)))
+        return parts.peak + parts.fragments
 
     known = {1: peak(1)}
     if known[1] > free:

@@ -178,21 +178,21 @@ def step_work(run: Run) -> memory.Work:
 def memory_facts(run: Run, measured: Measured | None) -> dict[str, Any]:
     """Bytes by part, and what fits."""
     work = step_work(run)
-    told = memory.step_memory(work)
-    average = told.weights if run.averages else 0
+    parts = memory.step_memory(work)
+    average = parts.weights if run.averages else 0
     on_cpu = run.device.type == "cpu"
     process = memory.PROCESS if on_cpu else 0
-    beside = average + process + (told.checkpoint + average if on_cpu else 0)
+    besides = average + process + (parts.checkpoint + average if on_cpu else 0)
     free = free_memory(run)
-    facts = asdict(told) | {
+    facts = asdict(parts) | {
         "average": average,
         "process": process,
-        "run": told.peak + told.fragments + beside,
+        "run": parts.peak + parts.fragments + besides,
         "free": free,
         "micro_batch": work.micro,
     }
     rows = run.cfg.train.global_batch
-    facts["largest_micro_batch"] = memory.largest_micro(work, rows, free - beside) if free else None
+    facts["largest_micro_batch"] = memory.largest_micro(work, rows, free - besides) if free else None
     return facts | ({"measured": measured.memory} if measured else {})
 
 
@@ -212,8 +212,8 @@ def forecast_facts(run: Run) -> dict[str, Any]:
         return {}
     decay = run.optim.muon_weight_decay if run.optim.optimizer == "muon" else 0.0
     setting = Setting(run.parameters, len(run.data.train), decay, run.shape.dropout, run.averages)
-    told = forecast(setting, run.epochs)
-    return told | {"advice": advice(told, setting, run.epochs)}
+    expected = forecast(setting, run.epochs)
+    return expected | {"advice": advice(expected, setting, run.epochs)}
 
 
 def cost_facts(run: Run, cfg: PlanConfig, measured: Measured | None) -> dict[str, Any]:

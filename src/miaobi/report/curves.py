@@ -14,6 +14,9 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 26
 MOST_POINTS = 400
 """Points of a line; of more, neighbours are averaged."""
 
+NOTE_WIDTH, NOTE_HEIGHT = 48, 13
+"""Room that a note beside a mark takes."""
+
 Points = list[tuple[float, float]]
 
 
@@ -124,16 +127,25 @@ def chart(
             parts += [f'<circle class="dot {line.look}" cx="{x:.1f}" cy="{y:.1f}" r="2.6">'
                       f"<title>{escape(line.name)}: {short(step)} → {value:.4g}</title></circle>"
                       for (x, y), (step, value) in zip(at, line.points, strict=True)]  # fmt: skip
+    notes: list[tuple[float, float]] = []
     for step, value, text, look in marks:
         x, y = x_at(step), y_at(value)
         anchor = "start" if x < LEFT + 60 else "end" if x > WIDTH - RIGHT - 60 else "middle"
-        above = y > TOP + 24
+        at = beside(notes, x, y - 10 if y > TOP + 24 else y + 18)
+        notes.append((x, at))
         parts.append(
             f'<circle class="mark {look}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
-            f'<text class="note" x="{x:.1f}" y="{y - 10 if above else y + 18:.1f}" text-anchor="{anchor}">'
-            f"{escape(text)}</text>"
+            f'<text class="note" x="{x:.1f}" y="{at:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
         )
     return Markup("".join([*parts, "</svg>"]))
+
+
+def beside(notes: list[tuple[float, float]], x: float, y: float) -> float:
+    """The height nearest to `y` at which a note covers none of `notes`."""
+    near = [other for at, other in notes if abs(at - x) < NOTE_WIDTH]
+    heights = [y, *(other + side * NOTE_HEIGHT for other in near for side in (-1, 1))]
+    free = [h for h in heights if all(abs(h - other) >= NOTE_HEIGHT for other in near)]
+    return min([h for h in free if TOP <= h <= HEIGHT - BOTTOM] or free, key=lambda h: abs(h - y))
 
 
 def bars(rows: list[tuple[str, int]], label: str) -> Markup:

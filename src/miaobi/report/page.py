@@ -65,7 +65,7 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
     page = render(runs)
     with text_written_whole(out) as file:
         file.write(page)
-    told = [
+    entries = [
         {
             "run": str(run.path),
             "verdict": judge(run).headline.en,
@@ -76,7 +76,7 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
         }
         for run in runs
     ]
-    return {"out": str(out), "bytes": out.stat().st_size, "runs": told}
+    return {"out": str(out), "bytes": out.stat().st_size, "runs": entries}
 
 
 @contextmanager
@@ -118,7 +118,8 @@ def template() -> Any:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
                               finalize=plain)  # fmt: skip
     environment.filters |= {"commands": commands, "size": size, "duration": duration, "compact": compact,
-                            "value": value, "visible": visible, "percent": "{:.2%}".format}  # fmt: skip
+                            "value": value, "visible": visible, "chinese": chinese,
+                            "percent": "{:.2%}".format}  # fmt: skip
     return environment.from_string(resource("page.html.jinja"))
 
 
@@ -169,6 +170,12 @@ def value(found: Any) -> str:
     """A setting."""
     text = "—" if found is None else ", ".join(map(str, found)) if isinstance(found, (list, tuple)) else str(found)
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def chinese(text: str) -> str:
+    """Where a value came from, or how a step was computed, in Chinese where that is common."""
+    known = {"command line": "命令行", "default": "默认", "not measured: the run is short": "没有试：这次训练不长"}
+    return known.get(text) or re.sub(r", line (\d+)$", r"，第 \1 行", text)
 
 
 def visible(character: str) -> str:

@@ -225,8 +225,8 @@ def read_samples(file: Path, missing: list[str]) -> list[Sample]:
 
 def read_plan(run: Path) -> tuple[float | None, int | None]:
     """What plan.json foretells. Raises UserError where it is damaged."""
-    told = read_json(run / "plan.json")
-    time, memory = (told.get(key) if isinstance(told.get(key), dict) else {} for key in ("time", "memory"))
+    plan = read_json(run / "plan.json")
+    time, memory = (plan.get(key) if isinstance(plan.get(key), dict) else {} for key in ("time", "memory"))
     seconds, size = time.get("seconds"), memory.get("run")
     return float(seconds) if is_finite(seconds) else None, size if type(size) is int and size >= 0 else None
 

@@ -115,31 +115,31 @@ def commonest(data: PreparedData) -> tuple[list[tuple[str, float]], int]:
     return [(character, n / every) for character, n in total.most_common(COMMON)], counted
 
 
-def counts_of(told: Any) -> dict[str, int]:
+def counts_of(recorded: Any) -> dict[str, int]:
     """Whole numbers of a manifest's statistics under flat names; those that are missing or no numbers are left out."""
-    if not isinstance(told, dict):
+    if not isinstance(recorded, dict):
         return {}
-    duplicates = told.get("duplicates_removed")
+    duplicates = recorded.get("duplicates_removed")
     duplicates = duplicates if isinstance(duplicates, dict) else {}
     flat = {
-        "characters": told.get("characters"),
-        "distinct_characters": told.get("distinct_characters"),
+        "characters": recorded.get("characters"),
+        "distinct_characters": recorded.get("distinct_characters"),
         "duplicates": duplicates.get("exact"),
         "near_duplicates": duplicates.get("near"),
-        "in_validation": told.get("also_in_validation"),
-        "by_weights": told.get("left_out_by_weights"),
-        "by_without": told.get("left_out_by_without"),
-        "empty": told.get("empty_removed"),
-        "skipped": told.get("skipped"),
-        "removed": told.get("removed"),
+        "in_validation": recorded.get("also_in_validation"),
+        "by_weights": recorded.get("left_out_by_weights"),
+        "by_without": recorded.get("left_out_by_without"),
+        "empty": recorded.get("empty_removed"),
+        "skipped": recorded.get("skipped"),
+        "removed": recorded.get("removed"),
     }
     return {key: value for key, value in flat.items() if is_a(value, int)}
 
 
-def sources_of(told: Any) -> list[Source]:
+def sources_of(entries: Any) -> list[Source]:
     """Files that were read, as far as a manifest tells them."""
     found = []
-    for record in told if isinstance(told, list) else []:
+    for record in entries if isinstance(entries, list) else []:
         if isinstance(record, dict):
             numbers = [value if is_a(value := record.get(key), int) else 0 for key in ("characters", "skipped")]
             found.append(Source(str(record.get("path")), numbers[0], str(record.get("encoding") or ""), numbers[1]))
@@ -148,6 +148,6 @@ def sources_of(told: Any) -> list[Source]:
 
 def left_out_of(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """(path, why) of what was not read."""
-    told = [entry for key in ("left_out", "sources") if isinstance(entries := manifest.get(key), list)
-            for entry in entries if isinstance(entry, dict)]  # fmt: skip
-    return [(str(entry.get("path")), str(entry["reason"])) for entry in told if entry.get("reason")]
+    files = [entry for key in ("left_out", "sources") if isinstance(entries := manifest.get(key), list)
+             for entry in entries if isinstance(entry, dict)]  # fmt: skip
+    return [(str(entry.get("path")), str(entry["reason"])) for entry in files if entry.get("reason")]

@@ -165,9 +165,9 @@ def add_others(app: FastAPI, is_stopping: Callable[[], bool]) -> None:
         return EventStream(runs.live_metrics(run, is_stopping), lambda: None)
 
 
-def listed(place: Path | None) -> list[dict[str, Any]]:
+def listed(root: Path | None) -> list[dict[str, Any]]:
     """All runs."""
-    return [runs.summary(name, run) for name, run in runs.listing(place).items()] if place is not None else []
+    return [runs.summary(name, run) for name, run in runs.listing(root).items()] if root is not None else []
 
 
 def model_entry(model: ServedModel) -> dict[str, Any]:

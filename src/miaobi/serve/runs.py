@@ -26,21 +26,21 @@ LOOK_EVERY = 1.0  # seconds between looks at a file that grows
 TRAINING_FOR = 180.0  # seconds after which a run of which nothing was written is not training
 
 
-def listing(place: Path) -> dict[str, Path]:
-    """Name -> directory of every run in `place` and one level below, and `place` itself where it is one."""
+def listing(root: Path) -> dict[str, Path]:
+    """Name -> directory of every run in `root` and one level below, and `root` itself where it is one."""
     found: dict[str, Path] = {}
-    if (place / METRICS).is_file():
-        found[place.absolute().name] = place
-    for folder in sorted(_folders(place)):
+    if (root / METRICS).is_file():
+        found[root.absolute().name] = root
+    for folder in sorted(_folders(root)):
         for run in (folder, *sorted(_folders(folder))):
             if (run / METRICS).is_file() and len(found) < MOST_RUNS:
-                found[run.relative_to(place).as_posix().replace("/", ".")] = run
+                found[run.relative_to(root).as_posix().replace("/", ".")] = run
     return found
 
 
-def _folders(place: Path) -> list[Path]:
+def _folders(root: Path) -> list[Path]:
     try:
-        return [Path(entry.path) for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith(".")]
+        return [Path(entry.path) for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
     except OSError:
         return []
 
@@ -125,9 +125,9 @@ def beginning(card: Path) -> str:
         return file.read(100_000)
 
 
-def run_named(place: Path | None, name: str) -> Path:
+def run_named(root: Path | None, name: str) -> Path:
     """The run of a name in the list. Raises APIError."""
-    run = listing(place).get(name) if place is not None else None
+    run = listing(root).get(name) if root is not None else None
     if run is None:
         raise APIError(404, f"there is no run {shown(name[:80])!r}; GET /api/runs lists them", "run_not_found", "name")
     return run

@@ -21,6 +21,7 @@ from miaobi.generate import cpu_step, engine
 from miaobi.generate.chat import Chat, model_settings
 from miaobi.generate.config import ChatConfig, SampleConfig, SamplingConfig
 from miaobi.generate.engine import LanguageModel
+from miaobi.generate.sample import say_unused
 from miaobi.model.checkpoint import model_directory
 from miaobi.serve.config import Serve
 from miaobi.serve.errors import refused
@@ -204,6 +205,7 @@ def serve_model(lm: LanguageModel, name: str, cfg: Serve, given: Sequence[str], 
         chat = Chat(lm, chat_settings)
     as_sample = SamplingConfig(temperature=SampleConfig.temperature, top_k=SampleConfig.top_k)
     completion_settings = replace(as_sample, **common, **chosen)
+    say_unused(completion_settings, lm.model.generation, "/v1/completions")
     size = cfg.slots or engine.SLOTS.get(lm.device.type, engine.SLOTS["cpu"])
     return ServedModel(name, lm, Worker(lm, size, cfg.max_queue, metrics), completion_settings, chat_settings, chat)
 

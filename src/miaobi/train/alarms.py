@@ -44,7 +44,7 @@ class Alarms:
         self.losses: deque[float] = deque(maxlen=KNOWN)
         self.speeds: deque[float] = deque(maxlen=KNOWN)
         self.skipped = 0  # the last steps, that were not finite
-        self.slow, self.told_slow, self.told_full = 0, False, False
+        self.slow, self.warned_slow, self.warned_full = 0, False, False
         self.seen = Usage.now()
 
     def finite(self, first: int, losses: Tensor, norms: Tensor) -> Tensor:
@@ -96,12 +96,12 @@ class Alarms:
         before, self.seen = self.seen, Usage.now()
         usual = statistics.median(self.speeds) if len(self.speeds) >= 5 else 0.0
         self.slow = self.slow + 1 if tokens_per_second < SLOW * usual else 0
-        if self.slow >= 2 and not self.told_slow:
+        if self.slow >= 2 and not self.warned_slow:
             warn(f"{tokens_per_second:,.0f} tokens/s, {usual:,.0f} before: {cause(before, self.seen, fetching)}")
-            self.told_slow = True
-        elif self.told_slow and tokens_per_second > 0.8 * usual:
+            self.warned_slow = True
+        elif self.warned_slow and tokens_per_second > 0.8 * usual:
             log(f"{tokens_per_second:,.0f} tokens/s: as fast as before")
-            self.told_slow = False
+            self.warned_slow = False
         if not self.slow:
             self.speeds.append(tokens_per_second)
 
@@ -120,7 +120,7 @@ class Alarms:
 
     def disk(self) -> None:
         """Say once that the disk will not take two more checkpoints: a new one is written before the old one goes."""
-        if self.told_full or not self.plan.world.is_first:
+        if self.warned_full or not self.plan.world.is_first:
             return
         needed = 2 * checkpoint_size(self.plan)
         try:
@@ -130,7 +130,7 @@ class Alarms:
         if free < needed:
             warn(f"the disk of {self.plan.out} has {free / 2**20:,.0f} MiB left, and a checkpoint takes about "
                  f"{needed / 2**21:,.0f} MiB, besides the one before it: free some space")  # fmt: skip
-            self.told_full = True
+            self.warned_full = True
 
 
 def checkpoint_size(plan: Plan) -> int:

@@ -47,8 +47,8 @@ def decide(plan: Plan, objective: Objective) -> tuple[Plan, bool]:
 
     plan = find(plan, work, str(plan.dtype).removeprefix("torch."))
     mode = choose_computing(cfg, work(plan.micro), plan.dtype, plan.progress, plan.world)
-    told = cfg.micro_batch_size is not None or plan.progress.micro  # by the user, or by the memory
-    plan = replace(plan, dtype=getattr(torch, mode.dtype), micro=plan.micro if told else mode.micro or plan.micro)
+    is_fixed = cfg.micro_batch_size is not None or plan.progress.micro  # by the user, or by the memory
+    plan = replace(plan, dtype=getattr(torch, mode.dtype), micro=plan.micro if is_fixed else mode.micro or plan.micro)
     if plan.world.is_first:
         note(plan.out / "config.yaml", mode)
     return plan, can_flex and bool(mode.compiled)
@@ -121,6 +121,6 @@ def continued(fields: dict[str, Any], dtypes: list[str]) -> ExecutionMode:
 
 def note(config: Path, mode: ExecutionMode) -> None:
     """Write below a run's config.yaml, as comments, how it is computed and why."""
-    told = textwrap.wrap(f"{mode} ({mode.why})", 112, break_on_hyphens=False)
+    lines = textwrap.wrap(f"{mode} ({mode.why})", 112, break_on_hyphens=False)
     before = config.read_text(encoding="utf-8").partition(NOTED)[0]
-    write_text(config, "\n".join([before.rstrip("\n"), NOTED, *(f"#   {line}" for line in told), ""]))
+    write_text(config, "\n".join([before.rstrip("\n"), NOTED, *(f"#   {line}" for line in lines), ""]))

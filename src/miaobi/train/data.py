@@ -21,7 +21,7 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, number_of
 from miaobi.files import MOST_OF_A_LIST, pointed, read_record, sha256, write_json
 from miaobi.model.checkpoint import model_directory
-from miaobi.train.run_directory import TEXT
+from miaobi.train.same_run import TEXT
 
 OPENING_TOKENS = 8
 Blocks = PackedDialogues | TextWindows

@@ -133,8 +133,10 @@ def sliding(tokens: np.ndarray, block_size: int, stride: int) -> Iterator[tuple[
     """Windows that score every token after the first exactly once.
 
     All but the first window re-read block_size - stride tokens as context, unscored.
-    Yields inputs and targets, int64 (block_size,), the last one filled up with IGNOREd targets.
+    Yields inputs and targets, int64 (block_size,); shorter ones for a text that is shorter: a context of 131,072 tokens
+    costs minutes.
     """
+    block_size = min(block_size, len(tokens) - 1)
     scored = 1  # tokens[0] is context only
     while scored < len(tokens):
         step = block_size if scored == 1 else stride

@@ -52,7 +52,7 @@ class Objective(nn.Module):
         return linear_cross_entropy(self.model.after_embedding(x, rope, mask), self.model.head_weight, targets)
 
 
-def placed(
+def make_model(
     cfg: TrainConfig,
     world: World,
     device: torch.device,

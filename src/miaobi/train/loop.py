@@ -30,13 +30,13 @@ from miaobi.train.optimizer import move, set_rate
 from miaobi.train.recipe import memory_advice, micro_batch
 from miaobi.train.recovery import NotFiniteError, recovering
 from miaobi.train.rendezvous import join, rank_device
-from miaobi.train.run_directory import one_writer
+from miaobi.train.run_directory import one_writer, with_own_settings
 from miaobi.train.saving import Saver
 from miaobi.train.schedule import Deadline, clock, share_of_rate
 from miaobi.train.setup import Plan, set_up
 from miaobi.train.summary import summarized
 from miaobi.train.threads import Threads
-from miaobi.train.watch import Metrics, on_signals, time_left
+from miaobi.train.watch import Metrics, known_end, on_signals, time_left
 from miaobi.train.world import check_batch, explain_lost
 
 Preview = Callable[[Transformer, Tokenizer, str, int, tuple[int, ...], bool], str]
@@ -46,13 +46,13 @@ Preview = Callable[[Transformer, Tokenizer, str, int, tuple[int, ...], bool], st
 def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None = None, since: float = 0) -> dict:
     """Train, or continue, the run that `cfg` describes. since: when the command began, by `schedule.clock`.
 
-    Returns run, step, train_loss, val_loss, val_bits_per_char, best_step, tokens_per_second, parameters,
-    trained_parameters, stopped.
+    Returns what `Plan.result` holds.
     Raises UserError for settings and data that do not fit, a loss that is not finite, too little memory, a run that
     another process is writing.
     """
     since = since or clock()
     keep_allocations()
+    cfg, origin = with_own_settings(cfg, origin)
     world = join(cfg.train)
     try:
         check_batch(world, cfg.train)
@@ -62,9 +62,9 @@ def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None 
             torch.set_float32_matmul_precision("high")  # TF32, as nanoGPT allows
         advice = memory_advice(micro_batch(cfg, device, world.size), cfg.model.block_size)
         with explain_memory(device, advice), explain_lost(world), one_writer(cfg, world.is_first):
-            plan = set_up(cfg, origin or {}, world, device, dtype)
+            plan = set_up(cfg, origin, world, device, dtype)
             begun = since - plan.progress.wall  # a run that goes back does not get its time back
-            return recovering(plan, origin or {}, lambda plan: Run(plan, begun).go(preview))
+            return recovering(plan, origin, lambda plan: Run(plan, begun).go(preview))
     finally:
         world.leave()
 
@@ -112,7 +112,7 @@ class Run:
         if self.world.is_first:
             self.metrics = Metrics.of(plan)
         with summarized(plan), on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
-            task = bar.add_task("train", total=plan.total_steps, completed=first, figures="",
+            task = bar.add_task("train", total=known_end(plan), completed=first, figures="",
                                 visible=console.is_terminal)  # fmt: skip
             try:
                 self.steps(bar, task, preview)
@@ -199,7 +199,7 @@ class Run:
                              learning_rate=share * plan.optim.learning_rate, epoch=epoch,
                              grad_norm=norms[-1].item() if norms[-1].isfinite() else None)  # fmt: skip
         figures = f"loss {mean:.3f}  {speed:,.0f} tok/s  {1000 * per_step:,.0f} ms/step  mfu {mfu:.1%}"
-        left = time_left((plan.total_steps - p.step) * per_step)
+        left = time_left(plan, per_step)
         if not console.is_terminal:
             log(f"step {p.step}{f'/{plan.total_steps}' if left else ''}  {figures}  {left}".rstrip())
         return figures
@@ -284,9 +284,9 @@ class Run:
         self.alarms.evaluated()
         if preview is not None and cfg.sample_tokens and self.world.is_first and not is_sharded(self.model):
             prompt = cfg.sample_start or opening(plan.data, plan.tokenizer)
-            told = plan.tokenizer, prompt, cfg.sample_tokens, plan.data.end_ids, plan.data.is_dialogue
+            given = plan.tokenizer, prompt, cfg.sample_tokens, plan.data.end_ids, plan.data.is_dialogue
             with evaluating(self.model), plan.average.shown() if plan.average else nullcontext():
-                text = preview(self.model, *told)
+                text = preview(self.model, *given)
             log("  " + text.replace("\n", "\n  "))
             if self.metrics is not None:
                 self.metrics.sample(p.step, text)

@@ -195,8 +195,8 @@ def compared(work: Work, modes: list[ExecutionMode], before: str = "") -> Execut
     seconds = compare({mode: lambda mode=mode: work.timed(mode) for mode in modes})
     work.others.append(others.cores())
     best = fastest(seconds)
-    told = "; ".join(f"{mode}: {1000 * took:.3g} ms" for mode, took in seconds.items())
-    return replace(best, seconds=seconds[best], why=f"{before or 'measured, a sequence each'}; {told}")
+    times = "; ".join(f"{mode}: {1000 * took:.3g} ms" for mode, took in seconds.items())
+    return replace(best, seconds=seconds[best], why=f"{before or 'measured, a sequence each'}; {times}")
 
 
 def choose(work: Work, dtypes: list[str], compiles: bool, why: str) -> ExecutionMode:

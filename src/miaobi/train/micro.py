@@ -42,8 +42,8 @@ def find(plan: Plan, works: Callable[[int], Work], dtype: str) -> Plan:
     p, asked = plan.progress, plan.micro
     if p.micro:
         return replace(plan, micro=min(asked, p.micro))
-    told = plan.cfg.train.micro_batch_size is not None
-    if plan.device.type != "cuda" or told or asked <= max(PROBES):
+    is_given = plan.cfg.train.micro_batch_size is not None
+    if plan.device.type != "cuda" or is_given or asked <= max(PROBES):
         return plan
     peaks = {}
     for micro in PROBES:

@@ -108,13 +108,12 @@ class Mirror:
         Raises UserError for storage that cannot be read.
         """
         checkpoints = run / "checkpoints"
-        with self.explained("read"):
+        with self.explained("read"), tempfile.TemporaryDirectory() as folder:
             named = {name: self._read(name) for name in reversed(NAMES)}
-            config = self._small("config.yaml") if named["last"] else None
+            config = self.saved_config(Path(folder))
             if config is not None:
-                with tempfile.TemporaryDirectory() as folder:
-                    (file := Path(folder) / "config.yaml").write_text(config, encoding="utf-8")
-                    check(file)
+                check(config)
+                saved = config.read_text(encoding="utf-8")
             for step in sorted({step for step in named.values() if step}):
                 checkpoints.mkdir(parents=True, exist_ok=True)
                 size, free = self.files.du(self._at(step)), shutil.disk_usage(checkpoints).free
@@ -128,7 +127,18 @@ class Mirror:
             if step:
                 point(checkpoints / name, step)
         if config is not None:
-            write_text(run / "config.yaml", config)
+            write_text(run / "config.yaml", saved)
+
+    def saved_config(self, folder: Path) -> Path | None:
+        """The configuration of the run whose checkpoints are there, as a file in `folder`; None where there is none.
+
+        Raises UserError for storage that cannot be read.
+        """
+        with self.explained("read"):
+            text = self._small("config.yaml") if self._read("last") else None
+        if text is not None:
+            (folder / "config.yaml").write_text(text, encoding="utf-8")
+        return folder / "config.yaml" if text is not None else None
 
     def refuse_other(self, name: str) -> None:
         """Raise UserError where the storage holds checkpoints of another run than the one of that name."""

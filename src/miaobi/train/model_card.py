@@ -82,8 +82,8 @@ def metrics(progress: Progress) -> list[Metric]:
 def changed(cfg: RunConfig) -> dict[str, Any]:
     """Settings that are not the defaults, without the paths of this machine."""
     defaults = flatten(RunConfig())
-    told = {key: value for key, value in flatten(cfg).items() if value != defaults[key] and key not in PRIVATE}
-    return {key: _names(value) if key in PLACES else value for key, value in told.items()}
+    changed = {key: value for key, value in flatten(cfg).items() if value != defaults[key] and key not in PRIVATE}
+    return {key: _names(value) if key in PLACES else value for key, value in changed.items()}
 
 
 def _names(value: Any) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
+import tempfile
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,17 +17,12 @@ from miaobi.errors import UserError
 from miaobi.files import no_links, pointed, put_back, read_record, remove
 from miaobi.files import point as point_at
 from miaobi.lock import locked
-from miaobi.settings import Origin, flatten, load_config, read_yaml, save_config
+from miaobi.settings import Origin, save_config
 from miaobi.train.mirror import Mirror
+from miaobi.train.same_run import TEXT, own_settings, refuse_changes
 
-# How a run is entered, where it lies and how its memory is used, not what it is.
-STEERING = {"init_from", "resume_from", "eval_only", "eval_first", "out_dir", "micro_batch_size", "parallel",
-            "fsdp_shard_size", "activation_checkpointing", "comm_timeout", "mirror", "tensorboard_path",
-            "trackers", "wandb_log", "wandb_project", "wandb_run_name", "license"}  # fmt: skip
 # What a run writes besides its checkpoints; `data` only where TEXT says that the run prepared it.
 OWN = ("metrics.jsonl", "samples.jsonl", "summary.json", "plan.json", "report.html", "wandb", "swanlog", "config.yaml")
-TEXT = "text.json"
-"""Which text a run prepared for itself: see train/data.py."""
 
 
 @dataclass
@@ -120,6 +115,30 @@ def one_writer(cfg: RunConfig, is_first: bool) -> ExitStack:
     return stack
 
 
+def with_own_settings(cfg: RunConfig, origin: Origin | None) -> tuple[RunConfig, Origin]:
+    """`cfg` with the settings of the run that `out_dir`, or its mirror, holds, wherever neither command line nor file
+    names a key: a default is no wish to change a run. Without an origin every value counts as named.
+    """
+    out = Path(cfg.train.out_dir)
+    if origin is None or begins_anew(cfg, origin):
+        return cfg, origin or {}
+    with tempfile.TemporaryDirectory() as folder:
+        config = out / "config.yaml" if has_checkpoint(out) else None
+        if config is None and cfg.train.mirror:
+            config = Mirror(cfg.train.mirror).saved_config(Path(folder))
+        return own_settings(config, cfg, origin) if config is not None and config.is_file() else (cfg, origin)
+
+
+def begins_anew(cfg: RunConfig, origin: Origin) -> bool:
+    """Whether the command line says --init_from=scratch."""
+    return cfg.train.init_from == "scratch" and origin.get("init_from") == "command line"
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether the directory holds a run that has come to a checkpoint, also one whose links a copy has lost."""
+    return os.path.lexists(out / "checkpoints" / "last") or bool(step_directories(out / "checkpoints"))
+
+
 def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, restarted: bool = False) -> Path | None:
     """Enter the run directory; return the checkpoint to continue from, or None for a new run.
 
@@ -129,10 +148,10 @@ def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, resta
     """
     out = Path(cfg.train.out_dir)
     link = out / "checkpoints" / "last"
-    begins_anew = cfg.train.init_from == "scratch" and origin.get("init_from") == "command line" and not restarted
-    if begins_anew and (os.path.lexists(link) or step_directories(link.parent)):
+    anew = begins_anew(cfg, origin) and not restarted
+    if anew and has_checkpoint(out):
         move_aside(out)
-    if begins_anew and mirror is not None:
+    if anew and mirror is not None:
         mirror.forget()
     if not only_reads(cfg):
         restore_links(link.parent)
@@ -140,7 +159,7 @@ def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, resta
     if last is None and os.path.lexists(link):
         raise UserError(f"{link} names a checkpoint that is gone; continue from another with --resume_from="
                         f"{link.parent}/step-N in a new --out_dir, or start over with --init_from=scratch")  # fmt: skip
-    if mirror is not None and not begins_anew:
+    if mirror is not None and not anew:
         if last is None:
             mirror.pull(out, lambda config: refuse_changes(config, cfg, f"the mirror {mirror.url}"))
             last = pointed(link)
@@ -251,44 +270,6 @@ def verified(checkpoint: Path | None, is_first: bool) -> AbstractContextManager:
     if checkpoint is None:
         return nullcontext()
     return verifying(checkpoint, for_training if is_first else for_model)
-
-
-def refuse_changes(config: Path, cfg: RunConfig, what: str) -> None:
-    """Raise UserError naming the first key in which `cfg` is not the configuration that a run has saved.
-
-    A larger max_iters is let through: it extends the run, and an lr_decay_iters that was equal to it may follow.
-    what: where that run is, in words.
-    """
-    values, _ = read_yaml(config)
-    saved, current = flatten(load_config(None, list(values.items()))[0]), flatten(cfg)
-    grows = current["max_iters"] >= saved["max_iters"]
-    for key, now in current.items():
-        was = saved[key]
-        if key in STEERING or now == was:
-            continue
-        if key == "max_iters":
-            if grows:
-                continue
-            advice = f"max_iters can only grow here (it was {was})"
-        elif key == "lr_decay_iters" and grows and was == saved["max_iters"]:
-            if now is None or now <= current["max_iters"]:
-                continue
-            advice = f"it grows with max_iters, to {current['max_iters']}"
-        else:
-            advice = "a run keeps its configuration"
-        raise UserError(
-            f"{what} holds a run with {key}={was}, now {key}={now}: {advice}. Take another --out_dir, "
-            "or --init_from=scratch to start over (the old run is moved aside, not deleted)"
-        )
-
-
-def grown(cfg: RunConfig, progress: Progress) -> RunConfig:
-    """The configuration with an lr_decay_iters that was the run's whole length when it began following max_iters."""
-    end, first = cfg.optim.lr_decay_iters, progress.first_iters
-    if end is None or end != first or first >= cfg.train.max_iters:
-        return cfg
-    log(f"lr_decay_iters was max_iters ({first}) when the run began, and grows with it to {cfg.train.max_iters}")
-    return dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr_decay_iters=cfg.train.max_iters))
 
 
 def start_run(cfg: RunConfig, origin: Origin) -> None:

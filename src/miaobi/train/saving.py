@@ -7,7 +7,6 @@ checksums.json, the SHA-256 of every file.
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from torch import Tensor
 from miaobi.checksums import Checksums
 from miaobi.console import warn
 from miaobi.errors import UserError
-from miaobi.files import point, pointed, sha256, write_text, written_whole
+from miaobi.files import json_of, point, pointed, sha256, write_text, written_whole
 from miaobi.model.card import write_card
 from miaobi.model.checkpoint import Unfilled, save_model, save_tensors
 from miaobi.model.lora import adapters, merged, save_adapter
@@ -166,7 +165,7 @@ class Saver:
         write_card(aside, card_of(self.plan, progress), pointed(self.root / "last"), pointed(self.root / "best"))
         for file in aside.rglob("*.safetensors"):  # the library makes them 0600
             file.chmod((aside / "config.json").stat().st_mode & 0o777)
-        write_text(aside / "train_state" / "progress.json", json.dumps(asdict(progress), ensure_ascii=False))
+        write_text(aside / "train_state" / "progress.json", json_of(asdict(progress)))
 
     def _show(self, path: Path, progress: Progress) -> None:
         """Point `last` (and `best`) at a whole checkpoint."""

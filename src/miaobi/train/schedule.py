@@ -84,7 +84,7 @@ class Deadline:
         self.begun = begun
         self.per_step: float | None = None
         self.evaluation: float | None = None  # with its checkpoint, in seconds
-        self.told, self.look = False, math.inf
+        self.has_warned, self.look = False, math.inf
         step, total, _ = progress.laid[-1]
         self.next = max(progress.step, int(step)) + max(1, min(3, int(total - step) // PARTS))
 
@@ -122,12 +122,12 @@ class Deadline:
         steps = int(max(1.0, left / max(1e-9, per_step + evaluation / self.cfg.eval_interval)))
         total = self.world.gather(min(self.most, step + steps))[0]
         done = share_done(step, laid)
-        if (1.0 - done) / (total - step) > COARSE and total < self.most and not self.told:
+        if (1.0 - done) / (total - step) > COARSE and total < self.most and not self.has_warned:
             warn(
                 f"max_minutes leaves time for {total - step} more step(s), with {1 - done:.0%} of the learning rate's "
                 "schedule before them, which is cut short: steps are slow now. More minutes, or a smaller model, help"
             )
-            self.told = True
+            self.has_warned = True
         if laid[-1][0] == step:
             laid.pop()
         laid.append([step, total, done])

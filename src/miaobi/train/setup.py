@@ -27,19 +27,20 @@ from miaobi.settings import Origin
 from miaobi.train import bigrams
 from miaobi.train.average import Average
 from miaobi.train.data import Blocks, open_blocks, open_data
-from miaobi.train.layout import placed
+from miaobi.train.layout import make_model
 from miaobi.train.mirror import Mirror
 from miaobi.train.optimizer import make_optimizers
 from miaobi.train.optimizer_state import load as load_optimizers
 from miaobi.train.recipe import micro_batch, resolve_model, resolve_optim, total_steps
-from miaobi.train.run_directory import Progress, grown, load_progress, only_reads, open_run, start_run, verified
+from miaobi.train.run_directory import Progress, load_progress, only_reads, open_run, start_run, verified
+from miaobi.train.same_run import grown
 from miaobi.train.schedule import lay_first
 from miaobi.train.world import World, check_same
 
 SIZES = ("family", "n_layer", "n_head", "n_embd", "block_size")
 SHAPE = tuple(key.name for key in dataclasses.fields(ModelConfig) if key.name != "dropout")  # what weights are bound to
 TRAIN_SHARE = 4  # the training loss is measured on a quarter as many windows as the validation loss
-Place = Callable[[ModelConfig, dict[str, Tensor] | None], Transformer]
+MakeModel = Callable[[ModelConfig, dict[str, Tensor] | None], Transformer]
 """A model of that shape with those weights, or with initial ones, on this rank's device."""
 
 
@@ -134,7 +135,7 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
     tokenizer, given = data.tokenizer, cfg
     with verified(checkpoint, world.is_first):
         progress = start_or_continue(cfg, data, checkpoint)
-        make = partial(placed, cfg.train, world, device, dtype)
+        make = partial(make_model, cfg.train, world, device, dtype)
         model = build_model(cfg, origin, Start(data, tokenizer, checkpoint, progress), make).to(device)
         model.recompute = cfg.train.activation_checkpointing
         shape = model.cfg
@@ -236,7 +237,7 @@ class Start:
     progress: Progress
 
 
-def build_model(cfg: RunConfig, origin: Origin, start: Start, place: Place) -> Transformer:
+def build_model(cfg: RunConfig, origin: Origin, start: Start, make: MakeModel) -> Transformer:
     """The model to start with: new, from a checkpoint, or from another MODEL's weights, with adapters for LoRA.
 
     A checkpoint brings its own shape; raises UserError where the configuration explicitly asks for another. Only
@@ -253,7 +254,7 @@ def build_model(cfg: RunConfig, origin: Origin, start: Start, place: Place) -> T
         shape = resolve_model(cfg.model, data.vocab_size)
         weights = bigrams.initial_weights(cfg, shape, data)
         progress.bigrams = weights is not None
-        return place(shape, weights)
+        return make(shape, weights)
     model, theirs = load_model(source, is_verified=source == checkpoint)
     if model.quantized:
         log(f"{source}: its weights are {model.quantized}; they are trained on in full precision")
@@ -274,7 +275,7 @@ def build_model(cfg: RunConfig, origin: Origin, start: Start, place: Place) -> T
     weights = model.state_dict()
     if model.wpe is not None:
         weights["wpe.weight"] = weights["wpe.weight"][: changed.block_size]
-    again = place(changed, weights)
+    again = make(changed, weights)
     again.end_ids, again.generation = model.end_ids, model.generation
     if lora:
         adapt(again, cfg, checkpoint, progress)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from miaobi.console import warn
-from miaobi.files import write_text
+from miaobi.files import json_of, write_text
 from miaobi.settings import flatten
 from miaobi.train.trackers import About, Tracker, start
 
@@ -85,7 +85,7 @@ class Metrics:
         """One line of samples.jsonl: what the model wrote at an evaluation."""
         with self.going_on():
             if self.samples is not None:
-                self.samples.write(json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n")
+                self.samples.write(json_of({"step": step, "text": text}) + "\n")
                 self.samples.flush()
 
     @contextmanager
@@ -124,9 +124,24 @@ def since_best(history: list[list[float]]) -> int:
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
-def time_left(seconds: float) -> str:
-    """How long a run will still take, in words; empty beyond 30 days: an endless max_epochs is no plan."""
-    return "" if seconds > 30 * 86400 else f"{duration(seconds)} left"
+ENDLESS = 10_000
+"""Passes over the text beyond which nobody means the end: small-gpt's files have max_epoch 1919810."""
+
+
+def known_end(plan: Plan) -> int | None:
+    """The last step; None where max_epochs is endless, and patience or Ctrl-C will end the run."""
+    passes = plan.total_steps * plan.cfg.train.global_batch / len(plan.blocks)
+    return None if passes > ENDLESS else plan.total_steps
+
+
+def time_left(plan: Plan, per_step: float) -> str:
+    """How long the run will still take, in words; empty without a known end, or beyond 30 days.
+
+    per_step: seconds.
+    """
+    end = known_end(plan)
+    seconds = 0 if end is None else (end - plan.progress.step) * per_step
+    return "" if end is None or seconds > 30 * 86400 else f"{duration(seconds)} left"
 
 
 def duration(seconds: float) -> str:
