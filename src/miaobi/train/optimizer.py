@@ -12,7 +12,7 @@ from miaobi.config import OptimConfig
 from miaobi.model.families import qkv_widths
 from miaobi.model.transformer import Transformer
 from miaobi.train.layout import is_sharded, local_part, part_of, shards_of, whole
-from miaobi.train.orthogonal import orthogonalize
+from miaobi.train.orthogonal import iteration_dtype, orthogonalize
 
 WITHOUT_WAITING = ("cuda",)
 """Devices that compute while Python goes on: to ask one for a number is to wait for all that it was given."""
@@ -41,6 +41,10 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         """One update of every matrix that has a gradient."""
         loss = closure() if closure is not None else None
+        if self.found_inf is None:
+            is_bad, share = None, torch.ones((), device=self.param_groups[0]["params"][0].device)
+        else:
+            is_bad, share = self.found_inf.bool(), 1 - self.found_inf
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[tuple[Tensor, list[int]]]] = {}
             for p, parts in zip(group["params"], group["parts"], strict=True):
@@ -50,11 +54,15 @@ class Muon(torch.optim.Optimizer):
                 # sharded matrices are whole for a moment: only as many at once as there are ranks to work on them
                 at_once = world_size() if is_sharded(alike[0][0]) else len(alike)
                 for i in range(0, len(alike), at_once):
-                    self._move(alike[i : i + at_once], group["lr"], group["momentum"], group["weight_decay"])
+                    self._move(alike[i : i + at_once], group, is_bad, share)
         return loss
 
-    def _move(self, alike: list[tuple[Tensor, list[int]]], lr: float, momentum: float, weight_decay: float) -> None:
-        """Update parameters of one shape, each split into the same parts, in a few launches for all of them."""
+    def _move(self, alike: list[tuple[Tensor, list[int]]], group: dict, is_bad: Tensor | None, share: Tensor):
+        """Update parameters of one shape, each split into the same parts, in a few launches for all of them.
+
+        is_bad, share: `found_inf` as a bool, and how much of an update is made, 0 or 1; float32, without dimensions.
+        """
+        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
         params, parts = [p for p, _ in alike], alike[0][1]
         for p in params:
             if not self.state[p]:
@@ -62,8 +70,8 @@ class Muon(torch.optim.Optimizer):
         weights = [local_part(p) for p in params]
         buffers = [local_part(self.state[p]["momentum_buffer"]) for p in params]
         stacked = torch.stack([local_part(p.grad) for p in params])
-        if self.found_inf is not None:  # towards itself a buffer does not move, and what follows is finite
-            stacked = torch.where(self.found_inf.bool(), torch.stack(buffers), stacked)
+        if is_bad is not None:  # towards itself a buffer does not move, and what follows is finite
+            stacked = torch.where(is_bad, torch.stack(buffers), stacked)
         grads = stacked.unbind()
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         torch._foreach_lerp_(grads, buffers, momentum)
@@ -78,15 +86,15 @@ class Muon(torch.optim.Optimizer):
             scale = math.sqrt(max(1.0, shape[1] / shape[2]))
             together = pieces[indices[0]] if len(indices) == 1 else torch.cat([pieces[i] for i in indices])
             orthogonal = shared_orthogonalize(together)
-            orthogonal *= scale if self.found_inf is None else scale * (1 - self.found_inf)
+            factor = share if scale == 1.0 else scale * share
+            orthogonal = orthogonal * factor.view(1, 1, 1)  # with dimensions it widens what was iterated in bf16
             for i, o in zip(indices, orthogonal.split(len(alike)), strict=True):
                 moved[i] = o
         updates = (moved[0] if len(moved) == 1 else torch.cat(moved, dim=1)).unbind()
         if is_sharded(params[0]):
             updates = [local_part(part_of(update, p)) for update, p in zip(updates, params, strict=True)]
         if weight_decay:
-            kept = 1 - lr * weight_decay * (1 if self.found_inf is None else 1 - self.found_inf)
-            torch._foreach_mul_(weights, kept)
+            torch._foreach_mul_(weights, 1 - lr * weight_decay * (1 if is_bad is None else share))
         torch._foreach_add_(weights, updates, alpha=-lr)
 
 
@@ -102,11 +110,11 @@ def shared_orthogonalize(g: Tensor) -> Tensor:
         return orthogonalize(g)
     each = -(-len(g) // ranks)
     rank = dist.get_rank()
-    mine = torch.zeros(each, *g.shape[1:], dtype=g.dtype, device=g.device)
+    mine = torch.zeros(each, *g.shape[1:], dtype=iteration_dtype(g.device), device=g.device)
     share = g[rank * each : (rank + 1) * each]
     if len(share):
         mine[: len(share)] = orthogonalize(share)
-    everyone = torch.empty(ranks * each, *g.shape[1:], dtype=g.dtype, device=g.device)
+    everyone = torch.empty(ranks * each, *g.shape[1:], dtype=mine.dtype, device=g.device)
     dist.all_gather(list(everyone.split(each)), mine)
     return everyone[: len(g)]
 

@@ -28,7 +28,10 @@ CACHED = 1 << 22
 
 
 def orthogonalize(g: Tensor) -> Tensor:
-    """Nearest semi-orthogonal matrices of g (N, R, C), roughly: singular values end between 0.7 and 1.2."""
+    """Nearest semi-orthogonal matrices of g (N, R, C), roughly: singular values end between 0.7 and 1.2.
+
+    In the precision of the iterations: who scales them widens them in the same launch.
+    """
     is_tall = g.shape[-2] > g.shape[-1]
     x = g.mT if is_tall else g  # the smaller Gram matrix
     dtype = iteration_dtype(g.device)
@@ -41,7 +44,7 @@ def orthogonalize(g: Tensor) -> Tensor:
         x = torch.cat([iterated(some) for some in x.split(max(1, CACHED // x[0].numel()))])
     else:
         x = iterated(x)
-    return (x.mT if is_tall else x).to(g.dtype)
+    return x.mT if is_tall else x
 
 
 def iterated(x: Tensor) -> Tensor:
