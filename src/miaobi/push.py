@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from miaobi.config import ModelChoice
 from miaobi.console import log, shown
-from miaobi.errors import UserError
+from miaobi.errors import UserError, number_of
 from miaobi.kinds import Positional
 from miaobi.model.card import CARD
 from miaobi.model.checkpoint import model_directory
@@ -66,7 +66,8 @@ def push(cfg: PushConfig) -> dict[str, Any]:
     result = {"to": cfg.to, "name": cfg.name, "url": None, "files": sent}
     if cfg.dry_run:
         return result
-    log(f"sending {len(sent)} files, {sum(file['bytes'] for file in sent) / 1e6:,.1f} MB, to {cfg.to}: {cfg.name}")
+    size = sum(file["bytes"] for file in sent) / 1e6
+    log(f"sending {number_of(len(sent), 'file')}, {size:,.1f} MB, to {cfg.to}: {cfg.name}")
     send = to_hugging_face if cfg.to == "hf" else to_model_scope
     return result | {"url": send(cfg, directory, names)}
 
