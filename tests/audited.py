@@ -151,7 +151,8 @@ def clean(reviews: str) -> None:
     miaobi("prepare", "talk.txt", "--out=talk", "--format=dialogue", "--template=chatml", "--workers=2")
     miaobi("train", "--data=data", "--out_dir=run", "--max_iters=2", *TINY)
     miaobi("train", "--data=data", "--out_dir=run", "--max_iters=4", "--mirror=far", *TINY)
-    miaobi("train", "--data=talk", "--out_dir=chatty", "--max_iters=2", *TINY)
+    roomy = [flag.replace("block_size=16", "block_size=64") for flag in TINY]  # for the template around a message
+    miaobi("train", "--data=talk", "--out_dir=chatty", "--max_iters=2", *roomy)
     miaobi("sample", "run", "--start=皇马", "--max_new_tokens=3", "--num_samples=2", "--device=cpu")
     miaobi("eval", "run", "data", "--device=cpu")
     miaobi("chat", "chatty", "--max_new_tokens=3", "--device=cpu", stdin="你好\nexit\n")

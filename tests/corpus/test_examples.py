@@ -242,7 +242,7 @@ def test_a_reply_without_weight_is_read_and_not_learned(hub):
     for weights, kept in (((0, 1), ["好 😀"]), ((1, 0), ["吃了吗"]), ((0, 0), [])):
         messages = [ASK[0], ASK[1] | {"weight": weights[0]}, ASK[2], ASK[3] | {"weight": weights[1]}]
         for source in (QWEN3, CHATML_TEMPLATE):
-            examples = TrainingTemplate(source, tokenizer, False).examples(messages)
+            examples = TrainingTemplate(source, tokenizer, False if source == QWEN3 else None).examples(messages)
             learned = "".join(tokenizer.decode(np.array(e.ids)[e.is_reply]) for e in examples)
             for word in ("吃了吗", "好 😀"):
                 assert (word in learned) == (word in kept), (source, weights)
