@@ -249,7 +249,7 @@ def test_real_models_are_asked_and_trained_with_the_ids_of_transformers(real, na
             for prompt in (False, True):
                 assert template.encode(messages[:end], prompt) == ids(end, prompt), kind
         if thinking is False and "thoughts" in kind:
-            with pytest.raises(UserError, match="is there a thought, and --enable_thinking=False"):
+            with pytest.raises(UserError, match="is there a thought and --enable_thinking=False"):
                 template.examples(messages)
             continue
         examples = template.examples(messages)
