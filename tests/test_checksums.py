@@ -10,6 +10,8 @@ from miaobi import checksums
 from miaobi.checksums import Checksums, for_training, hash_ahead, verifying
 from miaobi.errors import UserError
 from miaobi.files import sha256
+from miaobi.settings import load_config
+from miaobi.train.run_directory import hash_early
 
 
 @pytest.fixture
@@ -82,6 +84,15 @@ def test_what_finds_the_checkpoint_to_hash_does_without_torch():
     """Else there would be no import to hash beside."""
     code = "import miaobi.train.run_directory, miaobi.training, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("flags", "begins"), [([], True), ([("init_from", "resume")], True),
+                                               ([("init_from", "scratch")], False)])  # fmt: skip
+def test_a_run_that_goes_on_is_hashed_ahead(trained, tmp_path, monkeypatch, flags, begins):
+    """init_from is `scratch` where nobody gives it: that is no reason to wait with it."""
+    monkeypatch.setattr(checksums, "_ahead", {})
+    hash_early(*load_config(None, [("out_dir", str(trained())), *flags]))
+    assert ("model.safetensors" in {file.name for file in checksums._ahead}) is begins
 
 
 def test_a_process_ends_although_a_file_is_still_being_hashed(tmp_path):

@@ -142,9 +142,7 @@ def good(corpus_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it, as current directory. A run goes on with the mirror that it had, which must be the copy too."""
     shutil.copytree(good, tmp_path / "here", symlinks=True)
-    config = (
-        tmp_path / "here" / "run" / "config.yaml"
-    )
+    config = tmp_path / "here" / "run" / "config.yaml"
     config.write_text(config.read_text(encoding="utf-8").replace(str(good), str(tmp_path / "here")), encoding="utf-8")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"

@@ -24,7 +24,7 @@ from typing import Any, TextIO, TypeVar
 from miaobi.errors import UserError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-PIECE = 4 << 20
+PIECE = 32 << 20
 """Bytes that are hashed at once: between two pieces Python's lock is asked for, which an import keeps for long."""
 TARGET = ".target"
 """In a directory of hard links that stands for a symlink: which sibling it is made of."""
@@ -313,8 +313,8 @@ def is_a(value: Any, kind: Any) -> bool:
 
 def checksum(file: Path, digest: hashlib._Hash) -> str:
     """Hexadecimal digest of what `digest` has seen, followed by a file."""
-    buffer = memoryview(bytearray(PIECE))
     with file.open("rb", buffering=0) as f:
+        buffer = memoryview(bytearray(max(1, min(PIECE, os.fstat(f.fileno()).st_size))))
         while count := f.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()

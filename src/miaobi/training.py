@@ -17,7 +17,7 @@ def train(cfg: RunConfig, origin: Origin, started: float | None = None) -> dict[
     """
     from miaobi.train.run_directory import hash_early
 
-    hash_early(cfg)
+    hash_early(cfg, origin)
     from miaobi.convert.small_gpt import start_from_checkpoint
     from miaobi.generate.chat import preview
     from miaobi.report.page import reported

@@ -248,7 +248,7 @@ def find_state(name: str) -> Path:
     return directory
 
 
-def hash_early(cfg: RunConfig) -> None:
+def hash_early(cfg: RunConfig, origin: Origin) -> None:
     """Begin to hash the checkpoint that the run will go on from, before torch is imported; `verified` compares it.
 
     Here nothing is refused yet, and where there is no checkpoint, nothing begins.
@@ -258,7 +258,7 @@ def hash_early(cfg: RunConfig) -> None:
         checkpoint = pointed(Path(train.out_dir) / "checkpoints" / "last")
         if checkpoint is None and train.resume_from:
             checkpoint = find_state(train.resume_from)
-        if checkpoint is not None and train.init_from != "scratch":
+        if checkpoint is not None and not begins_anew(cfg, origin):
             hash_ahead(checkpoint, for_training if first else for_model)
 
 
