@@ -24,7 +24,7 @@ from typing import Any, TextIO, TypeVar
 from miaobi.errors import UserError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-PIECE = 32 << 20
+PIECE = 4 << 20
 """Bytes that are hashed at once: between two pieces Python's lock is asked for, which an import keeps for long."""
 TARGET = ".target"
 """In a directory of hard links that stands for a symlink: which sibling it is made of."""
