@@ -481,9 +481,12 @@ def test_what_of_a_models_settings_cannot_be_used_is_said_once_by_every_verb(
         assert got.model.chat_settings.min_p == 0.125
         assert got.model.chat_settings.top_p == ChatConfig.top_p
     else:
-        answer = miaobi(*command[verb], *["--device=cpu"] * (verb != "gguf"))
+        answer = miaobi(*command[verb], "--json", *["--device=cpu"] * (verb != "gguf"))
         assert answer.code == 0, answer.err
         said = answer.err
+        if verb in ("chat", "sample"):  # the others do not draw
+            assert all(line in said for line in json.loads(answer.out)["not_used"])
+            assert "top_p" in "".join(json.loads(answer.out)["not_used"])
     for name, value in NONSENSE.items():
         assert said.count(f"{path}: {name} is {value!r}") == 1
     (line,) = [line for line in said.splitlines() if "num_beams" in line]

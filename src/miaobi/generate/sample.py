@@ -12,7 +12,8 @@ from miaobi.model.generation import GENERATION_CONFIG, sampling_settings
 
 
 def sample(cfg: SampleRequest, as_json: bool = False) -> dict[str, Any] | None:
-    """Returns samples (text, tokens, finish_reason of each) and tokens_per_second; None where --stream printed them.
+    """Returns samples (text, tokens, finish_reason of each) and tokens_per_second, and what of the model's settings is
+    not used; None where --stream printed them.
 
     as_json: stdout is for the result alone. Raises UserError for a model or prompt that cannot be read.
     """
@@ -29,7 +30,8 @@ def sample(cfg: SampleRequest, as_json: bool = False) -> dict[str, Any] | None:
             print("\n---------------")
         return None
     completions, speed = engine.timed(lm, prompt, cfg)
-    return {"samples": [dataclasses.asdict(c) for c in completions], "tokens_per_second": speed}
+    found = {"samples": [dataclasses.asdict(c) for c in completions], "tokens_per_second": speed}
+    return found | ({"not_used": lm.model.not_used} if lm.model.not_used else {})
 
 
 def say_unused(cfg: SamplingConfig, generation: dict[str, Any] | None, what: str) -> None:

@@ -83,7 +83,8 @@ def chat(cfg: ChatRequest, origin: Origin, as_json: bool = False) -> dict[str, A
     failed = talk(conversation, silent=as_json)
     if failed and not as_json and not sys.stdin.isatty():
         raise UserError(f"{number_of(failed, 'line')} of the input got no answer; what was wrong stands above")
-    return {"messages": conversation.messages} | ({"failed": failed} if failed else {})
+    more = {"failed": failed, "not_used": lm.model.not_used}
+    return {"messages": conversation.messages} | {key: value for key, value in more.items() if value}
 
 
 def about(lm: LanguageModel) -> str:

@@ -137,8 +137,8 @@ def read_model(path: Path) -> tuple[Transformer, Tokenizer]:
         model = Transformer(cfg)
     load_hf(model, tensors)
     model.quantized = kind_of(hf)
-    model.end_ids = end_ids(path, cfg.vocab_size) or own_end(tokenizer, cfg.vocab_size)
-    model.generation = generation_settings(path, cfg.vocab_size)
+    model.end_ids = end_ids(path, cfg.vocab_size, model.not_used) or own_end(tokenizer, cfg.vocab_size)
+    model.generation = generation_settings(path, cfg.vocab_size, model.not_used)
     return model, tokenizer
 
 

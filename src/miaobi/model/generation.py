@@ -54,11 +54,11 @@ def check_sampling(name: str, value: float) -> None:
         raise UserError(f"repetition_penalty is {value}; give one from 0.01 to 100 (1 = none)")
 
 
-def end_ids(path: Path, vocab_size: int = 1 << 31) -> tuple[int, ...]:
+def end_ids(path: Path, vocab_size: int = 1 << 31, notes: list[str] | None = None) -> tuple[int, ...]:
     """Tokens that end a text or a turn, as a model directory says; often more than one in a chat model.
 
-    generation_config.json is asked first, then config.json. What is no id of the model is left out, and said in a line.
-    Raises UserError for a damaged file.
+    generation_config.json is asked first, then config.json. What is no id of the model is left out, and said in a line,
+    which is added to `notes`. Raises UserError for a damaged file.
     """
     for file in (GENERATION_CONFIG, "config.json"):
         named = read_json(path / file).get("eos_token_id")
@@ -66,9 +66,8 @@ def end_ids(path: Path, vocab_size: int = 1 << 31) -> tuple[int, ...]:
         ids = tuple(id_ for id_ in listed if is_id(id_, vocab_size))
         if len(ids) < len(listed):
             others = [id_ for id_ in listed if not is_id(id_, vocab_size)] if isinstance(named, list) else named
-            warn_once(
-                f"{path / file}: eos_token_id has {brief(others)}, no id of the model's 0 to {vocab_size - 1}: not used"
-            )
+            _note(notes, f"{path / file}: eos_token_id has {brief(others)}, no id of the model's 0 to "
+                         f"{vocab_size - 1}: not used")  # fmt: skip
         if ids:
             return ids
     return ()
@@ -79,11 +78,12 @@ def is_id(value: Any, vocab_size: int) -> bool:
     return type(value) is int and 0 <= value < vocab_size
 
 
-def generation_settings(path: Path, vocab_size: int) -> dict[str, Any]:
+def generation_settings(path: Path, vocab_size: int, notes: list[str] | None = None) -> dict[str, Any]:
     """What generation_config.json says besides what ends a text, and the bos_token_id.
 
     Left out, with a line each: ids that the model does not have, and values with which nothing can be sampled. One line
-    says which other settings would change the text in transformers, and do not here. Raises UserError if damaged.
+    says which other settings would change the text in transformers, and do not here. The lines are added to `notes`.
+    Raises UserError if damaged.
     """
     file = path / GENERATION_CONFIG
     generation = read_json(file)
@@ -92,20 +92,26 @@ def generation_settings(path: Path, vocab_size: int) -> dict[str, Any]:
     for key in IDS:
         if settings.get(key) is not None and not _all_ids(settings[key], vocab_size):
             where = file if key in generation else path / "config.json"
-            warn_once(f"{where}: {key} is {brief(settings[key])}, not of the model's ids 0 to {vocab_size - 1}: "
-                      "not used")  # fmt: skip
+            _note(notes, f"{where}: {key} is {brief(settings[key])}, not of the model's ids 0 to {vocab_size - 1}: "
+                         "not used")  # fmt: skip
             settings[key] = None
     for key in (*SAMPLING, "do_sample"):
         if settings.get(key) is not None and (problem := _problem(key, settings[key])):
-            warn_once(f"{file}: {problem}: not used")
+            _note(notes, f"{file}: {problem}: not used")
             del settings[key]
     others = {key: value for key, value in settings.items()
               if key not in NO_MATTER and value and value != NEUTRAL.get(key)}  # fmt: skip
     if others:
         unused = ", ".join(f"{brief(key)[1:-1]}={brief(value)}" for key, value in list(others.items())[:10])
-        warn_once(f"{file}: {unused}{' and more' * (len(others) > 10)}: not used; texts are drawn token by token, with "
-                  f"{', '.join(SAMPLING)}")  # fmt: skip
+        _note(notes, f"{file}: {unused}{' and more' * (len(others) > 10)}: not used; texts are drawn token by token, "
+                     f"with {', '.join(SAMPLING)}")  # fmt: skip
     return settings
+
+
+def _note(notes: list[str] | None, line: str) -> None:
+    warn_once(line)
+    if notes is not None:
+        notes.append(line)
 
 
 def _all_ids(value: Any, vocab_size: int) -> bool:

@@ -255,6 +255,7 @@ class Transformer(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
+        self.not_used: list[str] = []  # lines on what of its directory's settings is left out
         self.cfg = cfg
         rows = math.ceil(cfg.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.wte = nn.Embedding(rows, cfg.n_embd)
