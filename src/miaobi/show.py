@@ -103,7 +103,7 @@ def reported(result: dict[str, Any], cfg: Any) -> None:
     print(f"{result['out']}: open it in a browser ({result['bytes'] / 1000:,.0f} kB, nothing is fetched)")
 
 
-def table_out(*what: Any, **settings: Any) -> None:
+def print_rich(*what: Any, **settings: Any) -> None:
     """Print what rich can draw, by `print`: where the reader of a pipe has left, rich would exit with code 1."""
     from rich.console import Console
 
@@ -126,7 +126,7 @@ def doctor(result: dict[str, Any], cfg: Any) -> None:
         if check["remedy"]:
             found.append(f"\n-> {check['remedy']}", style="dim")
         table.add_row(Text(check["status"], style=looks[check["status"]]), Text(check["name"]), found)
-    table_out(table, highlight=False, markup=False)
+    print_rich(table, highlight=False, markup=False)
     print("nothing that is needed is missing" if result["healthy"] else "what is marked missing is needed")
 
 
@@ -189,7 +189,7 @@ def ablation(result: dict[str, Any], cfg: Any) -> None:
         table.add_row(name, "", str(len(rows)), percent(spread(rows, "accuracy"), len(rows)),
                       f"{spread(rows, 'macro_f1')[0]:.4f}", "", duration(spread(rows, "seconds")[0]))  # fmt: skip
     if result["rows"]:
-        table_out(table, width=None if sys.stdout.isatty() else 120, markup=False)
+        print_rich(table, width=None if sys.stdout.isatty() else 120, markup=False)
 
 
 def classifier(result: dict[str, Any], cfg: Any) -> None:
@@ -299,7 +299,7 @@ def explain(command: str, what: str, kind: type, names: Names) -> None:
         named = ", ".join(f"{theirs} = {ours.upper() if keys(kind)[ours].is_positional else ours}"
                          for theirs, ours in names.aliases.items())  # fmt: skip
         also.append(Text(f"\nOther names: {named}"))
-    table_out(table, *also, highlight=False)
+    print_rich(table, *also, highlight=False)
 
 
 def usage(key: Key) -> str:

@@ -137,3 +137,17 @@ def test_adapters_go_on_beside_the_model_that_they_tune(copy, prepared, tmp_path
     command(data=prepared(), out_dir=run, init_from=base, trainable="lora", lora_rank=2, **SHARED | {"max_iters": 3})
     assert command(out_dir=run, max_iters=6)["step"] == 6
     assert (kept(run)["trainable"], kept(run)["lora_rank"]) == ("lora", 2)
+
+
+@pytest.mark.parametrize("key", ["mirror", "tensorboard_path"])
+def test_a_copy_does_not_write_to_what_the_first_one_writes_to(key, prepared, tmp_path, capsys):
+    """Unless it is named; the run itself goes on with it, wherever it is entered from."""
+    run, other = tmp_path / "run", tmp_path / "copy"
+    command(data=prepared(), out_dir=run, **SHARED | RUNS["qwen3"] | {key: tmp_path / "far"})
+    shutil.copytree(run, other, symlinks=True)
+    capsys.readouterr()
+    command(out_dir=other, max_iters=9)
+    assert f"say --{key}={tmp_path / 'far'} if it shall" in capsys.readouterr().err
+    assert kept(other)[key] is None
+    command(out_dir=run, max_iters=9)
+    assert kept(run)[key] == str(tmp_path / "far")

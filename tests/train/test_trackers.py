@@ -10,7 +10,7 @@ import pytest
 
 from miaobi.errors import UserError
 from miaobi.train import trackers
-from miaobi.train.same_run import TOLD
+from miaobi.train.same_run import REPORTING
 from miaobi.train.trackers import About, start
 
 
@@ -111,5 +111,5 @@ def test_a_tracker_that_refuses_is_the_users_to_mend(tmp_path: Path, monkeypatch
 
 
 def test_who_watches_does_not_make_it_another_run():
-    assert {"trackers", "wandb_log", "wandb_project", "wandb_run_name"} <= TOLD
+    assert {"trackers", "wandb_log", "wandb_project", "wandb_run_name"} <= REPORTING
     assert os.environ.get("WANDB_MODE") in (None, "offline")

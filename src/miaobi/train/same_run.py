@@ -17,11 +17,11 @@ from miaobi.settings import UNLIMITED, Origin, flatten, load_config, read_yaml, 
 if TYPE_CHECKING:
     from miaobi.train.run_directory import Progress
 
-# How a run is entered, and on which machine: of each command anew.
-ENTERED = {"init_from", "resume_from", "eval_only", "eval_first", "out_dir", "micro_batch_size", "parallel",
+# How a run is entered, and on which machine: each command says it anew.
+PER_COMMAND = {"init_from", "resume_from", "eval_only", "eval_first", "out_dir", "micro_batch_size", "parallel",
            "fsdp_shard_size", "activation_checkpointing", "comm_timeout"}  # fmt: skip
-# Who else hears of it: may change while it goes on.
-TOLD = {"mirror", "tensorboard_path", "trackers", "wandb_log", "wandb_project", "wandb_run_name", "license"}
+# Where it is copied to and reported: may change while it goes on.
+REPORTING = {"mirror", "tensorboard_path", "trackers", "wandb_log", "wandb_project", "wandb_run_name", "license"}
 TEXT = "text.json"
 """Which text a run prepared for itself: see train/data.py."""
 
@@ -47,9 +47,15 @@ def own_settings(config: Path, cfg: RunConfig, origin: Origin) -> tuple[RunConfi
     """
     saved, current = read_saved(config), flatten(cfg)
     others = [key for key, was in saved.items() if was != current[key] and not is_named(origin, key)]
-    own = {key: saved[key] for key in others if key not in ENTERED}
+    own = {key: saved[key] for key in others if key not in PER_COMMAND}
     if "init_from" in others and saved["init_from"] not in ("scratch", "resume"):  # the model that it tunes
         own["init_from"] = saved["init_from"]
+    is_copy = os.path.realpath(saved["out_dir"]) != os.path.realpath(cfg.train.out_dir)
+    if is_copy:  # what the first one still writes to must not be written by two
+        left = [f"--{key}={own.pop(key)}" for key in ("mirror", "tensorboard_path") if own.get(key)]
+        if left and os.environ.get("RANK", "0") == "0":
+            log(f"{cfg.train.out_dir} was {saved['out_dir']} when it was written: it does not write to what that run "
+                f"may still write to; say {' '.join(left)} if it shall")  # fmt: skip
     if own.get("lr_decay_iters") == saved["max_iters"]:  # follows max_iters
         del own["lr_decay_iters"]
     if not own:
@@ -81,7 +87,7 @@ def refuse(saved: dict[str, Any], current: dict[str, Any], what: str) -> None:
     grows = current["max_iters"] >= saved["max_iters"]
     for key, now in current.items():
         was = saved[key]
-        if key in ENTERED | TOLD or now == was or is_same_place(key, was, now, Path(current["out_dir"])):
+        if key in PER_COMMAND | REPORTING or now == was or is_same_place(key, was, now, Path(current["out_dir"])):
             continue
         if key == "max_iters":
             if grows:
