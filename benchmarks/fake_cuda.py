@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,10 +31,15 @@ def load_guard() -> None:
     key = hashlib.sha256(SOURCE.read_bytes() + (home / "version.py").read_bytes()).hexdigest()[:16]
     made = private_cache() / f"cuda_guard-{key}.so"
     if not made.exists():
-        command = [native.compiler(), "-std=c++20", "-shared", "-fPIC", f"-I{home / 'include'}", SOURCE,
-                   f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{home / 'lib'}", "-o", made]  # fmt: skip
-        subprocess.run(list(map(str, command)), check=True)
-    ctypes.CDLL(str(made))
+        with tempfile.TemporaryDirectory(dir=made.parent) as directory:  # nobody finds half of it
+            whole = Path(directory, made.name)
+            command = [native.compiler(), "-std=c++20", "-shared", "-fPIC", f"-I{home / 'include'}", SOURCE,
+                       f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu", "-o", whole]  # fmt: skip
+            subprocess.run(list(map(str, command)), check=True)
+            whole.replace(made)
+    # PyTorch's own libraries first, by their place: where they were when the guard was built may be gone since.
+    for library in ("libc10.so", "libtorch_cpu.so", made):
+        ctypes.CDLL(str(home / "lib" / library))
 
 
 load_guard()
