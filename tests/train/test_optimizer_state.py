@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from itertools import pairwise
@@ -18,8 +19,10 @@ from safetensors.torch import save_file
 
 from miaobi.errors import UserError
 from miaobi.files import pointed, write_json
+from miaobi.train import optimizer_state
 from miaobi.train.older_state import OlderState, Reader
-from miaobi.train.optimizer_state import Saved, file_name
+from miaobi.train.optimizer_state import Part, Saved, State, file_name, write
+from miaobi.train.world import World
 
 
 def write_parts(directory: Path, tensor: torch.Tensor, cuts: list[int]) -> None:
@@ -58,6 +61,22 @@ def test_parts_that_do_not_fit_together_are_refused(tmp_path, fault):
     else:
         write_json(tmp_path / "optimizer.json", {"ranks": 2, "tensors": 5})
     with pytest.raises((ValueError, OSError)):
+        Saved(tmp_path)
+
+
+@pytest.mark.parametrize("room", [1, 100, 200, 10_000])
+def test_a_state_too_large_for_one_file_is_read_from_several(tmp_path, monkeypatch, room):
+    monkeypatch.setattr(optimizer_state, "FILE_BYTES", room)
+    values = {f"w{i}/exp_avg": torch.full((4, i), float(i)) for i in (9, 1, 2, 3, 5)}
+    parts = {name: Part(tuple(tensor.shape), (0, 0), tensor) for name, tensor in values.items()}
+    names = list(write(State(parts, len(parts), {}), tmp_path, World()))
+    assert names[0] == file_name(0, 1)
+    assert len(names) == {1: 5, 100: 3, 200: 2, 10_000: 1}[room]
+    assert sorted(file.name for file in tmp_path.glob("*.safetensors")) == sorted(names)
+    saved = Saved(tmp_path)
+    assert all(torch.equal(saved.read(name, (0, 0), tuple(v.shape)), v) for name, v in values.items())
+    (tmp_path / names[-1]).unlink()
+    with pytest.raises((OSError, ValueError), match=re.escape(names[-1])):
         Saved(tmp_path)
 
 

@@ -1,7 +1,8 @@
 """The optimizers' state on disk: safetensors, one file per rank, read again by any number of ranks in any layout.
 
 `optimizer-R-of-N.safetensors` holds the parts that rank R had, as PARAMETER/KEY; where they lie in the whole tensors
-stands in the file's header, and what belongs to all of them in `optimizer.json`. Nothing in them is executed.
+stands in the file's header, and what belongs to all of them in `optimizer.json`. What is more than `FILE_BYTES` goes on
+in `optimizer-R-of-N.1.safetensors` and so on; the first one says how many there are. Nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from miaobi.train.world import World
 Optimizers = list[torch.optim.Optimizer]
 KEYS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
 INDEX = "optimizer.json"
+FILE_BYTES = 128 << 20
+"""Of the tensors in one file, unless a single one is larger: each is hashed while the next is written."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,9 @@ class State:
     scaler: dict[str, float]
 
 
-def file_name(rank: int, ranks: int) -> str:
+def file_name(rank: int, ranks: int, file: int = 0) -> str:
     """Where a rank's parts are."""
-    return f"optimizer-{rank}-of-{ranks}.safetensors"
+    return f"optimizer-{rank}-of-{ranks}{f'.{file}' if file else ''}.safetensors"
 
 
 def copied(model: Transformer, optimizers: Optimizers, scaler: GradScaler, world: World) -> State:
@@ -111,19 +114,28 @@ def offset_of(tensor: Any) -> tuple[int, ...]:
     return tuple(compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1])
 
 
-def write(state: State, directory: Path, world: World) -> str:
-    """Write this rank's parts, and on rank 0 the index; returns the name of the file of parts. Raises OSError."""
+def write(state: State, directory: Path, world: World) -> Iterator[str]:
+    """Write this rank's parts, and on rank 0 the index; the name of each file once it is whole. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
-    name = file_name(world.rank, world.size)
-    where = {key: [list(part.shape), list(part.offset)] for key, part in state.parts.items()}
-    try:
-        tensors = {key: part.values.contiguous() for key, part in state.parts.items()}
-        save_file(tensors, directory / name, {"where": json.dumps(where)})
-    except SafetensorError as e:  # how it reports a full disk
-        raise OSError(f"{name} was not written whole ({e}); is the disk full?") from e
+    files: list[dict[str, Part]] = [{}]
+    room = FILE_BYTES
+    for key, part in state.parts.items():
+        if files[-1] and part.values.nbytes > room:
+            files.append({})
+            room = FILE_BYTES
+        files[-1][key] = part
+        room -= part.values.nbytes
+    for i, parts in enumerate(files):
+        name = file_name(world.rank, world.size, i)
+        where = {key: [list(part.shape), list(part.offset)] for key, part in parts.items()}
+        header = {"where": json.dumps(where)} | ({"files": str(len(files))} if len(files) > 1 and i == 0 else {})
+        try:
+            save_file({key: part.values.contiguous() for key, part in parts.items()}, directory / name, header)
+        except SafetensorError as e:  # how it reports a full disk
+            raise OSError(f"{name} was not written whole ({e}); is the disk full?") from e
+        yield name
     if world.is_first:
         write_json(directory / INDEX, asdict(Index(world.size, state.tensors, state.scaler)))
-    return name
 
 
 def load(directory: Path, model: Transformer, optimizers: Optimizers, scaler: GradScaler) -> None:
@@ -190,17 +202,26 @@ class Saved:
         if not 0 < index.ranks < 1 << 20:
             raise ValueError(f"{INDEX} says {index.ranks} ranks")
         for rank in range(index.ranks):
-            file = safe_open(directory / file_name(rank, index.ranks), "pt")
-            where = json.loads((file.metadata() or {}).get("where", "null"))
-            if not is_a(where, dict[str, list[list[int]]]) or where.keys() != set(file.keys()):
-                raise ValueError(f"{file_name(rank, index.ranks)} has a damaged header")
-            for name, (shape, offset) in where.items():
-                self.add(name, tuple(shape), tuple(offset), file)
+            files = self.read_header(directory / file_name(rank, index.ranks))
+            for i in range(1, files):
+                self.read_header(directory / file_name(rank, index.ranks, i))
         for name, parts in self.parts.items():
             if sum(math.prod(extent) for _, _, extent in parts) != math.prod(self.shapes[name]):
                 raise ValueError(f"{name} is not whole")
         if len(self.shapes) != index.tensors:
             raise ValueError(f"{len(self.shapes)} tensors of {index.tensors}")
+
+    def read_header(self, path: Path) -> int:
+        """Note what is in a file; returns how many files its rank has, where it says so."""
+        file = safe_open(path, "pt")
+        header = file.metadata() or {}
+        where = json.loads(header.get("where", "null"))
+        files = header.get("files", "1")
+        if not is_a(where, dict[str, list[list[int]]]) or where.keys() != set(file.keys()) or not files.isdecimal():
+            raise ValueError(f"{path.name} has a damaged header")
+        for name, (shape, offset) in where.items():
+            self.add(name, tuple(shape), tuple(offset), file)
+        return int(files)
 
     def add(self, name: str, shape: tuple[int, ...], offset: tuple[int, ...], file: Any) -> None:
         """Note a part of a tensor; raises ValueError where it does not lie inside the whole, or on another part."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from miaobi.checksums import Checksums
 from miaobi.console import warn
 from miaobi.errors import UserError
-from miaobi.files import json_of, point, pointed, sha256, write_text, written_whole
+from miaobi.files import json_of, point, pointed, write_text, written_whole
 from miaobi.model.card import write_card
 from miaobi.model.checkpoint import Unfilled, save_model, save_tensors
 from miaobi.model.lora import adapters, merged, save_adapter
@@ -140,22 +140,26 @@ class Saver:
         return True
 
     def _write_state(self, state: optimizer_state.State, aside: Path, checksums: Checksums) -> None:
-        """Every rank writes its part of the optimizers' state, and hashes it where there are others.
+        """Every rank writes its part of the optimizers' state, and hashes each file while it writes the next.
 
         Raises OSError on every rank if one of them fails.
         """
-        error, name, digest = None, "", ""
+        error, digests, folder = None, {}, aside / "train_state"
         try:
-            name = "train_state/" + optimizer_state.write(state, aside / "train_state", self.world)
+            names = []
+            for name in optimizer_state.write(state, folder, self.world):
+                checksums.add(folder / name)
+                names.append(name)
             if self.world.size > 1:
-                digest = sha256(aside / name)
+                digests = {name: checksums.begun[folder / name]() for name in names}
         except OSError as e:
             error = f"rank {self.world.rank}: {e}" if self.world.size > 1 else str(e)
-        parts = self.world.gather([error, name, digest], self.world.slow)
+        parts = self.world.gather([error, digests], self.world.slow)
         if failed := [part[0] for part in parts if part[0]]:
             raise OSError(failed[0])
-        for _, name, digest in parts:
-            checksums.add(aside / name, digest)
+        for _, digests in parts:
+            for name, digest in digests.items():
+                checksums.add(folder / name, digest)
 
     def _write_plain(self, aside: Path, plain: Transformer, progress: Progress) -> None:
         save_model(aside, merged(plain), self.plan.tokenizer, self.plan.data.end_ids)
