@@ -49,7 +49,9 @@ from torch import Tensor  # noqa: E402
 from torch._subclasses import fake_tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula  # noqa: E402
+
+from miaobi.train import symmetric  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
 NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh",
@@ -57,6 +59,14 @@ NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_str
 CHUNK, BLOCKS, TENSORS = 65536, 320, (110, 64, 48, 36, 30)
 """What one launch of a `_foreach_` operation takes: numbers of a block, blocks, tensors of each of 1 to 5 lists
 (ATen/native/cuda/MultiTensorApply.cuh)."""
+
+
+@register_flop_formula(torch.ops.miaobi.symmetric)
+def half_of_a_product(x, y, *_, out_shape=None, **__) -> int:
+    """Operations of `symmetric`: those of its tiles, whole ones also where the last rows do not fill them."""
+    (n, rows, inner), tile = x, symmetric.TILE
+    tiles = -(-rows // tile)
+    return n * tiles * (tiles + 1) // 2 * 2 * tile**2 * inner
 
 
 class Counted(TorchDispatchMode):
@@ -169,6 +179,7 @@ def fake_cuda(capability: tuple[int, int] = (8, 9)) -> Iterator[None]:
         mock.patch.multiple(torch.cuda, **answers),
         mock.patch.object(fake_tensor, "init_gpu_context"),
         mock.patch.object(Tensor, "pin_memory", lambda self: self),
+        mock.patch.object(symmetric, "works", return_value=True),
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
         mock.patch.object(torch.nn.functional, "rms_norm", RmsNorm.apply),
         mock.patch.object(torch.nn.utils.clip_grad, "_has_foreach_support", return_value=True),

@@ -74,6 +74,11 @@ def advanced(x: Tensor, steps: int) -> Tensor:
 def symmetric_product(x: Tensor, y: Tensor, c: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
     """beta c + alpha x y, (N, R, R), which is symmetric. x: (N, R, K). y: (N, K, R). c: (N, R, R), symmetric."""
     rows = x.shape[1]
+    if x.device.type == "cuda":
+        from miaobi.train import symmetric  # of no use elsewhere
+
+        if rows >= 2 * symmetric.TILE and symmetric.works(x.device, x.dtype):
+            return symmetric.symmetric(x, y, c, beta, alpha)
     if x.device.type != "cpu" or x.dtype != torch.float32 or rows < 4 * BLOCK:
         return x @ y if c is None else torch.baddbmm(c, x, y, beta=beta, alpha=alpha)
     out = x.new_empty(len(x), rows, rows)
