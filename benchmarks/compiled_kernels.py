@@ -3,9 +3,9 @@
     pip install --no-deps --target DIR triton==3.7.1
     PYTHONPATH=DIR python -m benchmarks.compiled_kernels
 
-What torch.compile makes of the forward and the backward pass of one qwen3 block of 512 (32 x 256 tokens, autocast), and
-Muon's own kernel for symmetric products; nothing is run. Takes some minutes; no test runs it, since PyTorch's CPU
-build comes without Triton.
+What torch.compile makes of the forward and the backward pass of one qwen3 block of 512 (32 x 256 tokens, autocast),
+with FlexAttention as well, and Muon's own kernel for symmetric products; nothing is run. Takes some minutes; no test
+runs it, since PyTorch's CPU build comes without Triton.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch
 import torch._inductor.config
 import triton
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.device_interface import CudaInterface
-from torch._functorch.aot_autograd import aot_function
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
@@ -39,6 +39,7 @@ from benchmarks.common import machine, parse, report
 from benchmarks.fake_cuda import CUDA
 from benchmarks.launches import fake_model
 from miaobi.cache import keep_compiled_code_private
+from miaobi.model.transformer import document_block_mask
 from miaobi.train.symmetric import TILE
 from miaobi.train.symmetric_kernel import STEP, kernel
 
@@ -96,8 +97,8 @@ def target(major: int, minor: int) -> GPUTarget:
     return GPUTarget("cuda", 10 * major + minor, 32)
 
 
-def traced(dtype: torch.dtype) -> dict[str, torch.fx.GraphModule]:
-    """The graphs of the forward and the backward pass, as torch.compile cuts them."""
+def traced(dtype: torch.dtype, documents: bool) -> dict[str, torch.fx.GraphModule]:
+    """The graphs of the forward and the backward pass, as torch.compile cuts them; with FlexAttention for documents."""
     graphs: dict[str, torch.fx.GraphModule] = {}
 
     def keep(name: str) -> Any:
@@ -107,18 +108,20 @@ def traced(dtype: torch.dtype) -> dict[str, torch.fx.GraphModule]:
 
         return compiler
 
+    backend = aot_autograd(
+        fw_compiler=keep("forward"),
+        bw_compiler=keep("backward"),
+        decompositions=select_decomp_table(),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    torch.compiler.reset()
     model = fake_model("qwen3", 1, 512, 8)
-    block = model.blocks[0]
-    names, weights = zip(*block.named_parameters(), strict=True)
-
-    def forward(x, rope, *values):
-        with torch.autocast("cuda", dtype=dtype):
-            return torch.func.functional_call(block, dict(zip(names, values, strict=True)), (x, rope))
-
-    step = aot_function(forward, keep("forward"), keep("backward"), decompositions=select_decomp_table(),
-                        partition_fn=min_cut_rematerialization_partition)  # fmt: skip
+    mask = document_block_mask(torch.zeros(32, 256, dtype=torch.long, device=CUDA)) if documents else None
+    block = torch.compile(model.blocks[0], backend=backend, dynamic=False)
     x = torch.zeros(32, 256, 512, device=CUDA, requires_grad=True)
-    step(x, model.rope[:, :256], *weights).sum().backward()
+    # no accelerator: dynamo would look for its streams
+    with torch.autocast("cuda", dtype=dtype), mock.patch.object(torch.accelerator, "is_available", return_value=False):
+        block(x, model.rope[:, :256], mask).sum().backward()
     return graphs
 
 
@@ -163,20 +166,21 @@ def measured(major: int, minor: int, most: int, directory: str) -> dict[str, Any
     """What is compiled for one card."""
     describe_card(major, minor, most)
     dtype = torch.bfloat16 if major > 7 else torch.float16
-    with fake_cuda.fake_cuda((major, minor)), mock.patch.object(torch.nn.functional, "rms_norm", RMS_NORM):
-        graphs = traced(dtype)
     found: dict[str, Any] = {}
-    for name, graph in graphs.items():
-        with mock.patch.multiple(torch.cuda, is_available=lambda: True, current_device=lambda: 0,
-                                 get_device_capability=lambda *_: (major, minor)):  # fmt: skip
-            code = generated(graph)
-            shared = shared_memory(code, directory)
-        found[name] = {
-            "kernels": len(re.findall(r"^\s+triton_\w+\.run\(", code, re.MULTILINE)),
-            "products": len(re.findall(r"extern_kernels\.\w+\(", code)),
-            "attention": len(re.findall(r"= torch\.ops\.aten\._scaled_dot_product\w+", code)),
-            "shared": max(shared.values()), "compiled": len(shared),
-        }  # fmt: skip
+    for kind, documents in ("", False), (" of documents", True):
+        with fake_cuda.fake_cuda((major, minor)), mock.patch.object(torch.nn.functional, "rms_norm", RMS_NORM):
+            graphs = traced(dtype, documents)
+        for name, graph in graphs.items():
+            with mock.patch.multiple(torch.cuda, is_available=lambda: True, current_device=lambda: 0,
+                                     get_device_capability=lambda *_: (major, minor)):  # fmt: skip
+                code = generated(graph)
+                shared = shared_memory(code, directory)
+            found[name + kind] = {
+                "kernels": len(re.findall(r"^\s+triton_\w+\.run\(", code, re.MULTILINE)),
+                "products": len(re.findall(r"extern_kernels\.\w+\(", code)),
+                "attention": len(re.findall(r"= torch\.ops\.aten\._scaled_dot_product\w+", code)),
+                "shared": max(shared.values()), "compiled": len(shared),
+            }  # fmt: skip
     short = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     found["symmetric product"] = {"kernels": 1, "products": 0, "attention": 0, "compiled": 1,
                                   "shared": symmetric_memory(major, minor, short)}  # fmt: skip
