@@ -223,3 +223,31 @@ def test_a_users_own_choice_for_torch_is_checked(variable, kind, place: Path, tm
     assert mode(used) == 0o700
     assert (used == wished) == (kind in ("good", "new"))
     assert ("is not used" in capfd.readouterr().err) == (kind not in ("good", "new"))
+
+
+def test_what_was_not_used_for_long_is_removed_once_a_day(place: Path, tmp_path: Path):
+    private = cache.private_cache()
+    outside = tmp_path / "outside"
+    outside.write_text("x")
+    old, now = time.time() - 2 * cache.UNUSED, time.time()
+    times = {"old.so": (old, old), "checked/old": (old, old), "inductor/ab/old.py": (old, old), "new.so": (now, now),
+             "inductor/cd/read.so": (now, old), "inductor/cd/unread.so": (old, old)}  # fmt: skip
+    for name, (read, written) in times.items():
+        (private / name).parent.mkdir(parents=True, exist_ok=True)
+        (private / name).write_text("x")
+        os.utime(private / name, (read, written))
+    (private / "link").symlink_to(outside)
+    os.utime(private / "link", (old, old), follow_symlinks=False)
+    (private / "inductor" / "locks").symlink_to(tmp_path)
+    cache.remove_unused(private)
+    left = {str(path.relative_to(private)) for path in private.rglob("*") if path.is_file() and not path.is_symlink()}
+    assert left == {"new.so", "inductor/cd/read.so", cache.LOOKED}
+    assert not (private / "inductor" / "ab").exists()
+    assert outside.exists()  # a link goes, not what it points at
+    (private / "old.so").write_text("x")
+    os.utime(private / "old.so", (old, old))
+    cache.remove_unused(private)
+    assert (private / "old.so").exists()  # not looked for again today
+    os.utime(private / cache.LOOKED, (old, old))
+    cache.remove_unused(private)
+    assert not (private / "old.so").exists()

@@ -6,17 +6,23 @@ What lies there is executed (libraries, the pickles and kernels of torch): who c
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import shutil
 import stat
 import sys
+import time
 from pathlib import Path
 
 from miaobi.console import warn
 
 OURS = "MIAOBI_CACHE_DIR"
 """Names the cache, for processes that this one starts too; checked as any other."""
+UNUSED = 60 * 24 * 3600
+"""Seconds after which what nobody has read or written is removed."""
+LOOKED = "looked-through"
+"""A file of the cache whose time is that of the last look for such, at most once a day."""
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -102,6 +108,28 @@ def wished_cache() -> Path:
     return (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache") / "miaobi"
 
 
+def remove_unused(home: Path) -> None:
+    """Remove from the cache what was neither read nor written for `UNUSED` seconds; looked for once a day. What
+    another process removes or holds at the same time is none of our business.
+    """
+    now = time.time()
+    try:
+        looked = home / LOOKED
+        if looked.exists() and now - looked.stat().st_mtime < 24 * 3600:
+            return
+        looked.touch(mode=0o600)
+        for folder, folders, files in os.walk(home, topdown=False):
+            for name in files:
+                status = os.lstat(path := os.path.join(folder, name))
+                if now - max(status.st_atime, status.st_mtime) > UNUSED:
+                    os.unlink(path)
+            for name in folders:
+                with contextlib.suppress(OSError):  # not empty
+                    os.rmdir(os.path.join(folder, name))
+    except OSError:
+        return
+
+
 def _remove(directory: str, owner: int) -> None:
     if os.getpid() == owner:  # not a process that was forked off
         shutil.rmtree(directory, ignore_errors=True)
@@ -116,6 +144,7 @@ def keep_compiled_code_private() -> None:
     """
     import tempfile
 
+    remove_unused(private_cache())
     shared = os.path.join(tempfile.gettempdir(), "torchinductor_")  # which torch may have set by itself
     for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
         ours = private_cache() / name
