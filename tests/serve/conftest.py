@@ -171,6 +171,17 @@ def talk_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("sep") / "sep", SEP_TEMPLATE)
 
 
+THINKS = (
+    CHATML_TEMPLATE + "{% if add_generation_prompt %}{% if enable_thinking %}期待{% else %}错过{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose template asks for `enable_thinking`."""
+    return write_model(tmp_path_factory.mktemp("thinks") / "thinks", THINKS)
+
+
 @pytest.fixture
 def http(site: Address) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=site.url, timeout=30) as client:

@@ -3,12 +3,14 @@
 import json
 import math
 
+import httpx
 import openai
 import pydantic
 import pytest
 from openai.types import chat, responses
 
-from miaobi.serve.schemas import ChatCompletion, Completion
+from miaobi.serve.answers import ChatCompletion, Completion
+from miaobi.serve.config import Serve
 
 
 @pytest.fixture
@@ -233,3 +235,28 @@ def test_tokens_there_and_back(http):
     apart = {"logit_bias": biased, "frequency_penalty": 2, "temperature": 0}
     counted = http.post("/v1/completions", json={"model": "tiny", "prompt": "马", "max_tokens": 4} | apart).json()
     assert counted["choices"][0]["text"].startswith("皇")
+
+
+def test_a_template_that_asks_is_told_whether_to_think(serving, thinker, client):
+    """As vLLM's `chat_template_kwargs`; each reply's prompt is that of `/tokenize`."""
+    said = [{"role": "user", "content": "你好"}]
+    with serving(Serve(model=str(thinker), device="cpu", dtype="float32", slots=2)) as address:
+        other = openai.OpenAI(base_url=address.v1, api_key="none")
+        prompts = {}
+        for thinks in (None, False, True):
+            told = {"chat_template_kwargs": {"enable_thinking": thinks}}
+            reply = other.chat.completions.create(model="thinks", messages=said, max_tokens=2, extra_body=told)
+            body = {"messages": said, "add_generation_prompt": True, **told}
+            tokens = httpx.post(f"{address.url}/tokenize", json=body).json()["tokens"]
+            assert reply.usage.prompt_tokens == len(tokens)
+            prompts[thinks] = httpx.post(f"{address.url}/detokenize", json={"tokens": tokens}).json()["prompt"]
+        assert prompts[True].endswith("期待")
+        assert prompts[False] == prompts[None] == prompts[True].replace("期待", "错过")
+        for wrong in ({"thinking": True}, {"enable_thinking": "yes"}):
+            with pytest.raises(openai.BadRequestError) as caught:
+                other.chat.completions.create(model="thinks", messages=said, extra_body={"chat_template_kwargs": wrong})
+            assert "chat_template_kwargs" in caught.value.param
+    with pytest.raises(openai.BadRequestError, match="does not ask for enable_thinking") as caught:
+        client.chat.completions.create(model="tiny", messages=said,
+                                       extra_body={"chat_template_kwargs": {"enable_thinking": False}})  # fmt: skip
+    assert caught.value.param == "chat_template_kwargs"

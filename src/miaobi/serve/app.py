@@ -17,7 +17,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from miaobi import __version__
-from miaobi.serve import judging, openai_api, responses, runs, schemas
+from miaobi.serve import answers, judging, openai_api, responses, runs, schemas
 from miaobi.serve.config import Serve, is_loopback
 from miaobi.serve.errors import APIError, ErrorBody, json_response, of_validation, on_api_error, on_http_error, refused
 from miaobi.serve.guard import Guard, Named
@@ -79,11 +79,11 @@ def add_writing(app: FastAPI, server: Serve) -> None:
     def streams(model: type) -> dict[int | str, dict[str, Any]]:
         return {200: {"model": model, "content": STREAM}}
 
-    @app.post("/v1/chat/completions", responses=streams(schemas.ChatCompletion))
+    @app.post("/v1/chat/completions", responses=streams(answers.ChatCompletion))
     async def chat_completions(body: schemas.ChatRequest, request: Request, served: Current) -> Response:
         return await openai_api.chat_completions(body, request, served, server)
 
-    @app.post("/v1/completions", responses=streams(schemas.Completion))
+    @app.post("/v1/completions", responses=streams(answers.Completion))
     async def completions(body: schemas.CompletionRequest, request: Request, served: Current) -> Response:
         return await openai_api.completions(body, request, served, server)
 
@@ -91,24 +91,24 @@ def add_writing(app: FastAPI, server: Serve) -> None:
     async def new_response(body: schemas.ResponseRequest, request: Request, served: Current) -> Response:
         return await responses.responses(body, request, served, server)
 
-    @app.get("/v1/models", response_model=schemas.Models)
+    @app.get("/v1/models", response_model=answers.Models)
     async def models(served: Current) -> Response:
         return json_response(
             {"object": "list", "data": [model_entry(w) for w in (served.model or served.chat_model,) if w is not None]}
         )
 
-    @app.get("/v1/models/{model:path}", response_model=schemas.Model)
+    @app.get("/v1/models/{model:path}", response_model=answers.Model)
     async def one_model(model: str, served: Current) -> Response:
         return json_response(model_entry(model_of(served.model or served.for_chats, model)))
 
-    @app.post("/tokenize", response_model=schemas.Tokens)
+    @app.post("/tokenize", response_model=answers.Tokens)
     async def tokenize(body: schemas.TokenizeRequest, served: Current) -> Response:
         model = model_of(served.model if body.messages is None else served.for_chats, body.model)
         if (body.prompt is None) == (body.messages is None):
             raise refused("give either prompt or messages", "prompt", "missing_required_parameter")
         if body.messages is not None:
             messages = [{"role": message.role, "content": message.words} for message in body.messages]
-            ids = (await openai_api.conversation(model, messages, None))[0].ids
+            ids = (await openai_api.conversation(model, messages, None, body.chat_template_kwargs))[0].ids
         else:
             prompt = await asyncio.to_thread(model.encode, body.prompt)
             ids = prompt.ids if body.prompt else []
@@ -116,7 +116,7 @@ def add_writing(app: FastAPI, server: Serve) -> None:
         strs = [model.names.name(id_) for id_ in ids] if body.return_token_strs else None
         return json_response({"count": len(ids), "max_model_len": model.block, "tokens": ids, "token_strs": strs})
 
-    @app.post("/detokenize", response_model=schemas.Prompt)
+    @app.post("/detokenize", response_model=answers.Prompt)
     async def detokenize(body: schemas.DetokenizeRequest, served: Current) -> Response:
         model = model_of(served.model, body.model)
         if any(id_ >= model.lm.model.cfg.vocab_size for id_ in body.tokens):
@@ -127,7 +127,7 @@ def add_writing(app: FastAPI, server: Serve) -> None:
 def add_others(app: FastAPI, is_stopping: Callable[[], bool]) -> None:
     """Classifier, runs, health, metrics."""
 
-    @app.post("/classify", response_model=schemas.Labels)
+    @app.post("/classify", response_model=answers.Labels)
     async def classify(body: schemas.ClassifyRequest, served: Current) -> Response:
         return json_response(await judging.classify(body, served))
 

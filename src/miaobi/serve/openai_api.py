@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from miaobi.serve.config import Serve
 from miaobi.serve.errors import APIError, json_response, refused
-from miaobi.serve.schemas import ChatRequest, CompletionRequest, Sampling, unserved
+from miaobi.serve.schemas import ChatRequest, CompletionRequest, Sampling, TemplateSettings, unserved
 from miaobi.serve.served import Prompt, Served, ServedModel, note
 from miaobi.serve.sse import STILL_HERE, EventStream, frame, result
 from miaobi.serve.text import Names, Piece, ScoredToken, scored_prompt
@@ -41,7 +41,8 @@ async def chat_completions(body: ChatRequest, request: Request, served: Served, 
     limit = getattr(body, param)
     messages = [{"role": message.role, "content": message.words} for message in body.messages]
     most = allowed_tokens(limit, server.max_new_tokens, server, param)
-    prompt, left_out = await conversation(model, messages, most if body.truncation == "auto" else None)
+    room = most if body.truncation == "auto" else None
+    prompt, left_out = await conversation(model, messages, room, body.chat_template_kwargs)
     check_length([prompt], model.block, "messages")
     log_prompt(server, messages)
     if limit is None:
@@ -54,14 +55,17 @@ async def chat_completions(body: ChatRequest, request: Request, served: Served, 
     return await answer(ChatShape(wanted), body, request, server, note(left_out))
 
 
-async def conversation(model: ServedModel, messages: list[dict[str, str]], most: int | None) -> tuple[Prompt, str]:
+async def conversation(
+    model: ServedModel, messages: list[dict[str, str]], most: int | None, settings: TemplateSettings | None = None
+) -> tuple[Prompt, str]:
     """`ServedModel.encode_chat` of messages, with developer as system.
 
     most: tokens of the reply, where old turns may be left out.
     """
     messages = [m | {"role": "system"} if m["role"] == "developer" else m for m in messages]
     room = None if most is None else model.block - min(most, model.block // 2)
-    ids, left_out = await asyncio.to_thread(model.encode_chat, messages, room)
+    thinks = settings.enable_thinking if settings else None
+    ids, left_out = await asyncio.to_thread(model.encode_chat, messages, room, thinks)
     return Prompt(ids), left_out
 
 

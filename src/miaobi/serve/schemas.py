@@ -1,4 +1,4 @@
-"""What requests may say and answers hold, as the OpenAPI document has it. Names and bounds are OpenAI's and vLLM's.
+"""What requests may say, as the OpenAPI document has it. Names and bounds are OpenAI's and vLLM's.
 
 Fields that are not here are ignored, but for those in `unserved`, without which the answer would be another.
 """
@@ -97,10 +97,19 @@ class Message(Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+class TemplateSettings(BaseModel):
+    """What a request may tell the chat template; whatever else would be silently without effect."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    enable_thinking: bool | None = Field(None, description="for templates that ask, as Qwen3's: think before the reply")
+
+
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
+    chat_template_kwargs: TemplateSettings | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -177,6 +186,7 @@ class TokenizeRequest(Body):
     model: Text | None = None
     prompt: Text | None = None
     messages: list[Message] | None = Field(None, min_length=1)
+    chat_template_kwargs: TemplateSettings | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -196,157 +206,3 @@ class ClassifyRequest(Body):
     input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
     explain: bool | None = Field(None, description="what each character adds to the label's probability: what the "
                                                    "probability loses without it (leave-one-out)")  # fmt: skip
-
-
-# Answers
-
-
-class TopLogprob(BaseModel):
-    """A token that might have stood there."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob):
-    """A token, and those that might have stood there."""
-
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    """Of each token."""
-
-    content: list[TokenLogprob]
-    refusal: None
-
-
-class AssistantMessage(BaseModel):
-    """The reply."""
-
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-
-
-class ChatChoice(BaseModel):
-    """One reply."""
-
-    index: int
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
-
-
-class CachedTokens(BaseModel):
-    """Of a prompt."""
-
-    cached_tokens: int
-
-
-class Usage(BaseModel):
-    """Tokens."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: CachedTokens
-
-
-class ChatCompletion(BaseModel):
-    """Of POST /v1/chat/completions."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class Logprobs(BaseModel):
-    """Of each token: OpenAI's older shape, with the bytes of each."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None] | None
-    text_offset: list[int]
-    token_bytes: list[list[int]]
-
-
-class CompletionChoice(BaseModel):
-    """One continuation."""
-
-    index: int
-    text: str
-    logprobs: Logprobs | None
-    finish_reason: Literal["stop", "length"]
-
-
-class Completion(BaseModel):
-    """Of POST /v1/completions."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[CompletionChoice]
-    usage: Usage
-
-
-class Model(BaseModel):
-    """A model that is served."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-
-
-class Models(BaseModel):
-    """Of GET /v1/models."""
-
-    object: Literal["list"]
-    data: list[Model]
-
-
-class Tokens(BaseModel):
-    """Of POST /tokenize."""
-
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None
-
-
-class Prompt(BaseModel):
-    """Of POST /detokenize."""
-
-    prompt: str
-
-
-class Contribution(BaseModel):
-    """What a character adds."""
-
-    text: str
-    score: float
-
-
-class Label(BaseModel):
-    """Of one text."""
-
-    index: int
-    label: str
-    probs: dict[str, float]
-    score: float
-    contributions: list[Contribution] | None = None
-
-
-class Labels(BaseModel):
-    """Of POST /classify."""
-
-    model: str
-    data: list[Label]

@@ -14,7 +14,7 @@ from miaobi import __version__, native
 from miaobi.classify import head
 from miaobi.classify.head import Judge
 from miaobi.console import log, warn
-from miaobi.corpus.template import Messages, source_of
+from miaobi.corpus.template import ChatTemplate, Messages, source_of
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.generate import cpu_step, engine
@@ -58,6 +58,8 @@ class ServedModel:
     chat: Chat | None
     """Template and ends; None where the model has no template."""
     names: Names = field(init=False)
+    templates: dict[bool, ChatTemplate] = field(default_factory=dict)
+    """The chat template by what requests say of `enable_thinking`."""
     created: int = field(default_factory=lambda: int(time.time()))
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -80,36 +82,49 @@ class ServedModel:
         ids = ids or [self.lm.start_id()]
         return Prompt(ids, begin if text else len(ids), self.lm.ids_before(text, ids))
 
-    def encode_chat(self, messages: Messages, most: int | None) -> tuple[list[int], str]:
+    def encode_chat(
+        self, messages: Messages, most: int | None, enable_thinking: bool | None = None
+    ) -> tuple[list[int], str]:
         """Ids of a conversation up to where the reply begins, and what had to be left out, in words.
 
-        most: where given, the oldest turns beyond so many ids are left out. Raises APIError.
+        most: where given, the oldest turns beyond so many ids are left out. enable_thinking: for templates that ask;
+        None leaves it to the template. Raises APIError.
         """
         if self.chat is None:
             raise refused("this model has no chat template: it continues texts, at /v1/completions", "messages",
                           "unsupported_value")  # fmt: skip
+        template = self.template(enable_thinking)
         note, system = "", [m for m in messages if m["role"] == "system"]
         with self.lock:
             try:
-                ids = self.render(messages)
+                ids = template.encode(messages, add_generation_prompt=True)
             except UserError as e:
                 messages = [m for m in messages if m["role"] != "system"]
                 if not system or not messages:
                     raise refused(str(e), "messages") from e
                 note = "the chat template has no place for system messages; they were left out"
                 try:
-                    ids = self.render(messages)
+                    ids = template.encode(messages, add_generation_prompt=True)
                 except UserError as again:
                     raise refused(str(again), "messages") from again
             turns = [m for m in messages if m["role"] != "system"]
             while most is not None and len(ids) > most and len(turns) > 2:
                 turns = turns[2:]
-                ids = self.render([*(m for m in messages if m["role"] == "system"), *turns])
+                shorter = [*(m for m in messages if m["role"] == "system"), *turns]
+                ids = template.encode(shorter, add_generation_prompt=True)
         return ids, note
 
-    def render(self, messages: Messages) -> list[int]:
-        """Ids of a conversation up to where the reply begins. Raises UserError."""
-        return self.chat.template.encode(messages, add_generation_prompt=True)
+    def template(self, enable_thinking: bool | None) -> ChatTemplate:
+        """The chat template with a value of `enable_thinking`. Raises APIError where it does not ask for one."""
+        if enable_thinking is None:
+            return self.chat.template
+        if enable_thinking not in self.templates:
+            try:
+                self.templates[enable_thinking] = ChatTemplate.of(self.lm.tokenizer, enable_thinking)
+            except UserError as e:
+                raise refused("this model's chat template does not ask for enable_thinking; leave it out",
+                              "chat_template_kwargs", "unsupported_value") from e  # fmt: skip
+        return self.templates[enable_thinking]
 
 
 @dataclass
