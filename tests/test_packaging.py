@@ -33,19 +33,12 @@ def uv_compile(python: str, *arguments: object) -> list[str]:
             "--python-version", python, *WITHOUT_SOURCE, *map(str, arguments)]  # fmt: skip
 
 
-def resolve(command: list[str], requirements: str) -> subprocess.CompletedProcess:
-    """Resolve what `requirements` says."""
-    return subprocess.run([*command, "-"], input=requirements, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
-def registry() -> None:
+def registry(resolving: dict[str, subprocess.Popen]) -> None:
     """A package registry answers."""
-    probe = resolve(uv_compile("3.11", "--no-cache"), "iniconfig\n")
-    if probe.returncode:
-        pytest.skip(
-            f"NO PACKAGE REGISTRY CAN BE REACHED; whether every Python can install is not known: {probe.stderr}"
-        )
+    _, problem = resolving["registry"].communicate(timeout=300)
+    if resolving["registry"].returncode:
+        pytest.skip(f"NO PACKAGE REGISTRY CAN BE REACHED; whether every Python can install is not known: {problem}")
 
 
 def pins(python: str) -> dict[str, str]:
@@ -72,18 +65,22 @@ def test_the_pythons_that_are_tried_are_those_that_are_promised():
 
 
 @pytest.fixture(scope="module")
-def resolving() -> Iterator[dict[str, subprocess.Popen]]:
-    """For every Python a resolver at work on all extras that have pins; they wait for the registry at the same time.
-
-    What can be installed with all extras can be installed with some: `.[demo]` is resolved as well.
+def resolving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen]]:
+    """Resolvers at work, all waiting for the registry at the same time. For every Python: one on all extras that have
+    pins; what can be installed with all extras can be installed with some, so `.[demo]` is resolved as well.
     """
+    place = tmp_path_factory.mktemp("requirements")
+    for name, line in {"one": "iniconfig", "numpy": "numpy", "too-new": "numpy==2.4.6"}.items():
+        (place / f"{name}.txt").write_text(f"{line}\n", encoding="utf-8")
     wanted = [f"--extra={name}" for name in ("demo", "dev", "examples", "hf", "ray", "modelscope", "parquet", "track")]
     command = ["-c", ROOT / "constraints.txt", ROOT / "pyproject.toml", *wanted]
+    commands = {python: uv_compile(python, *command) for python in PYTHONS} | {
+        "registry": uv_compile("3.11", "--no-cache", place / "one.txt"),
+        "too new": uv_compile("3.10", "-c", place / "too-new.txt", place / "numpy.txt"),
+    }
     running = {
-        python: subprocess.Popen(
-            uv_compile(python, *command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for python in PYTHONS
+        name: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for name, command in commands.items()
     }
     yield running
     for process in running.values():
@@ -114,12 +111,11 @@ def test_the_pins_can_be_installed_on_every_python(python: str, resolving: dict[
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("registry")
-def test_a_pin_without_a_build_for_a_python_is_found(tmp_path: Path):
+def test_a_pin_without_a_build_for_a_python_is_found(resolving: dict[str, subprocess.Popen]):
     """The check above sees what it is for: numpy 2.4.6 left Python 3.10 behind."""
-    (tmp_path / "constraints.txt").write_text("numpy==2.4.6\n", encoding="utf-8")
-    refused = resolve(uv_compile("3.10", "-c", tmp_path / "constraints.txt"), "numpy\n")
-    assert refused.returncode != 0
-    assert "numpy==2.4.6" in refused.stderr
+    _, problem = resolving["too new"].communicate(timeout=300)
+    assert resolving["too new"].returncode != 0
+    assert "numpy==2.4.6" in problem
 
 
 def test_what_is_newer_than_the_oldest_python_is_found(tmp_path: Path):
