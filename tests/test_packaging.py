@@ -34,10 +34,10 @@ def uv_compile(python: str, *arguments: object) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def registry(resolving: dict[str, subprocess.Popen]) -> None:
+def registry(asking: dict[str, subprocess.Popen]) -> None:
     """A package registry answers."""
-    _, problem = resolving["registry"].communicate(timeout=300)
-    if resolving["registry"].returncode:
+    _, problem = asking["registry"].communicate(timeout=300)
+    if asking["registry"].returncode:
         pytest.skip(f"NO PACKAGE REGISTRY CAN BE REACHED; whether every Python can install is not known: {problem}")
 
 
@@ -64,17 +64,23 @@ def test_the_pythons_that_are_tried_are_those_that_are_promised():
     assert [f"3.{minor}" for minor in range(8, 15) if f"3.{minor}" in promised] == list(PYTHONS)
 
 
+EVERYTHING = [
+    "-c", ROOT / "constraints.txt", ROOT / "pyproject.toml",
+    *(f"--extra={name}" for name in ("demo", "dev", "examples", "hf", "ray", "modelscope", "parquet", "track")),
+]  # fmt: skip
+"""All extras that have pins. What can be installed with all extras can be installed with some: `.[demo]` as well."""
+
+
 @pytest.fixture(scope="module")
-def resolving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen]]:
-    """Resolvers at work, all waiting for the registry at the same time. For every Python: one on all extras that have
-    pins; what can be installed with all extras can be installed with some, so `.[demo]` is resolved as well.
+def asking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen]]:
+    """Resolvers at work, all waiting for the registry at the same time. One resolves for every Python at once: after
+    that each Python's resolver finds in uv's cache what it would ask the registry for.
     """
     place = tmp_path_factory.mktemp("requirements")
     for name, line in {"one": "iniconfig", "numpy": "numpy", "too-new": "numpy==2.4.6"}.items():
         (place / f"{name}.txt").write_text(f"{line}\n", encoding="utf-8")
-    wanted = [f"--extra={name}" for name in ("demo", "dev", "examples", "hf", "ray", "modelscope", "parquet", "track")]
-    command = ["-c", ROOT / "constraints.txt", ROOT / "pyproject.toml", *wanted]
-    commands = {python: uv_compile(python, *command) for python in PYTHONS} | {
+    commands = {
+        "all at once": uv_compile(PYTHONS[0], "--universal", *EVERYTHING),
         "registry": uv_compile("3.11", "--no-cache", place / "one.txt"),
         "too new": uv_compile("3.10", "-c", place / "too-new.txt", place / "numpy.txt"),
     }
@@ -89,33 +95,12 @@ def resolving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, su
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("resolving")  # it takes its time while these wait for the registry
+@pytest.mark.usefixtures("asking")  # it takes its time while they wait for the registry
 def test_nothing_in_the_code_is_newer_than_the_oldest_python():
     command = ["-c", "import vermin; vermin.main()", f"-t={PYTHONS[0]}-", "--no-tips", "--violations", "-q"]
     folders = [ROOT / "src", ROOT / "tests", ROOT / "benchmarks"]
     checked = subprocess.run([sys.executable, *command, *folders], capture_output=True, text=True, timeout=300)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("registry")
-@pytest.mark.parametrize("python", PYTHONS)
-def test_the_pins_can_be_installed_on_every_python(python: str, resolving: dict[str, subprocess.Popen]):
-    resolved, problem = resolving[python].communicate(timeout=300)
-    assert resolving[python].returncode == 0, problem
-    chosen = dict(line.partition(" ")[0].split("==") for line in resolved.splitlines() if "==" in line)
-    known = pins(python)
-    assert {"torch", "numpy", "scipy", "pyarrow"} <= set(chosen)
-    assert {name: version for name, version in chosen.items() if known.get(name, version) != version} == {}
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("registry")
-def test_a_pin_without_a_build_for_a_python_is_found(resolving: dict[str, subprocess.Popen]):
-    """The check above sees what it is for: numpy 2.4.6 left Python 3.10 behind."""
-    _, problem = resolving["too new"].communicate(timeout=300)
-    assert resolving["too new"].returncode != 0
-    assert "numpy==2.4.6" in problem
 
 
 def test_what_is_newer_than_the_oldest_python_is_found(tmp_path: Path):
@@ -169,3 +154,28 @@ def test_every_package_that_is_declared_has_a_pin():
     names = {normal(name) for name in re.findall(r'"(\w[\w-]*)(?:\[\w+\])?[<>=]=?[\d.]+"', PROJECT)} - {"setuptools"}
     for python in PYTHONS:
         assert names <= set(pins(python)), python
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_pins_can_be_installed_on_every_python(python: str, asking: dict[str, subprocess.Popen]):
+    asking["all at once"].communicate(timeout=300)
+    for where in (["--offline"], []):  # what the cache lacks is asked for
+        done = subprocess.run(uv_compile(python, *where, *EVERYTHING), capture_output=True, text=True, timeout=300)
+        if done.returncode == 0:
+            break
+    assert done.returncode == 0, done.stderr
+    chosen = dict(line.partition(" ")[0].split("==") for line in done.stdout.splitlines() if "==" in line)
+    known = pins(python)
+    assert {"torch", "numpy", "scipy", "pyarrow"} <= set(chosen)
+    assert {name: version for name, version in chosen.items() if known.get(name, version) != version} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("registry")
+def test_a_pin_without_a_build_for_a_python_is_found(asking: dict[str, subprocess.Popen]):
+    """The check above sees what it is for: numpy 2.4.6 left Python 3.10 behind."""
+    _, problem = asking["too new"].communicate(timeout=300)
+    assert asking["too new"].returncode != 0
+    assert "numpy==2.4.6" in problem
