@@ -138,7 +138,7 @@ def test_evaluation_windows_are_shared_out_equally_and_each_counts_once(windows,
         (4, {"parallel": "ddp", "micro_batch_size": 1}, 1e-4),
         (2, {"parallel": "fsdp", "micro_batch_size": 2}, 1e-4),
         (4, {"parallel": "fsdp", "fsdp_shard_size": 2, "activation_checkpointing": True}, 1e-4),
-        (2, {"parallel": "ddp", "optimizer": "muon", "max_iters": 120}, 0.03),
+        (2, {"parallel": "ddp", "optimizer": "muon"}, 0.03),
         (2, {"parallel": "fsdp", "optimizer": "muon"}, 0.03),
     ],
     ids=["ddp", "fsdp", "hsdp-recompute", "ddp-muon", "fsdp-muon"],
@@ -146,11 +146,10 @@ def test_evaluation_windows_are_shared_out_equally_and_each_counts_once(windows,
 def test_several_ranks_learn_what_one_process_learns(prepared, alone, tmp_path, ranks, values, tolerance):
     out = tmp_path / "run"
     said = together(ranks, data=prepared(), out_dir=out, **values)
-    one = alone(**{key: value for key, value in values.items() if key in ("optimizer", "max_iters")})
+    one = alone(**{key: value for key, value in values.items() if key == "optimizer"})
     for mine, theirs in zip(losses(out), losses(one), strict=True):
         assert len(mine) == len(theirs) > 0
-        # Muon's orders of addition drift apart where the text is half known by heart: then the validation loss counts
-        assert np.abs(np.array(mine) - np.array(theirs))[:100].max() < tolerance
+        assert np.abs(np.array(mine) - np.array(theirs)).max() < tolerance
     assert said.count("number of parameters") == 1, "only rank 0 speaks"
     assert said.count("next: miaobi sample") == 1
     load_model(out, "last")
