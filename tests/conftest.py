@@ -53,11 +53,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONGEST = (
-    "train/test_hosts.py", "train/test_ranks.py", "test_packaging.py", "serve/test_page.py",
-    "corpus/test_ray.py", "test_demo.py", "serve/test_server.py", "serve/test_hostile.py",
-    "serve/test_sameness.py", "benchmarks/test_fuzz.py", "benchmarks/test_common.py", "test_warnings.py",
-    "generate/test_terminal.py", "generate/test_cpu_step.py", "train/test_resume.py", "test_readme.py",
-    "classify/test_ablation.py", "train/test_saving.py", "train/test_run_directory.py",
+    "train/test_ranks.py", "train/test_hosts.py", "benchmarks/test_common.py", "test_packaging.py",
+    "serve/test_page.py", "corpus/test_ray.py", "test_demo.py", "test_cache.py", "serve/test_page_files.py",
+    "test_docs_commands.py", "test_warnings.py", "generate/test_slots.py", "generate/test_avx512.py",
+    "benchmarks/test_fuzz.py", "train/test_resume.py", "train/test_recovery.py", "generate/test_cpu_step.py",
+    "train/test_saving.py", "classify/test_ablation.py", "train/test_run_directory.py", "test_audit.py",
+    "train/test_schedule.py", "test_readme.py", "train/test_dialogue_training.py", "train/test_mirror.py",
+    "convert/test_gguf.py", "generate/test_terminal.py",
 )  # fmt: skip
 """Files that take long, some of them waiting: first, so that at the end no worker sits idle while one of them runs."""
 

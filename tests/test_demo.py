@@ -167,11 +167,8 @@ def test_the_chat_answers_the_greetings_as_the_corpus_does(tmp_path: Path):
 
 @pytest.mark.slow
 def test_quick_demo_is_silent_runs_once_and_then_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, miaobi):
-    """Silent: but for what the demo says itself. As on a CPU with bf16 units; test_wheel.py runs it as on this one, and
-    test_warnings.py its verbs on both.
-    """
+    """Silent: but for what the demo says itself. test_warnings.py runs its verbs with and without bf16 units."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MIAOBI_CPU_BF16", "yes")
     first = test_warnings.run("demo", "--quick", "--json")
     result = json.loads(first.stdout)
     assert 5.0 < result["val_bits_per_char"] < 11.0, "better than guessing among 3,330 characters"

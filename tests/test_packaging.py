@@ -1,9 +1,17 @@
-"""What `pip install` promises: every Python from 3.10 on, and every package that is imported."""
+"""What `pip install` promises: every Python from 3.10 on, every package that is imported, and a wheel that runs alone.
+
+The resolvers of the pins wait for the registry; the tests between their start and their answers take its time.
+"""
 
 import ast
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -12,8 +20,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import miaobi
+
 ROOT = Path(__file__).parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+DATA = ("*.cpp", "*.h", "*.css", "*.jinja", "*.csv", "*.json", "*.js", "*.html", "*.svg", "*.typed", "*.yaml")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 ONLY_SOURCE = (
     "snownlp",
@@ -33,19 +44,12 @@ def uv_compile(python: str, *arguments: object) -> list[str]:
             "--python-version", python, *WITHOUT_SOURCE, *map(str, arguments)]  # fmt: skip
 
 
-def resolve(command: list[str], requirements: str) -> subprocess.CompletedProcess:
-    """Resolve what `requirements` says."""
-    return subprocess.run([*command, "-"], input=requirements, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
-def registry() -> None:
+def registry(asking: dict[str, subprocess.Popen]) -> None:
     """A package registry answers."""
-    probe = resolve(uv_compile("3.11", "--no-cache"), "iniconfig\n")
-    if probe.returncode:
-        pytest.skip(
-            f"NO PACKAGE REGISTRY CAN BE REACHED; whether every Python can install is not known: {probe.stderr}"
-        )
+    _, problem = asking["registry"].communicate(timeout=300)
+    if asking["registry"].returncode:
+        pytest.skip(f"NO PACKAGE REGISTRY CAN BE REACHED; whether every Python can install is not known: {problem}")
 
 
 def pins(python: str) -> dict[str, str]:
@@ -71,19 +75,29 @@ def test_the_pythons_that_are_tried_are_those_that_are_promised():
     assert [f"3.{minor}" for minor in range(8, 15) if f"3.{minor}" in promised] == list(PYTHONS)
 
 
-@pytest.fixture(scope="module")
-def resolving() -> Iterator[dict[str, subprocess.Popen]]:
-    """For every Python a resolver at work on all extras that have pins; they wait for the registry at the same time.
+EVERYTHING = [
+    "-c", ROOT / "constraints.txt", ROOT / "pyproject.toml",
+    *(f"--extra={name}" for name in ("demo", "dev", "examples", "hf", "ray", "modelscope", "parquet", "track")),
+]  # fmt: skip
+"""All extras that have pins. What can be installed with all extras can be installed with some: `.[demo]` as well."""
 
-    What can be installed with all extras can be installed with some: `.[demo]` is resolved as well.
+
+@pytest.fixture(scope="module")
+def asking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen]]:
+    """Resolvers at work, all waiting for the registry at the same time. One resolves for every Python at once: after
+    that each Python's resolver finds in uv's cache what it would ask the registry for.
     """
-    wanted = [f"--extra={name}" for name in ("demo", "dev", "examples", "hf", "ray", "modelscope", "parquet", "track")]
-    command = ["-c", ROOT / "constraints.txt", ROOT / "pyproject.toml", *wanted]
+    place = tmp_path_factory.mktemp("requirements")
+    for name, line in {"one": "iniconfig", "numpy": "numpy", "too-new": "numpy==2.4.6"}.items():
+        (place / f"{name}.txt").write_text(f"{line}\n", encoding="utf-8")
+    commands = {
+        "all at once": uv_compile(PYTHONS[0], "--universal", *EVERYTHING),
+        "registry": uv_compile("3.11", "--no-cache", place / "one.txt"),
+        "too new": uv_compile("3.10", "-c", place / "too-new.txt", place / "numpy.txt"),
+    }
     running = {
-        python: subprocess.Popen(
-            uv_compile(python, *command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for python in PYTHONS
+        name: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for name, command in commands.items()
     }
     yield running
     for process in running.values():
@@ -92,34 +106,12 @@ def resolving() -> Iterator[dict[str, subprocess.Popen]]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("resolving")  # it takes its time while these wait for the registry
+@pytest.mark.usefixtures("asking")  # it takes its time while they wait for the registry
 def test_nothing_in_the_code_is_newer_than_the_oldest_python():
     command = ["-c", "import vermin; vermin.main()", f"-t={PYTHONS[0]}-", "--no-tips", "--violations", "-q"]
     folders = [ROOT / "src", ROOT / "tests", ROOT / "benchmarks"]
     checked = subprocess.run([sys.executable, *command, *folders], capture_output=True, text=True, timeout=300)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("registry")
-@pytest.mark.parametrize("python", PYTHONS)
-def test_the_pins_can_be_installed_on_every_python(python: str, resolving: dict[str, subprocess.Popen]):
-    resolved, problem = resolving[python].communicate(timeout=300)
-    assert resolving[python].returncode == 0, problem
-    chosen = dict(line.partition(" ")[0].split("==") for line in resolved.splitlines() if "==" in line)
-    known = pins(python)
-    assert {"torch", "numpy", "scipy", "pyarrow"} <= set(chosen)
-    assert {name: version for name, version in chosen.items() if known.get(name, version) != version} == {}
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("registry")
-def test_a_pin_without_a_build_for_a_python_is_found(tmp_path: Path):
-    """The check above sees what it is for: numpy 2.4.6 left Python 3.10 behind."""
-    (tmp_path / "constraints.txt").write_text("numpy==2.4.6\n", encoding="utf-8")
-    refused = resolve(uv_compile("3.10", "-c", tmp_path / "constraints.txt"), "numpy\n")
-    assert refused.returncode != 0
-    assert "numpy==2.4.6" in refused.stderr
 
 
 def test_what_is_newer_than_the_oldest_python_is_found(tmp_path: Path):
@@ -129,6 +121,96 @@ def test_what_is_newer_than_the_oldest_python_is_found(tmp_path: Path):
     assert checked.returncode == 1
     assert "tomllib" in checked.stdout
     assert "StrEnum" in checked.stdout
+
+
+def uv(*words: object, env: dict[str, str] | None = None) -> str:
+    """What uv printed."""
+    command = [sys.executable, "-m", "uv", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | (env or {}))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the source distribution, which is built from what git has or would take."""
+    place = tmp_path_factory.mktemp("release")
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (place / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, place / "checkout" / name)
+    uv(
+        "build",
+        "--quiet",
+        "--offline",
+        "--no-build-isolation",
+        "--python",
+        sys.executable,
+        "--out-dir",
+        place,
+        place / "checkout",
+    )
+    (found,) = place.glob("*.whl")
+    assert len(list(place.glob("*.tar.gz"))) == 1
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`bin` of a fresh environment with the wheel; the libraries are those of this environment, the checkout is not."""
+    place = tmp_path_factory.mktemp("fresh") / "venv"
+    uv("venv", "--quiet", "--offline", "--python", sys.executable, place)
+    python = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    uv("pip", "install", "--quiet", "--no-deps", "--no-index", "--offline", "--python", python, wheel)
+    (packages,) = place.rglob("site-packages")
+    # a path in a .pth file is searched, but its own .pth files, such as that of the editable checkout, are not read
+    (packages / "libraries.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    return python.parent
+
+
+@pytest.mark.slow
+def test_the_wheel_has_every_module_and_every_file_that_verbs_read(wheel: Path):
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    source = ROOT / "src"
+    wanted = {str(path.relative_to(source).as_posix()) for kind in ("*.py", *DATA) for path in source.rglob(kind)}
+    wanted |= {f"miaobi/configs/{path.name}" for path in ROOT.glob("configs/*.yaml")}
+    assert wanted - packed == set()
+    unknown = {path.suffix for path in source.rglob("*") if path.is_file()} - {f".{k.rpartition('.')[2]}" for k in DATA}
+    assert {s for s in unknown if "egg-info" not in s} <= {".py", ".pyc", ".txt", ""}, (
+        "a kind of file that is not packed"
+    )
+    assert {name for name in packed if name.startswith(("tests/", "benchmarks/", "docs/"))} == set()
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_runs_the_quick_demo(installed: Path, tmp_path: Path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    asked = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 600}
+    where = subprocess.run([installed / "python", "-c", "import miaobi; print(miaobi.__file__)"], **asked)
+    assert Path(where.stdout.strip()).is_relative_to(installed.parent)
+    done = subprocess.run([installed / "miaobi", "demo", "--quick", "--json"], **asked)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["stopped"] == "max_iters"
+    assert set(result["sentiment"]) >= {"accuracy", "opinions"}
+    assert (tmp_path / "demo_quick_run" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_uv_installs_it_as_a_tool_and_uvx_runs_it(wheel: Path, tmp_path: Path):
+    """Without its libraries, which other tests resolve: --version needs none, and the name of the command counts."""
+    metadata = zipfile.ZipFile(wheel).read(f"miaobi-{miaobi.__version__}.dist-info/METADATA").decode()
+    needs = [line.partition(": ")[2] for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]
+    without = {f"{Requirement(need).name}; python_version < '3'\n" for need in needs if not need.startswith("miaobi")}
+    (tmp_path / "none.txt").write_text("".join(without), encoding="utf-8")
+    places = {"UV_TOOL_DIR": str(tmp_path / "tools"), "UV_TOOL_BIN_DIR": str(tmp_path / "bin")}
+    options = ("--no-index", "--python", sys.executable, "--overrides", tmp_path / "none.txt", "--offline")
+    uv("tool", "install", *options, wheel, env=places)
+    said = subprocess.run([tmp_path / "bin" / "miaobi", "--version"], capture_output=True, text=True)
+    assert said.stdout == f"miaobi {miaobi.__version__}\n"
+    assert uv("tool", "run", *options, "--from", wheel, "miaobi", "--version", env=places) == said.stdout
 
 
 def imported() -> dict[str, set[str]]:
@@ -173,3 +255,28 @@ def test_every_package_that_is_declared_has_a_pin():
     names = {normal(name) for name in re.findall(r'"(\w[\w-]*)(?:\[\w+\])?[<>=]=?[\d.]+"', PROJECT)} - {"setuptools"}
     for python in PYTHONS:
         assert names <= set(pins(python)), python
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_pins_can_be_installed_on_every_python(python: str, asking: dict[str, subprocess.Popen]):
+    asking["all at once"].communicate(timeout=300)
+    for where in (["--offline"], []):  # what the cache lacks is asked for
+        done = subprocess.run(uv_compile(python, *where, *EVERYTHING), capture_output=True, text=True, timeout=300)
+        if done.returncode == 0:
+            break
+    assert done.returncode == 0, done.stderr
+    chosen = dict(line.partition(" ")[0].split("==") for line in done.stdout.splitlines() if "==" in line)
+    known = pins(python)
+    assert {"torch", "numpy", "scipy", "pyarrow"} <= set(chosen)
+    assert {name: version for name, version in chosen.items() if known.get(name, version) != version} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("registry")
+def test_a_pin_without_a_build_for_a_python_is_found(asking: dict[str, subprocess.Popen]):
+    """The check above sees what it is for: numpy 2.4.6 left Python 3.10 behind."""
+    _, problem = asking["too new"].communicate(timeout=300)
+    assert asking["too new"].returncode != 0
+    assert "numpy==2.4.6" in problem

@@ -2,32 +2,20 @@
 
 import ast
 import json
-import pickle
 import re
 import shlex
-import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
-from urllib.request import urlopen
 
 import pytest
-import torch
-from originals import NANOGPT, SMALL_GPT, Original, chat_text, naive_vocabulary
-from tests import processes
-from tests.processes import Process
+from tests import commands_that_run, processes
 
-from miaobi.config import DataConfig, ModelConfig
+from miaobi.config import DataConfig
 from miaobi.corpus.messages import messages_of
-from miaobi.corpus.template import CHATML_TEMPLATE
-from miaobi.corpus.tokenizer import Tokenizer
-from miaobi.demo import chatterbot, peoples_daily
 from miaobi.generate.config import ChatConfig
 from miaobi.generate.terminal import COMMANDS
-from miaobi.model.checkpoint import save_model
-from miaobi.model.transformer import Transformer
 
 ROOT = Path(__file__).parents[1]
 READMES = ("README.md", "README.en.md")
@@ -36,19 +24,6 @@ SETUP = [
     "pip install -c constraints.txt -e '.[demo]' && miaobi demo",
     "pip install -c constraints.txt -e '.[demo,dev]' && pytest",
 ]
-SMALLER = {  # appended to the README's lines, so that they take seconds
-    "train": "--max_iters=2 --eval_interval=2 --eval_iters=1 --n_layer=1 --n_head=2 --n_embd=32 --batch_size=2 "
-    "--block_size=32 --device=cpu --dtype=float32 --sample_tokens=8",
-    "sample": "--max_new_tokens=8 --device=cpu",
-    "eval": "--device=cpu",
-    "chat": "--max_new_tokens=8 --device=cpu",
-    "serve": "--device=cpu --port=0",
-    "classify": "--device=cpu",
-    "classify train": "--max_epoch=1 --seeds=1",
-    "classify ablate": "--max_epoch=1",
-}
-REVIEWS = [f"{label},第{i}间房{said}" for label, said in ((1, "很好"), (0, "太吵")) for i in range(24)]
-TYPED = "你好\nexit\n"  # to every chat
 
 
 def read(name: str) -> str:
@@ -88,95 +63,11 @@ def test_ci_runs_the_second_setup_command_verbatim():
     assert SETUP[1] in [line.strip() for line in read(".ci/run").splitlines()]
 
 
-SMALL_GPT_YAML = """\
-data_path: data/train.txt
-train_percent: 0.8
-block_size: 32
-vocab_size: 400
-n_layer: 2
-n_head: 2
-n_embd: 32
-dropout: 0.2
-bias: True
-device: cuda
-train_batch: 80
-lr: 3e-4
-decay_steps: 100000
-checkpoint_root: ./checkpoints
-resume_from: {resume_from}
-seed: 114514
-"""
-
-
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory such as a reader of the README has: configs, texts, and what nanoGPT and small-gpt left behind."""
     place = tmp_path_factory.mktemp("readme")
-    (place / "configs").mkdir()
-    for config in ROOT.glob("configs/*.yaml"):
-        (place / "configs" / config.name).write_bytes(config.read_bytes())
-    text = "\n\n".join(peoples_daily()[:40])  # about 24,000 characters
-    (place / "input.txt").write_text(text, encoding="utf-8")
-    dialogues = chatterbot()
-    (place / "chat.txt").write_text("\n\n".join(map("\n".join, dialogues)) + "\n", encoding="utf-8")
-    shapes = [
-        lambda q, a: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]},
-        lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},
-        lambda q, a: {"instruction": q, "input": "", "output": a},
-    ]
-    records = [json.dumps(shapes[i % 3](*said[:2]), ensure_ascii=False) for i, said in enumerate(dialogues)]
-    (place / "sft.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
-    (place / "reviews.csv").write_text("\n".join(["label,review", *REVIEWS]) + "\n", encoding="utf-8")
-    (place / "data" / "TH").mkdir(parents=True)
-    (place / "data" / "TH" / "input.txt").write_bytes(text.encode("gbk"))
-    leave_checkpoints(place)
-    leave_hub_model(place / "Qwen" / "Qwen3-0.6B")
+    commands_that_run.furnish(place)
     return place
-
-
-def leave_checkpoints(place: Path) -> None:
-    """nanoGPT's out/ckpt.pt and meta.pkl; small-gpt's data/train.txt, YAML files and checkpoint."""
-    characters = sorted(set((place / "input.txt").read_text(encoding="utf-8")))
-    (place / "out").mkdir()
-    torch.save(Original.random(NANOGPT, False, len(characters)).nanogpt(), place / "out" / "ckpt.pt")
-    meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters))}
-    (place / "data" / "TH" / "meta.pkl").write_bytes(pickle.dumps(meta))
-    (place / "data" / "train.txt").write_text(chat_text(), encoding="utf-8")
-    pretrained = place / "checkpoints" / "pretrained"
-    pretrained.mkdir(parents=True)
-    original = Original.random(SMALL_GPT, True, len(naive_vocabulary(chat_text())), std=0.02)
-    torch.save(original.small_gpt("_orig_mod."), pretrained / "cpt300M.pth")
-    (place / "config").mkdir()
-    for name, resume_from in (("train90M", ""), ("chat300M", "checkpoints/pretrained/cpt300M.pth")):
-        text = SMALL_GPT_YAML.format(resume_from=resume_from)
-        (place / "config" / f"{name}.yaml").write_text(text, encoding="utf-8")
-
-
-def leave_hub_model(directory: Path) -> None:
-    """A model under the name of one of the hub's: what exists here is not looked for there."""
-    tokenizer = Tokenizer.train_char(dict.fromkeys("你好\nassistantuser", 1))
-    tokenizer.config["chat_template"] = CHATML_TEMPLATE
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": tokenizer.vocab_size}
-    directory.mkdir(parents=True)
-    save_model(directory, Transformer(ModelConfig(family="qwen3", **sizes)), tokenizer, (tokenizer.eot_id,))
-
-
-def smaller(words: list[str]) -> list[str]:
-    """Flags that make a command take seconds: those of its verb, and those of its kind."""
-    return [*SMALLER.get(words[0], "").split(), *SMALLER.get(" ".join(words[:2]), "").split()]
-
-
-def run(words: list[str], place: Path) -> subprocess.CompletedProcess:
-    """A command to its end; a server until its page was seen and Ctrl-C pressed."""
-    process = Process(["-m", "miaobi", *words], cwd=place, input=TYPED)
-    if words[0] == "serve":
-        while not (ready := re.search(r"^ready: (http://\S+)", process.said(), re.MULTILINE)):
-            assert process.poll() is None, process.said()
-            time.sleep(0.02)
-        with urlopen(ready[1]) as page:
-            assert "妙笔" in page.read().decode()
-        process.send_signal(signal.SIGINT)
-    return process.wait()
 
 
 @pytest.mark.slow
@@ -186,7 +77,7 @@ def test_the_readmes_commands_and_python_work_in_order(workplace: Path):
     replies = ""
     for line in printed:
         words = shlex.split(line, comments=True)[1:]
-        done = run([*words, *smaller(words)], workplace)
+        done = commands_that_run.run(words, workplace)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         assert done.stdout.strip() or words[0] in ("chat", "serve"), line  # two steps may teach nothing to say
         if words[0] == "sample":

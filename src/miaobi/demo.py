@@ -276,7 +276,7 @@ def package(name: str) -> Path:
 
 def untag(line: str) -> str:
     """`迈向/v  充满/v  [香港/ns  特区/n]ns` -> `迈向充满香港特区`."""
-    words = (re.sub(r"^\[", "", word).rpartition("/")[0] for word in line.split())
+    words = (word.removeprefix("[").rpartition("/")[0] for word in line.split())
     return "".join(words).translate(FULL_WIDTH)
 
 

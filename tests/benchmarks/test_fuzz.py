@@ -1,11 +1,11 @@
 """The short form of `python -m benchmarks.fuzz`: whatever a file holds, a result or a clear error."""
 
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests import processes
 
 from benchmarks import mutations
 
@@ -14,8 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_no_format_ends_in_anything_but_a_result_or_an_error_for_the_user(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.fuzz", "--minutes=0.12", f"--keep={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = processes.run(["-m", "benchmarks.fuzz", "--minutes=0.12", f"--keep={tmp_path}"], cwd=ROOT)
     why = "\n".join(file.read_text()[-3000:] for file in tmp_path.glob("*.why"))
     assert done.returncode == 0, done.stderr[-3000:] + why
     assert " 0 failures" in done.stderr

@@ -24,6 +24,7 @@ from miaobi.classify.data import Reading
 from miaobi.config import ModelConfig
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE
 from miaobi.corpus.tokenizer import IM_END, Tokenizer
+from miaobi.generate.slots import Slots
 from miaobi.model.checkpoint import save_model
 from miaobi.model.transformer import Transformer
 from miaobi.serve import server as server_module
@@ -186,6 +187,13 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def http(site: Address) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=site.url, timeout=30) as client:
         yield client
+
+
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step takes 20 ms: a fast machine has written a whole reply before anybody presses stop."""
+    advance = Slots.advance
+    monkeypatch.setattr(Slots, "advance", lambda self: time.sleep(0.02) or advance(self))
 
 
 @pytest.fixture(scope="module")

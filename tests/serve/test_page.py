@@ -83,7 +83,7 @@ def test_chat_replies_is_edited_and_tried_again(visit, url):
     expect(page.locator(".turn")).to_have_count(0)
 
 
-def test_chat_stops_and_what_was_said_is_exported_for_prepare(visit, url, tmp_path, miaobi):
+def test_chat_stops_and_what_was_said_is_exported_for_prepare(visit, url, tmp_path, miaobi, slow_steps):
     page = visit(url)
     greedy(page, tokens=4000)
     ask(page, "数数")

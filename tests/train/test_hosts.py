@@ -143,7 +143,7 @@ def way() -> tuple[str, ...]:
     pytest.skip(f"network hosts cannot be made here: {'; '.join(refusals)}")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hosts(way, shared) -> Iterator[tuple[Host, Host]]:
     """Hosts miaobi-a and miaobi-b, each of which gives its own name the address 127.0.1.1, as Debian does."""
     with ExitStack() as stack:
@@ -228,33 +228,43 @@ def test_the_seeds_commands_for_two_machines_end_with_the_loss_of_one_process(ho
     assert ending(shared / out) == pytest.approx(alone, abs=1e-4)
 
 
-def test_a_cut_cable_ends_the_run_with_the_name_of_the_host_that_is_out_of_reach(hosts, shared):
-    """A checkpoint follows every step, so that the cable is cut while one is being written."""
-    flags = ("--comm_timeout=15", "--max_epoch=1000", "--save_freq=1")
-    running = [
-        host.start(TWO_NODES.format(rank=rank, count=1, address=hosts[0].address), "cut", *flags)
+@pytest.fixture(scope="module")
+def cut_off(hosts, shared) -> dict[str, list[int | None]]:
+    """Two runs whose cable is cut at once, since each then waits: one that cannot go on, one that may with one host.
+
+    Returns the exit codes on both hosts; None where a command had to be ended. In the first run a checkpoint follows
+    every step, so that the cable is cut while one is being written.
+    """
+    endless = ("--comm_timeout=10", "--max_epoch=100000", "--save_freq=1")
+    fixed = [
+        host.start(TWO_NODES.format(rank=rank, count=1, address=hosts[0].address), "cut", *endless)
         for rank, host in enumerate(hosts)
     ]
-    with ended(*running):
-        wait_for_step(shared / "cut", 20, *running)
-        hosts[1].do(IP, "link", "set", "cable", "down")
-        codes = [process.wait(timeout=120) for process in running]
+    with ended(*fixed):
+        wait_for_step(shared / "cut", 1, *fixed)
+        elastic = [host.start(ELASTIC.format(address=hosts[0].name), "elastic", "--comm_timeout=10") for host in hosts]
+        with ended(*elastic):
+            wait_for_step(shared / "elastic", 20, *fixed, *elastic)
+            hosts[1].do(IP, "link", "set", "cable", "down")
+            codes = {"cut": [process.wait(timeout=120) for process in fixed]}
+            elastic[0].wait(timeout=180)
+            codes["elastic"] = [process.poll() for process in elastic]
+            hosts[1].do(IP, "link", "set", "cable", "up")
+            return codes
+
+
+def test_a_cut_cable_ends_the_run_with_the_name_of_the_host_that_is_out_of_reach(cut_off, hosts, shared):
     assert "2 processes on 2 machines" in hosts[0].log("cut").read_text()
     for host, other in (hosts, hosts[::-1]):
         said = host.log("cut").read_text()
         assert f"host {other.name} ({other.address}) cannot be reached" in said, said
-    assert 0 not in codes
+    assert 0 not in cut_off["cut"]
 
 
-def test_when_a_cable_is_cut_the_host_of_the_rendezvous_goes_on_alone(hosts, alone, shared):
-    running = [host.start(ELASTIC.format(address=hosts[0].name), "elastic", "--comm_timeout=15") for host in hosts]
-    with ended(*running):
-        wait_for_step(shared / "elastic", 20, *running)
-        hosts[1].do(IP, "link", "set", "cable", "down")
-        code = running[0].wait(timeout=180)
-        assert running[1].poll() != 0, "the host that is cut off cannot have finished"
+def test_when_a_cable_is_cut_the_host_of_the_rendezvous_goes_on_alone(cut_off, hosts, alone, shared):
     said = hosts[0].log("elastic").read_text()
-    assert code == 0, said
+    assert cut_off["elastic"][0] == 0, said
+    assert cut_off["elastic"][1] != 0, "the host that is cut off cannot have finished"
     assert f"host {hosts[1].name} ({hosts[1].address}) cannot be reached" in said
     assert "continuing from step" in said
     assert f"host {hosts[0].name} ({hosts[0].address}) cannot be reached" in hosts[1].log("elastic").read_text()

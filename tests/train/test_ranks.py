@@ -138,7 +138,7 @@ def test_evaluation_windows_are_shared_out_equally_and_each_counts_once(windows,
         (4, {"parallel": "ddp", "micro_batch_size": 1}, 1e-4),
         (2, {"parallel": "fsdp", "micro_batch_size": 2}, 1e-4),
         (4, {"parallel": "fsdp", "fsdp_shard_size": 2, "activation_checkpointing": True}, 1e-4),
-        (2, {"parallel": "ddp", "optimizer": "muon", "max_iters": 120}, 0.03),
+        (2, {"parallel": "ddp", "optimizer": "muon"}, 0.03),
         (2, {"parallel": "fsdp", "optimizer": "muon"}, 0.03),
     ],
     ids=["ddp", "fsdp", "hsdp-recompute", "ddp-muon", "fsdp-muon"],
@@ -146,11 +146,10 @@ def test_evaluation_windows_are_shared_out_equally_and_each_counts_once(windows,
 def test_several_ranks_learn_what_one_process_learns(prepared, alone, tmp_path, ranks, values, tolerance):
     out = tmp_path / "run"
     said = together(ranks, data=prepared(), out_dir=out, **values)
-    one = alone(**{key: value for key, value in values.items() if key in ("optimizer", "max_iters")})
+    one = alone(**{key: value for key, value in values.items() if key == "optimizer"})
     for mine, theirs in zip(losses(out), losses(one), strict=True):
         assert len(mine) == len(theirs) > 0
-        # Muon's orders of addition drift apart where the text is half known by heart: then the validation loss counts
-        assert np.abs(np.array(mine) - np.array(theirs))[:100].max() < tolerance
+        assert np.abs(np.array(mine) - np.array(theirs)).max() < tolerance
     assert said.count("number of parameters") == 1, "only rank 0 speaks"
     assert said.count("next: miaobi sample") == 1
     load_model(out, "last")
@@ -215,8 +214,9 @@ def workers(parent: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_started_again_and_the_run_ends_as_if_nothing_had_happened(prepared, tmp_path):
-    settings = {"data": prepared(), "eval_interval": 10, "max_iters": 60, "dropout": 0.2}
+def test_killed_and_terminated_under_torchrun_the_run_ends_as_if_nothing_had_happened(prepared, tmp_path):
+    """A worker that is killed is started again; a SIGTERM to torchrun saves at once, and the run goes on exactly."""
+    settings = {"data": prepared(), "eval_interval": 20, "max_iters": 150, "dropout": 0.2}
     together(2, **settings, out_dir=tmp_path / "undisturbed")
     out = tmp_path / "run"
     # --init_from=scratch is repeated by torchrun with the rest of the command: it must not begin anew
@@ -224,28 +224,15 @@ def test_a_killed_worker_is_started_again_and_the_run_ends_as_if_nothing_had_hap
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(out, 25, process)
     os.kill(workers(process.pid)[-1], signal.SIGKILL)
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err[-4000:]
-    assert "continuing from step" in err
-    assert weights(out) == weights(tmp_path / "undisturbed")
-    assert losses(out) == losses(tmp_path / "undisturbed")
-
-
-@pytest.mark.slow
-def test_sigterm_to_torchrun_saves_at_once_and_the_run_goes_on_exactly(prepared, tmp_path):
-    settings = {"data": prepared(), "eval_interval": 1000, "max_iters": 100}
-    out = tmp_path / "run"
-    process = subprocess.Popen(
-        torchrun(2, **settings, out_dir=out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(out, 20, process)
+    wait_for(out, 63, process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
+    assert "continuing from step" in err, err[-4000:]
     assert "terminated: saved step" in err, err[-4000:]
-    assert 20 <= int(pointed(out / "checkpoints" / "last").name.removeprefix("step-")) < 100
+    assert 63 <= int(pointed(out / "checkpoints" / "last").name.removeprefix("step-")) < 150
     together(2, **settings, out_dir=out)
-    together(2, **settings, out_dir=tmp_path / "undisturbed")
     assert weights(out) == weights(tmp_path / "undisturbed")
+    assert losses(out) == losses(tmp_path / "undisturbed")
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------

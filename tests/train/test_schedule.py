@@ -17,6 +17,13 @@ from miaobi.train.loop import train as loop_train
 
 
 @pytest.fixture
+def train(train):
+    """The smallest model: only its steps are counted."""
+    small = {"n_layer": 1, "n_head": 1, "n_embd": 16, "batch_size": 2, "block_size": 16, "eval_iters": 1}
+    return lambda **values: train(**small | values)
+
+
+@pytest.fixture
 def machine(monkeypatch):
     """`machine(seconds)`: a clock that only steps and evaluations move; seconds(step) is what a step takes."""
 
