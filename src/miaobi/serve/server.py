@@ -8,10 +8,12 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from miaobi.console import log
 from miaobi.errors import UserError
+from miaobi.released import released
 from miaobi.serve.config import Serve
 from miaobi.settings import Origin
 
@@ -29,6 +31,9 @@ def serve(cfg: Serve, origin: Origin) -> None:
         raise UserError(f"miaobi serve needs {e.name}: pip install 'miaobi[serve]'") from e
     from miaobi.serve.app import make_app
 
+    if cfg.names_nothing:
+        model, chat_model, classifier = released("base", "chat", "sentiment")
+        cfg = replace(cfg, model=model, chat_model=chat_model, classifier=classifier)
     check(cfg)
     listening = bind(cfg.host, cfg.port)
     stopping = threading.Event()
