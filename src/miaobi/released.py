@@ -21,18 +21,22 @@ def shipped(kind: str, name: str) -> Path:
     return next((f / name for f in folders if (f / name).exists()), folders[0] / name)
 
 
+def find(name: str) -> Path | None:
+    """The directory of a model that comes with miaobi (base, chat, sentiment); None where this copy came without it."""
+    place = shipped("models", name)
+    return place if (place / "config.json").is_file() else None
+
+
 def released(*names: str) -> list[str]:
-    """Directories of models that come with miaobi: base, chat or sentiment; which they are, and where their cards are,
-    is said in a line.
+    """Directories of models that come with miaobi; which they are, and where their cards are, is said in a line.
 
     Raises UserError where this copy came without one.
     """
-    places = [shipped("models", name) for name in names]
-    for name, place in zip(names, places, strict=True):
-        if not (place / "config.json").is_file():
-            raise UserError(f"which model? None was named, and this copy of miaobi came without {NAMES[name]}, which "
-                            "would answer then. Name a run or model directory, or a hub name, as in miaobi sample "
-                            "my_run; or install a release of miaobi")  # fmt: skip
-    cards = ", ".join(str(place / "README.md") for place in places)
+    places = {name: find(name) for name in names}
+    if missing := [NAMES[name] for name, place in places.items() if place is None]:
+        raise UserError(f"which model? None was named, and this copy of miaobi came without {missing[0]}, which would "
+                        "answer then. Name a run or model directory, or a hub name, as in miaobi sample my_run; or "
+                        "install a release of miaobi")  # fmt: skip
+    cards = ", ".join(f"{place}/README.md" for place in places.values())
     log(f"no MODEL named: taking {', '.join(NAMES[name] for name in names)}, which comes with miaobi (read {cards})")
-    return [str(place) for place in places]
+    return [str(place) for place in places.values()]

@@ -226,9 +226,8 @@ def wait_for_step(lm: LanguageModel) -> None:
 
 
 def served_name(model: str) -> str:
-    """What clients call it: a hub's name as it is, a directory's last part, a run's for its checkpoints; or miaobi, which
-    it came with.
-    """
+    """What clients call it: a hub's name as it is, a directory's last part, a run's for its checkpoints; miaobi where
+    it came with that."""
     path = Path(model)
     if not path.exists():
         return model
