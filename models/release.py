@@ -70,11 +70,18 @@ class Family:
     @property
     def sources(self) -> str:
         """The section of a card on the texts."""
-        lines = ["| 文件 file | 来源 source | 许可 licence | 字符 characters |", "|---|---|---|---|"]
-        for source in self.base_data.manifest["sources"]:
+        lines = ["| 文件 file | 来源 source | 许可 licence | 字符 characters | 取用 taken |", "|---|---|---|---|---|"]
+        for source, share in shares(self.base_data):
             name = Path(source["path"]).name
-            lines.append("| " + " | ".join(map(cell, (name, *self.licences[name], f"{source['characters']:,}"))) + " |")
+            row = (name, *self.licences[name], f"{source['characters']:,}", f"{share:.0%}")
+            lines.append("| " + " | ".join(map(cell, row)) + " |")
         return "\n".join(lines)
+
+
+def shares(data: PreparedData) -> list[tuple[dict[str, Any], float]]:
+    """The sources of prepared data, each with the share of its documents that was taken."""
+    sources, weights = data.manifest["sources"], data.manifest["settings"]["weights"]
+    return list(zip(sources, weights or [1.0] * len(sources), strict=True))
 
 
 def main() -> None:
@@ -196,8 +203,11 @@ def share_of_chats(family: Family, verb: str) -> str:
     """What a chat model was tuned on besides; "" for another."""
     if verb != "chat":
         return ""
-    parts = [f"{cell(Path(s['path']).name)} ({s['characters']:,})" for s in family.chat_data.manifest["sources"]]
-    return f"\n\n对话微调 · tuned on dialogues of (characters): {', '.join(parts)}"
+    taken = [
+        f"{cell(Path(source['path']).name)} ({source['characters']:,} × {share:.0%})"
+        for source, share in shares(family.chat_data)
+    ]
+    return f"\n\n对话微调 · tuned on dialogues of (characters × share taken): {', '.join(taken)}"
 
 
 def words(name: str, **figures: Any) -> str:

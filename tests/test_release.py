@@ -88,7 +88,9 @@ def test_cards_say_where_the_texts_are_from_and_what_was_measured(family: Path, 
     for name in released.NAMES:
         text = card(family, name)
         assert "license: cc-by-sa-4.0" in text
-        assert re.search(r"\| hongloumeng\.txt \| 红楼梦, novel of the Qing \| public domain \| [\d,]+ \|", text)
+        assert re.search(
+            r"\| hongloumeng\.txt \| 红楼梦, novel of the Qing \| public domain \| [\d,]+ \| 100% \|", text
+        )
         assert "· Limits" in text
         assert "· Not for" in text
         assert str(work) not in text, "paths of the machine"
