@@ -69,9 +69,8 @@ def prompts(data: PreparedData, count: int) -> list[str]:
     too few.
     """
     if data.val.documents < count:
-        raise UserError(
-            f"{data.path} has {data.val.documents} validation documents; give --samples={data.val.documents}"
-        )
+        most = data.val.documents
+        raise UserError(f"{data.path} has {most} validation documents; give --samples={most} at most")
     tokenizer, found = data.tokenizer, []
     control = list(control_ids(tokenizer).values())
     for start, end in itertools.pairwise([*data.val.starts.tolist(), len(data.val)][: count + 1]):
@@ -126,6 +125,8 @@ class Windows:
 
 def shared(texts: list[str], corpus: Iterable[str], length: int) -> dict[int, str]:
     """Which of the texts have a run of `length` characters that the corpus has: number of the text -> the first run."""
+    if not texts:
+        return {}
     windows = Windows(length)
     mine = [windows.of(text) for text in texts]
     owners = np.repeat(np.arange(len(texts)), [len(hashes) for hashes in mine])

@@ -124,8 +124,8 @@ def test_what_does_not_fit_is_left_out_and_then_refused(
     work: Path, family: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     args = dataclasses.replace(release.Args(work), out=str(family))
+    release.beside(args, "base")
     monkeypatch.setattr(release, "LARGEST", release.size(args.out))
-    (family / "base" / "miaobi-base-q8_0.gguf").write_bytes(b"")
     release.beside(args, "base")
     assert (family / "base" / "miaobi-base-q8_0.gguf").exists()
     monkeypatch.setattr(release, "LARGEST", release.size(args.out) - 1)
