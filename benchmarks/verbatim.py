@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,14 +163,16 @@ def longest(texts: list[str], corpus: list[str]) -> tuple[int, str]:
     return low, run
 
 
-def measure(lm: LanguageModel, data: list[PreparedData], args: Args, note: Callable[[str], None]) -> dict[str, Any]:
-    """samples, characters (written), searched (characters of the corpus), longest, longest_text, shares: {length:
-    share of the samples}.
+def corpus_of(data: Iterable[PreparedData]) -> list[str]:
+    """The training text of prepared directories, for `measure`."""
+    return [text for part in data for text in documents(part.train, part.tokenizer)]
+
+
+def measure(texts: list[str], corpus: list[str]) -> dict[str, Any]:
+    """samples and characters (of the texts), searched (characters of the corpus), longest, longest_text, shares:
+    {length: share of the samples}.
     """
-    note(f"writing {args.samples:,} texts")
-    texts = [text.replace(END, "") for text in write(lm, data[0], args)]
-    corpus = [text for part in data for text in documents(part.train, part.tokenizer)]
-    note(f"searching {sum(map(len, corpus)):,} characters")
+    texts = [text.replace(END, "") for text in texts]
     length, run = longest(texts, corpus)
     shares = {n: len(shared(texts, corpus, n)) / len(texts) if n <= length else 0.0 for n in LENGTHS}
     return {"samples": len(texts), "characters": sum(map(len, texts)), "searched": sum(map(len, corpus)),
@@ -179,12 +181,11 @@ def measure(lm: LanguageModel, data: list[PreparedData], args: Args, note: Calla
 
 def main() -> None:
     """Measure and print."""
-    from miaobi.console import log
-
     args = parse("verbatim", Args, __doc__)
     if not args.data:
         raise SystemExit("miaobi: verbatim needs the prepared directories that the model was trained on")
-    found = measure(load(args.model, args.device), [PreparedData.open(place) for place in args.data], args, log)
+    data = [PreparedData.open(place) for place in args.data]
+    found = measure(write(load(args.model, args.device), data[0], args), corpus_of(data))
     rows: list[list[Any]] = [[f"{n} characters or more", f"{share:.1%}"] for n, share in found["shares"].items()]
     rows.append([f"longest: {found['longest_text']}", f"{found['longest']}"])
     result = {"machine": machine(args.device), "settings": dataclasses.asdict(args), **found}

