@@ -108,12 +108,12 @@ def powers(base: int, count: int) -> np.ndarray:
 
 
 class Windows:
-    """Hashes of every run of `length` characters of a text of at most PIECE + length, a polynomial modulo 2^64."""
+    """Hashes of every run of `length` characters of a text of at most `most`, a polynomial modulo 2^64."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, most: int) -> None:
         self.length = length
-        self.up = powers(BASE, PIECE + length)
-        self.down = powers(pow(BASE, -1, 2**64), PIECE + length)
+        self.up = powers(BASE, most)
+        self.down = powers(pow(BASE, -1, 2**64), most)
 
     def of(self, text: str) -> np.ndarray:
         """(len(text) - length + 1,) uint64."""
@@ -127,7 +127,7 @@ def shared(texts: list[str], corpus: Iterable[str], length: int) -> dict[int, st
     """Which of the texts have a run of `length` characters that the corpus has: number of the text -> the first run."""
     if not texts:
         return {}
-    windows = Windows(length)
+    windows = Windows(length, max(PIECE + length, *map(len, texts)))
     mine = [windows.of(text) for text in texts]
     owners = np.repeat(np.arange(len(texts)), [len(hashes) for hashes in mine])
     places = np.concatenate([np.arange(len(hashes)) for hashes in mine])
