@@ -134,7 +134,7 @@ def test_a_mistake_is_told_without_a_traceback_unless_debug(miaobi, tmp_path):
         (["train", "no-such.yaml"], "no-such.yaml"),
         (["train", "config/train_XY.py"], "train_XY.yaml"),
         (["train", "--data=no/such/text"], "no/such/text"),
-        (["sample"], "which model?"),
+        (["eval"], "which model?"),
         (["sample", "a", "--out_dir=b"], "two models"),
         (["sample", "a", "--temprature=1"], "temperature"),
         (["sample", "a", "--temperature=-1"], "or more"),

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import miaobi
+from miaobi.released import NAMES
 
 ROOT = Path(__file__).parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -176,12 +177,28 @@ def test_the_wheel_has_every_module_and_every_file_that_verbs_read(wheel: Path):
     source = ROOT / "src"
     wanted = {str(path.relative_to(source).as_posix()) for kind in ("*.py", *DATA) for path in source.rglob(kind)}
     wanted |= {f"miaobi/configs/{path.name}" for path in ROOT.glob("configs/*.yaml")}
+    shipped = [path for name in NAMES for path in (ROOT / "models" / name).glob("*") if path.suffix != ".gguf"]
+    wanted |= {f"miaobi/{path.relative_to(ROOT).as_posix()}" for path in shipped}
     assert wanted - packed == set()
+    models = {name for name in packed if name.startswith("miaobi/models/")}
+    assert models == {name for name in wanted if name.startswith("miaobi/models/")}, "no GGUF, no scripts"
+    assert wheel.stat().st_size < 20_000_000
     unknown = {path.suffix for path in source.rglob("*") if path.is_file()} - {f".{k.rpartition('.')[2]}" for k in DATA}
     assert {s for s in unknown if "egg-info" not in s} <= {".py", ".pyc", ".txt", ""}, (
         "a kind of file that is not packed"
     )
     assert {name for name in packed if name.startswith(("tests/", "benchmarks/", "docs/"))} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "models" / "base" / "config.json").is_file(), reason="no released weights here")
+def test_the_wheel_alone_continues_offline(installed: Path, tmp_path: Path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    asked = [installed / "miaobi", "sample", "--start=中国", "--num_samples=1", "--max_new_tokens=5", "--json"]
+    done = subprocess.run(asked, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["samples"][0]["text"].startswith("中国")
+    assert f"{installed.parent}" in done.stderr, "the models of the wheel, not of the checkout"
 
 
 @pytest.mark.slow

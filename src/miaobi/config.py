@@ -32,6 +32,21 @@ class ModelChoice:
             raise UserError("which model? give a run or model directory, or a hub name: miaobi sample my_run")
 
 
+@dataclass(frozen=True)
+class OptionalModel(ModelChoice):
+    """Which model a verb works with that has one of its own where none is named."""
+
+    model: Positional[Location] = ""
+    """Run directory, model directory, or a hub name: OWNER/NAME, modelscope:OWNER/NAME. --out_dir=RUN says the same.
+    Default: the model that comes with miaobi."""
+
+    def __post_init__(self) -> None:
+        if not self.model and self.checkpoint != "best":
+            raise UserError(
+                f"--checkpoint={self.checkpoint} is of a run: name that as well, as in miaobi sample my_run"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Where:
     """What computes, and how exactly."""

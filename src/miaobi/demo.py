@@ -19,6 +19,7 @@ from miaobi.errors import UserError
 from miaobi.files import text_written_whole, write_text
 from miaobi.generate.config import ChatConfig, SampleConfig
 from miaobi.kinds import Location
+from miaobi.released import find
 from miaobi.settings import load_config, shipped_config
 
 FULL_WIDTH = str.maketrans(
@@ -40,6 +41,8 @@ OPINIONS = ("房间很干净，下次还来。", "屏幕坏了，客服也不理
 SAME_EVERYWHERE = {"dtype": "float32"}
 """Such small models lose by bf16 (the classifier took 38 s in it, where fp32 took 11 s on an older CPU), and what they
 learn does not depend on the machine's units."""
+SHOWN = 48
+"""Characters of a text that stands beside another."""
 STOPPED = ("interrupted", "terminated")
 SHORT = {"bigram_init": True, "max_iters": 300, "eval_interval": 50}
 """Instead of demo.yaml's 800 steps: BPE reads more text in each, and how often each pair occurs is counted first."""
@@ -67,7 +70,8 @@ class DemoConfig:
 
 
 def demo(cfg: DemoConfig) -> dict:
-    """Run everything; returns train's figures with samples, trigram_share, chat: [{user, assistant}, ...], sentiment.
+    """Run everything; returns train's figures with samples, trigram_share, chat: [{user, assistant}, ...], sentiment,
+    released: what the models that come with miaobi write (`compare`).
 
     The same call again continues. Raises UserError if a package with texts is missing.
     """
@@ -83,6 +87,7 @@ def demo(cfg: DemoConfig) -> dict:
     result["sentiment"], stopped = judge(out, quick)
     if stopped in STOPPED:
         return result | {"stopped": stopped}
+    result["released"] = compare(result)
     log(end(out, result, time.perf_counter() - started))
     return result
 
@@ -223,6 +228,31 @@ def judge(out: Path, quick: bool) -> tuple[dict, str | None]:
         log(f"  {label}  {text}")
     return {"accuracy": figures["accuracy"], "svm": svm["accuracy"], "test_units": figures["test_units"],
             "opinions": opinions}, None  # fmt: skip
+
+
+def compare(result: dict) -> dict[str, list[str]]:
+    """What the models that come with miaobi make of the first prompt and the first greeting, beside those just trained.
+
+    Returns {opening: [what was just trained, what came]}; {} where this copy came without them.
+    """
+    from miaobi.generate.chat import Chat, model_settings
+    from miaobi.generate.engine import load
+
+    base, chat = find("base"), find("chat")
+    if base is None or chat is None:
+        log("\n10. this copy of miaobi came without models of its own, which would be shown beside yours")
+        return {}
+    written = load(base).generate(PROMPTS[0], num_samples=1, max_new_tokens=40)[0].text
+    lm = load(chat)
+    settings = model_settings(ChatConfig(max_new_tokens=40, seed=1337), lm.model.generation, ())
+    said = "".join(Chat(lm, settings).reply(GREETINGS[0]))
+    beside = {PROMPTS[0]: [result["samples"][0], written], f">>>{GREETINGS[0]}": [result["chat"][0]["assistant"], said]}
+    log(f"\n10. the models that come with miaobi ({lm.model.num_parameters() / 1e6:.1f}M parameters) "
+        "beside yours, at the same openings; `miaobi chat` talks with them:\n")  # fmt: skip
+    for opening, texts in beside.items():
+        yours, ours = (" ".join(text.split())[:SHOWN] for text in texts)
+        log(f"  {opening}\n    yours   {yours}\n    miaobi  {ours}")
+    return beside
 
 
 def reviews(count: int) -> list[tuple[str, str]]:

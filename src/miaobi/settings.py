@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from miaobi.errors import UserError, brief
 from miaobi.kinds import POSITIONAL
+from miaobi.released import shipped
 from miaobi.seeds import PRETRAINING, TRAIN, Names, shipped_for
 from miaobi.yaml_file import Mapping, Scalar, read_mapping, write_yaml
 
@@ -197,10 +198,8 @@ def find_config(name: str) -> Path:
 
 
 def shipped_config(name: str) -> Path:
-    """A configuration that comes with miaobi: inside an installed package, beside `src` in a checkout."""
-    package = Path(__file__).parent
-    folders = (package / "configs", package.parents[1] / "configs")
-    return next((f / name for f in folders if (f / name).is_file()), folders[0] / name)
+    """A configuration that comes with miaobi."""
+    return shipped("configs", name)
 
 
 def canonical(kind: type, names: Names, key: str, value: Any, where: str, verb: str) -> tuple[str, Any]:

@@ -17,7 +17,7 @@ from miaobi.serve.config import KEY_VARIABLE, Serve, is_loopback
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    ([], "what is to be served"),
+    (["--checkpoint=last"], "is of a run"),
     (["{model}", "--host=0.0.0.0"], "--api_key"),
     (["{model}", "--host=192.168.1.5"], "--api_key"),
     (["{model}", "--host=::"], "--api_key"),

@@ -121,10 +121,11 @@ class ClassifyConfig(Where, Optim, LoraConfig):
 class PredictConfig(Where):
     """Labels of new texts."""
 
-    model: Positional[Location]
-    """Run of `miaobi classify train`, or the directory of a classifier."""
+    model: Positional[Location] = ""
+    """Run of `miaobi classify train`, or the directory of a classifier. Default: the one that comes with miaobi."""
     input: Positional[str | None] = None
-    """A text, a file (.csv .tsv .jsonl, else a text a line), or - for lines of standard input (the default)."""
+    """A text, a file (.csv .tsv .jsonl, else a text a line), or - for lines of standard input (the default). Where no
+    MODEL stands before it: --input=TEXT."""
     text_column: str | None = None
     """Tables and JSON lines: the column with the text; default: the one called text, review, content or sentence."""
     label_column: str | None = None

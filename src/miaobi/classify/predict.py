@@ -23,6 +23,7 @@ from miaobi.console import json_text, log, warn, warn_of_encoding
 from miaobi.corpus.sources import FORMAT_BY_NAME, spooled
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError, brief, number_of
+from miaobi.released import released
 
 FILES = (".txt", *FORMAT_BY_NAME, ".gz", ".xz", ".zst", ".zip")
 """What ends like this is the name of a file, and never a text."""
@@ -30,7 +31,13 @@ FILES = (".txt", *FORMAT_BY_NAME, ".gz", ".xz", ".zst", ".zip")
 
 def predict(cfg: PredictConfig, as_json: bool = False) -> None:
     """`miaobi classify predict`: labels on stdout as they come; see `write`."""
-    write(load(cfg.model, cfg), read_input(cfg), cfg, as_json)
+    try:
+        judge = load(cfg.model or released("sentiment")[0], cfg)
+    except UserError as e:
+        if cfg.input is None and cfg.model and not os.path.exists(cfg.model):  # one word, which may be meant as a TEXT
+            raise UserError(f"{e}. A TEXT for the classifier that comes with miaobi is given as --input=TEXT") from e
+        raise
+    write(judge, read_input(cfg), cfg, as_json)
 
 
 def load(model: str, cfg: PredictConfig) -> Judge:

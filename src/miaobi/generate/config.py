@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from miaobi.config import ModelChoice, Where
+from miaobi.config import OptionalModel, Where
 from miaobi.errors import UserError
 from miaobi.kinds import Location, Positional
 from miaobi.model.generation import SAMPLING, check_sampling
@@ -90,21 +90,22 @@ class ChatConfig(SamplingConfig):
 
 
 @dataclass(frozen=True)
-class SampleRequest(SampleConfig, ModelChoice):
+class SampleRequest(SampleConfig, OptionalModel):
     """`miaobi sample`: a model, and how it continues a prompt."""
 
     def __post_init__(self) -> None:
-        ModelChoice.__post_init__(self)
+        OptionalModel.__post_init__(self)
         SampleConfig.__post_init__(self)
 
 
 @dataclass(frozen=True)
-class ChatRequest(ChatConfig, ModelChoice):
+class ChatRequest(ChatConfig, OptionalModel):
     """`miaobi chat`: a model, and how it replies."""
 
     model: Positional[Location] = ""
-    """Run directory, model directory, hub name, or the CONFIG.yaml of a run. --out_dir=RUN says the same."""
+    """Run directory, model directory, hub name, or the CONFIG.yaml of a run. --out_dir=RUN says the same. Default: the
+    model that comes with miaobi."""
 
     def __post_init__(self) -> None:
-        ModelChoice.__post_init__(self)
+        OptionalModel.__post_init__(self)
         ChatConfig.__post_init__(self)

@@ -9,6 +9,7 @@ from miaobi.console import log, warn_of_encoding
 from miaobi.generate import engine
 from miaobi.generate.config import SampleRequest, SamplingConfig
 from miaobi.model.generation import GENERATION_CONFIG, sampling_settings
+from miaobi.released import released
 
 
 def sample(cfg: SampleRequest, as_json: bool = False) -> dict[str, Any] | None:
@@ -19,7 +20,7 @@ def sample(cfg: SampleRequest, as_json: bool = False) -> dict[str, Any] | None:
     """
     if not as_json:
         warn_of_encoding()
-    lm = engine.load(cfg.model, cfg.device, cfg.dtype, cfg.checkpoint)
+    lm = engine.load(cfg.model or released("base")[0], cfg.device, cfg.dtype, cfg.checkpoint)
     say_unused(cfg, lm.model.generation, "sample")
     prompt = engine.read_prompt(cfg.start)
     if cfg.stream and not as_json:

@@ -19,6 +19,7 @@ from miaobi.console import error, warn_of_encoding
 from miaobi.errors import UserError, number_of
 from miaobi.generate.config import ChatConfig, ChatRequest
 from miaobi.model.generation import SAMPLING
+from miaobi.released import released
 from miaobi.seeds import PRETRAINING
 from miaobi.settings import Origin, find_config, load_config, read_yaml
 
@@ -65,7 +66,7 @@ def model_of(cfg: RunConfig) -> Path:
 
 
 def chat(cfg: ChatRequest, origin: Origin, as_json: bool = False) -> dict[str, Any]:
-    """`miaobi chat MODEL|CONFIG.yaml`; returns the messages.
+    """`miaobi chat [MODEL|CONFIG.yaml]`; returns the messages.
 
     Settings that the command line does not give (`origin`) come with a CONFIG. Raises UserError.
     """
@@ -78,7 +79,8 @@ def chat(cfg: ChatRequest, origin: Origin, as_json: bool = False) -> dict[str, A
     from miaobi.generate.chat import Chat, model_settings
 
     chosen = {name for name in SAMPLING if getattr(settings, name) != getattr(ChatConfig, name)} | origin.keys()
-    lm = engine.load(cfg.model if run is None else model_of(run), settings.device, settings.dtype, cfg.checkpoint)
+    model = model_of(run) if run is not None else cfg.model or released("chat")[0]
+    lm = engine.load(model, settings.device, settings.dtype, cfg.checkpoint)
     conversation = Chat(lm, model_settings(settings, lm.model.generation, chosen))
     failed = talk(conversation, silent=as_json)
     if failed and not as_json and not sys.stdin.isatty():

@@ -58,6 +58,8 @@ class Card:
     """Python that loads the model."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What it was made from and how: what -> value."""
+    sections: dict[str, str] = field(default_factory=dict)
+    """What else there is to say: title -> Markdown."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Those that are not the defaults."""
     samples: list[str] = field(default_factory=list)
@@ -121,6 +123,7 @@ def render(card: Card, directory: Path) -> str:
         f"```python\n{card.usage}\n```\n" if card.usage else "",
         _section("指标 · Metrics", table({metric.name: f"{metric.value:.4f}" for metric in card.metrics})),
         _section("样本 · Samples", "\n\n".join(fenced(text[:SAMPLE_LENGTH]) for text in card.samples)),
+        *(_section(title, content) for title, content in card.sections.items()),
         _section("由来 · How it was made", table(made)),
         _section("设置 · Settings", table(card.settings)),
     ]

@@ -19,7 +19,8 @@ class Serve(SamplingConfig):
     """A model behind OpenAI's API, and a page for people. How tokens are drawn is for requests that do not say."""
 
     model: Positional[Location | None] = None
-    """Run directory, model directory or hub name: what completes and chats."""
+    """Run directory, model directory or hub name: what completes and chats. Where nothing is named to be served: the
+    models that come with miaobi."""
     checkpoint: str = field(default="best", kw_only=True)
     """Which checkpoint of a run: best, last or step-N."""
     chat_model: Location | None = None
@@ -53,8 +54,8 @@ class Serve(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.model or self.chat_model or self.classifier or self.runs):
-            raise UserError("what is to be served? give a model (miaobi serve my_run), --classifier=DIR or --runs=DIR")
+        if self.names_nothing and self.checkpoint != "best":
+            raise UserError(f"--checkpoint={self.checkpoint} is of a run: name that as well, as in miaobi serve my_run")
         if self.api_key is None and KEY_VARIABLE in os.environ:
             object.__setattr__(self, "api_key", os.environ[KEY_VARIABLE])
         if self.api_key is not None and not self.api_key.strip():
@@ -76,6 +77,11 @@ class Serve(SamplingConfig):
             raise UserError(f"max_queue is {self.max_queue}; it cannot be negative")
         if not 0 < self.timeout < float("inf"):
             raise UserError(f"timeout is {self.timeout}; give a positive number of seconds")
+
+    @property
+    def names_nothing(self) -> bool:
+        """Whether neither a model nor a classifier nor runs are named."""
+        return not (self.model or self.chat_model or self.classifier or self.runs)
 
 
 def is_loopback(host: str) -> bool:

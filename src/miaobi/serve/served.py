@@ -23,6 +23,7 @@ from miaobi.generate.config import ChatConfig, SampleConfig, SamplingConfig
 from miaobi.generate.engine import LanguageModel
 from miaobi.generate.sample import say_unused
 from miaobi.model.checkpoint import model_directory
+from miaobi.released import shipped
 from miaobi.serve.config import Serve
 from miaobi.serve.errors import refused
 from miaobi.serve.metrics import Metrics
@@ -240,10 +241,13 @@ def wait_for_step(lm: LanguageModel) -> None:
 
 
 def served_name(model: str) -> str:
-    """What clients call it: a hub's name as it is, a directory's last part, a run's for its checkpoints."""
+    """What clients call it: a hub's name as it is, a directory's last part, a run's for its checkpoints; miaobi where
+    it came with that."""
     path = Path(model)
     if not path.exists():
         return model
+    if path.absolute().parent == shipped("models", ""):
+        return "miaobi"
     parts = path.absolute().parts if path.name not in ("", ".", "..") else path.resolve().parts
     return parts[-3] if len(parts) > 2 and parts[-2] == "checkpoints" else parts[-1]
 

@@ -8,10 +8,12 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from miaobi.console import log
 from miaobi.errors import UserError
+from miaobi.released import released
 from miaobi.serve.config import Serve
 from miaobi.settings import Origin
 
@@ -29,6 +31,7 @@ def serve(cfg: Serve, origin: Origin) -> None:
         raise UserError(f"miaobi serve needs {e.name}: pip install 'miaobi[serve]'") from e
     from miaobi.serve.app import make_app
 
+    cfg = with_models(cfg)
     check(cfg)
     listening = bind(cfg.host, cfg.port)
     stopping = threading.Event()
@@ -72,6 +75,14 @@ def serve(cfg: Serve, origin: Origin) -> None:
         app.state.served.close()
     if failed:
         raise failed[0]
+
+
+def with_models(cfg: Serve) -> Serve:
+    """`cfg`; with the models that come with miaobi where it names nothing to be served. Raises UserError."""
+    if not cfg.names_nothing:
+        return cfg
+    model, chat_model, classifier = released("base", "chat", "sentiment")
+    return replace(cfg, model=model, chat_model=chat_model, classifier=classifier)
 
 
 def check(cfg: Serve) -> None:
