@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine, parse, report
-from miaobi.corpus.prepared import PreparedData
+from miaobi.corpus.prepared import PreparedData, TokenStream
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.generate import measures
@@ -56,15 +56,14 @@ class Args:
     """Print one line of JSON as well."""
 
 
-def utterances(data: PreparedData) -> list[list[str]]:
-    """The validation dialogues, as their utterances. Raises UserError for data that is no chit-chat."""
+def utterances(data: PreparedData, part: TokenStream) -> list[list[str]]:
+    """The dialogues of data.val or data.train, as their utterances. Raises UserError for data that is no chit-chat."""
     if data.sep_id is None:
         raise UserError(f"{data.path} holds no chit-chat; prepare it with --format=dialogue")
-    tokenizer, stream = Tokenizer.load(data.path), data.val
-    found = []
-    for start, end in itertools.pairwise([*stream.starts.tolist(), len(stream)]):
+    tokenizer, found = Tokenizer.load(data.path), []
+    for start, end in itertools.pairwise([*part.starts.tolist(), len(part)]):
         turns: list[list[int]] = [[]]
-        for id_ in stream.read(start, end - 1).tolist():
+        for id_ in part.read(start, end - 1).tolist():
             if id_ == data.sep_id:
                 turns.append([])
             else:
@@ -86,7 +85,8 @@ def user_sides(said: list[list[str]], count: int) -> list[list[str]]:
             messages = []
         if len(sides) == count:
             return sides
-    raise UserError(f"the validation part has dialogues for {len(sides)} talks of {TURNS} turns, not {count}")
+    raise UserError(f"the dialogues are enough for {len(sides)} talks of {TURNS} turns, not {count}; prepare more, or "
+                    "with a larger --val_fraction")  # fmt: skip
 
 
 def converse(lm: LanguageModel, sides: list[list[str]], cfg: ChatConfig) -> list[list[Completion]]:
@@ -133,7 +133,8 @@ def measure(lm: LanguageModel, said: list[list[str]], cfg: ChatConfig, openings:
 def main() -> None:
     """Measure and print."""
     args = parse("chat_quality", Args, __doc__)
-    lm, said = load(args.model, args.device), utterances(PreparedData.open(args.data))
+    data = PreparedData.open(args.data)
+    lm, said = load(args.model, args.device), utterances(data, data.val)
     swept = {name: getattr(args, name) for name in ("temperature", "top_p", "repetition_penalty")}
     given = {name: values for name, values in swept.items() if values}
     own = model_settings(ChatConfig(max_new_tokens=args.max_new_tokens, seed=args.seed), lm.model.generation, given)
