@@ -3,13 +3,13 @@
     python -m models.preference MODEL --data DIR --out OUT
 
 The user's side of --talks dialogues of the training part of DIR (made by `miaobi prepare --format=dialogue`) is put to
-MODEL, which draws --draws replies at each of five turns. Where some are good (they stop, do not loop, repeat no 4-gram
-thrice, also not with the replies before) and others are not, one of each makes a pair; the talk goes on with the good
-one. On the pairs MODEL is tuned by DPO (Rafailov et al. 2023, arXiv:2305.18290), with the likelihood of the good
-replies added (Pang et al. 2024, arXiv:2404.19733), without which both kinds may become unlikely. Of a few settings of
-the sampling the one with the best talks, on training dialogues that made no pair, goes into OUT's
+MODEL, which draws --draws replies at each of five turns, cold and hot in turn. Where some are good (they stop, do not
+loop, repeat no 4-gram thrice, also not with the replies before) and others are not, one of each makes a pair; the talk
+goes on with a good one. On the pairs MODEL is tuned by DPO (Rafailov et al. 2023, arXiv:2305.18290), with the
+likelihood of the good replies added (Pang et al. 2024, arXiv:2404.19733), without which both kinds may become unlikely.
+Of a few settings of the sampling the one with the best talks, on training dialogues that made no pair, goes into OUT's
 generation_config.json. Before and after are measured on the validation part, as `python -m benchmarks.chat_quality`
-does it.
+does it: sampled as `miaobi chat` would, and always the likeliest token without a penalty, where loops show first.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Args:
     talks: int = 200
     """Dialogues of the training part that pairs are made of."""
     draws: int = 4
-    """Replies drawn at each turn."""
-    temperature: float = 1.0
-    """Of these draws, without any penalty: mistakes are wanted."""
+    """Replies drawn at each turn, and at each temperature."""
+    temperature: tuple[float, ...] = (0.3, 1.0)
+    """Of these draws, without any penalty: cold ones loop, hot ones rarely."""
     max_new_tokens: int = 100
     epochs: int = 1
     """Passes over the pairs."""
@@ -90,19 +90,24 @@ class Pair:
     bad: list[int]
 
 
-def pairs(lm: LanguageModel, sides: list[list[str]], cfg: ChatConfig, draws: int) -> Iterator[Pair]:
-    """Those that the talks give, turn by turn. cfg.seed seeds the draws."""
-    chat, end = Chat(lm, cfg), end_of_reply(lm.tokenizer)
+def pairs(lm: LanguageModel, sides: list[list[str]], args: Args) -> Iterator[Pair]:
+    """Those that the talks give, turn by turn. args.seed seeds the draws."""
+    cfg = ChatConfig(max_new_tokens=args.max_new_tokens, top_p=1.0, repetition_penalty=1.0, seed=args.seed)
+    chat, end, draws = Chat(lm, cfg), end_of_reply(lm.tokenizer), args.draws
     talks: list[Messages] = [[] for _ in sides]
-    choose = random.Random(cfg.seed)
+    choose = random.Random(args.seed)
     for turn in range(TURNS):
         for messages, side in zip(talks, sides, strict=True):
             messages.append({"role": "user", "content": side[turn]})
-        seeded = dataclasses.replace(cfg, seed=cfg.seed + turn * len(sides) * draws)
-        drawn = list(replies(lm, (messages for messages in talks for _ in range(draws)), seeded))
+        seeded = dataclasses.replace(cfg, seed=args.seed + turn * len(sides) * draws)
+        drawn = [
+            list(replies(lm, (messages for messages in talks for _ in range(draws)),
+                         dataclasses.replace(seeded, temperature=temperature)))
+            for temperature in args.temperature
+        ]  # fmt: skip
         for i, messages in enumerate(talks):
             said = [m["content"] for m in messages if m["role"] == "assistant"]
-            own = drawn[i * draws : (i + 1) * draws]
+            own = [reply for some in drawn for reply in some[i * draws : (i + 1) * draws]]
             good = [reply for reply in own if is_good_after(said, reply)]
             bad = [reply for reply in own if not is_good_after(said, reply)]
             if good and bad:
@@ -203,12 +208,17 @@ def main(args: Args) -> dict:
     cfg = ChatConfig(max_new_tokens=args.max_new_tokens, seed=args.seed)
     lm = load(args.model, "cpu", "float32")
     own = model_settings(cfg, lm.model.generation, ("max_new_tokens", "seed"))
-    before, _ = measure(lm, held_out, own, args.openings, args.measured_talks)
-    drawing = dataclasses.replace(cfg, temperature=args.temperature, top_p=1.0, repetition_penalty=1.0)
-    found = list(pairs(lm, sides, drawing, args.draws))
+    greedy = dataclasses.replace(own, temperature=0.0, top_p=1.0, repetition_penalty=1.0)
+
+    def measured(lm: LanguageModel, how: ChatConfig) -> dict[str, float]:
+        return measure(lm, held_out, how, args.openings, args.measured_talks)[0]
+
+    figures = {"before": measured(lm, own), "before, greedy": measured(lm, greedy)}
+    found = list(pairs(lm, sides, args))
     log(f"{len(found)} pairs of {len(sides) * TURNS} turns")
-    if not found:
-        raise UserError("no turn had both a good and a bad reply; more --talks, or a higher --temperature")
+    if len(found) < args.batch_size:
+        raise UserError(f"only {len(found)} of {len(sides) * TURNS} turns had both a good and a bad reply: too few to "
+                        "learn from. Give more --talks or --draws, or be content: its replies are good")  # fmt: skip
     model, tokenizer = load_model(args.model)
     tune(model, found, args)
     end_ids = lm.end_ids
@@ -217,9 +227,9 @@ def main(args: Args) -> dict:
     model.generation = (model.generation or {}) | chosen
     save(args.out, model, tokenizer, end_ids)
     lm = load(args.out, "cpu", "float32")
-    same, _ = measure(lm, held_out, own, args.openings, args.measured_talks)
-    after, _ = measure(lm, held_out, dataclasses.replace(own, **chosen), args.openings, args.measured_talks)
-    return {"pairs": len(found), "sampling": chosen, "before": before, "after": same, "after_with_sampling": after}
+    figures |= {"after": measured(lm, own), "after, greedy": measured(lm, greedy)}
+    figures["after, as it says"] = measured(lm, dataclasses.replace(own, **chosen))
+    return {"pairs": len(found), "sampling": chosen, "figures": figures}
 
 
 def save(out: Path, model: Transformer, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> None:
@@ -232,8 +242,8 @@ if __name__ == "__main__":
     given = parse("preference", Args, __doc__)
     result = main(given)
     shares = ("good", "good_talks", "good_replies_of_talks", "stop_rate", "loops", "repetition")
-    table = [[name, *(f"{result[name][key]:.1%}" for key in shares), f"{result[name]['distinct_2']:.3f}",
-              result[name]["characters"]] for name in ("before", "after", "after_with_sampling")]  # fmt: skip
+    table = [[name, *(f"{row[key]:.1%}" for key in shares), f"{row['distinct_2']:.3f}", row["characters"]]
+             for name, row in result["figures"].items()]  # fmt: skip
     columns = [
         "",
         "good",
