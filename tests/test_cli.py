@@ -170,7 +170,7 @@ def test_ctrl_c_outside_a_run_exits_with_130(miaobi, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("miaobi.train.score.score", interrupted)
+    monkeypatch.setattr("miaobi.yardstick.judge.score", interrupted)
     answer = miaobi("eval", "x", "y")
     assert answer.code == 130
     assert "Traceback" not in answer.err

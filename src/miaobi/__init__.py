@@ -65,11 +65,13 @@ def train_run(config: str | Path | None = None, **settings: typing.Any) -> dict[
 
 
 def evaluate(model: str | Path, *data: str | Path, **settings: typing.Any) -> dict[str, typing.Any]:
-    """`miaobi eval`: loss, perplexity, bits_per_char and bits_per_byte of a model on text. Raises UserError."""
+    """`miaobi eval`: loss, perplexity, bits_per_char and bits_per_byte of a model on text, or with suite=DIRECTORY what
+    `miaobi.yardstick.judge.judge` returns. Raises UserError.
+    """
     from miaobi.train.config import EvalConfig
-    from miaobi.train.score import score
+    from miaobi.yardstick.judge import judge
 
-    return score(EvalConfig(str(model), tuple(str(place) for place in data), **settings))
+    return judge(EvalConfig(str(model), tuple(str(place) for place in data), **settings))
 
 
 def load(name: str, device: str | None = None, dtype: str | None = None) -> LanguageModel:

@@ -162,10 +162,43 @@ def samples(result: dict[str, Any], cfg: Any) -> None:
 
 def scores(result: dict[str, Any], cfg: Any) -> None:
     """`miaobi eval`."""
+    if "genres" in result:
+        suite_scores(result, cfg)
+        return
     print(f"loss {result['loss']:.4f} nats/token   perplexity {result['perplexity']:.2f}   "
           f"{result['bits_per_char']:.4f} bits/char   {result['bits_per_byte']:.4f} bits/byte")  # fmt: skip
     print(f"{number_of(result['characters'], 'character')} in {number_of(result['tokens'], 'token')}, "
           f"{result['seconds']:.1f} s")  # fmt: skip
+
+
+def suite_scores(result: dict[str, Any], cfg: Any) -> None:
+    """`miaobi eval --suite`: a row for each genre; in brackets what people wrote there."""
+    from rich.table import Table
+
+    rows, written, people = result["genres"], result.get("written", {}), result.get("people", {})
+    table = Table()
+    table.add_column("genre", no_wrap=True)
+    columns = {"documents": "{:,}", "characters": "{:,}", "bits_per_char": "{:.3f}", "seen": "{:,}"}
+    columns = {name: how for name, how in columns.items() if any(name in row for row in rows.values())}
+    drawn = {"distinct_2": "{:.3f}", "repetition": "{:.0%}", "stop_rate": "{:.0%}"} if written else {}
+    for name in (*columns, *drawn):
+        title = {"bits_per_char": "bits/char", "distinct_2": "distinct-2", "stop_rate": "stops"}.get(name, name)
+        table.add_column(title, justify="right", no_wrap=True)
+    both = [*rows, *(["all"] if "bits_per_char" in result else [])]
+    for genre in both:
+        row = rows.get(genre) or {"bits_per_char": result["bits_per_char"]}
+        cells = [how.format(row[name]) if name in row else "" for name, how in columns.items()]
+        cells += [f"{how.format(written[genre][name])} ({how.format(people[genre][name])})"
+                  for name, how in drawn.items()]  # fmt: skip
+        table.add_row("mean" if genre == "all" else genre, *cells)
+    print_rich(table, width=None if sys.stdout.isatty() else 120, markup=False)
+    if unknown := sum(row.get("unknown", 0) for row in rows.values()):
+        print(f"{number_of(unknown, 'character')} the vocabulary has only <unk> for: each counts as 20.1 bits more")
+    if "suite_out" in result:
+        print(f"next: miaobi prepare SOURCE... --without={shlex.quote(result['suite_out'])} --out DIR")
+    if "parameters" in result:
+        print(f"{result['parameters'] / 1e6:.2f}M parameters, {result['seconds']:.1f} s"
+              + ("; in brackets: how the documents themselves go on" if written else ""))  # fmt: skip
 
 
 def ablation(result: dict[str, Any], cfg: Any) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from miaobi.config import ModelConfig
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, Messages
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.generate.chat import Chat, model_settings, preview
+from miaobi.generate.chat import Chat, model_settings, preview, replies
 from miaobi.generate.config import ChatConfig
 from miaobi.generate.engine import LanguageModel, load
 from miaobi.generate.slots import Slots, Stream
@@ -513,3 +514,26 @@ def test_a_hub_chat_takes_its_settings_from_the_command_line_first(qwen, tmp_pat
     assert miaobi("chat", model, "--device=cpu").err.count("generation_config.json says") == 1
     miaobi("chat", model, "--device=cpu", "--temperature", "0.8", "--top-k=0")
     assert [(cfg.temperature, cfg.top_k) for cfg in chats] == [(0.3, 7), (0.8, 0)]
+
+
+# --- many conversations at once ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_replies_at_once_are_those_of_chats_one_by_one(talker, temperature):
+    """More of them than are written together, of several lengths, one of them longer than the block."""
+    lm = load(str(talker), "cpu", "float32")
+    cfg = ChatConfig(**GREEDY | {"temperature": temperature, "max_new_tokens": 12, "seed": 7})
+    asked = [["你好"], ["我叫小明", "我叫什么"], ["数数" * 60], ["再见"], ["你是谁", "你好", "再见"]] * 9
+    conversations = []
+    for said in asked:
+        messages = []
+        for text in said[:-1]:
+            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "幸会"}]
+        conversations.append([*messages, {"role": "user", "content": said[-1]}])
+    for number, (messages, reply) in enumerate(zip(conversations, replies(lm, conversations, cfg), strict=True)):
+        chat = Chat(lm, replace(cfg, seed=7 + number))
+        chat.messages = messages[:-1]
+        assert reply.text == say(chat, messages[-1]["content"])
+        ids = lm.tokenizer.encode(reply.text)
+        assert (reply.finish_reason == "stop") == (len(ids) < 12)

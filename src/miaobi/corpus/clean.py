@@ -106,7 +106,9 @@ def _keys(digests: np.ndarray) -> np.ndarray:
 
 def is_validation(digests: np.ndarray, val_fraction: float) -> np.ndarray:
     """(n, 16) uint8 -> (n,) bool: the hash split. Depends on a document's own content only."""
-    if not len(digests):
-        return np.zeros(0, bool)
-    low = np.ascontiguousarray(digests)[:, 8:].copy().view("<u8").ravel()
-    return low < np.uint64(min(int(val_fraction * 2**64), 2**64 - 1))
+    return split_numbers(digests) < np.uint64(min(int(val_fraction * 2**64), 2**64 - 1))
+
+
+def split_numbers(digests: np.ndarray) -> np.ndarray:
+    """(n, 16) uint8 -> (n,) uint64: the documents with the smallest are for validation."""
+    return np.ascontiguousarray(digests)[:, 8:].copy().view("<u8").reshape(len(digests))

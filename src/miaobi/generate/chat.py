@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from miaobi.device import explain_memory
 from miaobi.errors import UserError
 from miaobi.files import json_of
 from miaobi.generate.config import ChatConfig, SampleConfig
-from miaobi.generate.engine import LanguageModel, control_ids
+from miaobi.generate.engine import Completion, Draft, LanguageModel, control_ids
 from miaobi.generate.stream import Stream
 from miaobi.model.generation import GENERATION_CONFIG, sampling_settings
 from miaobi.model.transformer import Transformer
@@ -73,6 +73,11 @@ class Chat:
         messages = self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else []
         if messages:
             yield from self._answer(messages)
+
+    def restart(self, seed: int | None) -> None:
+        """As a new conversation that draws with this seed; a system message stays."""
+        self.flush()
+        self._generator = self.lm.generator(seed)
 
     def flush(self) -> None:
         """Forget the conversation; a system message stays."""
@@ -165,6 +170,22 @@ class Chat:
         finally:
             if reply:
                 self.messages = [*messages, {"role": "assistant", "content": reply}]
+
+
+def replies(lm: LanguageModel, conversations: Iterable[Messages], cfg: ChatConfig) -> Iterator[Completion]:
+    """One reply to each conversation, in their order and as many at a time as go well together. The nth, from 0, is
+    what a `Chat` with the seed `seed + n` would answer.
+
+    Raises UserError where the model has no chat template.
+    """
+    chat = Chat(lm, cfg)
+
+    def begun() -> Iterator[tuple[Stream, Draft]]:
+        for number, messages in enumerate(conversations):
+            chat.restart(None if cfg.seed is None else cfg.seed + number)
+            yield chat.stream(chat.prompt(messages)), Draft(lm, "", [], (), chat.ends)
+
+    return lm.written(begun())
 
 
 def preview(

@@ -44,9 +44,11 @@ class Completion:
 class Draft:
     """A continuation that is being written."""
 
-    def __init__(self, lm: LanguageModel, prompt: str, before: list[int], stop: tuple[str, ...]) -> None:
-        """before: ids of the prompt."""
-        self.lm, self.prompt, self.before, self.stop = lm, prompt, before, stop
+    def __init__(
+        self, lm: LanguageModel, prompt: str, before: list[int], stop: tuple[str, ...], ends: Collection[int]
+    ) -> None:
+        """before: ids of the prompt. ends: tokens that end the text."""
+        self.lm, self.prompt, self.before, self.stop, self.ends = lm, prompt, before, stop, ends
         self.ids: list[int] = []
         self.end: int | None = None  # where a stop string cuts it
         self.completion = Completion(prompt, 0, "length")
@@ -61,7 +63,7 @@ class Draft:
         if self.ended:
             return
         self.completion.tokens += 1
-        if token in self.lm.end_ids:
+        if token in self.ends:
             self.completion.finish_reason = "stop"
             return
         self.ids.append(token)
@@ -142,16 +144,27 @@ class LanguageModel:
         wrote: called after each step with the number of tokens it wrote.
         """
         cfg = replace(cfg or SampleConfig(), **overrides)
-        queue = enumerate(prompts)
-        first = list(islice(queue, SLOTS.get(self.device.type, SLOTS["cpu"])))
-        queue, slots = chain(first, queue), self.slots(max(1, len(first)))
+
+        def begun() -> Iterator[tuple[Stream, Draft]]:
+            for number, prompt in enumerate(prompts):
+                stream = self.open(prompt, cfg, number)
+                before = self.ids_before(prompt, stream.ids)
+                yield stream, Draft(self, prompt, before, cfg.stop, self.end_ids)
+
+        return self.written(begun(), wrote)
+
+    def written(
+        self, begun: Iterator[tuple[Stream, Draft]], wrote: Callable[[int], None] = lambda tokens: None
+    ) -> Iterator[Completion]:
+        """The texts of streams and their drafts, as `complete` has it."""
+        first = list(islice(begun, SLOTS.get(self.device.type, SLOTS["cpu"])))
+        queue, slots = enumerate(chain(first, begun)), self.slots(max(1, len(first)))
         drafts: dict[Stream, tuple[int, Draft]] = {}
         done: dict[int, Completion] = {}
         next_number = 0
         while True:
-            for number, prompt in islice(queue, slots.free):
-                stream = self.open(prompt, cfg, number)
-                drafts[stream] = number, Draft(self, prompt, self.ids_before(prompt, stream.ids), cfg.stop)
+            for number, (stream, draft) in islice(queue, slots.free):
+                drafts[stream] = number, draft
                 slots.add(stream)
             if not drafts:
                 return

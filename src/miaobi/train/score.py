@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 
 from miaobi.corpus.dialogue import as_lines, encode_lines, encode_roles
 from miaobi.corpus.documents import read_documents
@@ -18,6 +19,7 @@ from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import ends_documents, load_model
+from miaobi.model.transformer import Transformer
 from miaobi.train.config import EvalConfig
 from miaobi.train.evaluate import evaluate, score_batches, text_size
 
@@ -40,21 +42,34 @@ def score(cfg: EvalConfig) -> dict:
     stream = dialogues(sources, cfg.split, cfg.format, tokenizer, prepared, read)
     with explain_memory(where, f"try a smaller --batch_size than {size}"):
         if stream is not None:
-            blocks = PackedDialogues(stream, model.cfg.block_size)
-            batches = (blocks.take(range(len(blocks))[i : i + size]) for i in range(0, len(blocks), size))
-            characters, text_bytes = reply_text(stream, blocks, tokenizer)
-            if not characters:
-                raise nothing_in(sources)
-            return score_batches(model.to(where), batches, len(stream), characters, text_bytes, precision)
+            return score_dialogues(model.to(where), tokenizer, stream, size, precision, sources)
         if prepared:
             tokens, characters, text_bytes = prepared_tokens(sources[0], cfg.split, tokenizer)
         else:
-            ends = ends_documents(cfg.model, cfg.checkpoint)
-            tokens, characters, text_bytes = raw_tokens(read, tokenizer, ends, cfg.format)
+            ends = ends_documents(cfg.model, cfg.checkpoint) and tokenizer.eot_id is not None
+            tokens, characters, text_bytes = raw_tokens(read(cfg.format, whole=not ends), tokenizer, ends)
         if len(tokens) < 2 or not characters:
             raise nothing_in(sources)
-        begin_ids = [id_ for id_ in tokenizer.begin_ids if id_ != tokenizer.eot_id]
-        return evaluate(model.to(where), tokens, characters, text_bytes, steps, precision, size, begin_ids)
+        given = begin_ids(tokenizer)
+        return evaluate(model.to(where), tokens, characters, text_bytes, steps, precision, size, given)
+
+
+def begin_ids(tokenizer: Tokenizer) -> list[int]:
+    """What a foreign tokenizer puts before every text and is not scored: `<s>`, `[CLS]`."""
+    return [id_ for id_ in tokenizer.begin_ids if id_ != tokenizer.eot_id]
+
+
+def score_dialogues(
+    model: Transformer, tokenizer: Tokenizer, stream: TokenStream | MemoryStream, batch_size: int, dtype: torch.dtype,
+    sources: list[str],
+) -> dict:  # fmt: skip
+    """Score dialogues one by one; returns what `score_batches` returns. Raises UserError where nothing is scored."""
+    blocks = PackedDialogues(stream, model.cfg.block_size)
+    batches = (blocks.take(range(len(blocks))[i : i + batch_size]) for i in range(0, len(blocks), batch_size))
+    characters, text_bytes = reply_text(stream, blocks, tokenizer)
+    if not characters:
+        raise nothing_in(sources)
+    return score_batches(model, batches, len(stream), characters, text_bytes, dtype)
 
 
 def nothing_in(sources: list[str]) -> UserError:
@@ -156,12 +171,14 @@ def prepared_tokens(source: str, split: str, tokenizer: Tokenizer) -> tuple[np.n
     return np.concatenate((context, stream.read(0, len(stream)))), stream.characters, stream.bytes
 
 
-def raw_tokens(read: Read, tokenizer: Tokenizer, documents: bool, format: str) -> tuple[np.ndarray, int, int]:
-    """Tokens of raw text as its documents, or as one stream for a model that knows no end of text."""
-    documents = documents and tokenizer.eot_id is not None
+def raw_tokens(texts: Iterable[str], tokenizer: Tokenizer, documents: bool) -> tuple[np.ndarray, int, int]:
+    """Tokens of raw text, with one token of context in front, and its length in characters and bytes.
+
+    documents: whether the texts are documents, each of which ends; else they are pieces of one stream.
+    """
     begin, end = tokenizer.begin_ids, [tokenizer.eot_id] if documents else []
     parts, characters, text_bytes = [np.array(begin or [tokenizer.eot_id or 0])], 0, 0
-    for text in read(format, whole=not documents):
+    for text in texts:
         head = begin if characters else []  # the first one's is there
         parts += [np.array(head, np.int64), tokenizer.encode_array(text), np.array(end, np.int64)]
         characters += len(text)
