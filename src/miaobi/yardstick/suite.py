@@ -56,14 +56,14 @@ def read(genre: Genre, root: Path) -> list[str]:
     Raises UserError for a file that is missing, or of which other documents come than the suite has.
     """
     paths = [root / file for file in genre.files]
-    if missing := [str(path) for path in paths if not path.is_file()]:
-        raise UserError(f"the suite's genre {genre.genre} needs {names_listed(missing)}: no such file; --suite names "
-                        f"the directory with {names_listed(genre.files)}")  # fmt: skip
+    if missing := [file for file, path in zip(genre.files, paths, strict=True) if not path.is_file()]:
+        raise UserError(f"the suite's genre {genre.genre} needs {names_listed(missing)}: no such file in {root}; "
+                        f"--suite names the directory with {names_listed(genre.files)}")  # fmt: skip
     documents = chosen(candidates(genre, paths), genre.documents)
     found = hashlib.sha256(as_lines(documents).encode()).hexdigest()
     if found != genre.sha256:
-        raise UserError(f"the suite's genre {genre.genre}: the text chosen from {names_listed(map(str, paths))} has "
-                        f"SHA-256 {found[:12]}..., the suite's has {genre.sha256[:12]}...; a file is of another "
+        raise UserError(f"the suite's genre {genre.genre}: the text chosen from {names_listed(genre.files)} in {root} "
+                        f"has SHA-256 {found[:12]}..., the suite's has {genre.sha256[:12]}...; a file is of another "
                         "version, and figures on it would not compare: copy the original again")  # fmt: skip
     return documents
 
