@@ -19,6 +19,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.template import Messages
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
-from miaobi.files import written_whole
+from miaobi.files import json_of, write_text, written_whole
 from miaobi.generate import measures
 from miaobi.generate.chat import Chat, model_settings, replies
 from miaobi.generate.config import ChatConfig
@@ -44,6 +45,13 @@ from miaobi.model.transformer import Transformer
 SAMPLING = [(0.8, 0.9, 1.2), (0.7, 0.9, 1.2), (0.7, 0.9, 1.3), (0.5, 0.9, 1.2), (0.5, 0.9, 1.3)]
 """Temperature, top_p and repetition penalty that are tried; the first are those of `miaobi chat`."""
 NAMES = ("temperature", "top_p", "repetition_penalty")
+SHARES = {
+    "good": "good", "good_talks": "good talks", "good_replies_of_talks": "replies of talks", "stop_rate": "stops",
+    "loops": "loops", "repetition": "4-gram thrice",
+}  # fmt: skip
+"""What is measured of replies and talks -> its heading."""
+RESULT = "preference.json"
+"""In the directory of the tuned model: what `main` returns."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +237,9 @@ def main(args: Args) -> dict:
     lm = load(args.out, "cpu", "float32")
     figures |= {"after": measured(lm, own), "after, greedy": measured(lm, greedy)}
     figures["after, as it says"] = measured(lm, dataclasses.replace(own, **chosen))
-    return {"pairs": len(found), "sampling": chosen, "figures": figures}
+    result = {"pairs": len(found), "sampling": chosen, "figures": figures}
+    write_text(args.out / RESULT, json_of(result))
+    return result
 
 
 def save(out: Path, model: Transformer, tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> None:
@@ -238,22 +248,16 @@ def save(out: Path, model: Transformer, tokenizer: Tokenizer, end_ids: tuple[int
         save_model(directory, model, tokenizer, end_ids)
 
 
+def table(figures: dict[str, dict[str, float]]) -> tuple[list[str], list[list[Any]]]:
+    """Headings and rows of a table of what was measured."""
+    rows = [[name, *(f"{row[key]:.1%}" for key in SHARES), f"{row['distinct_2']:.3f}", row["characters"]]
+            for name, row in figures.items()]  # fmt: skip
+    return ["", *SHARES.values(), "distinct-2", "characters"], rows
+
+
 if __name__ == "__main__":
     given = parse("preference", Args, __doc__)
     result = main(given)
-    shares = ("good", "good_talks", "good_replies_of_talks", "stop_rate", "loops", "repetition")
-    table = [[name, *(f"{row[key]:.1%}" for key in shares), f"{row['distinct_2']:.3f}", row["characters"]]
-             for name, row in result["figures"].items()]  # fmt: skip
-    columns = [
-        "",
-        "good",
-        "good talks",
-        "replies of talks",
-        "stops",
-        "loops",
-        "4-gram thrice",
-        "distinct-2",
-        "characters",
-    ]
-    report("preference", columns, table, result | {"machine": machine("cpu"), "settings": dataclasses.asdict(given)},
+    columns, rows = table(result["figures"])
+    report("preference", columns, rows, result | {"machine": machine("cpu"), "settings": dataclasses.asdict(given)},
            given.json)  # fmt: skip

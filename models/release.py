@@ -19,6 +19,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
+from models import preference
+
 import miaobi
 from benchmarks import verbatim
 from miaobi.classify.ablation import RESULT
@@ -49,7 +51,8 @@ class Args:
     """Command line."""
 
     work: Positional[Path]
-    """Where models/retrain.sh worked: base_data, base_run, chat_data, chat_run, sentiment_run lie in it."""
+    """Where models/retrain.sh worked: base_data, base_run, chat_data, chat_run, chat_preferred and sentiment_run lie in
+    it."""
     out: Location = str(HERE)
     """Where the directories base, chat and sentiment go; what lies there of an earlier release is replaced."""
     dtype: Literal["int8", "int4"] = "int8"
@@ -132,18 +135,23 @@ def stage(what: str) -> Iterator[None]:
     log(f"{what}: {perf_counter() - started:.0f} s")
 
 
+def weights(args: Args, name: str) -> Path:
+    """The model that is released under a name, before it loses bits."""
+    return args.work / ("chat_preferred" if name == "chat" else f"{name}_run")
+
+
 def quantized(args: Args, name: str) -> Path:
     """The directory of a model in few bits."""
     place = Path(args.out) / name
     shutil.rmtree(place, ignore_errors=True)
-    quantize.convert(QuantizeConfig(str(args.work / f"{name}_run"), dtype=args.dtype, out=place, license=LICENSE))
+    quantize.convert(QuantizeConfig(str(weights(args, name)), dtype=args.dtype, out=place, license=LICENSE))
     return place
 
 
 def beside(args: Args, name: str) -> None:
     """The model as a GGUF file of 8 bits, where there is room for it."""
     file = Path(args.out) / name / f"{NAMES[name]}-q8_0.gguf"
-    gguf.convert(GGUFConfig(str(args.work / f"{name}_run"), out=file, quantize="q8_0"))
+    gguf.convert(GGUFConfig(str(weights(args, name)), out=file, quantize="q8_0"))
     if size(args.out) > LARGEST:
         file.unlink()
         log(f"{file.name} is left out: with it there would be more than {LARGEST / 1e6:.0f} MB")
@@ -177,17 +185,20 @@ def language_model(
     """What both language models' cards say. data: what the model was trained on, the last part first."""
     args, shape = family.args, lm.model.cfg
     run = args.work / f"{place.name}_run"
-    told, before = (miaobi.evaluate(m, data[0].path, device="cpu", stride="block") for m in (place, run))
+    told, before = (
+        miaobi.evaluate(m, data[0].path, device="cpu", stride="block") for m in (place, weights(args, place.name))
+    )
     corpus = [text for part in data for text in family.texts[part.path]]
     copied = verbatim.measure(verbatim.write(lm, data[0], verbatim.Args(str(place), samples=args.samples)), corpus)
-    tuned = f", tuned from {NAMES['base']}" if len(data) > 1 else ""
+    talks = verb == "chat"
+    tuned = f", tuned from {NAMES['base']}" if talks else ""
     return Card(
         name=NAMES[place.name],
         summary=f"{does}. {lm.model.num_parameters() / 1e6:.1f}M parameters ({shape.family}, {shape.n_layer} layers × "
         f"{shape.n_embd}, {shape.block_size} tokens of context){tuned}; comes with miaobi 妙笔 and answers where "
         f"`miaobi {verb}` names no MODEL.",
         library="miaobi",
-        tags=(shape.family, args.dtype, *(("conversational",) if verb == "chat" else ())),
+        tags=(shape.family, args.dtype, *(("conversational",) if talks else ())),
         license=LICENSE,
         data=f"validation part of {data[0].path.name}",
         metrics=[
@@ -196,7 +207,8 @@ def language_model(
         usage=f'import miaobi\n\nmodel = miaobi.load(".")  # this directory; in a shell: miaobi {verb}',
         facts=facts(run) | {"weights": args.dtype, "bits per character before that": f"{before['bits_per_char']:.4f}"},
         sections={
-            "来源与许可 · Sources and licences": family.sources + share_of_chats(family, verb),
+            "来源与许可 · Sources and licences": family.sources + (share_of_chats(family) if talks else ""),
+            **({"回答的好坏 · Quality of replies": quality(args)} if talks else {}),
             "局限 · Limits": words("limits", block=shape.block_size),
             "不要用来 · Not for": words("not_for"),
             "逐字重复 · Verbatim overlap": overlap(copied),
@@ -205,15 +217,26 @@ def language_model(
     )
 
 
-def share_of_chats(family: Family, verb: str) -> str:
-    """What a chat model was tuned on besides; "" for another."""
-    if verb != "chat":
-        return ""
+def share_of_chats(family: Family) -> str:
+    """What the chat model was tuned on besides."""
     taken = [
         f"{cell(Path(source['path']).name)} ({source['characters']:,} × {share:.0%})"
         for source, share in shares(family.chat_data)
     ]
     return f"\n\n对话微调 · tuned on dialogues of (characters × share taken): {', '.join(taken)}"
+
+
+def quality(args: Args) -> str:
+    """What the step that prefers replies changed."""
+    found = read_json(weights(args, "chat") / preference.RESULT)
+    columns, rows = preference.table(found["figures"])
+    lines = [columns, ["---"] * len(columns), *rows]
+    return (
+        f"{found['pairs']:,} 对模型自己的好坏回复，用 DPO 调过。before 是调之前，as it says 是带着挑出来的采样。"
+        f"Tuned by DPO on {found['pairs']:,} pairs of its own good and bad replies (`python -m models.preference`); "
+        "replies to openings set aside, and talks of five turns.\n\n"
+        + "\n".join("| " + " | ".join(cell(str(value)) for value in line) + " |" for line in lines)
+    )
 
 
 def words(name: str, **figures: Any) -> str:

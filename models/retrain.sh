@@ -30,6 +30,9 @@ if [ ! -f chat_data/manifest.json ]; then
         --format=dialogue --tokenizer=base_data --val_fraction=0.02 --dedup=near --out chat_data
 fi
 miaobi train "$root/models/chat.yaml" --device=cpu
+if [ ! -f chat_preferred/preference.json ]; then
+    (cd "$root" && "${PYTHON:-python}" -m models.preference "$WORK/chat_run" --data="$WORK/chat_data" --out="$WORK/chat_preferred")
+fi
 
 # Title and text in one, labels in words: 0, 1, 2 of the file are good, neither and bad news.
 if [ ! -f sentiment.jsonl ]; then

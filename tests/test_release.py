@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from models import release
+from models import preference, release
 from tests.conftest import sports_text
 
 from miaobi import released
@@ -44,6 +44,11 @@ def work(trained: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, more in {"base": {}, "chat": {"init_from": str(place / "base_run")}}.items():
         given = common | {"data": str(place / f"{name}_data"), "out_dir": str(place / f"{name}_run")} | more
         train(*train_config(None, [(key, str(value)) for key, value in given.items()]))
+    lm = load(str(place / "chat_run"), "cpu", "float32")
+    preference.save(place / "chat_preferred", lm.model, lm.tokenizer, lm.end_ids)
+    row = dict.fromkeys([*preference.SHARES, "distinct_2", "characters"], 0.5)
+    result = {"pairs": 12, "sampling": {}, "figures": {"before": row, "after": row | {"good": 0.75}}}
+    (place / "chat_preferred" / preference.RESULT).write_text(json.dumps(result), encoding="utf-8")
     rows = [{"label": ("负面", "正面")[i % 2], "text": f"皇马{('输掉', '赢得')[i % 2]}比赛{i}"} for i in range(60)]
     (place / "sentiment.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     given = {"base_model": place / "base_run", "data": place / "sentiment.jsonl", "out_dir": place / "sentiment_run",
@@ -96,6 +101,8 @@ def test_cards_say_where_the_texts_are_from_and_what_was_measured(family: Path, 
         assert str(work) not in text, "paths of the machine"
     assert "| seed | 1337 |" in card(family, "base")
     assert "dgk\\_tv\\_subtitles.txt.xz (" in card(family, "chat")
+    assert "| after | 75.0% | 50.0% |" in card(family, "chat")
+    assert "Quality of replies" not in card(family, "base")
     assert re.search(r"Of 4 texts that it wrote, the longest run .* has \d+ characters", card(family, "chat"))
     row = json.loads(next((work / "sentiment_run" / "checkpoints" / "best").glob("result.json")).read_text())["row"]
     assert f"| 这个模型 this model | {row['accuracy']:.1%} | {row['macro_f1']:.3f} |" in card(family, "sentiment")

@@ -102,6 +102,9 @@ def test_preference_makes_good_replies_likelier_and_says_what_it_gained(run, tal
     assert figures["after"]["good"] > figures["before"]["good"]
     written = json.loads((args.out / "generation_config.json").read_text(encoding="utf-8"))
     assert {name: written[name] for name in preference.NAMES} == result["sampling"]
+    assert json.loads((args.out / preference.RESULT).read_text(encoding="utf-8")) == result
+    columns, rows = preference.table(figures)
+    assert {len(row) for row in rows} == {len(columns)}
     assert load(str(args.out), "cpu").tokenizer.config["chat_template"]
     again = preference.main(preference.Args(**vars(args) | {"out": tmp_path / "again"}))
     assert again == result, "the seed decides"
