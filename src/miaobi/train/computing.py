@@ -14,7 +14,7 @@ from miaobi.console import log, warn
 from miaobi.device import can_compile, candidate_dtypes
 from miaobi.errors import UserError
 from miaobi.files import write_text
-from miaobi.train.evaluate import place
+from miaobi.train.evaluate import to_device
 from miaobi.train.layout import Objective, is_sharded
 from miaobi.train.measured import ExecutionMode, Work, checked, choose, compiling_seconds, is_long
 from miaobi.train.micro import find
@@ -43,7 +43,7 @@ def decide(plan: Plan, objective: Objective) -> tuple[Plan, bool]:
                     cfg.global_batch // plan.world.size, micro, cfg.micro_batch_size is not None)  # fmt: skip
 
     def example(rows: int, compiled: bool) -> tuple:
-        return place(plan.blocks.fixed(rows), slice(None), plan.device, can_flex and compiled)
+        return to_device(plan.blocks.fixed(rows), slice(None), plan.device, can_flex and compiled)
 
     plan = find(plan, work, str(plan.dtype).removeprefix("torch."))
     mode = choose_computing(cfg, work(plan.micro), plan.dtype, plan.progress, plan.world)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from miaobi.train.setup import Plan
 
 
-def place(batch: Batch, rows: slice, device: torch.device, flex: bool = False) -> tuple:
+def to_device(batch: Batch, rows: slice, device: torch.device, flex: bool = False) -> tuple:
     """Rows of a batch on the device, without waiting for the copy: inputs, targets, position_ids, attention mask.
 
     flex: mask for the compiled FlexAttention instead of for scaled_dot_product_attention.
@@ -47,7 +47,7 @@ def place(batch: Batch, rows: slice, device: torch.device, flex: bool = False) -
 def nats(model: Transformer, batch: Batch, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
     """Sum of -log p over targets that are not IGNORE: float32, on the model's device, which nobody waits for."""
     device = model.wte.weight.device
-    inputs, targets, positions, mask = place(batch, rows, device)
+    inputs, targets, positions, mask = to_device(batch, rows, device)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         return linear_cross_entropy(model.hidden(inputs, positions, mask), model.head_weight, targets)
 

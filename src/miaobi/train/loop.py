@@ -23,7 +23,7 @@ from miaobi.settings import Origin
 from miaobi.train.alarms import Alarms
 from miaobi.train.computing import decide
 from miaobi.train.data import opening
-from miaobi.train.evaluate import bits_per_char, evaluating, mean_loss, place
+from miaobi.train.evaluate import bits_per_char, evaluating, mean_loss, to_device
 from miaobi.train.layout import Objective, is_sharded, no_recompilation, reducing, whole
 from miaobi.train.micro import lowered
 from miaobi.train.optimizer import move, set_rate
@@ -236,7 +236,7 @@ class Run:
         total = torch.zeros((), device=plan.device)
         starts = range(0, len(batch.inputs), plan.micro)
         for micro, i in enumerate(starts):
-            x, y, positions, mask = place(batch, slice(i, i + plan.micro), plan.device, self.flex)
+            x, y, positions, mask = to_device(batch, slice(i, i + plan.micro), plan.device, self.flex)
             if self.model.cfg.dropout or plan.cfg.lora.lora_dropout:
                 torch.manual_seed(derive(cfg.seed, "dropout", step, micro, world.rank))
             with reducing(self.objective, self.model, micro == len(starts) - 1):

@@ -18,7 +18,7 @@ from miaobi.console import log, warn
 from miaobi.corpus.dataset import Batch
 from miaobi.errors import number_of
 from miaobi.model.transformer import Transformer
-from miaobi.train.evaluate import place
+from miaobi.train.evaluate import to_device
 from miaobi.train.layout import Objective
 from miaobi.train.measured import ExecutionMode, Work
 from miaobi.train.optimizer import rate
@@ -60,7 +60,9 @@ def lay_first(
     if not progress.laid:
         device, mode = model.wte.weight.device, ExecutionMode(str(dtype).removeprefix("torch."))
         rows = math.ceil(cfg.train.global_batch / world.size)
-        work = Work(Objective(model), lambda n, _: place(batch, slice(n), device), device, 0, rows, len(batch.inputs))
+        work = Work(
+            Objective(model), lambda n, _: to_device(batch, slice(n), device), device, 0, rows, len(batch.inputs)
+        )
         work.once(mode)
         steps = int(60 * cfg.train.max_minutes / (work.once(mode) * rows))
         progress.laid = [[0, world.gather(max(1, min(most, steps)))[0], 0.0]]
