@@ -31,7 +31,7 @@ if [ ! -f chat_data/manifest.json ]; then
 fi
 miaobi train "$root/models/chat.yaml" --device=cpu
 if [ ! -f chat_preferred/preference.json ]; then
-    (cd "$root" && "${PYTHON:-python}" -m models.preference "$WORK/chat_run" --data="$WORK/chat_data" --out="$WORK/chat_preferred")
+    (cd "$root" && "${PYTHON:-python}" -m models.steps.preference "$WORK/chat_run" --data="$WORK/chat_data" --out="$WORK/chat_preferred")
 fi
 
 # Title and text in one, labels in words: 0, 1, 2 of the file are good, neither and bad news.
@@ -48,4 +48,4 @@ fi
 miaobi classify train "$root/models/sentiment.yaml" --device=cpu
 
 cd "$root"
-"${PYTHON:-python}" -m models.release "$WORK"
+"${PYTHON:-python}" -m models.steps.release "$WORK"

@@ -178,7 +178,7 @@ def test_the_wheel_has_every_module_and_every_file_that_verbs_read(wheel: Path):
     wanted = {str(path.relative_to(source).as_posix()) for kind in ("*.py", *DATA) for path in source.rglob(kind)}
     wanted |= {f"miaobi/configs/{path.name}" for path in ROOT.glob("configs/*.yaml")}
     shipped = [path for name in NAMES for path in (ROOT / "models" / name).glob("*") if path.suffix != ".gguf"]
-    wanted |= {f"miaobi/{path.relative_to(ROOT).as_posix()}" for path in shipped}
+    wanted |= {f"miaobi/{path.relative_to(ROOT).as_posix()}" for path in [*shipped, ROOT / "models" / "__init__.py"]}
     assert wanted - packed == set()
     models = {name for name in packed if name.startswith("miaobi/models/")}
     assert models == {name for name in wanted if name.startswith("miaobi/models/")}, "no GGUF, no scripts"
@@ -254,6 +254,7 @@ def test_every_package_that_is_imported_is_declared():
         for name, files in imported().items()
         if not declared & {normal(provider) for provider in providers.get(name, [name])}
     }
+    missing.pop("triton", None)  # comes with those builds of torch for which alone the module is imported
     assert missing == {}, "add them to dependencies in pyproject.toml"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from models import preference, release
+from models.steps import preference, release
 from tests.conftest import sports_text
 
 from miaobi import released
@@ -23,7 +23,7 @@ from miaobi.corpus.prepare import prepare
 from miaobi.errors import UserError
 from miaobi.generate.engine import load
 
-SCRIPT = Path(release.__file__).parent / "retrain.sh"
+SCRIPT = Path(release.__file__).parents[1] / "retrain.sh"
 
 
 @pytest.fixture(scope="module")

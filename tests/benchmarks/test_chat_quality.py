@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import preference
+from models.steps import preference
 
 from benchmarks import chat_quality
 from miaobi.corpus.config import PrepareConfig

@@ -1,6 +1,6 @@
 """Prefer a chat model's own good replies to its bad ones: DPO with pairs that the model and a rule make.
 
-    python -m models.preference MODEL --data DIR --out OUT
+    python -m models.steps.preference MODEL --data DIR --out OUT
 
 The user's side of --talks dialogues of the training part of DIR (made by `miaobi prepare --format=dialogue`) is put to
 MODEL, which draws --draws replies at each of five turns, cold and hot in turn. Where some are good (they stop, do not

@@ -1,7 +1,7 @@
 """The last stage of models/retrain.sh: finished runs become the models that come with miaobi, with cards and GGUF.
 
-    python -m models.release WORK                 # WORK: where retrain.sh worked; writes models/base, chat, sentiment
-    python -m models.release WORK --out=DIR       # elsewhere, to look at it first
+    python -m models.steps.release WORK            # WORK: where retrain.sh worked; writes models/base, chat, sentiment
+    python -m models.steps.release WORK --out=DIR  # elsewhere, to look at it first
 
 Weights become whole numbers of 8 bits (miaobi's own format); GGUF files lie beside them as long as all together stays
 within LARGEST. Every text that a model learned from must have a licence in models/sources.csv.
@@ -19,7 +19,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
-from models import preference
+from models.steps import preference
 
 import miaobi
 from benchmarks import verbatim
@@ -38,7 +38,7 @@ from miaobi.model.checkpoint import model_directory
 from miaobi.released import NAMES
 from miaobi.train.summary import read_summary
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 LARGEST = 20_000_000
 """Bytes of all released files."""
 LICENSE = "cc-by-sa-4.0"
@@ -91,11 +91,11 @@ def shares(data: PreparedData) -> list[tuple[dict[str, Any], float]]:
 
 def main() -> None:
     """Write the family. Raises UserError for texts without a licence, and for more than LARGEST bytes."""
-    args = parse(Args, "python -m models.release", __doc__)
+    args = parse(Args, "python -m models.steps.release", __doc__)
     try:
         release(args)
     except UserError as e:
-        raise SystemExit(f"models.release: {e}") from e
+        raise SystemExit(f"models.steps.release: {e}") from e
 
 
 def release(args: Args) -> int:
@@ -233,8 +233,8 @@ def quality(args: Args) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return (
         f"{found['pairs']:,} 对模型自己的好坏回复，用 DPO 调过。before 是调之前，as it says 是带着挑出来的采样。"
-        f"Tuned by DPO on {found['pairs']:,} pairs of its own good and bad replies (`python -m models.preference`); "
-        "replies to openings set aside, and talks of five turns.\n\n"
+        f"Tuned by DPO on {found['pairs']:,} pairs of its own good and bad replies "
+        "(`python -m models.steps.preference`); replies to openings set aside, and talks of five turns.\n\n"
         + "\n".join("| " + " | ".join(cell(str(value)) for value in line) + " |" for line in lines)
     )
 

@@ -1,0 +1,1 @@
+"""The models that come with miaobi, and in a checkout how they are made: retrain.sh."""
