@@ -31,8 +31,8 @@ SMALLER = {  # appended to the documents' lines, so that they take a second
     "chat": "--max_new_tokens=8 --device=cpu",
     "serve": "--device=cpu --port=0",
     "classify": "--device=cpu",
-    "classify train": "--max_epoch=1 --seeds=1",
-    "classify ablate": "--max_epoch=1 --seeds=1",
+    "classify train": "--max_epoch=1 --seeds=1 --block_size=32",
+    "classify ablate": "--max_epoch=1 --seeds=1 --block_size=32",
 }
 SMALLER_DEMO = """
 from miaobi import cli, demo

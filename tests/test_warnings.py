@@ -4,6 +4,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,8 @@ def test_importing_is_silent():
     names = [module.name for module in pkgutil.walk_packages(miaobi.__path__, "miaobi.")]
     assert {"miaobi.train.loop", "miaobi.classify.predict", "miaobi.demo"} <= set(names)
     code = f"{LOUD}\nimport importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
-    wanted = [name for name in names if not name.endswith("__main__")]
+    without = {"miaobi.train.symmetric_kernel"} if find_spec("triton") is None else set()  # for GPUs alone
+    wanted = [name for name in names if not name.endswith("__main__") and name not in without]
     done = subprocess.run([sys.executable, "-c", code, *wanted], capture_output=True, text=True, timeout=500)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
