@@ -176,6 +176,7 @@ def _document_options(files: list[Source], cfg: PrepareConfig) -> DocumentOption
             "--split=tail takes the text as one stream and knows no documents; for --without use --split=hash"
         )
     if cfg.without:
+        overlap.evaluation_of.cache_clear()  # what an earlier text of this process was compared with may have changed
         overlap.evaluation_of(cfg.without)  # read before anything else, so that a wrong name is reported at once
     return DocumentOptions(
         cfg.field, cfg.skip_bad, cfg.split == "tail" and not way, cfg.normalize, cfg.simplify,
