@@ -226,6 +226,30 @@ def test_a_suffix_that_says_nothing_is_said(tmp_path, capsys):
     assert "markup" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "joint"), [("a.csv", ""), ("a.csv", "\ufeff"), ("a.tsv", "\ufeff"), ("a.csv.gz", "\0")]
+)
+def test_where_tables_were_joined_the_header_is_no_row(tmp_path, capsys, name, joint):
+    """It would be a text `text` of the class `label`."""
+    mark = "\t" if ".tsv" in name else ","
+    table = f"label{mark}text\n1{mark}春江\n0{mark}text\n"
+    data = f"{table}{joint}{table.replace('春', '秋')}{joint}{table}".encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert documents(tmp_path / name) == ["春江", "text", "秋江", "text", "春江", "text"]
+    rows = list(read_rows(str(tmp_path / name), None, None))
+    assert {(row.label, row.text) for row in rows} == {("1", "春江"), ("1", "秋江"), ("0", "text")}
+    assert capsys.readouterr().err.count("left out: 2 rows that said the header again") == 1
+    prepare([str(tmp_path / name)], PrepareConfig(out=tmp_path / "out", dedup="none"))
+    (source,) = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["sources"]
+    assert sum("taken out: 2 of the characters" in guess for guess in source["guessed"]) == bool(joint)
+
+
+def test_what_is_taken_out_of_an_array_is_said(tmp_path, capsys):
+    (tmp_path / "a.json").write_bytes(b'[{"text": "a"},\n{"text": "b"}]\n' + bytes(100))
+    assert documents(tmp_path / "a.json") == ["a", "b"]
+    assert capsys.readouterr().err.count("taken out: 100 of the characters") == 1
+
+
 # --- labels -------------------------------------------------------------------------------------------------------
 
 

@@ -45,6 +45,7 @@ def _line_ends(encoding: str) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
 _LINE_ENDS = {name: _line_ends(name) for name in ("utf-8", *encodings.UNITS)}  # -> (line end, blank line)
 Bytes = bytes | bytearray | mmap.mmap
 
+REMOVED = "taken out: {:,} of the characters U+0000 and U+FEFF (padding, and byte order marks where files were joined)"
 _JSON = re.compile(rb'\s*\[?\s*\{\s*"[^"\r\n]*"\s*:')
 """How records begin, in lines or as an array."""
 _MARKS = b"\xef\xbb\xbf\xff\xfe"
@@ -240,11 +241,6 @@ def decoded(block: Block, skip_bad: bool = False) -> Decoded:
         text = text.replace("}\ufeff{", "}\n{")  # the first file's last line had no end
     clean = without_noise(text, encoding)
     return Decoded(clean, encoding, replaced, len(text) - len(clean))
-
-
-def decode_block(block: Block, skip_bad: bool = False) -> tuple[str, str, int]:
-    """Text, encoding and bad places of `decoded`."""
-    return decoded(block, skip_bad)[:3]
 
 
 def without_noise(text: str, encoding: str = "utf-8") -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from miaobi.console import warn
 from miaobi.corpus import blocks, clean, dialogue, ignored, overlap
-from miaobi.corpus.blocks import Block, decoded, text_blocks, without_noise
+from miaobi.corpus.blocks import REMOVED, Block, decoded, text_blocks, without_noise
 from miaobi.corpus.ignored import Ignored
 from miaobi.corpus.messages import ALL_EXTRAS
 from miaobi.corpus.records import (
@@ -270,6 +270,3 @@ def read_documents(
         warn(f"bad files, records or bytes left out or replaced: {skipped:,}")
     if removed:
         warn(REMOVED.format(removed))
-
-
-REMOVED = "taken out: {:,} of the characters U+0000 and U+FEFF (padding, and byte order marks where files were joined)"

@@ -20,8 +20,9 @@ import numpy as np
 
 from miaobi import console
 from miaobi.corpus import dialogue, encode, folders, ignored, overlap, selection, store, tables
+from miaobi.corpus.blocks import REMOVED
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.documents import REMOVED, DocumentOptions
+from miaobi.corpus.documents import DocumentOptions
 from miaobi.corpus.folders import LeftOut
 from miaobi.corpus.ignored import Ignored
 from miaobi.corpus.selection import VAL
