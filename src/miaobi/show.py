@@ -238,7 +238,8 @@ def classifier(result: dict[str, Any], cfg: Any) -> None:
         print(f"minus the SVM on the same splits: {difference:+.2f} points (95% interval {low:+.2f} to {high:+.2f})")
     best = max(result["rows"], key=lambda row: row["dev_accuracy"])
     name = "{pooling}-{trainable}-{seed}".format(**best)
-    print(f"surest errors of {name}, of {len(best['worst_errors'])} in its result.json:")
+    if best["worst_errors"]:
+        print(f"surest errors of {name}, of {len(best['worst_errors'])} in its result.json:")
     for error in best["worst_errors"][:3]:
         text = " ".join(error["text"].split())
         print(f"  {error['label']} taken for {error['predicted']} ({error['probability']:.0%}): {text[:60]}")

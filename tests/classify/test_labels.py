@@ -25,6 +25,8 @@ from miaobi.errors import UserError
         (["007", "7", "１"], {"007": "7", "7": "7", "１": "１"}),
         (["1", "1.0", "好"], {"1": "1", "1.0": "1.0", "好": "好"}),  # words: as they are written
         (["1", "nan", "NaN", "0"], {"1": "1", "0": "0"}),
+        (["TRUE", "False", "true"], {"TRUE": "TRUE", "true": "TRUE", "False": "False"}),  # Excel's, pandas', JSON's
+        (["True", "true", "好"], {"True": "True", "true": "true", "好": "好"}),
         (["nan", "nv"], {"nan": "nan", "nv": "nv"}),
         (["nan", "", "nan"], {}),
         (["1_0", "10"], {"1_0": "1_0", "10": "10"}),
@@ -37,6 +39,7 @@ def test_labels_of_one_value_are_one_class(labels, expected):
 
 def test_the_names_of_known_classes_stay():
     assert label_names(["1", "2"], known=["1.0", "0.0"]) == {"1.0": "1.0", "0.0": "0.0", "1": "1.0", "2": "2"}
+    assert label_names(["TRUE", "false"], known=["True", "False"])["TRUE"] == "True"
     assert label_names(["nan"], known=["0", "1"]) == {"0": "0", "1": "1"}
     assert label_names(["nan"], known=["nan", "nv"])["nan"] == "nan"
 

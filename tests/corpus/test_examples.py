@@ -288,7 +288,13 @@ def test_prepared_dialogues_keep_thoughts_weights_and_tools(tmp_path, hub, think
         ({"messages": THOUGHT}, "turn 2 has `reasoning_content`"),
         ({"messages": ASK, "tools": TOOLS}, "turn 1 has `tools`"),
         ({"messages": USED}, "turn 2 has `tool_calls`"),
-        ({"conversations": ASK, "functions": [{"name": "天气"}]}, "turn 1 has `tools`"),
+        ({"conversations": ASK, "functions": [{"name": "天气"}]}, "turn 1 has `functions`"),
+        ({"messages": [ASK[0], {**ASK[1], "thinking": "先问好"}]}, "turn 2 has `thinking`"),
+        (
+            {"messages": [ASK[0], {"role": "assistant", "function_call": {"name": "天气", "arguments": "{}"}}]},
+            "turn 2 has `function_call`",
+        ),
+        ({"instruction": "问", "output": "答", "reasoning": "想"}, "turn 2 has `reasoning`"),
     ],
 )
 def test_what_the_template_would_drop_is_refused_by_key_file_and_line(tmp_path, record, key):
@@ -298,7 +304,8 @@ def test_what_the_template_would_drop_is_refused_by_key_file_and_line(tmp_path, 
 
 
 def test_weights_are_refused_where_everything_is_learned(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"messages": [ASK[0], ASK[1] | {"weight": 0}]}] * 2)
-    for settings in ({"template": "sep"}, {"loss": "all"}):
-        with pytest.raises(UserError, match=r"a\.jsonl, line 1: turn 2 has `weight`, which asks not to learn it"):
+    for key, value, settings in (("weight", 0, {"template": "sep"}), ("train", False, {"loss": "all"}),
+                                 ("masked", True, {"loss": "all"})):  # fmt: skip
+        path = write(tmp_path / "a.jsonl", [{"messages": [ASK[0], ASK[1] | {key: value}]}] * 2)
+        with pytest.raises(UserError, match=rf"a\.jsonl, line 1: turn 2 has `{key}`, which asks not to learn it"):
             prepare([str(path)], PrepareConfig(out=tmp_path / "out", format="dialogue", **settings))

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gzip
 import io
 import json
 import resource
@@ -179,10 +180,74 @@ def test_a_format_that_contradicts_a_file_is_refused_by_name(tmp_path, name, for
             read()
 
 
-def test_json_lines_are_no_utterances_whatever_the_file_is_called(tmp_path):
-    (tmp_path / "sft.data").write_text(json.dumps({"messages": MESSAGES}) + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"sft\.data holds JSON lines, but its name says text"):
-        documents(tmp_path / "sft.data", "dialogue")
+RECORDS = "".join(json.dumps({"text": f"春江{i}", "id": i}, ensure_ascii=False) + "\n" for i in range(90_000))
+
+
+@pytest.mark.parametrize("how", ["sft.data", "a.txt", "a.ldjson", "a.jsonl.bak", "no suffix", "a.txt.gz", "utf-16",
+                                 "byte order mark", "an array", "several blocks"])  # fmt: skip
+@pytest.mark.parametrize("format", ["auto", "dialogue"])
+def test_json_is_no_text_whatever_the_file_is_called(tmp_path, how, format):
+    """Braces, keys and numbers would be learned as words; --skip_bad must not take all blocks but the first."""
+    content = RECORDS if how == "several blocks" else RECORDS[:2000].rsplit("\n", 1)[0]
+    if how == "an array":
+        content = json.dumps([json.loads(line) for line in content.split("\n")], ensure_ascii=False, indent=2)
+    encoding = {"utf-16": "utf-16", "byte order mark": "utf-8-sig"}.get(how, "utf-8")
+    file = tmp_path / ("records" if how == "no suffix" else how if how.startswith(("a.", "sft")) else "b.txt")
+    data = content.encode(encoding)
+    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
+    with pytest.raises(UserError, match=rf"{file.name} holds JSON, but its name says text: call it \.jsonl"):
+        documents(file, format)
+    (tmp_path / "good.txt").write_text("明月\n\n潮水\n\n何处\n", encoding="utf-8")
+    left = PrepareConfig(out=tmp_path / "out", format=format, skip_bad=True, dedup="none", val_fraction=0.4)
+    result = prepare([str(file), str(tmp_path / "good.txt")], left)
+    assert (result["documents"], result["refused"]) == (3, [str(file)])
+
+
+def test_json_that_is_to_be_learned_as_it_stands_is(tmp_path):
+    (tmp_path / "a.txt").write_text(RECORDS[:2000], encoding="utf-8")
+    assert documents(tmp_path / "a.txt", "lines")[0] == '{"text": "春江0", "id": 0}'
+    assert documents(tmp_path / "a.txt", "text")[0].startswith('{"text": "春江0", "id": 0}\n{')
+
+
+@pytest.mark.parametrize("text", ['{"', '{甲} "乙": 丙', '"{": 1', "[1] {2}", '{"他说：" 你好}', '{\\rtl "a": 1}'])
+def test_a_text_with_braces_is_a_text(tmp_path, text):
+    (tmp_path / "a.txt").write_text(f"{text}\n\n明月", encoding="utf-8")
+    assert documents(tmp_path / "a.txt", "auto") == [text, "明月"]
+
+
+def test_a_suffix_that_says_nothing_is_said(tmp_path, capsys):
+    for name in ("a.yml", "b.html", "c.txt"):
+        (tmp_path / name).write_text("甲\n\n乙\n\n丙\n", encoding="utf-8")
+    prepare([str(tmp_path / "*.*")], PrepareConfig(out=tmp_path / "out", dedup="none", val_fraction=0.4))
+    assert "taken as plain text, markup and all, as nothing else is known of such names: .html, .yml\n" in (
+        capsys.readouterr().err
+    )
+    prepare([str(tmp_path / "*.*")], PrepareConfig(out=tmp_path / "out", format="text", val_fraction=0.4))
+    assert "markup" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "joint"), [("a.csv", ""), ("a.csv", "\ufeff"), ("a.tsv", "\ufeff"), ("a.csv.gz", "\0")]
+)
+def test_where_tables_were_joined_the_header_is_no_row(tmp_path, capsys, name, joint):
+    """It would be a text `text` of the class `label`."""
+    mark = "\t" if ".tsv" in name else ","
+    table = f"label{mark}text\n1{mark}春江\n0{mark}text\n"
+    data = f"{table}{joint}{table.replace('春', '秋')}{joint}{table}".encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert documents(tmp_path / name) == ["春江", "text", "秋江", "text", "春江", "text"]
+    rows = list(read_rows(str(tmp_path / name), None, None))
+    assert {(row.label, row.text) for row in rows} == {("1", "春江"), ("1", "秋江"), ("0", "text")}
+    assert capsys.readouterr().err.count("left out: 2 rows that said the header again") == 1
+    prepare([str(tmp_path / name)], PrepareConfig(out=tmp_path / "out", dedup="none"))
+    (source,) = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["sources"]
+    assert sum("taken out: 2 of the characters" in guess for guess in source["guessed"]) == bool(joint)
+
+
+def test_what_is_taken_out_of_an_array_is_said(tmp_path, capsys):
+    (tmp_path / "a.json").write_bytes(b'[{"text": "a"},\n{"text": "b"}]\n' + bytes(100))
+    assert documents(tmp_path / "a.json") == ["a", "b"]
+    assert capsys.readouterr().err.count("taken out: 100 of the characters") == 1
 
 
 # --- labels -------------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ import gzip
 import json
 import os
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import miaobi
+from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.settings import load_config
 from miaobi.train.loop import Run
@@ -32,10 +34,10 @@ def start(train, tmp_path):
 def killed_before_a_checkpoint(monkeypatch, start):
     """The same, killed when its data is prepared and nothing is trained."""
 
-    def run(data: Path) -> None:
+    def run(data: Path, **values: object) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(Run, "go", lambda *_: {})
-            start(data)
+            start(data, **values)
 
     return run
 
@@ -184,6 +186,42 @@ def test_a_validation_file_of_its_own(start, tmp_path):
     write(val, OTHER.replace("前锋", "门将"))
     with pytest.raises(UserError, match=r"learned from another text: .*val\.txt has changed"):
         start(data, val=str(val), max_iters=2)
+
+
+def test_texts_that_must_not_be_learned_are_known_by_content(start, killed_before_a_checkpoint, tmp_path, capsys):
+    """An evaluation set that is edited under the same name."""
+    data, evaluation = tmp_path / "a.txt", tmp_path / "evaluation.txt"
+    poem = "春江潮水连海平，海上明月共潮生。滟滟随波千万里，何处春江无月明。"
+    data.write_text((ONE + OTHER) * 200 + poem, encoding="utf-8")
+    evaluation.write_text("别的测试题。\n", encoding="utf-8")
+    killed_before_a_checkpoint(data, without=str(evaluation))
+    assert "潮" in vocabulary(tmp_path)
+    evaluation.write_text(f"{poem}\n", encoding="utf-8")
+    capsys.readouterr()
+    start(data, without=str(evaluation))
+    assert "evaluation.txt has changed" in capsys.readouterr().err
+    assert "潮" not in vocabulary(tmp_path)
+    evaluation.write_text("又是别的。\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"learned from another text: .*evaluation\.txt has changed"):
+        start(data, without=str(evaluation), max_iters=2)
+    evaluation.unlink()
+    assert start(data, without=str(evaluation), max_iters=2)["step"] == 2
+
+
+@pytest.mark.parametrize("named", ["directory", "file"])
+def test_a_tokenizer_that_is_reused_is_known_by_content(start, killed_before_a_checkpoint, tmp_path, capsys, named):
+    data, directory = write(tmp_path / "a.txt", ONE), tmp_path / "tokenizer"
+    tokenizer = str(directory if named == "directory" else directory / "tokenizer.json")
+    Tokenizer.train_char(Counter(ONE)).save(directory)
+    killed_before_a_checkpoint(data, tokenizer=tokenizer)
+    assert "锋" not in vocabulary(tmp_path)
+    Tokenizer.train_char(Counter(ONE + OTHER)).save(directory)
+    capsys.readouterr()
+    start(data, tokenizer=tokenizer)
+    assert "tokenizer.json has changed" in capsys.readouterr().err
+    assert "锋" in vocabulary(tmp_path)
+    Tokenizer.train_char(Counter(ONE)).save(directory)  # from now on the run has its own
+    assert start(data, tokenizer=tokenizer, max_iters=2)["step"] == 2
 
 
 def test_nanogpts_own_data_is_trained_on_as_it_is(start, tmp_path):

@@ -17,7 +17,8 @@ def label_text(value: str | float | Decimal | None) -> str:
 
 
 def label_names(labels: Iterable[str], known: Sequence[str] = ()) -> dict[str, str]:
-    """Every label that was read -> the name of its class: numbers by value where all are, 1 and 1.0; else as written.
+    """Every label that was read -> the name of its class: numbers by value where all are, 1 and 1.0; true and false,
+    which every program writes in its own case, where all are; else as written.
 
     known: classes that there are already, whose names stay.
 
@@ -25,6 +26,11 @@ def label_names(labels: Iterable[str], known: Sequence[str] = ()) -> dict[str, s
     """
     spelled = {label for label in (*known, *labels) if label}
     words = {label for label in spelled if label.lower() != "nan"}
+    if words and {word.lower() for word in words} <= {"true", "false"}:
+        by_word: dict[str, str] = {}
+        for label in (*known, *sorted(words)):
+            by_word.setdefault(label.lower(), label)
+        return {label: by_word[label.lower()] for label in words}
     if not words or not all(map(NUMBER.fullmatch, words)):
         return {label: label for label in spelled} if words else {}
     by_value: dict[Decimal, str] = {}

@@ -18,7 +18,7 @@ from miaobi import console
 from miaobi.corpus import encodings
 from miaobi.corpus.folders import pointer_reason
 from miaobi.corpus.ignored import Ignored
-from miaobi.corpus.sources import NotTextError, Source
+from miaobi.corpus.sources import TEXTS, NotTextError, Source
 from miaobi.errors import UserError
 
 BLOCK_BYTES = 2 << 20
@@ -44,6 +44,11 @@ def _line_ends(encoding: str) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
 
 _LINE_ENDS = {name: _line_ends(name) for name in ("utf-8", *encodings.UNITS)}  # -> (line end, blank line)
 Bytes = bytes | bytearray | mmap.mmap
+
+REMOVED = "taken out: {:,} of the characters U+0000 and U+FEFF (padding, and byte order marks where files were joined)"
+_JSON = re.compile(rb'\s*\[?\s*\{\s*"[^"\r\n]*"\s*:')
+"""How records begin, in lines or as an array."""
+_MARKS = b"\xef\xbb\xbf\xff\xfe"
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,10 @@ def _find_encoding(source: Source, data: Bytes) -> tuple[str, int, bool]:
     """Encoding, length of the byte order mark, and whether there was more than plain ASCII to tell it by."""
     if bytes(data[:5]) in (b"{\\rtf", b"%PDF-") and not source.is_exact:  # which may be ASCII from end to end
         raise NotTextError(f"{source.name} is a document with its layout, not text; {_OFFICE_REMEDY}")
+    is_guess = source.is_guess and source.format in TEXTS
+    if is_guess and _JSON.match(bytes(data[:1024]).lstrip(_MARKS).replace(b"\0", b"")):  # UTF-16's, too
+        remedy = ", or --format=text to learn it as it stands" if source.format == "text" else ""
+        raise NotTextError(f"{source.name} holds JSON, but its name says text: call it .jsonl{remedy}")
     for offset in range(0, len(data), encodings.SAMPLE):
         sample = bytes(data[offset : offset + encodings.SAMPLE])
         if not sample.isascii() or b"\0" in sample:
@@ -232,11 +241,6 @@ def decoded(block: Block, skip_bad: bool = False) -> Decoded:
         text = text.replace("}\ufeff{", "}\n{")  # the first file's last line had no end
     clean = without_noise(text, encoding)
     return Decoded(clean, encoding, replaced, len(text) - len(clean))
-
-
-def decode_block(block: Block, skip_bad: bool = False) -> tuple[str, str, int]:
-    """Text, encoding and bad places of `decoded`."""
-    return decoded(block, skip_bad)[:3]
 
 
 def without_noise(text: str, encoding: str = "utf-8") -> str:

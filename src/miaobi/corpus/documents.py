@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from miaobi.console import warn
 from miaobi.corpus import blocks, clean, dialogue, ignored, overlap
-from miaobi.corpus.blocks import Block, decoded, text_blocks, without_noise
+from miaobi.corpus.blocks import REMOVED, Block, decoded, text_blocks, without_noise
 from miaobi.corpus.ignored import Ignored
 from miaobi.corpus.messages import ALL_EXTRAS
 from miaobi.corpus.records import (
@@ -20,7 +20,6 @@ from miaobi.corpus.records import (
     first_line,
     is_in_order,
     line_texts,
-    parsed_line,
     record_blocks,
     refuse_other_records,
     taker,
@@ -178,8 +177,6 @@ def _read_text(block: Block, skip_bad: bool, whole: bool) -> Content:
     source = block.source
     text, encoding, skipped, removed = decoded(block, skip_bad)
     text = _universal_newlines(text)
-    if source.format == "dialogue" and block.start == 0 and text.lstrip()[:1] == "{":
-        _refuse_json(source, text)
     documents = [text] if whole else _documents(text, source.format)
     if source.format == "dialogue" and (match := NONCHARACTER.search(text)):
         if not skip_bad:
@@ -191,13 +188,6 @@ def _read_text(block: Block, skip_bad: bool, whole: bool) -> Content:
         good = [document for document in documents if not NONCHARACTER.search(document)]
         documents, skipped = good, skipped + len(documents) - len(good)
     return Content(text, documents, encoding, skipped, removed)
-
-
-def _refuse_json(source: Source, text: str) -> None:
-    """Raises UserError for JSON lines in a file whose name says text: they are no utterances."""
-    first = text.lstrip().split("\n", 1)[0]
-    if not parsed_line(first)[1]:
-        raise UserError(f"{source.name} holds JSON lines, but its name says text: call it .jsonl")
 
 
 def _documents(text: str, format: str) -> list[str]:
@@ -280,6 +270,3 @@ def read_documents(
         warn(f"bad files, records or bytes left out or replaced: {skipped:,}")
     if removed:
         warn(REMOVED.format(removed))
-
-
-REMOVED = "taken out: {:,} of the characters U+0000 and U+FEFF (padding, and byte order marks where files were joined)"

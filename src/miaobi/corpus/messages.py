@@ -79,7 +79,7 @@ def _messages(record: dict, extras: frozenset[str]) -> Messages:
     messages = _with_system(record.get("system"), messages)
     if tools := _tools(record):
         messages[0]["tools"] = tools
-    _check(messages, extras)
+    _check(messages, extras, record)
     return messages
 
 
@@ -116,13 +116,13 @@ def _unread(item: dict, known: set[str]) -> list[str]:
     return [key for key, value in item.items() if key not in known and value not in (None, "", [], {})]
 
 
-def _check(messages: Messages, extras: frozenset[str]) -> None:
+def _check(messages: Messages, extras: frozenset[str], record: dict) -> None:
     """Raises _RefusedError for what the template cannot render, and for text that cannot be kept."""
     for number, message in enumerate(messages, start=1):
         has = {key for key in ("tools", "tool_calls", "reasoning_content", "weight") if key in message}
         has |= {"tool"} & {message["role"]}
         if lost := sorted(has - extras):
-            what = f"the role {lost[0]!r}" if lost[0] == "tool" else f"`{lost[0]}`"
+            what = f"the role {lost[0]!r}" if lost[0] == "tool" else f"`{_as_written(record, lost[0])}`"
             raise _RefusedError(f"turn {number} has {what}, which {_REMEDY.get(lost[0], _REMEDY[''])}")
         text = "".join(_strings(message))
         if match := NONCHARACTER.search(text):  # it would be taken for one of our own marks
@@ -137,6 +137,15 @@ _REMEDY = {
     "": "the chat template does not render: take --tokenizer=MODEL whose template does, or remove it",
     "weight": "asks not to learn it, but all turns are learned here: add --template=chatml --loss=assistant",
 }
+
+
+def _as_written(record: dict, key: str) -> str:
+    """Under which name a record has what a message has as `key`: somebody will look for it there."""
+    others = {"reasoning_content": _THOUGHTS, "tool_calls": ("tool_calls", "function_call"),
+              "tools": ("tools", "functions"), "weight": (*_TURN_LEARNED, _TURN_MASKED)}  # fmt: skip
+    turns = (turn for shape in ("messages", "conversations") for turn in record.get(shape) or ())
+    written = {name for item in (record, *turns) for name, value in item.items() if value not in (None, "", [])}
+    return next((name for name in others.get(key, ()) if name in written), key)
 
 
 def _strings(value: Any) -> list[str]:

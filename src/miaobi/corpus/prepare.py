@@ -20,18 +20,19 @@ import numpy as np
 
 from miaobi import console
 from miaobi.corpus import dialogue, encode, folders, ignored, overlap, selection, store, tables
+from miaobi.corpus.blocks import REMOVED
 from miaobi.corpus.config import PrepareConfig
-from miaobi.corpus.documents import REMOVED, DocumentOptions
+from miaobi.corpus.documents import DocumentOptions
 from miaobi.corpus.folders import LeftOut
 from miaobi.corpus.ignored import Ignored
 from miaobi.corpus.selection import VAL
-from miaobi.corpus.sources import Source, list_sources, refuse_contradictions
+from miaobi.corpus.sources import TEXTS, Source, list_sources, refuse_contradictions
 from miaobi.corpus.store import Encoded
 from miaobi.corpus.survey import Corpus, take_survey
 from miaobi.corpus.template import CHATML_TEMPLATE, ROLES, SEP_TEMPLATE, ChatTemplate, source_of, with_thinking
 from miaobi.corpus.tokenizer import DEFAULT_BPE_VOCAB_SIZE, IM_END, IM_START, PAD, SEP, Tokenizer
 from miaobi.corpus.workers import Workers, workers_for
-from miaobi.errors import UserError, number_of
+from miaobi.errors import UserError, names_listed, number_of
 
 
 def prepare_sources(cfg: PrepareConfig) -> dict[str, Any]:
@@ -63,6 +64,9 @@ def prepare(sources: list[str], cfg: PrepareConfig) -> dict[str, Any]:
     groups, left = list_sources([*sources, *([cfg.val] if cfg.val else [])], cfg.format)
     files = [file for group in groups for file in group]
     refuse_contradictions(files, cfg.format)
+    guesses = {Path(file.inner_name).suffix.lower() for file in files if file.is_guess and file.format in TEXTS}
+    if odd := sorted(guesses - folders.TEXT_SUFFIXES - {""}):
+        console.log(f"taken as plain text, markup and all, as nothing else is known of such names: {names_listed(odd)}")
     if cfg.weights and len(cfg.weights) != len(sources):
         raise UserError(
             f"{number_of(len(cfg.weights), 'weight')} for {number_of(len(sources), 'source')}; give one number "
@@ -176,6 +180,7 @@ def _document_options(files: list[Source], cfg: PrepareConfig) -> DocumentOption
             "--split=tail takes the text as one stream and knows no documents; for --without use --split=hash"
         )
     if cfg.without:
+        overlap.evaluation_of.cache_clear()  # what an earlier text of this process was compared with may have changed
         overlap.evaluation_of(cfg.without)  # read before anything else, so that a wrong name is reported at once
     return DocumentOptions(
         cfg.field, cfg.skip_bad, cfg.split == "tail" and not way, cfg.normalize, cfg.simplify,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from miaobi.corpus import blocks, encodings, ignored
-from miaobi.corpus.blocks import Block, decode_block, text_blocks
+from miaobi.corpus.blocks import REMOVED, Block, decoded, text_blocks
 from miaobi.corpus.dialogue import packed
 from miaobi.corpus.ignored import Ignored
 from miaobi.corpus.messages import ALL_EXTRAS, ignored_keys, messages_of
@@ -23,6 +23,7 @@ from miaobi.corpus.tables import (
     parquet_records,
     refuse_repeated,
     repeated,
+    say_once,
     wrong_width,
 )  # fmt: skip
 from miaobi.errors import UserError, brief, names_listed
@@ -265,6 +266,8 @@ def _array_records(source: Source, skip_bad: bool) -> Iterator[Record]:
         array.take("]")
     if array.peek():
         raise array.error("there is more behind the end of the array")
+    if array.removed:
+        say_once(source.name, REMOVED.format(array.removed))
 
 
 class _Array:
@@ -272,8 +275,8 @@ class _Array:
 
     def __init__(self, source: Source, skip_bad: bool) -> None:
         self.source, self.text, self.at, self.line = source, "", 0, 1
-        self.lost, self.encoding = 0, "utf-8"
-        self._blocks = (decode_block(block, skip_bad) for block in text_blocks(source, 0, whole=True))
+        self.lost, self.removed, self.encoding = 0, 0, "utf-8"
+        self._blocks = (decoded(block, skip_bad) for block in text_blocks(source, 0, whole=True))
         self._decoder = json.JSONDecoder(object_pairs_hook=_object)
 
     def peek(self) -> str:
@@ -318,10 +321,10 @@ class _Array:
         """At least as much again as is left, so that a long value is not tried too often."""
         rest, needed = [self.text[self.at :]], max(1, len(self.text) - self.at)
         while needed > 0 and (block := next(self._blocks, None)) is not None:
-            text, self.encoding, lost = block
+            text, self.encoding, lost, removed = block
             rest.append(text)
             needed -= len(text)
-            self.lost += lost
+            self.lost, self.removed = self.lost + lost, self.removed + removed
         if len(rest) == 1:
             return False
         self.text, self.at = "".join(rest), 0

@@ -18,6 +18,9 @@ from miaobi.corpus.folders import COMPRESSION, FORMAT_BY_NAME, LeftOut
 from miaobi.corpus.unpack import DAMAGED
 from miaobi.errors import UserError
 
+TEXTS = ("text", "dialogue")
+"""What a file is taken for, with and without --format=dialogue, where its name says nothing."""
+
 
 class NotTextError(UserError):
     """A file out of which nothing can be read: it is binary, damaged, closed, or points to a file elsewhere.
@@ -51,6 +54,8 @@ class Source:
     """Found in a directory or an archive, not named by the user: what turns out to be no text at all is left out."""
     is_named: bool = field(default=True, compare=False)
     """It, or the archive that it is in, was named by the user: what is damaged there is an error."""
+    is_guess: bool = field(default=False, compare=False)
+    """Nobody said the format: it is text where its name says nothing else."""
     is_exact: bool = field(default=False, compare=False)
     """Every character is kept: nothing is taken for padding or for a byte order mark inside."""
 
@@ -264,21 +269,22 @@ def _in_file(file: Path, format: str, left: list[LeftOut], is_listed: bool = Fal
         raise UserError(f"{printable(file)} is an archive; unpack it (tar -xf, 7z x) and give what is in it")
     return [
         Source(file, _format_of(inner, format), compression, size=file.stat().st_size, is_listed=is_listed,
-               is_named=not is_listed)
+               is_named=not is_listed, is_guess=format in ("auto", "dialogue"))
     ]  # fmt: skip
 
 
 def _in_zip(file: Path, format: str, left: list[LeftOut], is_named: bool = True) -> list[Source]:
     try:
         archive = _archive(file)
-        named = sorted((_member_name(m), entry, m.file_size) for entry, m in enumerate(archive.infolist()))
+        named = sorted((unpack.member_name(m), entry, m.file_size) for entry, m in enumerate(archive.infolist()))
     except DAMAGED as error:
         raise UserError(f"{printable(file)} is not a readable zip archive: {error}") from error
     if sum(size for _, _, size in named) > unpack.most(file.stat().st_size):
         raise UserError(unpack.grows(printable(file)))
     sources, before = [], len(left)
     for name, entry, size in named:
-        source = Source(file, _format_of(name, format), "zip", name, entry, size, is_listed=True, is_named=is_named)
+        source = Source(file, _format_of(name, format), "zip", name, entry, size, is_listed=True, is_named=is_named,
+                        is_guess=format in ("auto", "dialogue"))  # fmt: skip
         parts = [part for part in name.split("/") if part not in ("", ".", "..")]
         if not parts or name.endswith("/"):
             continue
@@ -303,14 +309,6 @@ def _member_head(source: Source) -> bytes:
         return b"text"
     with source.open() as stream:
         return source.read(stream, folders.HEAD)
-
-
-def _member_name(member: zipfile.ZipInfo) -> str:
-    """Its name. Archives made on Chinese Windows have names in GBK, which zipfile takes for IBM's code page 437."""
-    for encoding in () if member.flag_bits & 0x800 else ("utf-8", "gb18030"):  # the flag says UTF-8
-        with contextlib.suppress(UnicodeError):
-            return member.filename.encode("cp437").decode(encoding)
-    return member.filename
 
 
 def _format_of(name: str, format: str) -> str:

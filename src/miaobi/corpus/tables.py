@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 
 from miaobi import console
 from miaobi.corpus import blocks
-from miaobi.corpus.blocks import decode_block, text_blocks
+from miaobi.corpus.blocks import REMOVED, decoded, text_blocks
 from miaobi.corpus.sources import DAMAGED, DamagedError, NotTextError, Source
 from miaobi.errors import UserError, number_of
 
@@ -95,14 +95,21 @@ def csv_records(source: Source, skip_bad: bool, delimiter: str = "") -> tuple[li
     names = [name.strip() for name in names]
 
     def records() -> Iterator[Record]:
+        repeated = 0
         for line, cells, _ in parsed:
             location, lost, lines.lost = f"{source.name}, line {line}", lines.lost, 0
             if isinstance(cells, csv.Error):
                 yield Record(location, {}, _broken_row(cells), lost, lines.encoding)
+            elif [cell.strip() for cell in cells[: len(names)]] == names and not any(cells[len(names) :]):
+                repeated += 1  # where tables were joined
             elif any(cells[len(names) :]):  # spreadsheets add empty cells at the end
                 yield Record(location, {}, wrong_width(len(cells), len(names)), lost, lines.encoding)
             elif cells:
                 yield Record(location, dict(zip(names, cells, strict=False)), "", lost, lines.encoding)
+        if repeated:
+            say_once(source.name, f"left out: {number_of(repeated, 'row')} that said the header again")
+        if lines.removed:
+            say_once(source.name, REMOVED.format(lines.removed))
 
     return names, records()
 
@@ -123,7 +130,7 @@ class Lines:
     """Iterator over the decoded lines of a source, with their ends; says what was lost while decoding them."""
 
     def __init__(self, source: Source, skip_bad: bool) -> None:
-        self.encoding, self.lost = "utf-8", 0
+        self.encoding, self.lost, self.removed = "utf-8", 0, 0
         self._lines = self._decoded(source, skip_bad)
 
     def __iter__(self) -> Lines:
@@ -134,13 +141,13 @@ class Lines:
 
     def _decoded(self, source: Source, skip_bad: bool) -> Iterator[str]:
         for block in text_blocks(source, 0, whole=True):
-            text, self.encoding, lost = decode_block(block, skip_bad)
-            self.lost += lost
+            text, self.encoding, lost, removed = decoded(block, skip_bad)
+            self.lost, self.removed = self.lost + lost, self.removed + removed
             yield from io.StringIO(text, newline="")  # line breaks inside a cell stay as they are
 
 
 def lines_of(source: Source, skip_bad: bool) -> Iterator[str]:
-    """Decoded lines with their ends. Raises UserError as `decode_block`."""
+    """Decoded lines with their ends. Raises UserError as `decoded`."""
     return Lines(source, skip_bad)
 
 
@@ -159,7 +166,7 @@ def _dialect(source: Source, head: list[str], delimiter: str) -> Dialect:
             if agreeing > columns:
                 best, columns = Dialect(char, blanks), agreeing
     if not delimiter and not is_tsv and best.delimiter != ",":
-        _say_once(source.name, f"its columns are taken to be separated by {DELIMITERS[best.delimiter]} "
+        say_once(source.name, f"its columns are taken to be separated by {DELIMITERS[best.delimiter]} "
                   "(--delimiter says otherwise)")  # fmt: skip
     return best
 
@@ -179,7 +186,7 @@ def _is_quoted(source: Source, skip_bad: bool, first: int) -> bool:
     """Whether quotes in a table with tabs are those of cells; in many they are nothing but text."""
     for _, cells, _ in _parsed(lines_of(source, skip_bad), Dialect("\t", False), csv.QUOTE_MINIMAL, first):
         if isinstance(cells, csv.Error):
-            _say_once(source.name, "quotes do not pair up, they are read as text")
+            say_once(source.name, "quotes do not pair up, they are read as text")
             return False
     return True
 
@@ -188,7 +195,7 @@ guessed: dict[str, list[str]] = {}
 """What was guessed of a table, by its name, and said; for the manifest."""
 
 
-def _say_once(name: str, guess: str) -> None:
+def say_once(name: str, guess: str) -> None:
     """Though every pass over the text finds it anew."""
     if guess not in guessed.setdefault(name, []):
         guessed[name].append(guess)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
 import lzma
@@ -89,3 +90,11 @@ class Frames(io.RawIOBase):
     def close(self) -> None:
         self.file.close()
         super().close()
+
+
+def member_name(member: zipfile.ZipInfo) -> str:
+    """Its name. Archives made on Chinese Windows have names in GBK, which zipfile takes for IBM's code page 437."""
+    for encoding in () if member.flag_bits & 0x800 else ("utf-8", "gb18030"):  # the flag says UTF-8
+        with contextlib.suppress(UnicodeError):
+            return member.filename.encode("cp437").decode(encoding)
+    return member.filename

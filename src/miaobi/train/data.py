@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from miaobi.model.checkpoint import model_directory
 from miaobi.train.same_run import TEXT
 
 OPENING_TOKENS = 8
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "chat_template.jinja", "vocab.txt", "vocab.json", "merges.txt")  # fmt: skip
 Blocks = PackedDialogues | TextWindows
 
 
@@ -38,6 +41,10 @@ class Text:
     times: dict[str, int]
     """When each was changed, in ns: one of the same size and time is not read again."""
     sha256: dict[str, str]
+    without: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the files of --without."""
+    tokenizer: dict[str, str] = field(default_factory=dict)
+    """The same of a tokenizer that is reused. Once training has begun, the run has its own copy."""
 
 
 def open_data(cfg: RunConfig, out: Path, prepares: bool) -> PreparedData:
@@ -101,7 +108,15 @@ def describe_text(data: DataConfig, before: Text | None, settings: dict[str, Any
             stat.st_mtime_ns,
         )
         text.sha256[name] = before.sha256.get(name, "") if same else sha256(file)
-    return text
+    tokenizer, without = Path(settings.get("tokenizer", "char")), settings.get("without", ())
+    parts = [tokenizer / name for name in TOKENIZER_FILES] if tokenizer.is_dir() else [tokenizer]
+    evaluation = [source.path for source in find_sources(list(without))] if without else []
+    return replace(text, without=hashes_of(evaluation), tokenizer=hashes_of(parts))
+
+
+def hashes_of(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of those that exist, by absolute path."""
+    return {str(file.resolve()): sha256(file) for file in files if file.is_file()}
 
 
 def changed(was: Text, now: Text) -> str | None:
@@ -109,6 +124,9 @@ def changed(was: Text, now: Text) -> str | None:
     for key, value in was.settings.items():
         if now.settings.get(key) != value:
             return f"{key} was {value}, now it is {now.settings.get(key)}"
+    for before, after in ((was.without, now.without), (was.tokenizer, now.tokenizer)):
+        if before and (name := next((name for name in before | after if before.get(name) != after.get(name)), None)):
+            return f"{name} has changed"
     # a file that moved is the same text: only what is in the files, and in which order they are read, counts
     if list(was.sha256.values()) == list(now.sha256.values()):
         return None
@@ -129,7 +147,7 @@ def refuse_changed_text(data: DataConfig, out: Path) -> None:
     except UserError as e:
         warn(f"{e}. The run goes on with the data that it prepared from it, {out / 'data'}")
         return
-    if (change := changed(was, now)) is not None:
+    if (change := changed(was, replace(now, tokenizer=was.tokenizer))) is not None:
         raise UserError(f"the run in {out} has learned from another text: {change}. Restore it, take another "
                         "--out_dir, or --init_from=scratch to start over (the old run is moved aside)")  # fmt: skip
 
