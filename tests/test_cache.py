@@ -242,7 +242,7 @@ def test_what_was_not_used_for_long_is_removed_once_a_day(place: Path, tmp_path:
     (private / "inductor" / "locks").symlink_to(tmp_path)
     cache.remove_unused(private)
     left = {str(path.relative_to(private)) for path in private.rglob("*") if path.is_file() and not path.is_symlink()}
-    assert left == {"new.so", "inductor/cd/read.so", cache.LOOKED}
+    assert left == {"new.so", "inductor/cd/read.so", cache.LOOKED, cache.TAG}
     assert not (private / "inductor" / "ab").exists()
     assert outside.exists()  # a link goes, not what it points at
     (private / "old.so").write_text("x")
@@ -252,3 +252,25 @@ def test_what_was_not_used_for_long_is_removed_once_a_day(place: Path, tmp_path:
     os.utime(private / cache.LOOKED, (old, old))
     cache.remove_unused(private)
     assert not (private / "old.so").exists()
+
+
+@pytest.mark.parametrize("named", ["a home", "empty", "new"])
+def test_a_directory_that_the_user_named_is_cleared_only_where_it_was_ours_from_the_beginning(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """MIAOBI_CACHE_DIR=~ must not cost anybody what is old in his home."""
+    home = tmp_path / "home"
+    monkeypatch.setenv(cache.OURS, str(home))
+    if named != "new":
+        home.mkdir(mode=0o700)
+    letter = home / "triton" / "letter.txt"
+    if named == "a home":
+        letter.parent.mkdir(mode=0o700)
+        letter.write_text("x")
+    assert cache.private_cache() == home
+    letter.parent.mkdir(exist_ok=True)
+    letter.write_text("x")
+    os.utime(letter, (1e9, 1e9))
+    cache.remove_unused(cache.private_cache())
+    assert letter.exists() == (named == "a home")
+    assert (home / cache.TAG).exists() == (named != "a home")

@@ -23,6 +23,10 @@ UNUSED = 60 * 24 * 3600
 """Seconds after which what nobody has read or written is removed."""
 LOOKED = "looked-through"
 """A file of the cache whose time is that of the last look for such, at most once a day."""
+TAG = "CACHEDIR.TAG"
+"""Says that all in a directory is a cache's (bford.info/cachedir); backups leave such out. Where `OURS` names a
+directory, only this makes it ours to clear: it may be a home."""
+_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n# All here is made by miaobi, and made again when removed.\n"
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -87,8 +91,13 @@ def private_cache() -> Path:
     folder = None
     try:
         folder = wished_cache()
-        return private_directory(folder)
-    except (NotPrivateError, RuntimeError, KeyError) as e:  # no home, or a user that the system does not know
+        is_new = not os.path.lexists(folder) or not os.listdir(folder)
+        private_directory(folder)
+        if is_new:
+            with contextlib.suppress(OSError):
+                (folder / TAG).write_text(_SIGNATURE, encoding="utf-8")
+        return folder
+    except (NotPrivateError, OSError, RuntimeError, KeyError) as e:  # no home, or a user that the system does not know
         import tempfile  # with random and more, which is seldom needed
 
         fresh = tempfile.mkdtemp(prefix="miaobi-")
@@ -110,8 +119,11 @@ def wished_cache() -> Path:
 
 def remove_unused(home: Path) -> None:
     """Remove from the cache what was neither read nor written for `UNUSED` seconds; looked for once a day. What
-    another process removes or holds at the same time is none of our business.
+    another process removes or holds at the same time is none of our business; nor is a directory that the user named
+    and that held something before.
     """
+    if os.environ.get(OURS) and not (home / TAG).is_file():
+        return
     now = time.time()
     try:
         looked = home / LOOKED
@@ -120,6 +132,8 @@ def remove_unused(home: Path) -> None:
         looked.touch(mode=0o600)
         for folder, folders, files in os.walk(home, topdown=False):
             for name in files:
+                if name == TAG:
+                    continue
                 status = os.lstat(path := os.path.join(folder, name))
                 if now - max(status.st_atime, status.st_mtime) > UNUSED:
                     os.unlink(path)

@@ -108,8 +108,8 @@ def glob_escape(name: str) -> str:
 
 def is_running(pid: int) -> bool:
     """Whether a process of this number lives on this machine; where that cannot be asked, it is taken to live."""
-    if os.name == "nt":
-        return True  # os.kill would end it
+    if os.name == "nt" or not 0 < pid < 1 << 31:
+        return os.name == "nt"  # os.kill would end it; no process has such a number, which means groups of them
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -333,3 +333,14 @@ def test_patterns_that_give_up_on_a_text_are_an_error(part):
         with pytest.raises(UserError, match=r"patterns in tokenizer\.json give up on this text"):
             encode(hostile)
     assert tokenizer.decode(tokenizer.encode("ab"))
+
+
+@pytest.mark.parametrize("role", ["unk_token", "eos_token", "bos_token", "pad_token"])
+@pytest.mark.parametrize("value", [["x"], {"content": ["x"]}, {"content": {"a": 1}}, {"a": 1}, 3.5])
+def test_special_tokens_that_are_no_text_are_refused_where_they_are_read(tmp_path, role, value):
+    """Also beside a sound tokenizer.json; who uses a name must not look what it is."""
+    Tokenizer.train_char({"你": 2, "好": 1}).save(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {role: value}))
+    with pytest.raises(UserError, match="special token of the tokenizer is"):
+        Tokenizer.load(tmp_path)

@@ -224,6 +224,18 @@ def test_a_config_that_makes_no_sense_is_named(directory, config):
         load_model(directory)
 
 
+@pytest.mark.parametrize("whole", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("how", ["pipe", "device"])
+def test_a_shard_that_is_no_file_is_not_waited_for(directory, whole, how):
+    (directory / "model.safetensors").unlink()
+    (directory / "checksums.json").unlink(missing_ok=True)
+    (directory / f"{whole}.index.json").write_text('{"weight_map": {"a": "shard"}}')
+    shard = directory / "shard"
+    os.mkfifo(shard) if how == "pipe" else shard.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="shard"):
+        load_model(directory)
+
+
 def test_a_damaged_or_incomplete_index_is_named(directory):
     (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
     index = directory / "model.safetensors.index.json"

@@ -3,18 +3,22 @@
 import contextlib
 import json
 import socket
+import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from tests.serve.conftest import running
 
 from miaobi.corpus.tokenizer import SPECIALS
+from miaobi.errors import UserError
 from miaobi.serve import guard
 from miaobi.serve import server as server_module
 from miaobi.serve.config import Serve
+from miaobi.serve.errors import APIError
 from miaobi.serve.metrics import Metrics
-from miaobi.serve.served import Served, serve_model
+from miaobi.serve.served import Served, ServedModel, serve_model
 
 JSON = {"content-type": "application/json"}
 LONG = {"model": "tiny", "prompt": "皇马", "max_tokens": 100_000, "seed": 3,
@@ -209,3 +213,44 @@ def test_paths_of_runs_lead_nowhere_else(site, http):
     assert [run["name"] for run in http.get("/api/runs").json()] == ["first"]
     for name in ("..", "%2e%2e", "..%2fjudge", "first/../../judge", "%00", "/etc", "nope"):
         assert http.get(f"/api/runs/{name}").status_code == 404, name
+
+
+class Template:
+    """Ten ids a message; counts how often it is asked, and refuses fewer than `least` messages."""
+
+    def __init__(self, least: int = 0) -> None:
+        self.asked, self.least = 0, least
+
+    def encode(self, messages, add_generation_prompt):
+        self.asked += 1
+        if len(messages) < self.least:
+            raise UserError("too few")
+        return [0] * 10 * len(messages)
+
+
+def left_of(template, turns, most):
+    """How many messages a server sends to the model of so many turns."""
+    model = SimpleNamespace(chat=True, template=lambda _: template, lock=threading.Lock())
+    messages = [{"role": "system", "content": "a"}] + [{"role": "user", "content": "b"}] * turns
+    return len(ServedModel.encode_chat(model, messages, most)[0]) // 10
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("most", [5, 30, 40, 59, 60, 1000])
+def test_the_oldest_pairs_of_turns_that_do_not_fit_are_left_out(turns, most):
+    kept = turns
+    while 10 * (kept + 1) > most and kept > 2:
+        kept -= 2
+    assert left_of(Template(), turns, most) == kept + 1
+
+
+def test_a_conversation_of_thousands_of_turns_is_not_rendered_thousands_of_times():
+    """All who chat wait for it."""
+    template = Template()
+    assert left_of(template, 50_000, 100) <= 10
+    assert template.asked < 30
+
+
+def test_a_template_that_refuses_what_is_left_of_a_conversation_is_the_requests_fault():
+    with pytest.raises(APIError, match="too few"):
+        left_of(Template(least=5), 50, 40)

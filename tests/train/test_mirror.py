@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -195,3 +196,33 @@ def test_a_mirror_has_one_writer(train, prepared, tmp_path, monkeypatch, url, li
     else:
         assert train(data=prepared(), mirror=url, out_dir=tmp_path / "run")["step"] == 20
         assert "writer.json" not in names(url)
+
+
+@pytest.mark.parametrize("url", ["data:,x", "tar::/etc/passwd", "jupyter://x", "reference::/etc/passwd"])
+def test_storage_that_cannot_be_a_mirror_is_refused_whatever_its_library_raises(train, prepared, tmp_path, url):
+    with pytest.raises(UserError, match=r"cannot be (used|written|read)"):
+        train(data=prepared(), mirror=url, out_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize("how", ["pipe", "device", "long"])
+def test_what_is_no_counters_in_the_storage_costs_no_more_than_a_copy(train, prepared, tmp_path, how):
+    """Others may write there: the file is only compared with ours."""
+    url, settings = str(tmp_path / "far away"), {"data": prepared(), "out_dir": tmp_path / "run"}
+    train(mirror=url, max_iters=20, **settings)
+    step = pointed(tmp_path / "run" / "checkpoints" / "last")
+    far = tmp_path / "far away" / step.name / "train_state" / "progress.json"
+    far.unlink()
+    if how == "pipe":
+        os.mkfifo(far)
+    elif how == "device":
+        far.symlink_to("/dev/zero")
+    else:
+        far.write_bytes((step / "train_state" / "progress.json").read_bytes() + bytes(1 << 30))
+    assert not Mirror(url)._is_copy(step)
+
+
+@pytest.mark.parametrize("pid", [2**62, 0, -1])
+def test_a_writer_that_can_be_no_process_is_dead(tmp_path, pid):
+    (tmp_path / "writer.json").write_text(json.dumps(dataclasses.asdict(this_process()) | {"pid": pid}))
+    with Mirror(str(tmp_path)).locked():
+        pass

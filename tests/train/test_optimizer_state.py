@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import warnings
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from miaobi.errors import UserError
@@ -201,4 +203,82 @@ def test_a_memo_far_beyond_the_end_of_older_metadata_takes_no_memory(tmp_path, i
     """An unpickler makes a table of as many places as the file says: gigabytes for ten bytes."""
     (tmp_path / ".metadata").write_bytes(b"\x80\x02Nr" + index.to_bytes(4, "little") + b".")
     with pytest.raises(ValueError, match="memo far beyond"):
+        OlderState(tmp_path)
+
+
+KINDS = {
+    "true or false": torch.tensor([[True] * 3] * 4), "whole": torch.ones(4, 3, dtype=torch.int64),
+    "complex": torch.ones(4, 3, dtype=torch.complex64), "of 8 bits": torch.ones(4, 3).to(torch.float8_e4m3fn),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_another_kind_are_refused_by_name(tmp_path, kind):
+    """torch's optimizers fail on them with a traceback, or count with them."""
+    write_parts(tmp_path, KINDS[kind], [])
+    with pytest.raises(ValueError, match="w/exp_avg has numbers of the kind"):
+        Saved(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg_sq"])
+def test_numbers_below_zero_are_refused_where_there_can_be_none(train, half_way, tmp_path, key):
+    checkpoint = pointed(tmp_path / "run" / "checkpoints" / "last")
+    file = checkpoint / "train_state" / file_name(0, 1)
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no dict
+    save_file({n: -1 - t if n.endswith(f"/{key}") else t for n, t in tensors.items()}, file, header)
+    (checkpoint / "checksums.json").unlink()
+    with pytest.raises(UserError, match=f"/{key} has numbers below zero"):
+        train(**half_way)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes")
+@pytest.mark.parametrize("file", [0, 1])
+@pytest.mark.parametrize("how", ["pipe", "device"])
+def test_a_part_that_is_no_file_is_not_waited_for(tmp_path, monkeypatch, file, how):
+    """Also where there is no checksums.json to compare it with."""
+    monkeypatch.setattr(optimizer_state, "FILE_BYTES", 1)
+    parts = {f"w{i}/exp_avg": Part((2,), (0,), torch.ones(2)) for i in range(2)}
+    list(write(State(parts, len(parts), {}), tmp_path, World()))
+    odd = tmp_path / file_name(0, 1, file)
+    odd.unlink()
+    os.mkfifo(odd) if how == "pipe" else odd.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=f"{re.escape(odd.name)} is missing, or no file"):
+        Saved(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["pipe", "bomb", "twice", "no zip"])
+def test_older_parts_take_no_more_than_they_are(tmp_path, how):
+    """A zip of a megabyte may unpack to a gigabyte, and a thousand parts may be the same bytes."""
+    dcp.save({"optimizer": {f"w{i}": {"exp_avg": torch.ones(9)} for i in range(3)}}, checkpoint_id=tmp_path)
+    (file,) = tmp_path.glob("*.distcp")
+    if how == "pipe":
+        file.unlink()
+        os.mkfifo(file)
+    elif how == "no zip":
+        file.write_bytes(b"x" * file.stat().st_size)
+    else:
+        part = io.BytesIO()
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED if how == "bomb" else zipfile.ZIP_STORED) as archive:
+            archive.writestr("archive/data/0", bytes(1 << 20))
+        file.write_bytes(part.getvalue())
+        metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+        for info in metadata.storage_data.values():
+            info.offset, info.length = 0, len(part.getvalue())
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises((ValueError, UserError, RuntimeError)):
+        OlderState(tmp_path)
+
+
+def test_older_parts_of_the_same_bytes_are_read_once(tmp_path):
+    dcp.save({"optimizer": {f"w{i}": {"exp_avg": torch.ones(9)} for i in range(9)}}, checkpoint_id=tmp_path)
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    first, *others = metadata.storage_data.values()
+    for info in others:
+        info.offset, info.length = first.offset, first.length
+    (file,) = tmp_path.glob("*.distcp")
+    file.write_bytes(file.read_bytes()[: first.offset + 2 * first.length])
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="the same bytes twice"):
         OlderState(tmp_path)

@@ -10,6 +10,7 @@ from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.settings import flatten, load_config
 from miaobi.train.loop import train as train_run
+from miaobi.train.same_run import PLACE
 
 SHARED = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "max_iters": 6,
           "eval_interval": 3, "eval_iters": 1, "log_interval": 3, "sample_tokens": 0, "device": "cpu",
@@ -151,3 +152,22 @@ def test_a_copy_does_not_write_to_what_the_first_one_writes_to(key, prepared, tm
     assert kept(other)[key] is None
     command(out_dir=run, max_iters=9)
     assert kept(run)[key] == str(tmp_path / "far")
+
+
+@pytest.mark.parametrize("key", ["mirror", "tensorboard_path"])
+@pytest.mark.parametrize("with_place", [False, True])
+def test_a_run_that_somebody_sent_writes_nothing_elsewhere(key, with_place, copy, tmp_path, monkeypatch, capsys):
+    """Its config.yaml can say the very name that it will be given, and where that is to be copied to."""
+    far = tmp_path / "far"
+    copy("qwen3", "made")
+    command(out_dir=tmp_path / "made", max_iters=7, **{key: far})
+    shutil.rmtree(far)
+    shutil.copytree(tmp_path / "made", tmp_path / "run", symlinks=True)  # as tar unpacks it
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text(encoding="utf-8").replace(str(tmp_path / "made"), "run"), encoding="utf-8")
+    if not with_place:
+        (tmp_path / "run" / PLACE).unlink()
+    monkeypatch.chdir(tmp_path)
+    command(out_dir="run", max_iters=9)
+    assert not far.exists()
+    assert f"say --{key}={far} if it shall" in capsys.readouterr().err

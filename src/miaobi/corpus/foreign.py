@@ -37,9 +37,12 @@ GPT2_SPECIALS = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "un
 
 def read_config(directory: Path) -> Json:
     """tokenizer_config.json, with the special tokens that older directories name in special_tokens_map.json, and the
-    template of chat_template.jinja.
+    template of chat_template.jinja. Raises UserError for special tokens that are no text.
     """
     config = _json(directory / "special_tokens_map.json") | _json(directory / "tokenizer_config.json")
+    for role in (*BERT_SPECIALS, "bos_token", "eos_token"):
+        if config.get(role):
+            _name(config[role])
     template = directory / "chat_template.jinja"
     return config | ({"chat_template": text_of(template)} if template.is_file() else {})
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load_file
@@ -56,6 +58,8 @@ def is_name(value: Any) -> bool:
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     """Tensors of one .safetensors file. Raises UserError if it is not whole."""
     refuse_pointers([file])
+    if not file.is_file():  # a pipe would be waited for
+        raise UserError(f"{file.name} cannot be read: it is missing, or no file; copy it again")
     try:
         return load_file(file)
     except Exception as e:  # SafetensorError, and what a header makes of torch
@@ -94,13 +98,14 @@ def load_plain(file: Path, mmap: bool = False) -> Any:
     missing, cut short, or holds anything that would have to be executed.
     """
     refuse_pointers([file])
+    if os.path.lexists(file) and not file.is_file():  # a pipe would be waited for
+        raise UserError(f"{file} is not a file; copy it again")
     try:
         with file.open("rb") as opened:
             is_zip = opened.read(4) == b"PK\x03\x04"  # older files are bare pickles, which cannot be mapped
         if is_zip:
-            with zipfile.ZipFile(file) as archive:  # torch stores, never compresses
-                if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
-                    raise UserError(f"{file} unpacks to more than it is; torch does not write such files")
+            with file.open("rb") as opened:
+                refuse_bomb(opened, str(file))
         with ThreadPoolExecutor(1) as pool, warnings.catch_warnings():
             check = pool.submit(damaged_member, file) if is_zip else None
             warnings.simplefilter("ignore")  # asks to report things to torch's makers
@@ -112,6 +117,13 @@ def load_plain(file: Path, mmap: bool = False) -> Any:
         raise
     except Exception as e:  # damaged bytes can raise anything in an unpickler
         raise unreadable(file, e) from e
+
+
+def refuse_bomb(opened: BinaryIO, name: str) -> None:
+    """Raise UserError for a zip that unpacks to more than it is; BadZipFile for what is none."""
+    with zipfile.ZipFile(opened) as archive:  # torch stores, never compresses
+        if sum(entry.file_size for entry in archive.infolist()) > opened.seek(0, io.SEEK_END):
+            raise UserError(f"{name} unpacks to more than it is; torch does not write such files")
 
 
 def damaged_member(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import threading
 import time
@@ -104,15 +105,16 @@ class ServedModel:
                 if not system or not messages:
                     raise refused(str(e), "messages") from e
                 note = "the chat template has no place for system messages; they were left out"
-                try:
-                    ids = template.encode(messages, add_generation_prompt=True)
-                except UserError as again:
-                    raise refused(str(again), "messages") from again
+                ids = encoded(template, messages)
+            first = [m for m in messages if m["role"] == "system"]
             turns = [m for m in messages if m["role"] != "system"]
-            while most is not None and len(ids) > most and len(turns) > 2:
-                turns = turns[2:]
-                shorter = [*(m for m in messages if m["role"] == "system"), *turns]
-                ids = template.encode(shorter, add_generation_prompt=True)
+            if most is not None and len(ids) > most and len(turns) > 2:
+                # by halving: pair after pair takes minutes where there are thousands, and nobody else is served
+                def fits(pairs: int) -> bool:
+                    return len(encoded(template, [*first, *turns[2 * pairs :]])) <= most
+
+                pairs = bisect.bisect_left(range((len(turns) - 1) // 2), True, key=fits)
+                ids = encoded(template, [*first, *turns[2 * pairs :]])
         return ids, note
 
     def template(self, enable_thinking: bool | None) -> ChatTemplate:
@@ -126,6 +128,14 @@ class ServedModel:
                 raise refused("this model's chat template does not ask for enable_thinking; leave it out",
                               "chat_template_kwargs", "unsupported_value") from e  # fmt: skip
         return self.templates[enable_thinking]
+
+
+def encoded(template: ChatTemplate, messages: Messages) -> list[int]:
+    """Ids of a conversation. Raises APIError where the template refuses it."""
+    try:
+        return template.encode(messages, add_generation_prompt=True)
+    except UserError as e:
+        raise refused(str(e), "messages") from e
 
 
 @dataclass

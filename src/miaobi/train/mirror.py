@@ -39,7 +39,7 @@ class Mirror:
         """Raises UserError for a protocol that fsspec does not know, or whose package is missing."""
         try:
             self.files, self.root = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError) as e:
+        except Exception as e:  # every protocol has errors of its own
             raise UserError(f"mirror {url} cannot be used ({e}); install the package that speaks it, such as s3fs for "
                             "s3:// or ossfs for oss://") from e  # fmt: skip
         self.url = url
@@ -160,10 +160,12 @@ class Mirror:
 
     @contextmanager
     def explained(self, verb: str) -> Iterator[None]:
-        """Turn an OSError into a UserError."""
+        """Turn what the storage raises into a UserError: every protocol has errors of its own."""
         try:
             yield
-        except OSError as e:
+        except UserError:
+            raise
+        except Exception as e:
             raise UserError(
                 f"mirror {self.url} cannot be {verb} ({e}); is it reachable, and are the rights there?"
             ) from e
@@ -199,5 +201,5 @@ class Mirror:
     def _is_copy(self, step: Path) -> bool:
         """Whether the storage's directory of that name is a copy of `step`; no two savings have the same counters."""
         counters = "train_state/progress.json"
-        far = self._at(f"{step.name}/{counters}")
-        return self.files.exists(far) and self.files.cat_file(far) == (step / counters).read_bytes()
+        far, own = self._at(f"{step.name}/{counters}"), (step / counters).read_bytes()
+        return self.files.isfile(far) and self.files.cat_file(far, start=0, end=len(own) + 1) == own

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from miaobi.files import read_whole
+from miaobi.model.tensors import refuse_bomb
 
 PREFIX = "optimizer."
 
@@ -72,6 +74,7 @@ class OlderState:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.left = sum(file.stat().st_size for file in directory.glob("*.distcp") if file.is_file())
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.parts: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
         self.scaler: dict[str, float] = {}
@@ -80,7 +83,8 @@ class OlderState:
             for index, info in storage.items():
                 name, offset = str(index.fqn), offset_of(index)
                 self.add(name, offset, self.read_part(info))
-        except (pickle.UnpicklingError, AttributeError, IndexError, TypeError, MemoryError, RecursionError) as e:
+        except (pickle.UnpicklingError, zipfile.BadZipFile, AttributeError, IndexError, TypeError, MemoryError,
+                RecursionError) as e:  # fmt: skip
             raise ValueError(f".metadata is damaged: {str(e)[:200] or type(e).__name__}") from e
         for name, parts in self.parts.items():
             ends = [[o + n for o, n in zip(offset, part.shape, strict=True)] for offset, part in parts]
@@ -91,9 +95,16 @@ class OlderState:
     def read_part(self, info: Any) -> Any:
         """A tensor, or a number of the GradScaler's."""
         file = self.directory / Path(str(info.relative_path)).name
+        if not file.is_file():  # a pipe would be waited for
+            raise ValueError(f"{file.name} is missing, or no file")
         with file.open("rb") as f:
             f.seek(int(info.offset))
-            return torch.load(io.BytesIO(f.read(int(info.length))), map_location="cpu", weights_only=True)
+            data = f.read(int(info.length))
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError(".metadata names the same bytes twice")
+        refuse_bomb(io.BytesIO(data), file.name)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
     def add(self, name: str, offset: tuple[int, ...], part: Any) -> None:
         """Note a part under the name that it has now."""

@@ -31,6 +31,8 @@ from miaobi.train.world import World
 
 Optimizers = list[torch.optim.Optimizer]
 KEYS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
+NEVER_NEGATIVE = ("step", "exp_avg_sq")
+DTYPES = ("F64", "F32", "F16", "BF16")
 INDEX = "optimizer.json"
 FILE_BYTES = 128 << 20
 """Of the tensors in one file, unless a single one is larger: each is hashed while the next is written."""
@@ -159,8 +161,11 @@ def load(directory: Path, model: Transformer, optimizers: Optimizers, scaler: Gr
             if shape != (() if key == "step" else tuple(p.shape)):
                 raise ValueError(f"{name} has shape {shape}")
             optimizer.state[p][key] = state = filled(saved, name, p, key)
-            if not is_finite(state.to_local() if is_sharded(state) else state):
+            local = state.to_local() if is_sharded(state) else state
+            if not is_finite(local):
                 raise ValueError(f"{name} has numbers that are not finite")
+            if key in NEVER_NEGATIVE and local.lt(0).any():
+                raise ValueError(f"{name} has numbers below zero")
         if saved.scaler and scaler.is_enabled():
             scaler.load_state_dict({k: type(v)(saved.scaler[k]) for k, v in scaler.state_dict().items()})
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, SafetensorError) as e:
@@ -179,7 +184,7 @@ def named(model: Transformer, optimizer: torch.optim.Optimizer) -> Iterator[tupl
 def filled(saved: Saved | OlderState, name: str, p: Tensor, key: str) -> Tensor:
     """One state tensor, laid out as its parameter is."""
     if key == "step":
-        return saved.read(name, (), ()).to(p.device)
+        return saved.read(name, (), ()).to(p.device, torch.float32)
     state = torch.zeros_like(p, memory_format=torch.preserve_format)
     if not is_sharded(p):
         return state.copy_(saved.read(name, (0,) * p.ndim, tuple(p.shape)))
@@ -213,6 +218,8 @@ class Saved:
 
     def read_header(self, path: Path) -> int:
         """Note what is in a file; returns how many files its rank has, where it says so."""
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{path.name} is missing, or no file")
         file = safe_open(path, "pt")
         header = file.metadata() or {}
         where = json.loads(header.get("where", "null"))
@@ -225,7 +232,10 @@ class Saved:
 
     def add(self, name: str, shape: tuple[int, ...], offset: tuple[int, ...], file: Any) -> None:
         """Note a part of a tensor; raises ValueError where it does not lie inside the whole, or on another part."""
-        extent = tuple(file.get_slice(name).get_shape())
+        found = file.get_slice(name)
+        if found.get_dtype() not in DTYPES:
+            raise ValueError(f"{name} has numbers of the kind {found.get_dtype()}")
+        extent = tuple(found.get_shape())
         inside = len(shape) == len(offset) == len(extent) and all(
             o >= 0 and o + e <= s for o, e, s in zip(offset, extent, shape, strict=True)
         )

@@ -19,7 +19,7 @@ from miaobi.files import point as point_at
 from miaobi.lock import locked
 from miaobi.settings import Origin, save_config
 from miaobi.train.mirror import Mirror
-from miaobi.train.same_run import TEXT, own_settings, refuse_changes
+from miaobi.train.same_run import TEXT, note_place, own_settings, refuse_changes
 
 # What a run writes besides its checkpoints; `data` only where TEXT says that the run prepared it.
 OWN = ("metrics.jsonl", "samples.jsonl", "summary.json", "plan.json", "report.html", "wandb", "swanlog", "config.yaml")
@@ -277,6 +277,7 @@ def start_run(cfg: RunConfig, origin: Origin) -> None:
     out = Path(cfg.train.out_dir)
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        note_place(out)
         save_config(out / "config.yaml", cfg, origin)
     except OSError as e:
         raise UserError(f"out_dir {out} cannot be written: {e.strerror}; choose another --out_dir") from e

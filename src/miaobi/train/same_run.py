@@ -12,6 +12,7 @@ from miaobi.config import RunConfig
 from miaobi.console import log
 from miaobi.corpus.prepared import is_prepared
 from miaobi.errors import UserError
+from miaobi.files import small_text, write_text
 from miaobi.settings import UNLIMITED, Origin, flatten, load_config, read_yaml, with_values
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ PER_COMMAND = {"init_from", "resume_from", "eval_only", "eval_first", "out_dir",
 REPORTING = {"mirror", "tensorboard_path", "trackers", "wandb_log", "wandb_project", "wandb_run_name", "license"}
 TEXT = "text.json"
 """Which text a run prepared for itself: see train/data.py."""
+PLACE = ".place"
+"""Tells the directory that a run was written in from copies of it, whatever they are called: see `is_here`."""
 
 
 def is_named(origin: Origin, key: str) -> bool:
@@ -50,12 +53,12 @@ def own_settings(config: Path, cfg: RunConfig, origin: Origin) -> tuple[RunConfi
     own = {key: saved[key] for key in others if key not in PER_COMMAND}
     if "init_from" in others and saved["init_from"] not in ("scratch", "resume"):  # the model that it tunes
         own["init_from"] = saved["init_from"]
-    is_copy = os.path.realpath(saved["out_dir"]) != os.path.realpath(cfg.train.out_dir)
-    if is_copy:  # what the first one still writes to must not be written by two
+    if not is_here(config.parent, saved["out_dir"]):
+        # what the first one still writes to must not be written by two, nor what somebody wishes who sent a run
         left = [f"--{key}={own.pop(key)}" for key in ("mirror", "tensorboard_path") if own.get(key)]
         if left and os.environ.get("RANK", "0") == "0":
-            log(f"{cfg.train.out_dir} was {saved['out_dir']} when it was written: it does not write to what that run "
-                f"may still write to; say {' '.join(left)} if it shall")  # fmt: skip
+            log(f"{cfg.train.out_dir} is a copy of a run that was written elsewhere (in {saved['out_dir']}): it does "
+                f"not write to what that run may still write to; say {' '.join(left)} if it shall")  # fmt: skip
     if own.get("lr_decay_iters") == saved["max_iters"]:  # follows max_iters
         del own["lr_decay_iters"]
     if not own:
@@ -68,6 +71,25 @@ def own_settings(config: Path, cfg: RunConfig, origin: Origin) -> tuple[RunConfi
     except UserError:  # by itself the key that was named may be possible
         refuse(saved, current | own, cfg.train.out_dir)
         raise
+
+
+def is_here(out: Path, name: str) -> bool:
+    """Whether a run was written in this very directory; name: what it was called then.
+
+    A name alone can be guessed by who sends a run, so the directory's number in its file system must be noted there.
+    """
+    noted = small_text(out / PLACE) if (out / PLACE).is_file() else ""
+    return os.path.realpath(name) == os.path.realpath(out) and noted == place_of(out)
+
+
+def note_place(out: Path) -> None:
+    """Say in a run directory which directory it is. Raises OSError."""
+    write_text(out / PLACE, place_of(out) + "\n")
+
+
+def place_of(out: Path) -> str:
+    """A number that no other directory of the file system has."""
+    return str(out.stat().st_ino)
 
 
 def refuse_changes(config: Path, cfg: RunConfig, what: str) -> None:

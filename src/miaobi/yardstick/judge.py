@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from miaobi.corpus.dialogue import encode_lines
+from miaobi.corpus.foreign import without_panic
 from miaobi.corpus.template import SEP_TEMPLATE
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import explain_memory, keep_allocations, pick_device, pick_dtype
@@ -121,7 +122,8 @@ def unknown_characters(tokenizer: Tokenizer, documents: list[str]) -> int:
     ids = {tokenizer.token_to_id(name) for name in names if isinstance(name, str)} - {None, tokenizer.eot_id}
     if not ids:
         return 0
-    encodings = tokenizer.backend.encode_batch(documents, add_special_tokens=False)
+    with without_panic():
+        encodings = tokenizer.backend.encode_batch(documents, add_special_tokens=False)
     return sum(
         end - start
         for encoding in encodings
