@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import resource
+import shlex
 import sys
 from pathlib import Path
 
@@ -85,6 +86,17 @@ def test_blanks_before_quotes_are_no_text(tmp_path, content):
     delimiter = content[content.index('"', 1) + 1] if content[0] == '"' else ","
     reader = csv.DictReader(io.StringIO(content), delimiter=delimiter, skipinitialspace=True)
     assert documents(tmp_path / "a.csv") == [row["text"] for row in reader] == ["你好, 世界", "再见"]
+
+
+@pytest.mark.parametrize("delimiter", ["｜", ":", "#", "\x01", "、"])
+@pytest.mark.parametrize("header", [("label", "text"), ("text", "label")])
+def test_a_delimiter_that_is_not_guessed_is_named(tmp_path, delimiter, header):
+    """Not "name one with --field": the field is there."""
+    path = write_csv(tmp_path / "a.csv", [("1", "好")] * 3, header, delimiter=delimiter)
+    with pytest.raises(UserError, match=r"one column, .*; if .* stands between its cells, add --delimiter=") as refused:
+        documents(path)
+    asked = shlex.split(str(refused.value).rsplit(" add ", 1)[1])[0]
+    assert documents(path, delimiter=asked.removeprefix("--delimiter=")) == [("好", "1")[header[0] == "text"]] * 3
 
 
 def test_one_column_needs_no_delimiter_and_another_can_be_given(tmp_path):

@@ -6,6 +6,8 @@ JSON lines are read block by block, in any process; the other kinds in order, in
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,10 @@ def is_in_order(source: Source) -> bool:
 def column_of(source: Source, names: list[str], column: str) -> None:
     """Raises UserError where `column` is none of a table's `names`, or several of them."""
     if column not in names:
+        if len(names) == 1 and (part := re.search(rf"(\W){re.escape(column)}\b|\b{re.escape(column)}(\W)", names[0])):
+            char = part[1] or part[2]
+            raise UserError(f"{source.name}: one column, {names[0][:80]!r}; if {char!r} stands between its cells, add "
+                            f"--delimiter={shlex.quote(char)}")  # fmt: skip
         raise UserError(
             f"{source.name}: no field {column!r}; the fields are {names_listed(names)}. Name one with --field"
         )
