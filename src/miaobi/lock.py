@@ -133,6 +133,13 @@ def read_holder(path: Path) -> Holder | None:
         return None
 
 
+def refuse_held(directory: Path, advice: str) -> None:
+    """Raise UserError where another process of this machine holds the lock of a directory; asks, and takes nothing."""
+    other = read_holder(directory / ".lock")
+    if other and other.pid != os.getpid() and other.machine == machine() and is_running(other.pid):
+        raise held(directory, other, advice)
+
+
 def held(what: object, holder: Holder | None, advice: str) -> UserError:
     """The error that somebody else is writing there."""
     return UserError(f"{what} is being written by {holder or 'another process'}: {advice}")

@@ -20,7 +20,7 @@ import numpy as np
 
 from miaobi.errors import UserError
 from miaobi.files import MOST_OF_A_LIST, is_running, json_of, read_whole
-from miaobi.lock import locked
+from miaobi.lock import locked, refuse_held
 
 SHARD_BYTES = 1 << 31
 """A split that is longer goes into several numbered shards."""
@@ -199,8 +199,10 @@ def aside(out: Path) -> Iterator[Path]:
 def one_writer(out: Path) -> Iterator[None]:
     """The lock of `out` while the body runs; it lies next to it, as `out` is replaced as a whole.
 
-    Raises UserError naming the process that holds it.
+    Raises UserError naming the process that holds it, or trains in the run whose data `out` is.
     """
+    if out.name == "data":
+        refuse_held(out.absolute().parent, "its data must stay as they are; choose another --out")
     with contextlib.ExitStack() as stack:
         with explain_refusal(out):
             file = out.with_name(f".{out.name}.lock")
