@@ -44,7 +44,7 @@ learn does not depend on the machine's units."""
 SHOWN = 48
 """Characters of a text that stands beside another."""
 STOPPED = ("interrupted", "terminated")
-SHORT = {"bigram_init": True, "max_iters": 300, "eval_interval": 50}
+SHORT = {"bigram_init": True, "max_iters": 350, "eval_interval": 50}
 """Instead of demo.yaml's 800 steps: BPE reads more text in each, and how often each pair occurs is counted first."""
 QUICK = {
     "max_iters": 40,

@@ -145,12 +145,13 @@ def test_a_prepare_that_fails_leaves_no_lock(home):
     assert sorted(path.name for path in home.iterdir()) == ["expected", "few.txt", "new.txt", "old.txt", "out"]
 
 
-@pytest.mark.parametrize(("pid", "is_refused"), [(os.getppid(), True), (os.getpid(), False), (1 << 22, False)])
-def test_the_data_of_a_run_that_is_going_on_is_not_replaced(pid: int, is_refused: bool, tmp_path: Path, miaobi):
+@pytest.mark.parametrize(("trainer", "is_refused"), [("another", True), ("this process", False), ("dead", False)])
+def test_the_data_of_a_run_that_is_going_on_is_not_replaced(trainer: str, is_refused: bool, tmp_path: Path, miaobi):
+    pid = {"another": os.getppid(), "this process": os.getpid(), "dead": 1 << 22}[trainer]
     (tmp_path / "input.txt").write_text(sports_text(20), encoding="utf-8")
     run = tmp_path / "run"
     run.mkdir()
-    holder = dataclasses.replace(this_process(), pid=pid)  # another that lives; this one, as train; a dead one
+    holder = dataclasses.replace(this_process(), pid=pid)
     (run / ".lock").write_text(json.dumps(dataclasses.asdict(holder)), encoding="utf-8")
     answer = miaobi("prepare", tmp_path / "input.txt", "--out", run / "data", "--workers=1")
     assert answer.code == (2 if is_refused else 0), answer.err
