@@ -113,7 +113,7 @@ def tell_windows() -> None:
     import miaobi
 
     for found in pkgutil.walk_packages(miaobi.__path__, "miaobi."):
-        if found.name != "miaobi.__main__":
+        if found.name not in ("miaobi.__main__", "miaobi.train.symmetric_kernel"):  # that one is for Triton
             importlib.import_module(found.name)
     for name, module in list(sys.modules.items()):
         if name.startswith("miaobi"):
