@@ -175,8 +175,9 @@ def test_a_broken_compiler_is_asked_once(place: Path, tmp_path: Path, monkeypatc
 
 
 COMPILES = """
-import os, sys, torch
+import os, sys, torch, torch._inductor.config
 from miaobi.cache import keep_compiled_code_private
+torch._inductor.config.cpp_cache_precompile_headers = False  # ten seconds
 if sys.argv[1:]: import torch._inductor.codecache
 keep_compiled_code_private()
 print(torch.compile(lambda x: x.sin() + 1)(torch.zeros(8)).sum().item())

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from miaobi.config import LoraConfig, ModelConfig, OptimConfig
 from miaobi.model import loss
 from miaobi.model.lora import add_lora
 from miaobi.model.transformer import Transformer, head_dim
+from miaobi.train import orthogonal
 from miaobi.train.layout import Objective
 from miaobi.train.optimizer import make_optimizers
 
@@ -126,6 +129,7 @@ class CudaDropout(TorchFunctionMode):
         return torch.native_dropout(x, p, training)[0] if training and p else x
 
 
+@functools.cache
 def step_memory(work: Work) -> Memory:
     """Memory of a step of `work`. Takes seconds, for any size."""
     on_cuda = CudaDropout() if work.device == "cuda" else contextlib.nullcontext()
@@ -193,13 +197,16 @@ def forward_backward(objective: Objective, work: Work, alive: Alive | None = Non
 
 @contextlib.contextmanager
 def chunks_of(device: str) -> Iterator[None]:
-    """The loss in chunks of the device that is meant: what it sees is a CPU."""
-    before = loss.CPU_CHUNK
-    loss.CPU_CHUNK = before if device == "cpu" else loss.GPU_CHUNK
+    """The loss in chunks of the device that is meant: what it sees is a CPU. Muon's products whole: in blocks they need
+    as much memory, and would take a minute to go through here.
+    """
+    chunk, block = loss.CPU_CHUNK, orthogonal.BLOCK
+    loss.CPU_CHUNK = chunk if device == "cpu" else loss.GPU_CHUNK
+    orthogonal.BLOCK = sys.maxsize
     try:
         yield
     finally:
-        loss.CPU_CHUNK = before
+        loss.CPU_CHUNK, orthogonal.BLOCK = chunk, block
 
 
 def kv_cache(shape: ModelConfig, dtype: torch.dtype, streams: int = 1) -> int:
@@ -221,7 +228,7 @@ def largest_micro(work: Work, rows: int, free: int) -> int:
     known = {1: peak(1)}
     if known[1] > free:
         return 0
-    guess = min(rows, 16)
+    guess = min(rows, work.micro)
     for _ in range(LOOKS):
         if guess in known:
             break
