@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from benchmarks.common import clock
-from miaobi.config import ModelConfig
 from miaobi.corpus.config import PrepareConfig
 from miaobi.device import keep_allocations, peak_memory, pick_dtype, reset_peak_memory
 from miaobi.generate.config import SamplingConfig
 from miaobi.generate.cuda_step import CudaStep
 from miaobi.generate.slots import Slots, Stream
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.settings import load_config
 from miaobi.train.computing import decide

@@ -24,10 +24,11 @@ from torch.amp import GradScaler
 
 from benchmarks.common import machine, parse, report
 from benchmarks.fake_cuda import CUDA, Counted, counting
-from miaobi.config import ModelConfig, OptimConfig
+from miaobi.config import OptimConfig
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.prepare import prepare
 from miaobi.generate.cuda_step import CudaStep
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.settings import load_config
 from miaobi.train.average import Average

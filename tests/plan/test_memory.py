@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from miaobi.config import LoraConfig, ModelConfig, OptimConfig
+from miaobi.config import OptimConfig
+from miaobi.model.config import LoraConfig, ModelConfig
 from miaobi.model.lora import add_lora
 from miaobi.model.transformer import Transformer
 from miaobi.plan.memory import Work, kv_cache, largest_micro, step_memory

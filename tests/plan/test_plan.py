@@ -6,7 +6,7 @@ import re
 import pytest
 from tests.conftest import tiny
 
-from miaobi.config import ModelConfig
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.plan.cards import CARDS, find_card
 from miaobi.plan.plan import parameters_of

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miaobi.config import ModelConfig, OptimConfig
+from miaobi.config import OptimConfig
 from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.settings import load_config
 from miaobi.train import bigrams

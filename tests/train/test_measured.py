@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from miaobi import native
-from miaobi.config import ModelConfig, TrainConfig
+from miaobi.config import TrainConfig
 from miaobi.device import can_compile
 from miaobi.errors import UserError
 from miaobi.model import cpu_attention
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.train import compile_time, computing, measured
 from miaobi.train.computing import choose_computing

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miaobi.config import ModelConfig, OptimConfig
+from miaobi.config import OptimConfig
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.train import optimizer
 from miaobi.train.optimizer import Muon, make_optimizers, move, rate, set_rate

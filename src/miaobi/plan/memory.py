@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from miaobi.config import LoraConfig, ModelConfig, OptimConfig
+from miaobi.config import OptimConfig
 from miaobi.model import loss
+from miaobi.model.config import LoraConfig, ModelConfig
 from miaobi.model.lora import add_lora
 from miaobi.model.transformer import Transformer, head_dim
 from miaobi.train.layout import Objective

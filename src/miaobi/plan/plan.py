@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from miaobi.config import ModelConfig, OptimConfig, RunConfig
+from miaobi.config import OptimConfig, RunConfig
 from miaobi.corpus.prepared import PreparedData
 from miaobi.device import peak_flops, pick_device, pick_dtype
 from miaobi.model.checkpoint import load_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer, head_dim
 from miaobi.plan import memory
 from miaobi.plan.cards import GIB, Card, find_card, here

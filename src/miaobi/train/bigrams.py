@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miaobi.config import ModelConfig, RunConfig
+from miaobi.config import RunConfig
 from miaobi.console import log
 from miaobi.corpus.prepared import PreparedData, TokenStream
 from miaobi.errors import UserError
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer, intermediate_size
 
 SHORT = 0.1  # tokens trained per parameter: below, counting starts ahead of what training could reach

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from miaobi.cache import keep_compiled_code_private
-from miaobi.config import ModelConfig, TrainConfig
+from miaobi.config import TrainConfig
 from miaobi.console import log, warn
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import Unfilled
+from miaobi.model.config import ModelConfig
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import Transformer
 from miaobi.train.world import World

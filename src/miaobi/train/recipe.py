@@ -6,9 +6,10 @@ import dataclasses
 
 import torch
 
-from miaobi.config import ModelConfig, OptimConfig, RunConfig
+from miaobi.config import OptimConfig, RunConfig
 from miaobi.console import warn
 from miaobi.errors import UserError
+from miaobi.model.config import ModelConfig
 
 WIDTH = 256  # of the models whose rates were swept
 CPU_TOKENS = 2048  # at once: a product of more rows is no faster on a CPU, and keeps more activations

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from miaobi.config import ModelConfig, OptimConfig, RunConfig
+from miaobi.config import OptimConfig, RunConfig
 from miaobi.console import log
 from miaobi.corpus.dataset import Batch
 from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, number_of
 from miaobi.model.checkpoint import load_model, model_directory
+from miaobi.model.config import ModelConfig
 from miaobi.model.lora import adapter_parameters, add_lora, load_adapter
 from miaobi.model.rows import add_rows, added_tokens
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
