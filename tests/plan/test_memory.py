@@ -9,21 +9,21 @@ from miaobi.config import OptimConfig
 from miaobi.model.config import LoraConfig, ModelConfig
 from miaobi.model.lora import add_lora
 from miaobi.model.transformer import Transformer
-from miaobi.plan.memory import Work, kv_cache, largest_micro, step_memory
+from miaobi.plan.memory import StepSpec, kv_cache, largest_micro, step_memory
 from miaobi.train.layout import Objective
 from miaobi.train.recipe import resolve_optim
 
 TINY = {"n_layer": 3, "n_head": 2, "n_embd": 48, "block_size": 32, "vocab_size": 200}
 
 
-def work(family: str = "qwen3", **changes) -> Work:
+def work(family: str = "qwen3", **changes) -> StepSpec:
     shape = {key: changes.pop(key) for key in list(changes) if key in ModelConfig.__dataclass_fields__}
     model = ModelConfig(**TINY | {"family": family} | shape)
-    usual = Work(model, resolve_optim(OptimConfig(), family, 100), None, "cpu", torch.float32, 4, 1)
+    usual = StepSpec(model, resolve_optim(OptimConfig(), family, 100), None, "cpu", torch.float32, 4, 1)
     return dataclasses.replace(usual, **changes)
 
 
-def kept(one: Work) -> int:
+def kept(one: StepSpec) -> int:
     """Bytes that autograd keeps for the backward pass of a real model, parameters not counted."""
     model = Transformer(one.shape)
     if one.lora:

@@ -141,11 +141,11 @@ def test_a_run_that_goes_on_too_long_is_told_where_its_validation_turns(miaobi, 
     assert told["bits_at_best"] < told["bits_at_end"]
     words = " ".join(told["advice"])
     assert "the validation loss turns after about" in words
-    assert "it stands on" in words, "what it stands on is always told"
+    assert "was fitted to" in words, "the advice always says what the forecast was fitted to"
 
 
 def test_a_run_unlike_those_measured_is_told_so(miaobi, prepared):
     answer = miaobi("plan", *tiny(data=prepared(), n_embd=1024, n_layer=4), "--json")
     told = json.loads(answer.out)["forecast"]
     assert not told["inside"]
-    assert "outside of what was measured" in told["advice"][0]
+    assert "outside the range that was measured" in told["advice"][0]

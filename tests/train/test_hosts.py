@@ -306,7 +306,7 @@ def neighbour() -> Iterator[tuple[world.World, world.World]]:
 
 
 def test_a_rank_that_waits_for_a_slow_disk_waits_on_until_another_rank_is_gone(neighbour, tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "LOOK", 0.01)
+    monkeypatch.setattr(saving, "POLL_SECONDS", 0.01)
     plan = SimpleNamespace(world=neighbour[0], out=tmp_path, progress=Progress())  # what waiting needs of a plan
     saver = saving.Saver(plan)
     saver.thread = threading.Thread(target=time.sleep, args=(0.5,), daemon=True)

@@ -239,7 +239,9 @@ def test_killed_and_terminated_under_torchrun_the_run_ends_as_if_nothing_had_hap
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_those_that_would():
-    with pytest.raises(UserError, match="batch of 32 does not divide over 3 processes; try --batch_size=30 or 33"):
+    with pytest.raises(
+        UserError, match="batch of 32 cannot be divided equally among 3 processes; try --batch_size=30 or 33"
+    ):
         check_batch(World(size=3), TrainConfig(batch_size=32))
     with pytest.raises(UserError, match="try --batch_size=4"):
         check_batch(World(size=4), TrainConfig(batch_size=2))

@@ -106,7 +106,7 @@ def test_a_tracker_that_refuses_is_the_users_to_mend(tmp_path: Path, monkeypatch
             raise RuntimeError("no api key")
 
     monkeypatch.setattr(trackers, "_package", lambda kind: Package)
-    with pytest.raises(UserError, match=r"wandb could not begin .*no api key"):
+    with pytest.raises(UserError, match=r"wandb could not start .*no api key"):
         start("wandb", tmp_path, About("miaobi", None, "0" * 32, {}))
 
 

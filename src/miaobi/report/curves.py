@@ -26,11 +26,11 @@ class Line:
 
     name: str
     points: Points
-    look: str
+    css_class: str
     dots: bool = False
 
 
-def thinned(points: Points, most: int = MOST_POINTS) -> Points:
+def downsampled(points: Points, most: int = MOST_POINTS) -> Points:
     """At most `most` points: means of neighbours, the first and the last as they are."""
     if len(points) <= most:
         return points
@@ -89,7 +89,7 @@ def chart(
 
     Empty where there is nothing to draw.
     """
-    lines = [Line(line.name, thinned(line.points), line.look, line.dots) for line in lines if line.points]
+    lines = [Line(line.name, downsampled(line.points), line.css_class, line.dots) for line in lines if line.points]
     if not lines:
         return Markup("")
     xs = [x for line in lines for x, _ in line.points]
@@ -128,19 +128,19 @@ def chart(
                       f"<title>{escape(line.name)}: {short(step)} → {value:.4g}</title></circle>"
                       for (x, y), (step, value) in zip(at, line.points, strict=True)]  # fmt: skip
     notes: list[tuple[float, float]] = []
-    for step, value, text, look in marks:
+    for step, value, text, css_class in marks:
         x, y = x_at(step), y_at(value)
         anchor = "start" if x < LEFT + 60 else "end" if x > WIDTH - RIGHT - 60 else "middle"
-        at = beside(notes, x, y - 10 if y > TOP + 24 else y + 18)
+        at = free_height(notes, x, y - 10 if y > TOP + 24 else y + 18)
         notes.append((x, at))
         parts.append(
-            f'<circle class="mark {look}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
+            f'<circle class="mark {css_class}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
             f'<text class="note" x="{x:.1f}" y="{at:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
         )
     return Markup("".join([*parts, "</svg>"]))
 
 
-def beside(notes: list[tuple[float, float]], x: float, y: float) -> float:
+def free_height(notes: list[tuple[float, float]], x: float, y: float) -> float:
     """The height nearest to `y` at which a note covers none of `notes`."""
     near = [other for at, other in notes if abs(at - x) < NOTE_WIDTH]
     heights = [y, *(other + side * NOTE_HEIGHT for other in near for side in (-1, 1))]

@@ -37,7 +37,7 @@ COLOURS = 8
 
 
 @dataclass(frozen=True)
-class Shown:
+class RunView:
     """A run, and what the page says of it."""
 
     run: RunRecord
@@ -80,7 +80,7 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def reported(out_dir: str | Path) -> Iterator[None]:
+def writing_report(out_dir: str | Path) -> Iterator[None]:
     """Write the run's report after the body, which trains it, however that ended; failing to costs a line of the log.
 
     A run that the body did not come to train (locked, or of another configuration) is left alone.
@@ -108,7 +108,7 @@ def render(runs: list[RunRecord]) -> str:
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return template().render(
         views=views, style=Markup(style), style_hash=digest, version=__version__, curves=curves_of(views),
-        differing=differing(runs), written=time.strftime("%Y-%m-%d %H:%M"), title=", ".join(names[:3]),
+        differing=differing_settings(runs), written=time.strftime("%Y-%m-%d %H:%M"), title=", ".join(names[:3]),
     )  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def template() -> Any:
     """The page's template. What is put into it is text: escaped, and without signs that steer or hide."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
                               finalize=plain)  # fmt: skip
-    environment.filters |= {"commands": commands, "size": size, "duration": duration, "compact": compact,
+    environment.filters |= {"commands": code_markup, "size": size, "duration": duration, "compact": compact,
                             "value": value, "visible": visible, "chinese": chinese,
                             "percent": "{:.2%}".format}  # fmt: skip
     return environment.from_string(resource("page.html.jinja"))
@@ -135,7 +135,7 @@ def plain(value: Any) -> Any:
     return shown(value).encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is no UTF-8
 
 
-def commands(text: str) -> Markup:
+def code_markup(text: str) -> Markup:
     """Text in which what stands between backquotes is code."""
     parts = re.split("`([^`]*)`", text)
     return Markup("").join(
@@ -183,16 +183,16 @@ def visible(character: str) -> str:
     return {" ": "␠", "\n": "↵", "\t": "⇥", "\u3000": "全角␠", "\r": "␍"}.get(character, character)
 
 
-def view(run: RunRecord, number: int, name: str) -> Shown:
+def view(run: RunRecord, number: int, name: str) -> RunView:
     """A run as the page shows it."""
     lengths = [(f"{short(low)}", n) for low, _, n in run.text.lengths] if run.text else []
-    return Shown(
-        run=run, verdict=judge(run), curves={}, samples=chosen(run), colour=f"s{number % COLOURS}", name=name,
+    return RunView(
+        run=run, verdict=judge(run), curves={}, samples=chosen_samples(run), colour=f"s{number % COLOURS}", name=name,
         lengths=bars(lengths, "lengths of the documents"),
     )  # fmt: skip
 
 
-def chosen(run: RunRecord) -> list[Sample]:
+def chosen_samples(run: RunRecord) -> list[Sample]:
     """Samples from the first to the last, at even distances; that of the best model among them."""
     found = run.samples
     if len(found) > SAMPLES:
@@ -206,7 +206,7 @@ def chosen(run: RunRecord) -> list[Sample]:
     return [Sample(s.step, s.text if len(s.text) <= SAMPLE_LENGTH else f"{s.text[:SAMPLE_LENGTH]}…") for s in found]
 
 
-def curves_of(views: list[Shown]) -> dict[str, Markup]:
+def curves_of(views: list[RunView]) -> dict[str, Markup]:
     """The four charts, all runs in each."""
     several, bits, marks = len(views) > 1, [], []
     for v in views:
@@ -230,7 +230,7 @@ def curves_of(views: list[Shown]) -> dict[str, Markup]:
     }
 
 
-def differing(runs: list[RunRecord]) -> list[tuple[str, list[Any]]]:
+def differing_settings(runs: list[RunRecord]) -> list[tuple[str, list[Any]]]:
     """Settings in which runs differ, with each run's value."""
     if len(runs) < 2:
         return []
