@@ -190,7 +190,8 @@ def compile_as(objective: Objective, part: str, autotuned: bool, once: Callable[
         raise
     except Exception as e:  # the compiler's own, and what Triton, ptxas and their subprocesses raise
         warn(
-            f"torch.compile does not work here ({type(e).__name__}); continuing without it (--compile=False avoids this warning)"
+            f"torch.compile does not work here ({type(e).__name__}); continuing without it "
+            "(--compile=False avoids this warning)"
         )
         use_compiled(objective, before)
         return False

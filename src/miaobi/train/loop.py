@@ -76,7 +76,7 @@ class Run:
     """
 
     def __init__(self, plan: Plan, begun: float | None = None) -> None:
-        """begun: by `schedule.clock`, when the run would have begun in one go to be where it is; now, if not given."""
+        """begun: by `schedule.clock`, when the run would have begun without interruptions; default now."""
         self.plan, self.progress, self.cfg, self.world = plan, plan.progress, plan.cfg.train, plan.world
         self.model, self.saver, self.alarms = plan.model, Saver(plan), Alarms(plan)
         self.objective: nn.Module = Objective(plan.model)
@@ -95,7 +95,7 @@ class Run:
             p.val_loss = self.validation_loss()
             p.val_bits_per_char = bits_per_char(plan, p.val_loss)
             return plan.result("eval_only")
-        if p.stopped == "patience" and plan.total_steps > p.planned:  # extended: patience begins anew
+        if p.stopped == "patience" and plan.total_steps > p.planned:  # extended: patience starts over
             p.stopped, p.history = None, [min(p.history, key=lambda row: row[2])]
         p.planned = plan.total_steps
         if (p.step >= plan.total_steps and p.evaluated == p.step) or p.stopped:
@@ -117,10 +117,7 @@ class Run:
             try:
                 self.steps(bar, task, preview)
             finally:
-                if self.world.size == 1 or sys.exc_info()[0] in (
-                    None,
-                    NotFiniteError,
-                ):  # not with lost ranks, which cannot finish
+                if self.world.size == 1 or sys.exc_info()[0] in (None, NotFiniteError):  # lost ranks cannot finish it
                     self.saver.finish()
                 self.threads.close()
                 if self.metrics is not None:
@@ -208,9 +205,7 @@ class Run:
         return figures
 
     def step(self, step: int) -> tuple[Tensor, Tensor, int]:
-        """One optimizer step: (this rank's share of the mean loss in nats, gradient norm, tokens scored on all
-        ranks).
-        """
+        """One optimizer step: (this rank's share of the mean loss in nats, gradient norm, tokens scored by all)."""
         cfg, world, plan, started = self.cfg, self.world, self.plan, clock()
         batch = plan.blocks.batch(cfg.global_batch, cfg.seed, step, world.rows(cfg.global_batch))
         scored = int(world.sum(torch.tensor((batch.targets != IGNORE).sum())))
@@ -236,9 +231,7 @@ class Run:
         return total, norm, scored
 
     def gradients(self, step: int, batch: Batch, scored: int) -> Tensor:
-        """Accumulate the gradients of the micro-batches of a step; returns this rank's share of the mean loss, in
-        nats.
-        """
+        """Add up the gradients of a step's micro-batches; returns this rank's share of the mean loss, in nats."""
         cfg, world, plan = self.cfg, self.world, self.plan
         total = torch.zeros((), device=plan.device)
         starts = range(0, len(batch.inputs), plan.micro)

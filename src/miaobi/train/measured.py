@@ -79,8 +79,8 @@ class Workload:
 
     objective: Objective
     example: Callable[[int, bool], tuple]
-    """(sequences, whether it is compiled) -> arguments of the objective. FlexAttention, which is compiled, has its own
-    kind of mask."""
+    """(sequences, whether it is compiled) -> arguments of the objective. The mask of FlexAttention is of another
+    kind."""
     device: torch.device
     steps: int
     """Left in this run."""

@@ -88,7 +88,7 @@ class Deadline:
         self.begun = begun
         self.per_step: float | None = None
         self.evaluation: float | None = None  # with its checkpoint, in seconds
-        self.has_warned, self.look = False, math.inf
+        self.has_warned, self.next_check = False, math.inf
         step, total, _ = progress.laid[-1]
         self.next = max(progress.step, int(step)) + max(1, min(3, int(total - step) // PARTS))
 
@@ -116,7 +116,7 @@ class Deadline:
         """Whether to replan before `step`. With several ranks it depends on the step alone, because their clocks
         differ.
         """
-        return step >= self.next or (self.world.size == 1 and clock() >= self.look)
+        return step >= self.next or (self.world.size == 1 and clock() >= self.next_check)
 
     def replan(self, step: int) -> int:
         """Plan the steps from `step` on, at least one more; returns the total. Collective: every rank must call it."""
@@ -137,7 +137,7 @@ class Deadline:
         if laid[-1][0] == step:
             laid.pop()
         laid.append([step, total, done])
-        self.next, self.look = step + max(1, (total - step) // PARTS), clock() + left / PARTS
+        self.next, self.next_check = step + max(1, (total - step) // PARTS), clock() + left / PARTS
         return total
 
 

@@ -39,9 +39,7 @@ from miaobi.train.schedule import first_estimate
 from miaobi.train.world import World, check_same
 
 SIZES = ("family", "n_layer", "n_head", "n_embd", "block_size")
-SHAPE = tuple(
-    key.name for key in dataclasses.fields(ModelConfig) if key.name != "dropout"
-)  # which determine the weights
+SHAPE = tuple(key.name for key in dataclasses.fields(ModelConfig) if key.name != "dropout")  # the weights' shapes
 TRAIN_SHARE = 4  # the training loss is measured on a quarter as many windows as the validation loss
 MakeModel = Callable[[ModelConfig, dict[str, Tensor] | None], Transformer]
 """(shape, weights or None for initial ones) -> model on this rank's device."""
@@ -69,7 +67,7 @@ class Plan:
     val_windows: Batch
     """Validation data, the same at every evaluation."""
     train_windows: Batch | None
-    """A sample of the training text, to compare its loss with the validation loss; None if that would cost too much."""
+    """A sample of the training text, to compare with the validation loss; None if it would cost too much."""
     total_steps: int
     micro: int
     """Sequences of a micro-batch, on each rank."""
@@ -134,7 +132,7 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
     Raises UserError for a run, data or model that do not match the configuration or each other.
     """
     mirror = Mirror(cfg.train.mirror) if cfg.train.mirror else None
-    checkpoint, data = open_run_and_data(cfg, origin, world, mirror)
+    checkpoint, data = open_inputs(cfg, origin, world, mirror)
     tokenizer, given = data.tokenizer, cfg
     with verified(checkpoint, world.is_first):
         progress = start_or_continue(cfg, data, checkpoint)
@@ -175,12 +173,10 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
     )  # fmt: skip
 
 
-def open_run_and_data(
+def open_inputs(
     cfg: RunConfig, origin: Origin, world: World, mirror: Mirror | None
 ) -> tuple[Path | None, PreparedData]:
-    """The checkpoint to continue from, and the data; rank 0 finds and prepares them before the other ranks open
-    them.
-    """
+    """The checkpoint to continue from, and the data; rank 0 finds and prepares them before the others open them."""
     out, checkpoint = Path(cfg.train.out_dir), None
     with world.first():
         if world.is_first:
@@ -248,8 +244,7 @@ def build_model(cfg: RunConfig, origin: Origin, start: Start, make: MakeModel) -
     """The model at the start: new, from a checkpoint, or with the weights of another MODEL, with adapters for LoRA.
 
     A checkpoint determines the shape; raises UserError if the configuration explicitly asks for another. Only
-    block_size may be smaller than another MODEL's, because contexts of hub models are longer than most texts and
-    memories.
+    block_size may be smaller than another MODEL's: contexts of hub models are longer than most texts and memories.
     """
     data, checkpoint, progress = start.data, start.checkpoint, start.progress
     lora = cfg.train.trainable == "lora"
