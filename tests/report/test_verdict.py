@@ -14,7 +14,7 @@ from miaobi.report.verdict import judge
          "--max_iters=400"),
         (history(falling, falling), "max_iters", "mixed", "Not converged", "--max_iters=2000"),
         (history(flat, flat), "max_iters", "good", "Converged: best 6.000", "more text"),
-        (history(flat, flat)[:12], "interrupted", "mixed", "too few evaluations", "Give the same command again"),
+        (history(flat, flat)[:12], "interrupted", "mixed", "too few evaluations", "Run the same command again"),
         ([], "max_iters", "mixed", "Not evaluated yet", "--eval_interval"),
     ],
     ids=["overfitting", "too short", "converged", "interrupted", "no evaluation"],

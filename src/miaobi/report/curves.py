@@ -22,7 +22,7 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. `look` is a class of the page's style sheet: a colour, s0 to s7, and thin or bold."""
+    """A curve. `css_class` is a class of the page's style sheet: a colour, s0 to s7, and thin or bold."""
 
     name: str
     points: Points
@@ -85,7 +85,7 @@ def limits(lines: list[Line], from_zero: bool, cut: float) -> tuple[float, float
 def chart(
     lines: list[Line], label: str, from_zero: bool = False, cut: float = 0.0, marks: list[tuple[float, float, str]] = ()
 ) -> Markup:
-    """Lines over steps. label: what a screen reader says. marks: (step, value, text, look) that stand out.
+    """Lines over steps. label: what a screen reader says. marks: (step, value, text, CSS class) that stand out.
 
     Empty where there is nothing to draw.
     """
@@ -121,10 +121,10 @@ def chart(
         at = [(x_at(x), max(top, y_at(y))) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
         parts.append(
-            f'<polyline class="curve {line.look}" points="{path}"><title>{escape(line.name)}</title></polyline>'
+            f'<polyline class="curve {line.css_class}" points="{path}"><title>{escape(line.name)}</title></polyline>'
         )
         if line.dots and len(at) <= 60:
-            parts += [f'<circle class="dot {line.look}" cx="{x:.1f}" cy="{y:.1f}" r="2.6">'
+            parts += [f'<circle class="dot {line.css_class}" cx="{x:.1f}" cy="{y:.1f}" r="2.6">'
                       f"<title>{escape(line.name)}: {short(step)} → {value:.4g}</title></circle>"
                       for (x, y), (step, value) in zip(at, line.points, strict=True)]  # fmt: skip
     notes: list[tuple[float, float]] = []
