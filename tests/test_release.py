@@ -109,7 +109,7 @@ def test_cards_say_where_the_texts_are_from_and_what_was_measured(family: Path, 
     assert "linear SVM" in card(family, "sentiment")
 
 
-def test_the_same_command_again_replaces_what_lies_there(family: Path, work: Path):
+def test_the_same_command_again_replaces_the_earlier_files(family: Path, work: Path):
     before = {path.name: path.read_bytes() for path in (family / "base").glob("*.safetensors")}
     (family / "base" / "left.txt").touch()
     release.write_quantized(release.Args(work, str(family)), "base")

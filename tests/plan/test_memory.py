@@ -118,7 +118,7 @@ def test_a_layer_on_a_gpu_keeps_what_the_published_formula_says(dtype, dropout):
     assert bytes_of_a_layer("cuda", dropout, dtype) == pytest.approx(expected, rel=0.01)
 
 
-def test_a_layer_whose_attention_is_kept_is_larger_by_what_the_published_formula_says():
+def test_attention_probabilities_take_the_memory_of_the_published_formula():
     """Ours on a CPU with dropout, whose masks take as much as values."""
     expected = 4 * (VALUES + MASKS + (ATTENTION_VALUES + ATTENTION_MASKS) * HEADS * LENGTH / WIDTH)
     assert bytes_of_a_layer("cpu", 0.1, torch.float32) == pytest.approx(expected, rel=0.01)

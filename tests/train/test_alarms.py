@@ -34,7 +34,7 @@ def record(watching: Alarms, *losses: float, first: int = 0) -> None:
     watching.finite_losses(first, values, torch.zeros_like(values))
 
 
-def test_a_leap_of_the_loss_is_told_with_the_documents_of_its_batch(watching, capsys):
+def test_a_loss_spike_is_a_warning_with_the_documents_of_its_batch(watching, capsys):
     draw = np.random.default_rng(0)
     record(watching, *(4.0 + 0.05 * draw.standard_normal(40)))
     assert not capsys.readouterr().err
@@ -102,11 +102,11 @@ NOTHING = {"at": 0.0, "all_": 0.0, "own": 0.0, "throttled": 0, "faults": 0}
         ({"at": 10, "all_": None, "own": 10}, 0.0, "does not say why"),
     ],
 )
-def test_a_slow_spell_is_told_with_its_cause(after, fetching, words):
+def test_a_slowdown_is_a_warning_with_its_cause(after, fetching, words):
     assert words in cause(Usage(**NOTHING), Usage(**NOTHING | after), fetching)
 
 
-def test_a_speed_that_breaks_down_is_told_once_and_so_is_its_return(watching, capsys):
+def test_a_slowdown_and_its_end_are_each_reported_once(watching, capsys):
     for speed in [1000.0] * 8 + [300.0]:
         watching.check_speed(speed, 0.0)
     assert not capsys.readouterr().err, "one slow spell is a checkpoint being written"

@@ -237,7 +237,7 @@ def test_epochs_end_a_run(train, prepared, tmp_path):
     assert result["step"] == windows // 8
 
 
-def test_a_text_learned_by_heart_is_told_and_stopped_and_the_best_model_kept(train, tmp_path, capsys):
+def test_overfitting_is_a_warning_then_stops_the_run_and_the_best_model_is_kept(train, tmp_path, capsys):
     draw = random.Random(0)
     (tmp_path / "short.txt").write_text("".join(draw.choices("皇马赢得比赛冠军球迷转会期待", k=600)))
     settings = {"data": tmp_path / "short.txt", "split": "tail", "out_dir": tmp_path / "run", "n_embd": 64,

@@ -109,7 +109,7 @@ def test_a_shape_is_measured_once_per_machine(monkeypatch):
         choose(work(), ["float32"], False, "")
 
 
-def test_what_was_timed_beside_other_programs_is_not_remembered(monkeypatch, capsys):
+def test_timings_that_other_programs_disturbed_are_not_cached(monkeypatch, capsys):
     monkeypatch.setattr(measured.OtherPrograms, "cores", lambda self: 0.8)
     choose(work(), ["float32"], False, "")
     assert "other programs took 0.8 cores" in capsys.readouterr().err
@@ -221,7 +221,7 @@ def test_a_damaged_memory_is_no_memory(damage):
     assert remembered("key") == {}
 
 
-def test_a_run_that_goes_on_computes_as_it_began(monkeypatch):
+def test_a_resumed_run_computes_as_it_began(monkeypatch):
     monkeypatch.setattr(measured, "least_seconds", refuse)
     progress = Progress(step=7, computed={"dtype": "float32", "explicit": True, "why": "another machine"})
     job = work()

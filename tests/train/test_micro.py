@@ -59,7 +59,7 @@ def test_memory_that_runs_out_lowers_the_micro_batch_and_loses_no_step(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_what_was_lowered_is_kept_by_a_run_that_goes_on(train, prepared, tmp_path, small_memory, monkeypatch):
+def test_a_resumed_run_keeps_its_smaller_micro_batch(train, prepared, tmp_path, small_memory, monkeypatch):
     tried = small_memory(2)
     train(data=prepared(), out_dir=tmp_path / "run", max_iters=10)
     state = read_json(pointed(tmp_path / "run" / "checkpoints" / "last") / "train_state" / "progress.json")
@@ -118,7 +118,7 @@ def test_pieces_are_about_equal(rows, most, expected):
     assert equal_pieces(rows, most) == expected
 
 
-def test_a_gpu_is_probed_twice_and_its_largest_micro_batch_is_said_and_kept(monkeypatch, capsys):
+def test_a_gpu_is_probed_twice_and_its_largest_micro_batch_is_logged_and_saved(monkeypatch, capsys):
     """As on a GPU: what it says about its memory is made up, the passes are counted."""
     ran = []
     plan = SimpleNamespace(

@@ -110,7 +110,7 @@ def test_two_in_a_row_three_times_over_are_no_reason_to_go_back(train, prepared,
     assert capsys.readouterr().err.count("is skipped") == 6
 
 
-def test_a_run_killed_after_it_went_back_goes_on_with_the_lower_rate(train, prepared, tmp_path, poison):
+def test_a_run_killed_after_a_rollback_resumes_with_the_lower_rate(train, prepared, tmp_path, poison):
     ran = poison({12, 13, 14}, times=1)
     whole = {"data": prepared(), "max_iters": 30}
     train(out_dir=tmp_path / "whole", **whole)

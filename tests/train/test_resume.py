@@ -193,7 +193,7 @@ def killed(settings, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
-def test_a_kill_at_any_moment_leaves_a_run_that_goes_on(killed, settings, undisturbed, train, place):
+def test_a_run_killed_at_any_moment_can_be_resumed(killed, settings, undisturbed, train, place):
     run = killed / place.replace(" ", "-")
     if place == "the first step":
         assert pointed(run / "checkpoints" / "last") is None

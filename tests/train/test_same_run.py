@@ -108,7 +108,7 @@ def test_the_one_key_that_was_changed_is_the_one_that_is_named(kind, key, value,
     assert ((run / "config.yaml").read_bytes(), weights(run)) == before
 
 
-def test_begun_anew_a_run_inherits_nothing(copy, prepared):
+def test_a_run_that_starts_over_inherits_nothing(copy, prepared):
     run = copy("qwen3")
     command(data=prepared(), out_dir=run, init_from="scratch", **SHARED)
     new = kept(run)
@@ -122,7 +122,7 @@ def test_the_runs_own_file_and_max_iters_extend_it(copy):
     assert kept(run)["license"] == "mit"
 
 
-def test_a_run_that_only_the_mirror_has_goes_on_with_its_settings(prepared, tmp_path):
+def test_a_run_that_only_the_mirror_has_resumes_with_its_settings(prepared, tmp_path):
     run = {"out_dir": tmp_path / "run", "mirror": tmp_path / "far"}
     command(data=prepared(), **run, **SHARED | RUNS["qwen3"])
     shutil.rmtree(tmp_path / "run")
@@ -133,7 +133,7 @@ def test_a_run_that_only_the_mirror_has_goes_on_with_its_settings(prepared, tmp_
     assert (tmp_path / "far" / "step-12").is_dir()
 
 
-def test_adapters_go_on_beside_the_model_that_they_tune(copy, prepared, tmp_path):
+def test_a_run_of_adapters_resumes_with_its_base_model(copy, prepared, tmp_path):
     base, run = copy("llama", "base"), tmp_path / "tuned"
     command(data=prepared(), out_dir=run, init_from=base, trainable="lora", lora_rank=2, **SHARED | {"max_iters": 3})
     assert command(out_dir=run, max_iters=6)["step"] == 6

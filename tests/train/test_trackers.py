@@ -99,7 +99,7 @@ def test_a_package_that_is_broken_or_not_there(tmp_path: Path, monkeypatch: pyte
         start(kind, tmp_path, about)
 
 
-def test_a_tracker_that_refuses_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_tracker_that_refuses_is_a_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Package:
         @staticmethod
         def init(**settings: object) -> None:

@@ -16,7 +16,7 @@ from miaobi.train.watch import Metrics, evaluations_since_best, last_step, on_si
 RISING = [[100, 4.0, 4.5], [200, 3.0, 4.2], [300, 2.0, 5.1], [400, 1.2, 5.2], [500, 0.3, 6.4], [600, 0.13, 7.2]]
 
 
-def test_the_seeds_overfitting_is_told_in_plain_words():
+def test_the_seeds_overfitting_gives_a_warning():
     """Its figures: train 1.18, 0.30, 0.13 while validation went 5.20, 6.41, 7.19."""
     seed = [[2000, 1.1798, 5.1980], [3000, 0.2954, 6.4054], [4000, 0.1332, 7.1862]]
     warning = overfitting_warning(seed, 0.0, 1e-3)
@@ -141,7 +141,7 @@ def test_a_place_for_events_that_cannot_be_written_costs_them_alone(tmp_path, ca
     assert capsys.readouterr().err.count("warning:") == 1
 
 
-def test_an_evaluation_that_was_not_saved_is_not_told_twice(tmp_path):
+def test_an_evaluation_that_was_not_saved_is_not_logged_twice(tmp_path):
     """Interrupted at an evaluation, continued, and killed between it and its checkpoint."""
     metrics = Metrics(tmp_path, 0)
     metrics.log(20, train_loss=1.0)

@@ -12,10 +12,10 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 26
 MOST_POINTS = 400
-"""Points of a line; of more, neighbours are averaged."""
+"""Points per curve; if there are more, neighbours are averaged."""
 
 NOTE_WIDTH, NOTE_HEIGHT = 48, 13
-"""Room that a note beside a mark takes."""
+"""Size of a note beside a mark."""
 
 Points = list[tuple[float, float]]
 
@@ -31,7 +31,7 @@ class Line:
 
 
 def downsampled(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most `most` points: means of neighbours, the first and the last as they are."""
+    """At most `most` points: means of neighbours, with the first and last point unchanged."""
     if len(points) <= most:
         return points
     size, inner = math.ceil((len(points) - 2) / (most - 2)), points[1:-1]
@@ -61,14 +61,14 @@ def short(value: float) -> str:
 
 
 def quantile(values: Iterable[float], share: float) -> float:
-    """The value below which `share` of them lie."""
+    """The value below which this share of the values lies."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def limits(lines: list[Line], from_zero: bool, cut: float) -> tuple[float, float]:
-    """Lowest and highest value that are shown. cut: this share of a line's points may stick out at the top; lines with
-    dots are shown whole.
+    """Lowest and highest value of the axis. cut: share of a curve's points that may be cut off at the top; curves with
+    dots are never cut.
     """
     ys = [y for line in lines for _, y in line.points]
     high = max(
@@ -141,7 +141,7 @@ def chart(
 
 
 def free_height(notes: list[tuple[float, float]], x: float, y: float) -> float:
-    """The height nearest to `y` at which a note covers none of `notes`."""
+    """The height nearest to `y` at which a note at `x` covers none of `notes`."""
     near = [other for at, other in notes if abs(at - x) < NOTE_WIDTH]
     heights = [y, *(other + side * NOTE_HEIGHT for other in near for side in (-1, 1))]
     free = [h for h in heights if all(abs(h - other) >= NOTE_HEIGHT for other in near)]
