@@ -33,7 +33,7 @@ from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.prepare import prepare
 from miaobi.device import keep_allocations, pick_device, pick_dtype
 from miaobi.settings import load_config, read_yaml, shipped_config
-from miaobi.train.computing import decide
+from miaobi.train.computing import decide_mode
 from miaobi.train.loop import Run
 from miaobi.train.setup import set_up
 from miaobi.train.world import World
@@ -72,7 +72,7 @@ class Miaobi:
         self.device = pick_device(args.device)
         dtype = pick_dtype(cfg.train.dtype, self.device)
         self.run = Run(set_up(cfg, origin, World(), self.device, dtype))
-        self.run.plan, self.run.flex = decide(self.run.plan, self.run.objective)
+        self.run.plan, self.run.flex = decide_mode(self.run.plan, self.run.objective)
         self.run.model.train()
         self.done = 0
 

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import machine, parse, report
-from miaobi.config import ModelConfig
 from miaobi.corpus.template import SEP_TEMPLATE
 from miaobi.corpus.tokenizer import PAD, SEP, Tokenizer
 from miaobi.model.checkpoint import save_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 
 IMPORTS = "import miaobi.cli, miaobi.generate.chat, miaobi.generate.terminal; print(flush=True)"

@@ -37,11 +37,11 @@ from miaobi.classify.config import ClassifyConfig, PredictConfig, load_config
 from miaobi.classify.data import Reading, Row, make_split, read_labelled, shuffled
 from miaobi.classify.finetune import Cell, Finetuning, build
 from miaobi.classify.head import Classifier, Judge, save
-from miaobi.config import ModelConfig
 from miaobi.console import log
 from miaobi.convert.small_gpt import convert
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.device import keep_allocations, pick_device, pick_dtype
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.settings import read_yaml
 

@@ -18,11 +18,11 @@ from scipy.optimize import least_squares
 
 import miaobi.plan
 from benchmarks.common import machine, parse, report
-from miaobi.plan.forecast import Basis, Law, Setting
+from miaobi.plan.forecast import FitQuality, RunSize, ScalingLaw
 
 HERE = Path(miaobi.plan.__file__).parent
-NAMES = [field.name for field in dataclasses.fields(Law)]
-USUAL = Law(4.0, 0.8, 0.34, 1.6, 0.28, 15.4, 0.05, 1.0, 0.5, 0.3, 2.0, 0.5)
+NAMES = [field.name for field in dataclasses.fields(ScalingLaw)]
+USUAL = ScalingLaw(4.0, 0.8, 0.34, 1.6, 0.28, 15.4, 0.05, 1.0, 0.5, 0.3, 2.0, 0.5)
 """Where the fit begins and what it is drawn to, where the runs say little: the powers of Hoffmann et al., the worth of
 Muennighoff et al., and for the rest what the first runs looked like."""
 DRAWN = 0.02
@@ -47,7 +47,7 @@ class Curve:
     """One run of the grid."""
 
     name: str
-    setting: Setting
+    setting: RunSize
     epochs: np.ndarray
     bits: np.ndarray
 
@@ -65,7 +65,7 @@ def curve(row: dict[str, Any]) -> Curve:
     tokens = float(row["tokens"])
     passes = [float(p) for p in row["passes"].split()] or 1.0 + np.arange(len(bits))
     epochs = np.array(passes) * float(row["tokens_per_epoch"]) / tokens
-    setting = Setting(float(row["parameters"]), tokens, float(row["muon_weight_decay"]), float(row["dropout"]),
+    setting = RunSize(float(row["parameters"]), tokens, float(row["muon_weight_decay"]), float(row["dropout"]),
                       row["average_weights"] == "True")  # fmt: skip
     name = "-".join(row[key] for key in ("text", "size", "characters", "epochs", "recipe", "seed"))
     return Curve(name, setting, epochs, bits)
@@ -75,28 +75,28 @@ def joined(runs: list[Curve]) -> Curve:
     """All points of several runs, each with its setting: one array for each field."""
     points = [len(one.bits) for one in runs]
     settings = zip(*(astuple(one.setting) for one in runs), strict=True)
-    setting = Setting(*(np.repeat(values, points) for values in settings))
+    setting = RunSize(*(np.repeat(values, points) for values in settings))
     return Curve("", setting, np.concatenate([one.epochs for one in runs]), np.concatenate([one.bits for one in runs]))
 
 
-def fitted(known: list[Curve]) -> Law:
+def fitted(known: list[Curve]) -> ScalingLaw:
     """The law that is nearest to the runs, in Huber's sense: one that went astray pulls less. From several starts."""
     usual, every = np.array([getattr(USUAL, name) for name in NAMES]), joined(known)
     weights = np.concatenate([np.full(len(one.bits), len(one.bits) ** -0.5) for one in known])  # a run weighs as one
     draw, best = np.random.default_rng(0), None
 
     def off(logs: np.ndarray) -> np.ndarray:
-        law = Law(*(usual * np.exp(logs)))
+        law = ScalingLaw(*(usual * np.exp(logs)))
         return np.concatenate([weights * (law.bits(every.setting, every.epochs) - every.bits), DRAWN * logs])
 
     for number in range(STARTS):
         start = 0.3 * draw.standard_normal(len(usual)) * bool(number)
         found = least_squares(off, start, bounds=(-4.0, 2.0), loss="huber", f_scale=0.05, max_nfev=200)
         best = found if best is None or found.cost < best.cost else best
-    return Law(*(float(round(x, 5)) for x in usual * np.exp(best.x)))
+    return ScalingLaw(*(float(round(x, 5)) for x in usual * np.exp(best.x)))
 
 
-def minima(law: Law, one: Curve) -> tuple[float, float]:
+def minima(law: ScalingLaw, one: Curve) -> tuple[float, float]:
     """The passes after which the measured curve and the forecast one are lowest, among those that were measured."""
     told = law.bits(one.setting, one.epochs)
     return float(one.epochs[int(np.argmin(one.bits))]), float(one.epochs[int(np.argmin(told))])
@@ -127,7 +127,7 @@ def main() -> None:
             rows.append([runs[i].name, error, measured, told, "yes" if right[-1] else "no"])
     law = fitted(runs)
     sizes, tokens = [one.setting.parameters for one in runs], [one.setting.tokens for one in runs]
-    basis = Basis(asdict(law), len(runs), [min(sizes), max(sizes)], [min(tokens), max(tokens)],
+    basis = FitQuality(asdict(law), len(runs), [min(sizes), max(sizes)], [min(tokens), max(tokens)],
                   round(float(np.sqrt(np.mean(np.square(errors)))), 3), round(statistics.median(ratios), 3),
                   round(statistics.fmean(right), 3))  # fmt: skip
     if args.write:

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 from benchmarks.common import clock
-from miaobi.config import ModelConfig
 from miaobi.corpus.config import PrepareConfig
 from miaobi.device import keep_allocations, peak_memory, pick_dtype, reset_peak_memory
 from miaobi.generate.config import SamplingConfig
 from miaobi.generate.cuda_step import CudaStep
 from miaobi.generate.slots import Slots, Stream
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.settings import load_config
-from miaobi.train.computing import decide
+from miaobi.train.computing import decide_mode
 from miaobi.train.loop import Run
 from miaobi.train.setup import set_up
 from miaobi.train.world import World
@@ -89,7 +89,7 @@ class Bench:
         cfg, origin = load_config(None, [(key, str(value)) for key, value in told.items()])
         device = self.there
         run = Run(set_up(cfg, origin, World(), device, pick_dtype(cfg.train.dtype, device)))
-        run.plan, run.flex = decide(run.plan, run.objective)
+        run.plan, run.flex = decide_mode(run.plan, run.objective)
         run.model.train()
         return run
 

@@ -24,17 +24,18 @@ from torch.amp import GradScaler
 
 from benchmarks.common import machine, parse, report
 from benchmarks.fake_cuda import CUDA, Counted, counting
-from miaobi.config import ModelConfig, OptimConfig
+from miaobi.config import OptimConfig
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.prepare import prepare
 from miaobi.generate.cuda_step import CudaStep
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.settings import load_config
 from miaobi.train.average import Average
 from miaobi.train.evaluate import nats
 from miaobi.train.layout import Objective
 from miaobi.train.loop import Run
-from miaobi.train.optimizer import make_optimizers, move
+from miaobi.train.optimizer import make_optimizers, step_all
 from miaobi.train.recipe import resolve_optim
 from miaobi.train.setup import Plan, set_up
 from miaobi.train.world import World
@@ -73,7 +74,7 @@ def muon(family: str, layers: int, width: int, heads: int) -> dict[str, Any]:
         optimizers = make_optimizers(model, resolve_optim(OptimConfig(), "qwen3", 100), "muon")
         for p in model.parameters():
             p.grad = torch.empty_like(p)
-        move(optimizers, torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        step_all(optimizers, torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
         with counting() as (flops, counted):
             optimizers[1].step()
     return figures(counted, flops.get_total_flops())

@@ -22,13 +22,13 @@ import torch
 
 from benchmarks.common import Worker, clock, git_version, machine, parse, ratio, report, take_turns
 from benchmarks.peers import copy_nanogpt, nanogpt_model, transformers_model
-from miaobi.config import ModelConfig
 from miaobi.console import log
 from miaobi.corpus.tokenizer import N_RESERVED, Tokenizer
 from miaobi.device import pick_device
 from miaobi.generate import engine
 from miaobi.generate.config import SampleConfig
 from miaobi.model.checkpoint import save_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 
 TEMPERATURE, TOP_K = 0.8, 200  # sample.py's defaults, and ours

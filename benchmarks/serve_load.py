@@ -30,11 +30,11 @@ import psutil
 import torch
 
 from benchmarks.common import machine, parse, ratio, report, version
-from miaobi.config import ModelConfig
 from miaobi.console import log
 from miaobi.corpus.template import CHATML_TEMPLATE
 from miaobi.corpus.tokenizer import IM_END, Tokenizer
 from miaobi.model.checkpoint import save_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 
 SIZES = {

@@ -31,7 +31,7 @@ from miaobi.device import keep_allocations, peak_memory, pick_device, pick_dtype
 from miaobi.model.checkpoint import save_model
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.settings import load_config
-from miaobi.train.computing import decide
+from miaobi.train.computing import decide_mode
 from miaobi.train.layout import is_compiled
 from miaobi.train.loop import Run
 from miaobi.train.setup import set_up
@@ -96,7 +96,7 @@ class Miaobi:
         (work / "weights").mkdir()
         save_model(work / "weights", self.run.model, tokenizer, data.end_ids)
         self.first = self.loss_fp32(*batch(data.train, args.block_size, args.batch_size, SEED, 0))
-        self.run.plan, self.run.flex = decide(self.run.plan, self.run.objective)
+        self.run.plan, self.run.flex = decide_mode(self.run.plan, self.run.objective)
         self.run.model.train()
 
     @torch.no_grad()
@@ -119,7 +119,7 @@ class Miaobi:
         start = clock(self.device)
         for _ in range(count):
             loss, _, _ = self.run.step(self.done)
-            threads.look()
+            threads.check()
             self.done += 1
         return clock(self.device) - start, loss.item()
 

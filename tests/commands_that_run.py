@@ -13,11 +13,11 @@ import torch
 from originals import NANOGPT, SMALL_GPT, Original, chat_text, naive_vocabulary
 from tests.processes import Process
 
-from miaobi.config import ModelConfig
 from miaobi.corpus.template import CHATML_TEMPLATE
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.demo import chatterbot, peoples_daily
 from miaobi.model.checkpoint import save_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 
 ROOT = Path(__file__).parents[1]

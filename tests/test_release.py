@@ -109,10 +109,10 @@ def test_cards_say_where_the_texts_are_from_and_what_was_measured(family: Path, 
     assert "linear SVM" in card(family, "sentiment")
 
 
-def test_the_same_command_again_replaces_what_lies_there(family: Path, work: Path):
+def test_the_same_command_again_replaces_the_earlier_files(family: Path, work: Path):
     before = {path.name: path.read_bytes() for path in (family / "base").glob("*.safetensors")}
     (family / "base" / "left.txt").touch()
-    release.quantized(release.Args(work, str(family)), "base")
+    release.write_quantized(release.Args(work, str(family)), "base")
     assert {path.name: path.read_bytes() for path in (family / "base").glob("*.safetensors")} == before
     assert not (family / "base" / "left.txt").exists()
 
@@ -131,12 +131,12 @@ def test_what_does_not_fit_is_left_out_and_then_refused(
     work: Path, family: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     args = dataclasses.replace(release.Args(work), out=str(family))
-    release.beside(args, "base")
+    release.write_gguf(args, "base")
     monkeypatch.setattr(release, "LARGEST", release.size(args.out))
-    release.beside(args, "base")
+    release.write_gguf(args, "base")
     assert (family / "base" / "miaobi-base-q8_0.gguf").exists()
     monkeypatch.setattr(release, "LARGEST", release.size(args.out) - 1)
-    release.beside(args, "base")
+    release.write_gguf(args, "base")
     assert not (family / "base" / "miaobi-base-q8_0.gguf").exists()
     assert "miaobi-base-q8_0.gguf is left out" in capsys.readouterr().err
 

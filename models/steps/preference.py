@@ -49,9 +49,9 @@ SHARES = {
     "good": "good", "good_talks": "good talks", "good_replies_of_talks": "replies of talks", "stop_rate": "stops",
     "loops": "loops", "repetition": "4-gram thrice",
 }  # fmt: skip
-"""What is measured of replies and talks -> its heading."""
+"""Shares that are measured of replies and conversations -> column heading."""
 RESULT = "preference.json"
-"""In the directory of the tuned model: what `main` returns."""
+"""File in the directory of the tuned model, with what `main` returns."""
 
 
 @dataclass(frozen=True)
@@ -61,25 +61,25 @@ class Args:
     model: Positional[Location]
     """Run or model directory of a chit-chat model."""
     data: Path
-    """Prepared dialogues: pairs are made of their training part, figures of their validation part."""
+    """Prepared dialogues: pairs come from the training part, figures from the validation part."""
     out: Path
     """Directory for the tuned model."""
     talks: int = 200
-    """Dialogues of the training part that pairs are made of."""
+    """Dialogues of the training part for which pairs are made."""
     draws: int = 4
     """Replies drawn at each turn, and at each temperature."""
     temperature: tuple[float, ...] = (0.3, 1.0)
-    """Of these draws, without any penalty: cold ones loop, hot ones rarely."""
+    """Temperatures of these draws, without penalty: low ones loop, high ones rarely do."""
     max_new_tokens: int = 100
     epochs: int = 1
     """Passes over the pairs."""
     batch_size: int = 8
-    """Pairs in a step."""
+    """Pairs per step."""
     learning_rate: float = 5e-5
     beta: float = 0.1
-    """DPO: how near to stay to the model as it was; smaller = farther away."""
+    """DPO: how closely to stay to the original model; smaller = less closely."""
     likelihood: float = 0.2
-    """Weight of the good replies' nats per token in the loss."""
+    """Weight of the good replies' negative log-likelihood per token in the loss."""
     openings: int = 200
     """Measured before and after: single replies,"""
     measured_talks: int = 100
@@ -99,7 +99,7 @@ class Pair:
 
 
 def pairs(lm: LanguageModel, sides: list[list[str]], args: Args) -> Iterator[Pair]:
-    """Those that the talks give, turn by turn. args.seed seeds the draws."""
+    """The pairs of the conversations, turn by turn. args.seed seeds the draws."""
     cfg = ChatConfig(max_new_tokens=args.max_new_tokens, top_p=1.0, repetition_penalty=1.0, seed=args.seed)
     chat, end, draws = Chat(lm, cfg), end_of_reply(lm.tokenizer), args.draws
     talks: list[Messages] = [[] for _ in sides]
@@ -131,20 +131,20 @@ def is_good_after(said: list[str], reply: Completion) -> bool:
 
 
 def end_of_reply(tokenizer: Tokenizer) -> int:
-    """The token that ends a reply when a conversation goes on. Raises UserError where the template has none."""
+    """The token that ends a reply within a conversation. Raises UserError if the template has none."""
     end = tokenizer.sep_id if tokenizer.sep_id is not None else end_of_turn(tokenizer)
     if end is None:
-        raise UserError("the chat template ends a reply with no token of its own; tune another model")
+        raise UserError("the chat template has no token that ends a reply; tune another model")
     return end
 
 
 def ids_of(reply: Completion, tokenizer: Tokenizer, end: int) -> list[int]:
-    """A reply's ids, with what ends it where it ended."""
+    """Token ids of a reply, with its end token if it has ended."""
     return [*tokenizer.encode(reply.text), *([end] if reply.finish_reason == "stop" else [])]
 
 
 def log_likelihoods(model: Transformer, rows: list[tuple[list[int], list[int]]]) -> Tensor:
-    """(rows,): log-probability of each second part behind its first; of what is longer than a block, the end."""
+    """(rows,): log-probability of each reply after its prompt; of those longer than a block, the end."""
     block = model.cfg.block_size
     ids = [[*prompt, *reply][-block - 1 :] for prompt, reply in rows]
     longest = max(map(len, ids))
@@ -157,7 +157,7 @@ def log_likelihoods(model: Transformer, rows: list[tuple[list[int], list[int]]])
 
 
 def tune(model: Transformer, found: list[Pair], args: Args) -> None:
-    """DPO in place; reports the share of pairs whose good reply gained on the bad one."""
+    """DPO in place; logs the share of pairs whose good reply gained on the bad one."""
     torch.manual_seed(args.seed)
     model.eval()  # no dropout: the model is compared with itself
     rows = [((pair.prompt, pair.good), (pair.prompt, pair.bad)) for pair in found]
@@ -186,7 +186,7 @@ def tune(model: Transformer, found: list[Pair], args: Args) -> None:
 
 
 def likelihoods(model: Transformer, batch: list[tuple]) -> Tensor:
-    """(2, pairs): of the good and the bad replies."""
+    """(2, pairs): log-probabilities of the good and of the bad replies."""
     both = [good for good, _ in batch] + [bad for _, bad in batch]
     return log_likelihoods(model, both).view(2, len(batch))
 

@@ -40,7 +40,7 @@ from miaobi.train.summary import read_summary
 
 HERE = Path(__file__).parents[1]
 LARGEST = 20_000_000
-"""Bytes of all released files."""
+"""Most bytes of all released files together."""
 LICENSE = "cc-by-sa-4.0"
 """The strictest of the texts' licences."""
 OPENINGS = ("你好", "今天天气真好", "你喜欢吃什么？", "我最近睡不好")
@@ -54,27 +54,27 @@ class Args:
     """Where models/retrain.sh worked: base_data, base_run, chat_data, chat_run, chat_preferred and sentiment_run lie in
     it."""
     out: Location = str(HERE)
-    """Where the directories base, chat and sentiment go; what lies there of an earlier release is replaced."""
+    """Directory for base, chat and sentiment; those of an earlier release in it are replaced."""
     dtype: Literal["int8", "int4"] = "int8"
     samples: int = 1000
-    """Texts of each language model that are searched for what it copied."""
+    """Texts that each language model generates, to be searched for copies of the training text."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What every card of a release says."""
+    """What the cards of a release have in common."""
 
     args: Args
     base_data: PreparedData
     chat_data: PreparedData
     texts: dict[Path, list[str]]
-    """Of both, what models were trained on."""
+    """Training texts of both."""
     licences: dict[str, tuple[str, str]]
-    """File -> what it is, and its licence."""
+    """File -> source and licence."""
 
     @property
     def sources(self) -> str:
-        """The section of a card on the texts."""
+        """The section of a card on the training texts."""
         lines = ["| 文件 file | 来源 source | 许可 licence | 字符 characters | 取用 taken |", "|---|---|---|---|---|"]
         for source, share in shares(self.base_data):
             name = Path(source["path"]).name
@@ -84,13 +84,13 @@ class Family:
 
 
 def shares(data: PreparedData) -> list[tuple[dict[str, Any], float]]:
-    """The sources of prepared data, each with the share of its documents that was taken."""
+    """The sources of prepared data, and the share of its documents that was taken from each."""
     sources, weights = data.manifest["sources"], data.manifest["settings"]["weights"]
     return list(zip(sources, weights or [1.0] * len(sources), strict=True))
 
 
 def main() -> None:
-    """Write the family. Raises UserError for texts without a licence, and for more than LARGEST bytes."""
+    """Write the release. Raises UserError for texts without a licence, and for more than LARGEST bytes."""
     args = parse(Args, "python -m models.steps.release", __doc__)
     try:
         release(args)
@@ -112,12 +112,12 @@ def release(args: Args) -> int:
     family = Family(args, *data, texts, licences)
     for name, card_of in {"base": base_card, "chat": chat_card, "sentiment": sentiment_card}.items():
         with stage(f"{NAMES[name]}: {args.dtype}"):
-            place = quantized(args, name)
+            place = write_quantized(args, name)
         with stage(f"{NAMES[name]}: card"):
             write_card(place, card_of(family, place))
     for name in ("base", "chat"):
         with stage(f"{NAMES[name]}: GGUF"):
-            beside(args, name)
+            write_gguf(args, name)
     total = size(args.out)
     log(f"released: {total / 1e6:.2f} MB in {args.out}")
     if total > LARGEST:
@@ -129,27 +129,27 @@ def release(args: Args) -> int:
 
 @contextmanager
 def stage(what: str) -> Iterator[None]:
-    """Says what was done and how long it took."""
+    """Log what was done and how long it took."""
     started = perf_counter()
     yield
     log(f"{what}: {perf_counter() - started:.0f} s")
 
 
 def weights(args: Args, name: str) -> Path:
-    """The model that is released under a name, before it loses bits."""
+    """The model that is released under a name, before quantization."""
     return args.work / ("chat_preferred" if name == "chat" else f"{name}_run")
 
 
-def quantized(args: Args, name: str) -> Path:
-    """The directory of a model in few bits."""
+def write_quantized(args: Args, name: str) -> Path:
+    """Write the quantized directory of a model."""
     place = Path(args.out) / name
     shutil.rmtree(place, ignore_errors=True)
     quantize.convert(QuantizeConfig(str(weights(args, name)), dtype=args.dtype, out=place, license=LICENSE))
     return place
 
 
-def beside(args: Args, name: str) -> None:
-    """The model as a GGUF file of 8 bits, where there is room for it."""
+def write_gguf(args: Args, name: str) -> None:
+    """Write the model as an 8-bit GGUF file, unless that would exceed LARGEST."""
     file = Path(args.out) / name / f"{NAMES[name]}-q8_0.gguf"
     gguf.convert(GGUFConfig(str(weights(args, name)), out=file, quantize="q8_0"))
     if size(args.out) > LARGEST:
@@ -182,10 +182,10 @@ def language_model(
     family: Family, place: Path, lm: engine.LanguageModel, data: list[PreparedData], samples: list[str], does: str,
     verb: str,
 ) -> Card:  # fmt: skip
-    """What both language models' cards say. data: what the model was trained on, the last part first."""
+    """The card of a language model. data: what it was trained on, the latest part first."""
     args, shape = family.args, lm.model.cfg
     run = args.work / f"{place.name}_run"
-    told, before = (
+    after, before = (
         miaobi.evaluate(m, data[0].path, device="cpu", stride="block") for m in (place, weights(args, place.name))
     )
     corpus = [text for part in data for text in family.texts[part.path]]
@@ -202,15 +202,15 @@ def language_model(
         license=LICENSE,
         data=f"validation part of {data[0].path.name}",
         metrics=[
-            Metric("bits_per_character", "validation bits per character (blocks side by side)", told["bits_per_char"])
+            Metric("bits_per_character", "validation bits per character (blocks side by side)", after["bits_per_char"])
         ],
         usage=f'import miaobi\n\nmodel = miaobi.load(".")  # this directory; in a shell: miaobi {verb}',
         facts=facts(run) | {"weights": args.dtype, "bits per character before that": f"{before['bits_per_char']:.4f}"},
         sections={
             "来源与许可 · Sources and licences": family.sources + (share_of_chats(family) if talks else ""),
             **({"回答的好坏 · Quality of replies": quality(args)} if talks else {}),
-            "局限 · Limits": words("limits", block=shape.block_size),
-            "不要用来 · Not for": words("not_for"),
+            "局限 · Limits": card_text("limits", block=shape.block_size),
+            "不要用来 · Not for": card_text("not_for"),
             "逐字重复 · Verbatim overlap": overlap(copied),
         },
         samples=samples,
@@ -218,7 +218,7 @@ def language_model(
 
 
 def share_of_chats(family: Family) -> str:
-    """What the chat model was tuned on besides."""
+    """The dialogues that the chat model was tuned on."""
     taken = [
         f"{cell(Path(source['path']).name)} ({source['characters']:,} × {share:.0%})"
         for source, share in shares(family.chat_data)
@@ -227,7 +227,7 @@ def share_of_chats(family: Family) -> str:
 
 
 def quality(args: Args) -> str:
-    """What the step that prefers replies changed."""
+    """The effect of preference tuning."""
     found = read_json(weights(args, "chat") / preference.RESULT)
     columns, rows = preference.table(found["figures"])
     lines = [columns, ["---"] * len(columns), *rows]
@@ -239,13 +239,13 @@ def quality(args: Args) -> str:
     )
 
 
-def words(name: str, **figures: Any) -> str:
-    """What stands in the cards of all releases, from models/cards."""
+def card_text(name: str, **figures: Any) -> str:
+    """Text of all releases' cards, from models/cards."""
     return (HERE / "cards" / f"{name}.md").read_text(encoding="utf-8").strip().format(**figures)
 
 
 def facts(run: Path) -> dict[str, Any]:
-    """Seed and cost of a training run."""
+    """Steps, tokens, time and seed of a training run."""
     summary, log_lines = (
         read_summary(run),
         [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")],
@@ -255,12 +255,12 @@ def facts(run: Path) -> dict[str, Any]:
         "steps": f"{steps:,}",
         "tokens learned": f"{steps * summary.batch_tokens:,} (of a text of {summary.train_tokens:,})",
         "training took": f"{summary.wall_seconds / 3600:.2f} h on {summary.cpu}, beside other programs",
-        "seed": miaobi_seed(run),
+        "seed": seed_of(run),
         "license": LICENSE,
     }
 
 
-def miaobi_seed(run: Path) -> str:
+def seed_of(run: Path) -> str:
     """The seed of a run."""
     from miaobi.settings import read_yaml
 
@@ -268,7 +268,7 @@ def miaobi_seed(run: Path) -> str:
 
 
 def overlap(copied: dict[str, Any]) -> str:
-    """The section on what a model copies."""
+    """The section on copied text."""
     lines = ["| 连续字数 characters in a row | 占多少篇 share of the texts |", "|---|---|"]
     lines += [f"| {length} | {share:.1%} |" for length, share in copied["shares"].items()]
     return (
@@ -310,12 +310,12 @@ def sentiment_card(family: Family, place: Path) -> Card:
                "training took": f"{row['seconds'] / 60:.1f} minutes", "pooling": row["pooling"],
                "trainable": row["trainable"], "license": LICENSE},
         sections={
-            "它判断什么 · What it tells": words("news_tone"),
+            "它判断什么 · What it tells": card_text("news_tone"),
             "对照 · Beside simpler ones": figures,
             "来源与许可 · Sources and licences": f"{cell('inews_sentiment.jsonl.xz')}, and what its base read:\n\n"
             + family.sources,
-            "局限 · Limits": words("limits", block=judge["block_size"]),
-            "不要用来 · Not for": words("not_for"),
+            "局限 · Limits": card_text("limits", block=judge["block_size"]),
+            "不要用来 · Not for": card_text("not_for"),
         },
     )  # fmt: skip
 

@@ -55,12 +55,12 @@ def train_run(config: str | Path | None = None, **settings: typing.Any) -> dict[
 
     Returns what its --json prints. Raises UserError.
     """
-    from miaobi.report.page import reported
+    from miaobi.report.page import writing_report
     from miaobi.settings import find_config, load_config
     from miaobi.train.loop import train
 
     cfg, origin = load_config(None if config is None else find_config(str(config)), list(settings.items()))
-    with reported(cfg.train.out_dir):
+    with writing_report(cfg.train.out_dir):
         return train(cfg, origin)
 
 

@@ -145,13 +145,13 @@ def write_on(out: Path, quick: bool) -> dict:
     """Train on the articles and continue PROMPTS; returns train's figures with samples and trigram_share."""
     from miaobi.generate.chat import preview
     from miaobi.generate.engine import load
-    from miaobi.report.page import reported
+    from miaobi.report.page import writing_report
     from miaobi.train.loop import train
 
     settings = {"data": str(out / "data"), "out_dir": str(out)} | SAME_EVERYWHERE | (QUICK if quick else SHORT)
     cfg, origin = load_config(shipped_config("demo.yaml"), [(key, str(value)) for key, value in settings.items()])
     log("3. training (Ctrl-C saves; the same command goes on)")
-    with reported(out):
+    with writing_report(out):
         result = train(cfg, origin, preview)
     if result["stopped"] in STOPPED:
         return result
@@ -180,14 +180,14 @@ def talk(out: Path, quick: bool) -> tuple[list[dict[str, str]], str]:
     """
     from miaobi.generate.chat import Chat, preview
     from miaobi.generate.engine import load
-    from miaobi.report.page import reported
+    from miaobi.report.page import writing_report
     from miaobi.train.loop import train
 
     run = out / "chat"
     settings = {"data": str(run / "data"), "out_dir": str(run)} | SAME_EVERYWHERE | (QUICK_CHAT if quick else {})
     cfg, origin = load_config(shipped_config("demo-chat.yaml"), [(key, str(value)) for key, value in settings.items()])
     log("\n6. training a second model, on the dialogues; there are few of them, it learns them by heart")
-    with reported(run):
+    with writing_report(run):
         stopped = train(cfg, origin, preview)["stopped"]
     if stopped in STOPPED:
         return [], stopped

@@ -20,9 +20,9 @@ def train(cfg: RunConfig, origin: Origin, started: float | None = None) -> dict[
     hash_early(cfg, origin)
     from miaobi.convert.small_gpt import start_from_checkpoint
     from miaobi.generate.chat import preview
-    from miaobi.report.page import reported
+    from miaobi.report.page import writing_report
     from miaobi.train.loop import train as train_run
 
     cfg, origin = start_from_checkpoint(cfg, origin)
-    with reported(cfg.train.out_dir):
+    with writing_report(cfg.train.out_dir):
         return train_run(cfg, origin, preview, started)

@@ -17,9 +17,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from miaobi.classify import head
 from miaobi.classify.data import Reading
 from miaobi.classify.head import Classifier, Judge, buckets
-from miaobi.config import LoraConfig, ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
+from miaobi.model.config import LoraConfig, ModelConfig
 from miaobi.model.lora import adapters, add_lora
 from miaobi.model.transformer import Transformer
 

@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from miaobi.config import ModelConfig
 from miaobi.convert.gguf import GGUFConfig, convert, count_differing
 from miaobi.convert.gguf_vocabulary import ByScore, vocabulary_of
 from miaobi.corpus.template import SEP_TEMPLATE
@@ -23,6 +22,7 @@ from miaobi.errors import UserError
 from miaobi.generate import engine
 from miaobi.generate.config import SampleConfig
 from miaobi.model.checkpoint import load_model, save_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 
 pytest.importorskip("xllamacpp", reason="llama.cpp's prebuilt package is missing: pip install xllamacpp")

@@ -121,7 +121,7 @@ def test_sample_eval_and_train_read_it(
                "compile": False}  # fmt: skip
         tuned = miaobi("train", *(f"--{key}={value}" for key, value in own.items()))
         assert tuned.code == 0, tuned.err
-        assert f"its weights are {kind}; they are trained on in full precision" in tuned.err
+        assert f"its weights are {kind}; they are trained in full precision" in tuned.err
         assert "quantization_config" not in json.loads((tmp_path / "run/checkpoints/best/config.json").read_text())
 
 

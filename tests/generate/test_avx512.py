@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from miaobi import native
-from miaobi.config import ModelConfig
 from miaobi.generate import cpu_step
 from miaobi.generate.engine import load
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 
 FAMILIES = {

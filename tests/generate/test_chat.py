@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from miaobi.config import ModelConfig
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE, Messages
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
@@ -22,6 +21,7 @@ from miaobi.generate.chat import Chat, model_settings, preview, replies
 from miaobi.generate.config import ChatConfig
 from miaobi.generate.engine import LanguageModel, load
 from miaobi.generate.slots import Slots, Stream
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 
 GREEDY = {"temperature": 0, "top_p": 1.0, "repetition_penalty": 1.0, "device": "cpu", "dtype": "float32"}

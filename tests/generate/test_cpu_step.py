@@ -10,11 +10,11 @@ import torch
 
 from miaobi import native
 from miaobi.cache import TAG
-from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.generate import cpu_step, engine, speculate
 from miaobi.generate.config import SampleConfig
 from miaobi.model.checkpoint import save_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.quantized import eight_bits
 from miaobi.model.transformer import Transformer
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from miaobi.config import ModelConfig
 from miaobi.generate.config import SamplingConfig
 from miaobi.generate.cuda_step import CudaStep, decode
 from miaobi.generate.slots import Slots, Stream
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 
 V, BLOCK = 37, 16

@@ -12,13 +12,13 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import SPECIALS, Tokenizer
 from miaobi.errors import UserError
 from miaobi.generate.chat import preview
 from miaobi.generate.config import SampleConfig
 from miaobi.generate.engine import LanguageModel, load, read_prompt
 from miaobi.generate.slots import Slots, Stream
+from miaobi.model.config import ModelConfig
 from miaobi.model.generation import end_ids
 from miaobi.model.transformer import Transformer
 

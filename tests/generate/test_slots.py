@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miaobi.config import ModelConfig
 from miaobi.generate import cpu_step
 from miaobi.generate import slots as slots_module
 from miaobi.generate.config import SampleConfig, SamplingConfig
 from miaobi.generate.slots import Slots, Stream, common
 from miaobi.generate.speculate import continued
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 
 V, BLOCK = 37, 16

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.model.checkpoint import save_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 
 TOKENIZER = Tokenizer.train_char(Counter("皇马赢得比赛"))

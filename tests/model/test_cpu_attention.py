@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miaobi import native
-from miaobi.config import ModelConfig
 from miaobi.model import cpu_attention
+from miaobi.model.config import ModelConfig
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import Transformer
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers
 
-from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.generate.config import SampleConfig
 from miaobi.generate.engine import load
 from miaobi.model.checkpoint import load_model, save_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.hf_config import hf_config
 from miaobi.model.transformer import Transformer
 

@@ -14,12 +14,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.generate.engine import LanguageModel
 from miaobi.model import hf_config
 from miaobi.model.checkpoint import load_model, model_directory, save_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.generation import generation_settings, sampling_settings
 from miaobi.model.transformer import Transformer
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from tests.flaky import LocalServer
 
-from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model import hub
 from miaobi.model.checkpoint import load_model, model_directory, save_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 
 NAME = "someone/tiny-gpt"

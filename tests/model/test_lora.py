@@ -11,10 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from miaobi.config import LoraConfig, ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import load_model, save_model
+from miaobi.model.config import LoraConfig, ModelConfig
 from miaobi.model.lora import LoRALinear, adapter_parameters, add_lora, load_adapter, merged, save_adapter
 from miaobi.model.transformer import Transformer
 

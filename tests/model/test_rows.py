@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miaobi.config import ModelConfig
+from miaobi.model.config import ModelConfig
 from miaobi.model.rows import add_rows
 from miaobi.model.transformer import VOCAB_MULTIPLE, Transformer
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miaobi.config import ModelConfig
+from miaobi.model.config import ModelConfig
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import (
     Transformer,

@@ -1,28 +1,32 @@
 """A step without values against real ones: what autograd keeps, what tensors take."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from miaobi.config import LoraConfig, ModelConfig, OptimConfig
+from miaobi.config import OptimConfig
+from miaobi.model.config import LoraConfig, ModelConfig
 from miaobi.model.lora import add_lora
 from miaobi.model.transformer import Transformer
-from miaobi.plan.memory import Work, kv_cache, largest_micro, step_memory
+from miaobi.plan.memory import MemoryTracker, StepSpec, kv_cache, largest_micro, step_memory
+from miaobi.train import orthogonal
 from miaobi.train.layout import Objective
 from miaobi.train.recipe import resolve_optim
 
 TINY = {"n_layer": 3, "n_head": 2, "n_embd": 48, "block_size": 32, "vocab_size": 200}
 
 
-def work(family: str = "qwen3", **changes) -> Work:
+def work(family: str = "qwen3", **changes) -> StepSpec:
     shape = {key: changes.pop(key) for key in list(changes) if key in ModelConfig.__dataclass_fields__}
     model = ModelConfig(**TINY | {"family": family} | shape)
-    usual = Work(model, resolve_optim(OptimConfig(), family, 100), None, "cpu", torch.float32, 4, 1)
+    usual = StepSpec(model, resolve_optim(OptimConfig(), family, 100), None, "cpu", torch.float32, 4, 1)
     return dataclasses.replace(usual, **changes)
 
 
-def kept(one: Work) -> int:
+def kept(one: StepSpec) -> int:
     """Bytes that autograd keeps for the backward pass of a real model, parameters not counted."""
     model = Transformer(one.shape)
     if one.lora:
@@ -117,7 +121,7 @@ def test_a_layer_on_a_gpu_keeps_what_the_published_formula_says(dtype, dropout):
     assert bytes_of_a_layer("cuda", dropout, dtype) == pytest.approx(expected, rel=0.01)
 
 
-def test_a_layer_whose_attention_is_kept_is_larger_by_what_the_published_formula_says():
+def test_attention_probabilities_take_the_memory_of_the_published_formula():
     """Ours on a CPU with dropout, whose masks take as much as values."""
     expected = 4 * (VALUES + MASKS + (ATTENTION_VALUES + ATTENTION_MASKS) * HEADS * LENGTH / WIDTH)
     assert bytes_of_a_layer("cpu", 0.1, torch.float32) == pytest.approx(expected, rel=0.01)
@@ -137,14 +141,28 @@ def test_packed_dialogues_have_a_mask():
     assert step_memory(work(documents=True, block_size=128)).peak > step_memory(work(block_size=128)).peak
 
 
-def test_the_largest_micro_batch_fits_and_one_more_does_not():
-    one = work(pieces=8)
+@pytest.mark.parametrize("micro", [1, 4, 11, 32])
+def test_the_largest_micro_batch_fits_and_one_more_does_not(micro):
+    """Whatever the plan's own micro-batch, where the search begins."""
+    one = work(micro=micro, pieces=8)
     told = step_memory(dataclasses.replace(one, micro=11, pieces=3))
     free = told.peak + told.fragments + 1000
     found = largest_micro(one, 32, free)
     assert found == 11
     assert largest_micro(one, 8, 1 << 40) == 8
     assert largest_micro(one, 8, 1000) == 0
+
+
+def test_products_block_by_block_need_the_memory_of_whole_ones(monkeypatch):
+    """Why a plan may trace them whole."""
+
+    def peak(block: int) -> int:
+        monkeypatch.setattr(orthogonal, "BLOCK", block)
+        with FakeTensorMode(), MemoryTracker() as tracker:
+            orthogonal.orthogonalize(torch.empty(2, 512, 1024))
+        return tracker.peak
+
+    assert peak(128) == peak(sys.maxsize)
 
 
 def test_keys_and_values_are_those_that_the_model_makes():

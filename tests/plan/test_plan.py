@@ -6,7 +6,7 @@ import re
 import pytest
 from tests.conftest import tiny
 
-from miaobi.config import ModelConfig
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.plan.cards import CARDS, find_card
 from miaobi.plan.plan import parameters_of
@@ -77,7 +77,7 @@ def test_on_a_cpu_memory_is_that_of_the_whole_process(plan, prepared):
     assert on_gpu["process"] == on_gpu["fragments"] == 0
 
 
-def test_power_and_price_of_this_machine_may_be_told(plan, prepared):
+def test_power_and_price_of_this_machine_can_be_given(plan, prepared):
     told = plan(data=prepared(), watts=100)
     assert told["energy_kwh"] == pytest.approx(0.1 * told["time"]["seconds"] / 3600)
     assert told["cost"] is None
@@ -109,7 +109,7 @@ def test_every_card_is_found_by_its_own_name_and_has_sane_figures():
         (["--price_per_hour=cheap"], "a number"),
     ],
 )
-def test_mistakes_are_told(miaobi, prepared, arguments, words):
+def test_mistakes_are_explained(miaobi, prepared, arguments, words):
     data = [] if any("data" in a for a in arguments) else [f"--data={prepared()}"]
     answer = miaobi("plan", *data, *arguments)
     assert answer.code == 2
@@ -117,7 +117,7 @@ def test_mistakes_are_told(miaobi, prepared, arguments, words):
     assert not answer.out
 
 
-def test_people_are_told_the_same(miaobi, prepared):
+def test_the_text_output_says_the_same(miaobi, prepared):
     out = miaobi("plan", *tiny(data=prepared(), gpu="RTX 4080", price_per_hour=2)).out
     for words in ("parameters", "passes over the text", "micro-batches of up to 8 fit", "costs", "RTX 4080"):
         assert words in out
@@ -133,7 +133,7 @@ def test_measuring_runs_the_steps_of_the_run_and_keeps_nothing(plan, prepared, t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_goes_on_too_long_is_told_where_its_validation_turns(miaobi, prepared):
+def test_a_run_that_is_too_long_is_advised_where_its_validation_turns(miaobi, prepared):
     answer = miaobi("plan", *tiny(data=prepared(), max_iters=3000, n_embd=128), "--json")
     told = json.loads(answer.out)["forecast"]
     assert told["best_epoch"] < 100 < json.loads(answer.out)["run"]["epochs"]
@@ -141,11 +141,11 @@ def test_a_run_that_goes_on_too_long_is_told_where_its_validation_turns(miaobi, 
     assert told["bits_at_best"] < told["bits_at_end"]
     words = " ".join(told["advice"])
     assert "the validation loss turns after about" in words
-    assert "it stands on" in words, "what it stands on is always told"
+    assert "was fitted to" in words, "the advice always says what the forecast was fitted to"
 
 
-def test_a_run_unlike_those_measured_is_told_so(miaobi, prepared):
+def test_a_run_unlike_those_measured_gets_a_warning(miaobi, prepared):
     answer = miaobi("plan", *tiny(data=prepared(), n_embd=1024, n_layer=4), "--json")
     told = json.loads(answer.out)["forecast"]
     assert not told["inside"]
-    assert "outside of what was measured" in told["advice"][0]
+    assert "outside the range that was measured" in told["advice"][0]

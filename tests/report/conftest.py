@@ -65,5 +65,5 @@ def flat(share: float) -> float:
     return 3 + 2 * math.exp(-20 * share)
 
 
-def learned_by_heart(share: float) -> float:
+def overfitted(share: float) -> float:
     return 3 + (share - 0.4) ** 2

@@ -5,7 +5,7 @@ from xml.etree import ElementTree as ET
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from miaobi.report.curves import HEIGHT, WIDTH, Line, bars, chart, thinned, ticks
+from miaobi.report.curves import HEIGHT, WIDTH, Line, bars, chart, downsampled, ticks
 
 SVG = "http://www.w3.org/2000/svg"
 values = st.floats(-1e12, 1e12)
@@ -58,7 +58,7 @@ def test_ticks_are_few_and_within(low, span):
 
 def test_many_points_are_averaged_and_the_ends_kept():
     points = [(float(i), float(i % 2)) for i in range(100_001)]
-    found = thinned(points, 100)
+    found = downsampled(points, 100)
     assert len(found) <= 100
     assert found[0] == points[0]
     assert found[-1] == points[-1]

@@ -45,7 +45,7 @@ def opened(browser, file: Path, **how):
     return page, said
 
 
-def test_a_report_lies_beside_every_run_that_the_command_trains(miaobi, corpus_file: Path, tmp_path: Path):
+def test_every_run_that_the_command_trains_gets_a_report(miaobi, corpus_file: Path, tmp_path: Path):
     from tests.conftest import tiny
 
     out = tmp_path / "run"
@@ -75,7 +75,7 @@ def test_a_run_of_another_configuration_keeps_its_report(miaobi, altered):
     assert (run / "report.html").read_text(encoding="utf-8") == "old"
 
 
-def test_the_command_tells_its_verdict(miaobi, sampled: Path, altered):
+def test_the_command_prints_the_verdict(miaobi, sampled: Path, altered):
     before = {file: file.stat().st_mtime_ns for file in sampled.rglob("*") if file.is_file()}
     out = sampled.parent / "page.html"
     told = json.loads(miaobi("report", sampled, altered("other"), f"--out={out}", "--json").out)

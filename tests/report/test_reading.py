@@ -24,7 +24,7 @@ def test_settings_come_with_where_they_came_from(sampled: Path):
     assert read_run(str(sampled)).value("learning_rate") == 0.003  # what the recipe decided
 
 
-def test_a_run_tells_its_samples_evaluations_and_end(sampled: Path):
+def test_a_run_is_read_with_its_samples_evaluations_and_end(sampled: Path):
     run = read_run(str(sampled))
     assert [sample.step for sample in run.samples] == [10, 20]
     assert [evaluation.step for evaluation in run.evaluations] == [10, 20]
@@ -85,7 +85,7 @@ def test_a_damaged_summary_is_refused_by_name(altered, content: str):
         read_run(str(run))
 
 
-def test_a_run_of_another_version_is_told_without_what_is_not_known_here(altered):
+def test_a_run_of_another_version_is_read_without_its_unknown_keys(altered):
     """Keys and fields that this version lacks; counters that it cannot read."""
     run = altered()
     config, summary = run / "config.yaml", json.loads((run / "summary.json").read_text(encoding="utf-8"))
@@ -117,7 +117,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path):
         read_run(str(tmp_path))
 
 
-def test_a_run_whose_text_is_gone_is_told_without_it(altered):
+def test_a_run_whose_text_is_gone_is_read_without_it(altered):
     run = altered()
     (run / "data").rename(run.parent / "elsewhere")
     found = read_run(str(run))
@@ -125,7 +125,7 @@ def test_a_run_whose_text_is_gone_is_told_without_it(altered):
     assert any("not there any more" in said for said in found.missing)
 
 
-def test_a_run_goes_on_with_its_samples(train, corpus_file: Path, tmp_path: Path):
+def test_a_resumed_run_continues_its_samples(train, corpus_file: Path, tmp_path: Path):
     """Those of steps that are run again after a kill are written again, not twice."""
     from miaobi.generate.chat import preview
 
@@ -140,7 +140,7 @@ def test_a_run_goes_on_with_its_samples(train, corpus_file: Path, tmp_path: Path
     assert run.summary.wall_seconds > run.summary.ended - run.summary.started
 
 
-def test_a_plan_that_was_kept_stands_beside_what_came_of_it(altered):
+def test_a_saved_plan_is_shown_beside_the_outcome(altered):
     run = altered()
     assert read_run(str(run)).planned == (None, None)
     (run / "plan.json").write_text('{"time": {"seconds": 90}, "memory": {"run": 1048576}}', encoding="utf-8")

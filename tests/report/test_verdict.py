@@ -1,7 +1,7 @@
 """The words of a run's report follow from its figures."""
 
 import pytest
-from tests.report.conftest import falling, flat, history, learned_by_heart
+from tests.report.conftest import falling, flat, history, overfitted
 
 from miaobi.report.reading import read_run
 from miaobi.report.verdict import judge
@@ -10,11 +10,11 @@ from miaobi.report.verdict import judge
 @pytest.mark.parametrize(
     ("metrics", "stopped", "tone", "says", "advises"),
     [
-        (history(learned_by_heart, lambda s: 4 - 3 * s), "patience", "bad", "Overfitting: best at step 400 (pass 1.6)",
+        (history(overfitted, lambda s: 4 - 3 * s), "patience", "bad", "Overfitting: best at step 400 (pass 1.6)",
          "--max_iters=400"),
         (history(falling, falling), "max_iters", "mixed", "Not converged", "--max_iters=2000"),
         (history(flat, flat), "max_iters", "good", "Converged: best 6.000", "more text"),
-        (history(flat, flat)[:12], "interrupted", "mixed", "too few evaluations", "Give the same command again"),
+        (history(flat, flat)[:12], "interrupted", "mixed", "too few evaluations", "Run the same command again"),
         ([], "max_iters", "mixed", "Not evaluated yet", "--eval_interval"),
     ],
     ids=["overfitting", "too short", "converged", "interrupted", "no evaluation"],
@@ -26,8 +26,8 @@ def test_the_verdict_names_what_the_curves_show(altered, metrics, stopped, tone,
     assert any(advises in step.en for step in verdict.next_steps), verdict.next_steps
 
 
-def test_validation_that_rises_while_training_rises_too_is_not_learning_by_heart(altered):
-    run = altered(metrics=history(learned_by_heart, learned_by_heart))
+def test_validation_that_rises_while_training_rises_too_is_not_overfitting(altered):
+    run = altered(metrics=history(overfitted, overfitted))
     assert "Overfitting" not in judge(read_run(str(run))).headline.en
 
 
@@ -54,7 +54,7 @@ def test_what_did_not_end_by_itself_can_go_on(altered, stopped):
 
 
 def test_both_languages_say_the_same_figures(altered):
-    verdict = judge(read_run(str(altered(metrics=history(learned_by_heart, lambda s: 4 - 3 * s)))))
+    verdict = judge(read_run(str(altered(metrics=history(overfitted, lambda s: 4 - 3 * s)))))
     for words in (verdict.headline, *verdict.next_steps):
         digits = [sorted(c for c in text if c.isdigit()) for text in (words.zh, words.en)]
         assert digits[0] == digits[1], words

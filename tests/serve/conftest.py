@@ -21,11 +21,11 @@ from fastapi import FastAPI
 
 from miaobi.classify import head
 from miaobi.classify.data import Reading
-from miaobi.config import ModelConfig
 from miaobi.corpus.template import CHATML_TEMPLATE, SEP_TEMPLATE
 from miaobi.corpus.tokenizer import IM_END, Tokenizer
 from miaobi.generate.slots import Slots
 from miaobi.model.checkpoint import save_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.serve import server as server_module
 from miaobi.serve.app import make_app

@@ -1,4 +1,4 @@
-"""What a run notices: leaps of the loss, a disk that fills up, a speed that breaks down, each with its cause."""
+"""What a run notices: loss spikes, a disk that fills up, a slowdown, each with its cause."""
 
 import re
 import shutil
@@ -29,25 +29,25 @@ def watching(prepared):
     return Alarms(plan)
 
 
-def look(watching: Alarms, *losses: float, first: int = 0) -> None:
+def record(watching: Alarms, *losses: float, first: int = 0) -> None:
     values = torch.tensor(losses, dtype=torch.float64)
-    watching.finite(first, values, torch.zeros_like(values))
+    watching.finite_losses(first, values, torch.zeros_like(values))
 
 
-def test_a_leap_of_the_loss_is_told_with_the_documents_of_its_batch(watching, capsys):
+def test_a_loss_spike_is_a_warning_with_the_documents_of_its_batch(watching, capsys):
     draw = np.random.default_rng(0)
-    look(watching, *(4.0 + 0.05 * draw.standard_normal(40)))
+    record(watching, *(4.0 + 0.05 * draw.standard_normal(40)))
     assert not capsys.readouterr().err
-    look(watching, 4.0, 7.5, first=40)
+    record(watching, 4.0, 7.5, first=40)
     said = capsys.readouterr().err
-    assert re.search(r"step 42: the loss leaps to 7\.50 from 4\.0\d\. Its batch holds documents ", said)
+    assert re.search(r"step 42: the loss spikes to 7\.50 from 4\.0\d\. Its batch holds documents ", said)
     named = [int(n) - 1 for n in re.search(r"documents ([\d, ]+\d)", said)[1].split(",")]
     assert named == watching.plan.blocks.documents(8, 1337, 41)[: len(named)].tolist()
 
 
-def test_falling_and_noisy_losses_are_no_leaps(watching, capsys):
+def test_falling_and_noisy_losses_are_no_spikes(watching, capsys):
     draw = np.random.default_rng(1)
-    look(watching, *(8.0 * np.exp(-np.arange(200) / 60) + 2 + 0.2 * draw.standard_normal(200)))
+    record(watching, *(8.0 * np.exp(-np.arange(200) / 60) + 2 + 0.2 * draw.standard_normal(200)))
     assert not capsys.readouterr().err
 
 
@@ -102,19 +102,19 @@ NOTHING = {"at": 0.0, "all_": 0.0, "own": 0.0, "throttled": 0, "faults": 0}
         ({"at": 10, "all_": None, "own": 10}, 0.0, "does not say why"),
     ],
 )
-def test_a_slow_spell_is_told_with_its_cause(after, fetching, words):
+def test_a_slowdown_is_a_warning_with_its_cause(after, fetching, words):
     assert words in cause(Usage(**NOTHING), Usage(**NOTHING | after), fetching)
 
 
-def test_a_speed_that_breaks_down_is_told_once_and_so_is_its_return(watching, capsys):
+def test_a_slowdown_and_its_end_are_each_reported_once(watching, capsys):
     for speed in [1000.0] * 8 + [300.0]:
-        watching.speed(speed, 0.0)
+        watching.check_speed(speed, 0.0)
     assert not capsys.readouterr().err, "one slow spell is a checkpoint being written"
     for speed in [300.0] * 4:
-        watching.speed(speed, 0.9)
+        watching.check_speed(speed, 0.9)
     said = capsys.readouterr().err
     assert said.count("300 tokens/s, 1,000 before: 90% of the time goes into reading batches") == 1
-    watching.speed(950.0, 0.0)
+    watching.check_speed(950.0, 0.0)
     assert "as fast as before" in capsys.readouterr().err
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miaobi.config import ModelConfig, OptimConfig
+from miaobi.config import OptimConfig
 from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.settings import load_config
 from miaobi.train import bigrams
@@ -112,7 +113,7 @@ def test_short_runs_start_from_bigrams(prepared):
             decided(prepared, bigram_init=True, **family)
 
 
-def test_rates_after_bigrams_are_lower_unless_told():
+def test_rates_after_bigrams_are_lower_unless_they_are_set():
     usual, lower = (resolve_optim(OptimConfig(), "qwen3", 100, bigrams=b) for b in (False, True))
     assert (usual.learning_rate, usual.muon_learning_rate) == (3e-3, 0.02)
     assert lower.learning_rate < usual.learning_rate

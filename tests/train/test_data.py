@@ -165,7 +165,7 @@ def test_a_text_that_is_gone_is_not_needed_again(start, tmp_path, capsys):
     assert "goes on with the data that it prepared" in capsys.readouterr().err
 
 
-def test_a_damaged_note_of_the_text_means_preparing_anew(start, killed_before_a_checkpoint, tmp_path):
+def test_after_damage_to_the_record_of_the_text_it_is_prepared_again(start, killed_before_a_checkpoint, tmp_path):
     data = write(tmp_path / "a.txt", ONE)
     for damage in ("", "[]", "{", json.dumps({"settings": {}, "sizes": {"a": "x"}})):
         killed_before_a_checkpoint(data)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from tests import processes
 from transformers import AutoModelForCausalLM
 
-from miaobi.config import ModelConfig
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.dataset import IGNORE
 from miaobi.corpus.packing import PackedDialogues
@@ -22,6 +21,7 @@ from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError
 from miaobi.files import pointed
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer, document_mask
 from miaobi.settings import load_config
 from miaobi.train.config import EvalConfig

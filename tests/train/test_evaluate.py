@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miaobi.config import ModelConfig
 from miaobi.corpus.dataset import IGNORE, TextWindows
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.train.evaluate import evaluate, sliding, validation_nats
 

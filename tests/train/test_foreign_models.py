@@ -297,7 +297,7 @@ def test_a_shorter_block_than_the_hubs_may_be_trained(foreign, train, tmp_path):
     with torch.no_grad():
         logits = transformers.AutoModelForCausalLM.from_pretrained(after).eval()(ids).logits
     torch.testing.assert_close(logits, load(after, device="cpu", dtype="float32").logits(ids), atol=1e-4, rtol=1e-4)
-    with pytest.raises(UserError, match=f"has block_size={BLOCK}, asked for was block_size={BLOCK + 1}"):
+    with pytest.raises(UserError, match=f"has block_size={BLOCK}, but block_size={BLOCK + 1} was given"):
         train(**flags, out_dir=tmp_path / "other", block_size=BLOCK + 1)
 
 

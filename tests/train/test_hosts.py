@@ -261,7 +261,7 @@ def test_a_cut_cable_ends_the_run_with_the_name_of_the_host_that_is_out_of_reach
     assert 0 not in cut_off["cut"]
 
 
-def test_when_a_cable_is_cut_the_host_of_the_rendezvous_goes_on_alone(cut_off, hosts, alone, shared):
+def test_when_a_cable_is_cut_the_host_of_the_rendezvous_continues_alone(cut_off, hosts, alone, shared):
     said = hosts[0].log("elastic").read_text()
     assert cut_off["elastic"][0] == 0, said
     assert cut_off["elastic"][1] != 0, "the host that is cut off cannot have finished"
@@ -306,7 +306,7 @@ def neighbour() -> Iterator[tuple[world.World, world.World]]:
 
 
 def test_a_rank_that_waits_for_a_slow_disk_waits_on_until_another_rank_is_gone(neighbour, tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "LOOK", 0.01)
+    monkeypatch.setattr(saving, "POLL_SECONDS", 0.01)
     plan = SimpleNamespace(world=neighbour[0], out=tmp_path, progress=Progress())  # what waiting needs of a plan
     saver = saving.Saver(plan)
     saver.thread = threading.Thread(target=time.sleep, args=(0.5,), daemon=True)

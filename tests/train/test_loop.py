@@ -223,7 +223,7 @@ def test_small_gpts_tensorboard_path_gets_the_curves(train, prepared, tmp_path, 
 
 @pytest.mark.parametrize("tokens", [0, 1])
 @pytest.mark.parametrize(
-    ("part", "message"), [("val", "the data is empty"), ("train", "the data has less than two tokens")]
+    ("part", "message"), [("val", "the data is empty"), ("train", "the data has fewer than two tokens")]
 )
 def test_a_part_without_text_is_refused(train, prepared, tmp_path, monkeypatch, part, message, tokens):
     monkeypatch.setattr(TokenStream, "__len__", lambda self: tokens if self.name == part else int(self.ends[-1]))
@@ -237,14 +237,14 @@ def test_epochs_end_a_run(train, prepared, tmp_path):
     assert result["step"] == windows // 8
 
 
-def test_a_text_learned_by_heart_is_told_and_stopped_and_the_best_model_kept(train, tmp_path, capsys):
+def test_overfitting_is_a_warning_then_stops_the_run_and_the_best_model_is_kept(train, tmp_path, capsys):
     draw = random.Random(0)
     (tmp_path / "short.txt").write_text("".join(draw.choices("皇马赢得比赛冠军球迷转会期待", k=600)))
     settings = {"data": tmp_path / "short.txt", "split": "tail", "out_dir": tmp_path / "run", "n_embd": 64,
                 "patience": 4, "max_iters": 190, "learning_rate": 0.01, "block_size": 16}  # fmt: skip
     result = train(**settings)
     said = capsys.readouterr().err
-    assert "by heart" in said
+    assert "overfitting" in said
     assert result["stopped"] == "patience"
     assert result["step"] == result["best_step"] + 40 < 190
     assert result["train_loss"] < result["best_val_loss"] < result["val_loss"]

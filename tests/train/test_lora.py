@@ -182,7 +182,7 @@ def test_a_base_that_moved_is_found_where_init_from_says(tune, base, tmp_path, m
     killed_at(15, monkeypatch, tune)
     base.rename(tmp_path / "elsewhere")
     for settings in ({}, {"init_from": "resume"}):
-        with pytest.raises(UserError, match=r"step-10 needs the model that it tunes.*no such directory.*--init_from"):
+        with pytest.raises(UserError, match=r"step-10 needs its base model.*no such directory.*--init_from"):
             tune(**settings)
     assert tune(init_from=tmp_path / "elsewhere")["step"] == 20
     assert last(tmp_path / "run") == last(tmp_path / "whole")

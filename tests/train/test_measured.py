@@ -8,25 +8,26 @@ import pytest
 import torch
 
 from miaobi import native
-from miaobi.config import ModelConfig, TrainConfig
+from miaobi.config import TrainConfig
 from miaobi.device import can_compile
 from miaobi.errors import UserError
 from miaobi.model import cpu_attention
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.train import compile_time, computing, measured
-from miaobi.train.computing import choose_computing
+from miaobi.train.computing import choose_mode
 from miaobi.train.layout import Objective, is_compiled, no_recompilation
 from miaobi.train.measured import (
     ExecutionMode,
-    Work,
+    Workload,
     choose,
     choose_compiled,
-    compare,
     compiling_seconds,
     fastest,
-    larger,
-    recall,
+    larger_micro_batch,
+    least_seconds,
     remember,
+    remembered,
     tiled_fits,
 )
 from miaobi.train.run_directory import Progress
@@ -45,11 +46,11 @@ def built():
 @pytest.fixture(autouse=True)
 def own_cache(built, tmp_path, monkeypatch):
     monkeypatch.setenv("MIAOBI_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(measured.Others, "cores", lambda self: 0.0)  # other tests may run beside these
+    monkeypatch.setattr(measured.OtherPrograms, "cores", lambda self: 0.0)  # other tests may run beside these
 
 
-def work(steps: int = 1000, rows: int = 3, family: str = "qwen3", micro: int = 0, bound: bool = False,
-         layers: int = 2) -> Work:  # fmt: skip
+def work(steps: int = 1000, rows: int = 3, family: str = "qwen3", micro: int = 0, is_fixed: bool = False,
+         layers: int = 2) -> Workload:  # fmt: skip
     torch.manual_seed(0)
     sizes = {"n_layer": layers, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 70}
     model = Transformer(ModelConfig(family=family, **sizes))
@@ -58,7 +59,7 @@ def work(steps: int = 1000, rows: int = 3, family: str = "qwen3", micro: int = 0
     def example(count: int, compiled: bool) -> tuple:
         return ids[:count], ids[:count], None, None
 
-    return Work(Objective(model.train()), example, CPU, steps, rows, micro or rows, bound)
+    return Workload(Objective(model.train()), example, CPU, steps, rows, micro or rows, is_fixed)
 
 
 def refuse(*_):
@@ -79,14 +80,14 @@ def test_modes_take_turns_and_the_first_turn_does_not_count():
         order.append(mode)
         return 100.0 if order.count(mode) == 1 else float(order.count(mode))
 
-    seconds = compare({mode: lambda mode=mode: turn(mode) for mode in modes})
+    seconds = least_seconds({mode: lambda mode=mode: turn(mode) for mode in modes})
     assert order[:4] == [*modes, *modes]
     assert set(seconds.values()) == {2.0}  # of 2 to 5, the first of which was 100
 
 
 def test_a_short_run_is_not_measured(monkeypatch):
-    monkeypatch.setattr(measured, "compare", refuse)
-    assert choose(work(steps=measured.PIECES - 1), ["float32"], True, "it pays") == ExecutionMode("float32")
+    monkeypatch.setattr(measured, "least_seconds", refuse)
+    assert choose(work(steps=measured.MIN_MICRO_BATCHES - 1), ["float32"], True, "it pays") == ExecutionMode("float32")
 
 
 def test_a_shape_is_measured_once_per_machine(monkeypatch):
@@ -98,7 +99,7 @@ def test_a_shape_is_measured_once_per_machine(monkeypatch):
     assert first.seconds > 0
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(weights, job.objective.parameters(), strict=True))
-    monkeypatch.setattr(measured, "compare", refuse)
+    monkeypatch.setattr(measured, "least_seconds", refuse)
     assert choose(work(), ["float32"], False, "") == first
     for other in (work(rows=2), work(family="gpt2")):
         with pytest.raises(AssertionError, match="measured again"):
@@ -108,11 +109,11 @@ def test_a_shape_is_measured_once_per_machine(monkeypatch):
         choose(work(), ["float32"], False, "")
 
 
-def test_what_was_timed_beside_other_programs_is_not_remembered(monkeypatch, capsys):
-    monkeypatch.setattr(measured.Others, "cores", lambda self: 0.8)
+def test_timings_that_other_programs_disturbed_are_not_cached(monkeypatch, capsys):
+    monkeypatch.setattr(measured.OtherPrograms, "cores", lambda self: 0.8)
     choose(work(), ["float32"], False, "")
     assert "other programs took 0.8 cores" in capsys.readouterr().err
-    monkeypatch.setattr(measured, "compare", refuse)
+    monkeypatch.setattr(measured, "least_seconds", refuse)
     with pytest.raises(AssertionError, match="measured again"):
         choose(work(), ["float32"], False, "")
 
@@ -123,20 +124,20 @@ def speeds(monkeypatch, **seconds):
     def told(mode):
         return [took for name, took in seconds.items() if name in str(mode)][-1]
 
-    monkeypatch.setattr(measured, "compare", lambda modes: {mode: told(mode) for mode in modes})
+    monkeypatch.setattr(measured, "least_seconds", lambda modes: {mode: told(mode) for mode in modes})
 
 
 def test_probabilities_that_would_take_too_much_memory_are_not_tried(monkeypatch):
     speeds(monkeypatch, eager=1.0, explicit=0.1)
-    monkeypatch.setattr(measured, "KEPT_SHARE", 0.0)
+    monkeypatch.setattr(measured, "EXTRA_MEMORY", 0.0)
     assert not choose(work(), ["float32"], False, "").explicit
-    monkeypatch.setattr(measured, "KEPT_SHARE", 0.15)
+    monkeypatch.setattr(measured, "EXTRA_MEMORY", 0.15)
     assert choose(work(rows=2), ["float32"], False, "").explicit
 
 
 def test_a_precision_that_is_slower_here_is_not_taken_eager_or_compiled(monkeypatch):
-    monkeypatch.setattr(Work, "set", lambda self, mode: True)
-    monkeypatch.setattr(Work, "once", lambda self, mode: 1.0)
+    monkeypatch.setattr(Workload, "apply", lambda self, mode: True)
+    monkeypatch.setattr(Workload, "time_pass", lambda self, mode: 1.0)
     speeds(monkeypatch, bfloat16=2.0, float32=1.0, compiled=1.5)
     assert choose(work(), ["bfloat16", "float32"], True, "it pays").dtype == "float32"
     speeds(monkeypatch, bfloat16=2.0, float32=1.0, compiled=0.5)  # compiled, its conversions cost less
@@ -149,12 +150,12 @@ def test_our_own_attention_is_tried_where_it_computes_the_same(monkeypatch, caps
     speeds(monkeypatch, eager=1.0, tiled=0.1)
     job = work()
     assert choose(job, ["float32"], False, "").tiled
-    assert job.set(ExecutionMode("float32", tiled=True))
+    assert job.apply(ExecutionMode("float32", tiled=True))
     assert {block.attn.kind for block in job.objective.model.blocks} == {"tiled"}
     monkeypatch.setattr(cpu_attention.native, "awaited", lambda source: None)  # no compiler
     assert not choose(work(rows=2), ["float32"], False, "").tiled
-    assert job.set(ExecutionMode("float32", tiled=True))
-    assert "a kernel of ours" in capsys.readouterr().err
+    assert job.apply(ExecutionMode("float32", tiled=True))
+    assert "miaobi's own attention kernel" in capsys.readouterr().err
     assert {block.attn.kind for block in job.objective.model.blocks} == {"fused"}
     monkeypatch.undo()
     dropping = work()
@@ -165,11 +166,11 @@ def test_our_own_attention_is_tried_where_it_computes_the_same(monkeypatch, caps
 
 def test_a_larger_micro_batch_is_tried_where_memory_allows_it(monkeypatch):
     job = work(rows=8, micro=2)
-    assert larger(job, 9.0) == 8
-    assert larger(job, 1.0) == 4
-    assert larger(job, 0.5) == 3, "3 + 3 + 2"
-    assert larger(job, 0.4) == 0
-    assert larger(work(rows=8, micro=2, bound=True), 9.0) == 0
+    assert larger_micro_batch(job, 9.0) == 8
+    assert larger_micro_batch(job, 1.0) == 4
+    assert larger_micro_batch(job, 0.5) == 3, "3 + 3 + 2"
+    assert larger_micro_batch(job, 0.4) == 0
+    assert larger_micro_batch(work(rows=8, micro=2, is_fixed=True), 9.0) == 0
     speeds(monkeypatch, eager=1.0, once=0.5)
     found = choose(work(rows=8, micro=2), ["float32"], False, "")
     assert found.micro == 8
@@ -190,8 +191,8 @@ def test_a_larger_micro_batch_is_tried_where_memory_allows_it(monkeypatch):
 def test_compiled_modes_are_tried_as_far_as_the_run_pays(monkeypatch, steps, why, tried):
     """One second in a thousand steps may go into it."""
     compiled = []
-    monkeypatch.setattr(Work, "set", lambda self, mode: compiled.append(mode) is None)
-    monkeypatch.setattr(measured, "WORTH", 1e-3)
+    monkeypatch.setattr(Workload, "apply", lambda self, mode: compiled.append(mode) is None)
+    monkeypatch.setattr(measured, "TRIAL_SHARE", 1e-3)
     speeds(monkeypatch, float32=1.0)
     choose_compiled(work(steps=steps, rows=1), ExecutionMode("float32", seconds=1.0), "float32", why)
     names = [w.compiled + ", explicit" * w.explicit + ", max_autotune" * w.autotuned for w in compiled]
@@ -199,11 +200,11 @@ def test_compiled_modes_are_tried_as_far_as_the_run_pays(monkeypatch, steps, why
 
 
 def test_the_fastest_compiled_way_is_taken(monkeypatch):
-    monkeypatch.setattr(Work, "set", lambda self, mode: True)
+    monkeypatch.setattr(Workload, "apply", lambda self, mode: True)
     speeds(monkeypatch, eager=1.0, blocks=1.1, whole=0.9, explicit=0.95, max_autotune=0.8)
     found = choose_compiled(work(steps=10**9), ExecutionMode("float32", seconds=1.0), "float32", "")
     assert (found.compiled, found.explicit, found.autotuned, found.seconds) == ("whole", False, True, 0.8)
-    monkeypatch.setattr(Work, "set", lambda self, mode: False)  # the compiler fails
+    monkeypatch.setattr(Workload, "apply", lambda self, mode: False)  # the compiler fails
     eager = ExecutionMode("float32", seconds=1.0)
     assert choose_compiled(work(steps=10**9), eager, "float32", "it pays") == eager
 
@@ -215,20 +216,20 @@ def test_the_fastest_compiled_way_is_taken(monkeypatch):
                                     '{"eager": {"dtype": "float32", "run": "rm"}}'])  # fmt: skip
 def test_a_damaged_memory_is_no_memory(damage):
     remember("key", "eager", ExecutionMode("float32", explicit=True))
-    assert recall("key")["eager"].explicit is True
-    measured.memory_file("key").write_text(damage)
-    assert recall("key") == {}
+    assert remembered("key")["eager"].explicit is True
+    measured.cache_file("key").write_text(damage)
+    assert remembered("key") == {}
 
 
-def test_a_run_that_goes_on_computes_as_it_began(monkeypatch):
-    monkeypatch.setattr(measured, "compare", refuse)
+def test_a_resumed_run_computes_as_it_began(monkeypatch):
+    monkeypatch.setattr(measured, "least_seconds", refuse)
     progress = Progress(step=7, computed={"dtype": "float32", "explicit": True, "why": "another machine"})
     job = work()
-    decided = choose_computing(TrainConfig(), job, torch.float32, progress, World())
+    decided = choose_mode(TrainConfig(), job, torch.float32, progress, World())
     assert decided == ExecutionMode("float32", explicit=True, why="another machine")
     assert all(block.attn.kind == "explicit" for block in job.objective.model.blocks)
     old = Progress(step=7)  # of a version that did not measure
-    assert choose_computing(TrainConfig(), work(), torch.float32, old, World()) == ExecutionMode("float32")
+    assert choose_mode(TrainConfig(), work(), torch.float32, old, World()) == ExecutionMode("float32")
 
 
 def test_the_first_rank_decides_for_all(monkeypatch):
@@ -238,18 +239,18 @@ def test_the_first_rank_decides_for_all(monkeypatch):
 
     monkeypatch.setattr(computing, "choose", lambda *_, **__: ExecutionMode("float32", why="slower here"))
     job = work()
-    assert choose_computing(TrainConfig(), job, torch.float32, Progress(), Two()).explicit
+    assert choose_mode(TrainConfig(), job, torch.float32, Progress(), Two()).explicit
     assert job.objective.model.blocks[0].attn.kind == "explicit"
 
 
 def test_a_precision_that_this_machine_lacks_is_replaced_and_said(capsys):
     progress = Progress(step=7, computed={"dtype": "bfloat16", "explicit": True})
-    decided = choose_computing(TrainConfig(), work(), torch.float32, progress, World())
+    decided = choose_mode(TrainConfig(), work(), torch.float32, progress, World())
     assert decided == ExecutionMode("float32", explicit=True)
     assert capsys.readouterr().err.count("warning:") == 1
     damaged = Progress(step=7, computed={"dtype": "int8"})
     with pytest.raises(UserError, match="damaged"):
-        choose_computing(TrainConfig(), work(), torch.float32, damaged, World())
+        choose_mode(TrainConfig(), work(), torch.float32, damaged, World())
 
 
 @pytest.fixture
@@ -271,9 +272,9 @@ def bf16_cpu(monkeypatch) -> list:
 def test_auto_compiles_by_the_work_not_by_the_steps(bf16_cpu, monkeypatch, capsys, steps, pieces, seconds, compiled):
     """A run of 23 seconds in 1,000 steps was compiled once, which took 20; ten minutes in 30 steps were not."""
     took = iter([9 * seconds, seconds])  # the first pass warms up
-    monkeypatch.setattr(Work, "once", lambda self, mode: next(took))
+    monkeypatch.setattr(Workload, "time_pass", lambda self, mode: next(took))
     progress, job = Progress(), work(steps=steps, rows=pieces)  # a sequence each
-    mode = choose_computing(TrainConfig(), job, torch.bfloat16, progress, World())
+    mode = choose_mode(TrainConfig(), job, torch.bfloat16, progress, World())
     assert bool(mode.compiled) == compiled == bool(progress.computed["compiled"])
     said = capsys.readouterr().err
     assert ("compiling now, which takes about 20 s: the run would take" in said) == compiled
@@ -283,13 +284,13 @@ def test_auto_compiles_by_the_work_not_by_the_steps(bf16_cpu, monkeypatch, capsy
 def test_compiling_is_announced_before_it_begins(bf16_cpu, monkeypatch, capsys, asked, begun):
     said = []
     monkeypatch.setattr(measured, "compile_as", lambda *of: said.append(capsys.readouterr().err) or True)
-    monkeypatch.setattr(Work, "once", lambda self, mode: 6.0)
+    monkeypatch.setattr(Workload, "time_pass", lambda self, mode: 6.0)
     progress = Progress()
     if begun:
         progress = Progress(step=7, computed={"dtype": "bfloat16", "compiled": "blocks", "why": "it saves a lot"})
-    choose_computing(TrainConfig(compile=asked), work(steps=1000, rows=1), torch.bfloat16, progress, World())
-    why = "it saves a lot" if begun else "the run would take 1.7 h without, and it saves about 10 min of that"
-    why = "--compile says so; it saves some 10% of a step" if asked is True else why
+    choose_mode(TrainConfig(compile=asked), work(steps=1000, rows=1), torch.bfloat16, progress, World())
+    why = "it saves a lot" if begun else "the run would take 1.7 h without it, and compiling saves about 10 min"
+    why = "--compile asks for it; it saves about 10% of a step" if asked is True else why
     assert f"compiled (blocks)\ncompiling now, which takes about 20 s: {why}\n" in said[0]
 
 
@@ -300,7 +301,7 @@ def test_the_next_estimate_is_what_compiling_took_on_this_machine(bf16_cpu, monk
 
     def compiles(seconds, then=True):
         monkeypatch.setattr(measured, "compile_as", lambda *_: now.append(now.pop() + seconds) or then)
-        work().set(mode)
+        work().apply(mode)
 
     compiles(999.0, then=False)  # the compiler failed
     assert compiling_seconds(work(), mode) == 20
@@ -308,14 +309,14 @@ def test_the_next_estimate_is_what_compiling_took_on_this_machine(bf16_cpu, monk
     compiles(3.0)  # its parts lay in Inductor's cache
     assert compiling_seconds(work(), mode) == 70
     assert compiling_seconds(work(), replace(mode, compiled="whole")) == 30, "a kind that was not compiled here yet"
-    monkeypatch.setattr(Work, "once", lambda self, mode: 0.6)
+    monkeypatch.setattr(Workload, "time_pass", lambda self, mode: 0.6)
     run = TrainConfig(), work(steps=1000, rows=1), torch.bfloat16
-    assert not choose_computing(*run, Progress(), World()).compiled
-    for _ in range(compile_time.KEPT):
+    assert not choose_mode(*run, Progress(), World()).compiled
+    for _ in range(compile_time.MAX_KEPT):
         compiles(9.0)
     assert compiling_seconds(work(), mode) == 9, "as it has been lately"
     capsys.readouterr()
-    assert choose_computing(*run, Progress(), World()).compiled
+    assert choose_mode(*run, Progress(), World()).compiled
     assert "compiling now, which takes about 9 s: the run would take" in capsys.readouterr().err
     monkeypatch.setattr(compile_time, "cpu_flags", lambda: "flags: another machine")
     assert compiling_seconds(work(), mode) == 20
@@ -324,7 +325,7 @@ def test_the_next_estimate_is_what_compiling_took_on_this_machine(bf16_cpu, monk
 @pytest.mark.parametrize("damage", ["", "[]", '{"blocks": []}', '{"blocks": [NaN]}', '{"blocks": [-1]}',
                                     '{"blocks": ["1"]}', '{"blocks": 3}'])  # fmt: skip
 def test_a_damaged_memory_of_compiling_is_none(damage):
-    compile_time.memory_file(CPU).write_text(damage)
+    compile_time.cache_file(CPU).write_text(damage)
     assert compiling_seconds(work(), ExecutionMode("float32", compiled="blocks")) == 20
 
 
@@ -333,17 +334,17 @@ def test_no_rank_compiles_where_one_cannot(bf16_cpu, monkeypatch):
         def gather(self, value, group=None):
             return [value, False if isinstance(value, bool) else value]
 
-    monkeypatch.setattr(Work, "once", lambda self, mode: 60.0)
-    assert not choose_computing(TrainConfig(), work(), torch.bfloat16, Progress(), Two()).compiled
-    assert choose_computing(TrainConfig(), work(), torch.bfloat16, Progress(), World()).compiled
+    monkeypatch.setattr(Workload, "time_pass", lambda self, mode: 60.0)
+    assert not choose_mode(TrainConfig(), work(), torch.bfloat16, Progress(), Two()).compiled
+    assert choose_mode(TrainConfig(), work(), torch.bfloat16, Progress(), World()).compiled
 
 
 def test_compiled_blocks_get_their_own_form_of_the_mask():
     """On a GPU eager attention takes a matrix, the compiled one FlexAttention's blocks."""
     job, asked = work(), []
     job = replace(job, example=lambda rows, compiled: asked.append(compiled) or work().example(rows, compiled))
-    job.once(ExecutionMode("float32"))
-    job.once(ExecutionMode("float32", compiled="blocks"))
+    job.time_pass(ExecutionMode("float32"))
+    job.time_pass(ExecutionMode("float32", compiled="blocks"))
     assert asked == [False, True]
 
 
@@ -357,7 +358,7 @@ def test_a_run_says_below_its_configuration_how_it_computes(train, prepared, tmp
     )
     progress = json.loads((tmp_path / "run/checkpoints/last/train_state/progress.json").read_text(encoding="utf-8"))
     assert progress["computed"]["explicit"] is True
-    monkeypatch.setattr(measured, "compare", refuse)
+    monkeypatch.setattr(measured, "least_seconds", refuse)
     monkeypatch.setenv("MIAOBI_CACHE_DIR", str(tmp_path / "another machine's"))
     train(**run, max_iters=401, eval_interval=400)
     again = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
@@ -374,14 +375,14 @@ def test_compiled_modes_have_the_gradients_of_eager_ones_also_of_a_smaller_last_
     mode = ExecutionMode("float32", **mode)
     layers = 2 if mode.compiled == "blocks" else 1  # of the whole, each layer is compiled for itself
     job, plain = (work(family="gpt2", layers=layers) for _ in range(2))
-    assert job.set(mode)
+    assert job.apply(mode)
     assert not re.search("autotune|warning", capfd.readouterr().err, re.IGNORECASE), "torch's own words"
     assert is_compiled(job.objective)
     assert not is_compiled(plain.objective)
     compiled = job.objective.whole
-    assert job.set(ExecutionMode("float32"))
+    assert job.apply(ExecutionMode("float32"))
     assert not is_compiled(job.objective)
-    assert job.set(mode)
+    assert job.apply(mode)
     assert job.objective.whole is compiled, "compiled once"
     for rows in (3, 2):
         for each in (job, plain):

@@ -12,7 +12,7 @@ from miaobi.model.checkpoint import load_model
 from miaobi.train import micro
 from miaobi.train.layout import Objective
 from miaobi.train.loop import Run
-from miaobi.train.micro import even, find, fitting
+from miaobi.train.micro import equal_pieces, find_micro_batch, largest_that_fits
 from miaobi.train.run_directory import Progress
 from miaobi.train.world import World
 
@@ -51,14 +51,15 @@ def test_memory_that_runs_out_lowers_the_micro_batch_and_loses_no_step(
     tried = small_memory(3, error)
     assert train(data=prepared(), out_dir=tmp_path / "run")["step"] == 20
     said = capsys.readouterr().err
-    assert "out of memory with 8 sequences at once: the step is done again, and the run goes on, with 4" in said
-    assert "with 4 sequences at once: the step is done again, and the run goes on, with 2" in said
+    for before, after in ((8, 4), (4, 2)):
+        assert f"out of memory with micro-batches of {before} sequences: the step is repeated" in said
+        assert f"the run continues, with micro-batches of {after}\n" in said
     assert tried.count(8) == tried.count(4) == 1
     one, other = weights(tmp_path / "told"), weights(tmp_path / "run")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_what_was_lowered_is_kept_by_a_run_that_goes_on(train, prepared, tmp_path, small_memory, monkeypatch):
+def test_a_resumed_run_keeps_its_smaller_micro_batch(train, prepared, tmp_path, small_memory, monkeypatch):
     tried = small_memory(2)
     train(data=prepared(), out_dir=tmp_path / "run", max_iters=10)
     state = read_json(pointed(tmp_path / "run" / "checkpoints" / "last") / "train_state" / "progress.json")
@@ -109,15 +110,15 @@ def test_another_error_is_no_reason_to_lower_anything(train, prepared, tmp_path,
     ],
 )
 def test_what_fits_is_a_line_through_two_probes(peaks, free, asked, expected):
-    assert fitting(peaks, free, asked) == expected
+    assert largest_that_fits(peaks, free, asked) == expected
 
 
 @pytest.mark.parametrize(("rows", "most", "expected"), [(32, 32, 32), (32, 20, 16), (10, 4, 4), (7, 1, 1), (9, 5, 5)])
 def test_pieces_are_about_equal(rows, most, expected):
-    assert even(rows, most) == expected
+    assert equal_pieces(rows, most) == expected
 
 
-def test_a_gpu_is_probed_twice_and_its_largest_micro_batch_is_said_and_kept(monkeypatch, capsys):
+def test_a_gpu_is_probed_twice_and_its_largest_micro_batch_is_logged_and_saved(monkeypatch, capsys):
     """As on a GPU: what it says about its memory is made up, the passes are counted."""
     ran = []
     plan = SimpleNamespace(
@@ -132,12 +133,12 @@ def test_a_gpu_is_probed_twice_and_its_largest_micro_batch_is_said_and_kept(monk
     monkeypatch.setattr(micro, "replace", lambda plan, **new: SimpleNamespace(**{**vars(plan), **new}))
 
     def work(micro):
-        return SimpleNamespace(once=lambda _: ran.append(micro))
+        return SimpleNamespace(time_pass=lambda _: ran.append(micro))
 
-    found = find(plan, work, "bfloat16")
+    found = find_micro_batch(plan, work, "bfloat16")
     assert ran == [1, 3]
     assert found.micro == found.progress.micro == 11  # 12 would fit: six pieces of 11, of 64
     assert "micro-batches of 11 sequences, 64 would not fit" in capsys.readouterr().err
-    assert find(plan, work, "bfloat16").micro == 11
+    assert find_micro_batch(plan, work, "bfloat16").micro == 11
     assert ran == [1, 3], "a run that has begun keeps its micro-batch"
     assert dataclasses.is_dataclass(plan.progress)

@@ -37,7 +37,7 @@ def names(url: str) -> set[str]:
     return {Path(path).name for path in files.ls(root, detail=False)}
 
 
-def test_a_run_whose_machine_is_lost_goes_on_from_the_mirror(train, prepared, tmp_path, url):
+def test_a_run_whose_machine_is_lost_resumes_from_the_mirror(train, prepared, tmp_path, url):
     settings = {"data": prepared(), "mirror": url, "schedule": "constant", "warmup_iters": 0, "dropout": 0.2}
     whole = train(**settings | {"mirror": None}, out_dir=tmp_path / "whole", max_iters=30)
     train(**settings, out_dir=tmp_path / "run", max_iters=20)
@@ -66,7 +66,7 @@ def far_weights(url: str, step: str) -> bytes:
     return files.cat_file(f"{root}/{step}/model.safetensors")
 
 
-def test_a_run_begun_anew_replaces_the_steps_of_the_run_before(train, prepared, tmp_path, url):
+def test_a_run_that_starts_over_replaces_the_steps_of_the_run_before(train, prepared, tmp_path, url):
     """Both have a step-20; a name alone does not tell whose it is."""
     settings = {"data": prepared(), "mirror": url, "out_dir": tmp_path / "run", "eval_interval": 20}
     train(**settings)
@@ -88,7 +88,7 @@ def test_a_step_saved_twice_is_copied_twice(train, prepared, tmp_path, url):
     ).read_bytes() == progress.read_bytes()
 
 
-def test_a_run_begun_anew_that_torchrun_restarts_does_not_go_on_from_the_run_before(train, prepared, tmp_path, url):
+def test_a_run_that_starts_over_and_is_restarted_by_torchrun_does_not_resume_another(train, prepared, tmp_path, url):
     """Its machine was lost before its first checkpoint, and the command is repeated as it was."""
     train(data=prepared(), mirror=url, out_dir=tmp_path / "run")
     given = [("out_dir", str(tmp_path / "new")), ("init_from", "scratch"), ("mirror", url)]

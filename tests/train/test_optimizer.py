@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miaobi.config import ModelConfig, OptimConfig
+from miaobi.config import OptimConfig
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.train import optimizer
-from miaobi.train.optimizer import Muon, make_optimizers, move, rate, set_rate
+from miaobi.train.optimizer import Muon, make_optimizers, rate, set_rate, step_all
 from miaobi.train.recipe import resolve_optim
 
 # --- learning rate -----------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def test_one_bad_gradient_leaves_all_optimizers_where_they_are(monkeypatch, bad,
     cfg = ModelConfig(family="qwen3", n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=40)
     start, sides = Transformer(cfg), {}
     for waiting in (True, False):
-        monkeypatch.setattr(optimizer, "WITHOUT_WAITING", () if waiting else ("cpu",))
+        monkeypatch.setattr(optimizer, "ASYNCHRONOUS", () if waiting else ("cpu",))
         model, draw = copy.deepcopy(start), torch.Generator().manual_seed(1)
         optimizers = make_optimizers(model, resolve_optim(OptimConfig(), "qwen3", 10), "muon")
         for step in range(5):
@@ -215,7 +216,7 @@ def test_one_bad_gradient_leaves_all_optimizers_where_they_are(monkeypatch, bad,
                     p.grad.view(-1)[-1] = bad
             before = everything(model, optimizers)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            move(optimizers, norm)
+            step_all(optimizers, norm)
             now = everything(model, optimizers)
             if step == 3:
                 assert all(map(torch.equal, before, now))

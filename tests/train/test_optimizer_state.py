@@ -109,7 +109,7 @@ def as_before(checkpoint: Path) -> None:
         dcp.save({"optimizer": state, "scaler": {"scale": 65536.0, "_growth_tracker": 3}}, checkpoint_id=directory)
 
 
-def test_a_run_written_before_goes_on_and_ends_in_the_same_weights(train, half_way, tmp_path):
+def test_a_run_of_an_older_version_resumes_and_ends_in_the_same_weights(train, half_way, tmp_path):
     shutil.copytree(tmp_path / "run", tmp_path / "whole", symlinks=True)
     as_before(pointed(tmp_path / "run" / "checkpoints" / "last"))
     assert OlderState(tmp_path / "run" / "checkpoints" / "last" / "train_state").scaler["scale"] == 65536.0

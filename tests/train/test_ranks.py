@@ -183,7 +183,7 @@ def test_every_start_is_the_same_on_any_number_of_ranks(prepared, trained, alone
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_ranks_and_another_layout(prepared, alone, tmp_path):
+def test_a_run_resumes_on_other_ranks_and_in_another_layout(prepared, alone, tmp_path):
     """1 process -> 2 under DDP -> 2 under FSDP -> 1 again: the losses of the run that one process makes."""
     settings = {"data": prepared(), "out_dir": tmp_path / "run", "eval_interval": 10, "bigram_init": False}
     together(1, **settings, max_iters=10)
@@ -239,7 +239,9 @@ def test_killed_and_terminated_under_torchrun_the_run_ends_as_if_nothing_had_hap
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_those_that_would():
-    with pytest.raises(UserError, match="batch of 32 does not divide over 3 processes; try --batch_size=30 or 33"):
+    with pytest.raises(
+        UserError, match="batch of 32 cannot be divided equally among 3 processes; try --batch_size=30 or 33"
+    ):
         check_batch(World(size=3), TrainConfig(batch_size=32))
     with pytest.raises(UserError, match="try --batch_size=4"):
         check_batch(World(size=4), TrainConfig(batch_size=2))
@@ -255,14 +257,14 @@ def test_more_processes_than_gpus_is_refused(monkeypatch):
         rank_device("auto", World(rank=5, size=6, local_rank=2))
 
 
-def test_processes_that_were_told_not_to_share_are_refused(monkeypatch):
+def test_several_processes_with_parallel_none_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="parallel=none, but torchrun started 2 processes"):
         join(TrainConfig(parallel="none"))
 
 
-def test_processes_that_were_not_started_by_torchrun_are_told_of_it(miaobi, prepared, tmp_path, monkeypatch):
+def test_processes_that_torchrun_did_not_start_are_an_error(miaobi, prepared, tmp_path, monkeypatch):
     """Some schedulers set WORLD_SIZE for everything they start."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     answer = miaobi("train", *flags(data=prepared(), out_dir=tmp_path / "run"))
@@ -287,7 +289,7 @@ def test_a_port_in_use_is_an_error_that_names_it(miaobi, prepared, tmp_path, mon
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["learning_rate", "data"])
-def test_ranks_that_were_told_different_things_are_named(prepared, tmp_path, key):
+def test_ranks_with_different_settings_are_named(prepared, tmp_path, key):
     other = {"learning_rate": "0.002", "data": prepared(val_fraction=0.2)}[key]
     settings = flags(data=prepared(), out_dir=tmp_path / "run")
     first, second = processes.ranks(2, *settings, of_rank={1: ["-m", "miaobi", "train", *settings, f"--{key}={other}"]})

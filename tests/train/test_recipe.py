@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miaobi.config import ModelConfig, RunConfig, TrainConfig
+from miaobi.config import RunConfig, TrainConfig
+from miaobi.model.config import ModelConfig
 from miaobi.train.recipe import CPU_TOKENS, micro_batch
 
 

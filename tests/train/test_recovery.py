@@ -53,7 +53,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_named_with_its_documents(
     poison({12}, what)
     assert train(data=prepared(), out_dir=tmp_path / "run")["step"] == 20
     said = capsys.readouterr().err
-    assert f"the {what} is not finite at step 13: the step is left out. Its batch holds documents " in said
+    assert f"the {what} is not finite at step 13: the step is skipped. Its batch holds documents " in said
     assert said.count("not finite") == 1
     assert all(bool(p.isfinite().all()) for p in weights(tmp_path / "run").values())
 
@@ -72,7 +72,7 @@ def test_three_in_a_row_send_the_run_back_and_on_with_half_the_rate(train, prepa
     ran = poison({12, 13, 14}, what, times=1)
     assert train(data=prepared(), out_dir=tmp_path / "run")["step"] == 20
     said = capsys.readouterr().err
-    assert f"the {what} is not finite at step 15: the run goes back to" in said
+    assert f"the {what} is not finite at step 15: rolling back to" in said
     assert ran == [*range(15), *range(10, 20)]
     state = read_json(pointed(tmp_path / "run" / "checkpoints" / "last") / "train_state" / "progress.json")
     assert state["slowed"] == 0.5
@@ -90,7 +90,7 @@ def test_where_going_back_does_not_help_the_run_stops_with_the_cause_and_the_las
     train, prepared, tmp_path, poison
 ):
     poison({12, 13, 14})
-    with pytest.raises(UserError, match=r"step 15, also after going back.*last good checkpoint.*--learning_rate"):
+    with pytest.raises(UserError, match=r"step 15, even after a rollback.*last good checkpoint.*--learning_rate"):
         train(data=prepared(), out_dir=tmp_path / "run")
     assert pointed(tmp_path / "run" / "checkpoints" / "last").name == "step-10"
     assert all(bool(p.isfinite().all()) for p in weights(tmp_path / "run").values())
@@ -107,10 +107,10 @@ def test_scratch_on_the_command_line_does_not_move_the_run_aside_when_it_goes_ba
 def test_two_in_a_row_three_times_over_are_no_reason_to_go_back(train, prepared, tmp_path, poison, capsys):
     poison({3, 4, 6, 7, 9, 10})
     assert train(data=prepared(), out_dir=tmp_path / "run", log_interval=1)["step"] == 20
-    assert capsys.readouterr().err.count("is left out") == 6
+    assert capsys.readouterr().err.count("is skipped") == 6
 
 
-def test_a_run_killed_after_it_went_back_goes_on_with_the_lower_rate(train, prepared, tmp_path, poison):
+def test_a_run_killed_after_a_rollback_resumes_with_the_lower_rate(train, prepared, tmp_path, poison):
     ran = poison({12, 13, 14}, times=1)
     whole = {"data": prepared(), "max_iters": 30}
     train(out_dir=tmp_path / "whole", **whole)
@@ -142,8 +142,8 @@ def test_what_is_not_finite_on_one_of_two_ranks_moves_neither(prepared, tmp_path
     said = "".join(rank.stderr for rank in both)
     assert not any(rank.returncode for rank in both), said[-4000:]
     named = "loss" if what == "loss" else "gradient"
-    assert said.count(f"the {named} is not finite at step 4: the step is left out. Its batch holds documents ") == 1
-    assert said.count(f"the {named} is not finite at step 10: the run goes back to") == 1
+    assert said.count(f"the {named} is not finite at step 4: the step is skipped. Its batch holds documents ") == 1
+    assert said.count(f"the {named} is not finite at step 10: rolling back to") == 1
     checkpoints = {n: state(out / "checkpoints" / f"step-{n}") for n in (3, 4, 5, 7, 9, 12)}
     assert checkpoints[3] == checkpoints[4] != checkpoints[5]
     assert checkpoints[7] == checkpoints[9] != checkpoints[12]

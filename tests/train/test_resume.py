@@ -184,7 +184,7 @@ PLACES = ["the first step", "a step", "an evaluation", "saving the model", "savi
 def killed(settings, tmp_path_factory) -> Path:
     """A directory of runs, each killed at its place."""
     folder = tmp_path_factory.mktemp("killed")
-    arguments = flags(settings("qwen3", folder / "PLACE"))
+    arguments = flags(settings("qwen3", folder / "LOCATION"))
     done = processes.run(["-c", DRIVER, ",".join(PLACES), *arguments])
     for place in PLACES:
         assert f"{place}={int(signal.SIGKILL)}" in done.stdout.splitlines(), done.stdout + done.stderr[-3000:]
@@ -193,7 +193,7 @@ def killed(settings, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
-def test_a_kill_at_any_moment_leaves_a_run_that_goes_on(killed, settings, undisturbed, train, place):
+def test_a_run_killed_at_any_moment_can_be_resumed(killed, settings, undisturbed, train, place):
     run = killed / place.replace(" ", "-")
     if place == "the first step":
         assert pointed(run / "checkpoints" / "last") is None

@@ -10,7 +10,7 @@ from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.settings import flatten, load_config
 from miaobi.train.loop import train as train_run
-from miaobi.train.same_run import PLACE
+from miaobi.train.same_run import LOCATION
 
 SHARED = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 4, "max_iters": 6,
           "eval_interval": 3, "eval_iters": 1, "log_interval": 3, "sample_tokens": 0, "device": "cpu",
@@ -62,10 +62,10 @@ def test_max_iters_alone_extends_a_run_as_its_whole_command_does(kind, copy, pre
     bare, whole = copy(kind, "bare"), copy(kind, "whole")
     assert command(out_dir=bare, max_iters=9)["step"] == 9
     said = capsys.readouterr().err
-    assert said.count(f"{bare} goes on with its own settings where none are given: ") == 1
+    assert said.count(f"{bare} continues with its saved settings: ") == 1
     assert "n_layer=1" in said
     command(data=prepared(), out_dir=whole, **SHARED | RUNS[kind] | {"max_iters": 9})
-    assert "goes on with its own" not in capsys.readouterr().err, "every key was given"
+    assert "saved settings" not in capsys.readouterr().err, "every key was given"
     assert weights(bare) == weights(whole)
     follows = {"lr_decay_iters": None}  # max_iters, whether 6 was written or nothing
     assert kept(bare) | follows == kept(whole) | follows
@@ -108,7 +108,7 @@ def test_the_one_key_that_was_changed_is_the_one_that_is_named(kind, key, value,
     assert ((run / "config.yaml").read_bytes(), weights(run)) == before
 
 
-def test_begun_anew_a_run_inherits_nothing(copy, prepared):
+def test_a_run_that_starts_over_inherits_nothing(copy, prepared):
     run = copy("qwen3")
     command(data=prepared(), out_dir=run, init_from="scratch", **SHARED)
     new = kept(run)
@@ -122,7 +122,7 @@ def test_the_runs_own_file_and_max_iters_extend_it(copy):
     assert kept(run)["license"] == "mit"
 
 
-def test_a_run_that_only_the_mirror_has_goes_on_with_its_settings(prepared, tmp_path):
+def test_a_run_that_only_the_mirror_has_resumes_with_its_settings(prepared, tmp_path):
     run = {"out_dir": tmp_path / "run", "mirror": tmp_path / "far"}
     command(data=prepared(), **run, **SHARED | RUNS["qwen3"])
     shutil.rmtree(tmp_path / "run")
@@ -133,7 +133,7 @@ def test_a_run_that_only_the_mirror_has_goes_on_with_its_settings(prepared, tmp_
     assert (tmp_path / "far" / "step-12").is_dir()
 
 
-def test_adapters_go_on_beside_the_model_that_they_tune(copy, prepared, tmp_path):
+def test_a_run_of_adapters_resumes_with_its_base_model(copy, prepared, tmp_path):
     base, run = copy("llama", "base"), tmp_path / "tuned"
     command(data=prepared(), out_dir=run, init_from=base, trainable="lora", lora_rank=2, **SHARED | {"max_iters": 3})
     assert command(out_dir=run, max_iters=6)["step"] == 6
@@ -166,7 +166,7 @@ def test_a_run_that_somebody_sent_writes_nothing_elsewhere(key, with_place, copy
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text(encoding="utf-8").replace(str(tmp_path / "made"), "run"), encoding="utf-8")
     if not with_place:
-        (tmp_path / "run" / PLACE).unlink()
+        (tmp_path / "run" / LOCATION).unlink()
     monkeypatch.chdir(tmp_path)
     command(out_dir="run", max_iters=9)
     assert not far.exists()

@@ -121,7 +121,7 @@ def test_gradients_that_are_not_finite_move_no_optimizer(
     train, prepared, tmp_path, monkeypatch, capsys, family, waiting, value
 ):
     """Also where nobody waits for the device to hear of it, as on a GPU."""
-    monkeypatch.setattr(optimizer, "WITHOUT_WAITING", () if waiting else ("cpu",))
+    monkeypatch.setattr(optimizer, "ASYNCHRONOUS", () if waiting else ("cpu",))
     runs = []
     init = Run.__init__
 
@@ -135,7 +135,7 @@ def test_gradients_that_are_not_finite_move_no_optimizer(
 
     monkeypatch.setattr(Run, "__init__", spied)
     train(data=prepared(), out_dir=tmp_path / "run", family=family, log_interval=5)
-    assert "gradient is not finite at step 4: the step is left out" in capsys.readouterr().err
+    assert "gradient is not finite at step 4: the step is skipped" in capsys.readouterr().err
     model = runs[0].model
     assert all(torch.isfinite(p).all() for p in model.parameters())
     states = [s for o in runs[0].plan.optimizers for state in o.state.values() for s in state.values()]

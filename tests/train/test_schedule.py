@@ -42,7 +42,7 @@ def machine(monkeypatch):
             monkeypatch.setattr(f"miaobi.train.{room}.clock", lambda: now[0])
         monkeypatch.setattr(Run, "step", timed)
         monkeypatch.setattr(Run, "validation_loss", scored)
-        monkeypatch.setattr(schedule.Work, "once", lambda self, mode: seconds(0) / self.rows)
+        monkeypatch.setattr(schedule.Workload, "time_pass", lambda self, mode: seconds(0) / self.rows)
         return now
 
     return begin

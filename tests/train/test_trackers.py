@@ -99,14 +99,14 @@ def test_a_package_that_is_broken_or_not_there(tmp_path: Path, monkeypatch: pyte
         start(kind, tmp_path, about)
 
 
-def test_a_tracker_that_refuses_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_tracker_that_refuses_is_a_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     class Package:
         @staticmethod
         def init(**settings: object) -> None:
             raise RuntimeError("no api key")
 
     monkeypatch.setattr(trackers, "_package", lambda kind: Package)
-    with pytest.raises(UserError, match=r"wandb could not begin .*no api key"):
+    with pytest.raises(UserError, match=r"wandb could not start .*no api key"):
         start("wandb", tmp_path, About("miaobi", None, "0" * 32, {}))
 
 

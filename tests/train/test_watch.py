@@ -11,20 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from miaobi.train.watch import Metrics, known_end, on_signals, overfitting, since_best, time_left
+from miaobi.train.watch import Metrics, evaluations_since_best, last_step, on_signals, overfitting_warning, time_left
 
 RISING = [[100, 4.0, 4.5], [200, 3.0, 4.2], [300, 2.0, 5.1], [400, 1.2, 5.2], [500, 0.3, 6.4], [600, 0.13, 7.2]]
 
 
-def test_the_seeds_overfitting_is_told_in_plain_words():
+def test_the_seeds_overfitting_gives_a_warning():
     """Its figures: train 1.18, 0.30, 0.13 while validation went 5.20, 6.41, 7.19."""
     seed = [[2000, 1.1798, 5.1980], [3000, 0.2954, 6.4054], [4000, 0.1332, 7.1862]]
-    warning = overfitting(seed, 0.0, 1e-3)
-    assert "by heart" in warning
+    warning = overfitting_warning(seed, 0.0, 1e-3)
+    assert "overfitting" in warning
     assert "1.18 -> 0.13" in warning
     assert "5.20 -> 7.19" in warning
     assert "step 2000" in warning, "the best checkpoint so far"
-    assert "step 200 " in overfitting(RISING, 0.0, 1e-3)
+    assert "step 200 " in overfitting_warning(RISING, 0.0, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_the_seeds_overfitting_is_told_in_plain_words():
     [(0.0, "--dropout=0.2", "more"), (0.2, "more --dropout than 0.2", "=0.2"), (0.5, "a smaller", "--dropout")],
 )
 def test_the_advice_is_what_was_not_tried(dropout, said, unsaid):
-    advice = overfitting(RISING, dropout, 6e-4).rpartition("; then ")[2]
+    advice = overfitting_warning(RISING, dropout, 6e-4).rpartition("; then ")[2]
     assert said in advice
     assert unsaid not in advice
     assert "a lower --learning_rate than 0.0006" in advice
@@ -44,13 +44,13 @@ def test_the_advice_is_what_was_not_tried(dropout, said, unsaid):
         [],
         RISING[:2],
         RISING[:3],  # validation rose once
-        [[1, 3.0, 5.0], [2, 3.1, 5.1], [3, 3.2, 5.2]],  # both rise: a rate too high, not learning by heart
+        [[1, 3.0, 5.0], [2, 3.1, 5.1], [3, 3.2, 5.2]],  # both rise: the rate is too high, which is not overfitting
         [[1, 3.0, 5.0], [2, 2.0, 4.0], [3, 1.0, 3.0]],
         [[1, 3.0, 5.0], [2, 2.0, 5.1], [3, 1.0, 5.05]],
     ],
 )
 def test_no_warning_without_cause(history):
-    assert overfitting(history, 0.0, 1e-3) is None
+    assert overfitting_warning(history, 0.0, 1e-3) is None
 
 
 @given(st.lists(st.floats(0, 10), max_size=20))
@@ -58,7 +58,7 @@ def test_evaluations_since_the_best(losses):
     count, best = 0, float("inf")
     for loss in losses:
         count, best = (0, loss) if loss < best else (count + 1, best)
-    assert since_best([[i, 0.0, loss] for i, loss in enumerate(losses)]) == count
+    assert evaluations_since_best([[i, 0.0, loss] for i, loss in enumerate(losses)]) == count
 
 
 def lines(path) -> list[dict]:
@@ -141,7 +141,7 @@ def test_a_place_for_events_that_cannot_be_written_costs_them_alone(tmp_path, ca
     assert capsys.readouterr().err.count("warning:") == 1
 
 
-def test_an_evaluation_that_was_not_saved_is_not_told_twice(tmp_path):
+def test_an_evaluation_that_was_not_saved_is_not_logged_twice(tmp_path):
     """Interrupted at an evaluation, continued, and killed between it and its checkpoint."""
     metrics = Metrics(tmp_path, 0)
     metrics.log(20, train_loss=1.0)
@@ -204,7 +204,7 @@ def test_the_time_that_is_left_is_said_unless_there_is_no_end(steps, per_step, b
     """Of many steps a second an endless max_epochs is less than a month: passes over the text tell it too."""
     plan = SimpleNamespace(total_steps=steps, progress=SimpleNamespace(step=5), blocks=range(blocks),
                            cfg=SimpleNamespace(train=SimpleNamespace(global_batch=8)))  # fmt: skip
-    assert (known_end(plan), time_left(plan, per_step)) == (end, said)
+    assert (last_step(plan), time_left(plan, per_step)) == (end, said)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")

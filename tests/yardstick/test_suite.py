@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from miaobi.config import ModelConfig
 from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.template import SEP_TEMPLATE
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.model.checkpoint import save_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.yardstick import suite
 from miaobi.yardstick.suite import Genre

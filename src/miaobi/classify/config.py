@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from miaobi.config import LoraConfig, Optim, Where, check_license
+from miaobi.config import Optim, Where, check_license
 from miaobi.errors import UserError
 from miaobi.kinds import Location, Positional
+from miaobi.model.config import LoraConfig
 from miaobi.seeds import CLASSIFY, SENTIMENT
 from miaobi.settings import Origin, collect, refuse_bytes
 

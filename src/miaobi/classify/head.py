@@ -17,11 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from miaobi.checksums import for_model, verifying
 from miaobi.classify.data import Reading
-from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, brief, not_finite
 from miaobi.files import read_json, read_record, write_json
 from miaobi.model.checkpoint import model_directory, save_tensors
+from miaobi.model.config import ModelConfig
 from miaobi.model.families import check_hf, load_hf, refuse_unusable, to_hf
 from miaobi.model.hf_config import ARCHITECTURES, hf_config, model_config
 from miaobi.model.lora import merged

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from miaobi.config import ModelConfig
 from miaobi.console import warn
 from miaobi.convert import reading
 from miaobi.convert.config import NanoGPTConfig
 from miaobi.corpus.nanogpt import character_tokenizer, read_characters
 from miaobi.corpus.tokenizer import BYTE_PIECES, EOT, Tokenizer
 from miaobi.errors import UserError
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import VOCAB_MULTIPLE, Transformer
 
 LAYER = {

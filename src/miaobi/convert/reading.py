@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from miaobi import __version__
 from miaobi.checksums import Checksums
-from miaobi.config import ModelConfig
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, brief, number_of
 from miaobi.files import read_whole, sha256, write_json, written_whole
 from miaobi.model.card import USAGE, Card, write_card
 from miaobi.model.checkpoint import save_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.tensors import is_plain, load_plain
 from miaobi.model.transformer import VOCAB_MULTIPLE, Transformer
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from miaobi.config import ModelConfig, RunConfig
+from miaobi.config import RunConfig
 from miaobi.console import log, warn
 from miaobi.convert import reading
 from miaobi.convert.config import SmallGPTConfig
@@ -26,6 +26,7 @@ from miaobi.corpus.template import SEP_TEMPLATE
 from miaobi.corpus.tokenizer import BYTE_PIECES, PAD, SEP, Tokenizer
 from miaobi.errors import UserError, brief, number_of
 from miaobi.files import pointed
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.settings import Origin, flatten, with_values
 

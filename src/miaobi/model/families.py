@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from miaobi.config import ModelConfig
 from miaobi.errors import UserError, brief, number_of
+from miaobi.model.config import ModelConfig
 from miaobi.model.tensors import FLOATS
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
 

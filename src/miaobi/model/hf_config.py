@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from miaobi.config import ModelConfig
 from miaobi.console import log
 from miaobi.errors import UserError, brief
+from miaobi.model.config import ModelConfig
 from miaobi.model.quantized import kind_of, original_config
 from miaobi.model.transformer import head_dim, intermediate_size
 

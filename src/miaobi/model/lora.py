@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from miaobi.config import LoraConfig, ModelConfig
 from miaobi.errors import UserError, brief, number_of
 from miaobi.files import read_whole, write_json
 from miaobi.model.checkpoint import save_tensors
+from miaobi.model.config import LoraConfig, ModelConfig
 from miaobi.model.families import qkv_widths, refuse_unusable
 from miaobi.model.transformer import Block, Transformer
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from miaobi.config import ModelConfig
+from miaobi.model.config import ModelConfig
 
 
 def rope_table(cfg: ModelConfig, width: int) -> Tensor:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from miaobi.config import ModelConfig
 from miaobi.model import cpu_attention
+from miaobi.model.config import ModelConfig
 from miaobi.model.rope import rope_table
 
 VOCAB_MULTIPLE = 64  # matrix units like round widths; padding rows never leave this file

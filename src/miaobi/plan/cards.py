@@ -15,7 +15,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Card:
-    """What a data sheet says."""
+    """Figures from the data sheet."""
 
     name: str
     memory: int
@@ -27,7 +27,7 @@ class Card:
 
 
 def card(name: str, gib: float, watts: float, has_bf16: bool = True) -> Card:
-    """A row of the table; its speed stands in `device.PEAK_FLOPS`."""
+    """A row of the table; the FLOP/s come from `device.PEAK_FLOPS`."""
     flops = next(flops for key, flops in PEAK_FLOPS.items() if key in name)
     return Card(name, int(gib * GIB), flops, watts, has_bf16)
 
@@ -42,28 +42,28 @@ CARDS = [
 ]  # fmt: skip
 
 
-def plain(name: str) -> str:
-    """A name without maker, blanks and signs: `NVIDIA GeForce RTX 4080` and `rtx4080` are one card."""
+def normalized(name: str) -> str:
+    """A name without vendor, spaces and punctuation: `NVIDIA GeForce RTX 4080` and `rtx4080` are the same card."""
     return re.sub(r"nvidia|geforce|tesla|rtx|[^a-z0-9]", "", name.lower())
 
 
 def find_card(name: str) -> Card:
-    """The card of that name. Raises UserError for one that is not in the table, with those that are."""
-    asked = plain(name)
+    """The card of that name. Raises UserError, with the known names, for one that is not in the table."""
+    asked = normalized(name)
     for known in CARDS:
-        if plain(known.name) == asked:
+        if normalized(known.name) == asked:
             return known
     names = ", ".join(known.name for known in CARDS)
     raise UserError(f"gpu {name!r} is not in the table of cards; known are {names}. For another one, "
                     "take the nearest in memory and speed")  # fmt: skip
 
 
-def here(device: torch.device) -> Card | None:
-    """The GPU of this machine, with what the driver says of its memory; None for a CPU or an Apple chip."""
+def local_card(device: torch.device) -> Card | None:
+    """The GPU of this machine, with the memory that its driver reports; None for a CPU or an Apple chip."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    asked, memory = plain(name), torch.cuda.get_device_properties(device).total_memory
-    known = max((c for c in CARDS if plain(c.name) in asked), key=lambda c: len(c.name), default=None)
+    asked, memory = normalized(name), torch.cuda.get_device_properties(device).total_memory
+    known = max((c for c in CARDS if normalized(c.name) in asked), key=lambda c: len(c.name), default=None)
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return Card(name, memory, known.flops if known else 0.0, known.watts if known else 0.0, has_bf16)

@@ -15,7 +15,7 @@ from miaobi.settings import Origin
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Where the run is to be, and what that costs."""
+    """The machine to plan for, and its costs."""
 
     gpu: str | None = None
     """Plan for this card, such as "RTX 4080" or A100-80GB; default: the device at hand."""
@@ -38,13 +38,13 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class PlanConfig(RunConfig):
-    """A run, and what is asked about it."""
+    """A run, and the options of its plan."""
 
     plan: PlanOptions = field(default_factory=PlanOptions)
 
 
 def load_config(path: Path | None, given: list[tuple[str, str]]) -> tuple[PlanConfig, Origin]:
-    """The settings of a run as `miaobi train` reads them, and those of the plan. Raises UserError."""
+    """The settings of the run, read as `miaobi train` does, and the options of the plan. Raises UserError."""
     ours = settings.keys(PlanOptions)
     options, _ = settings.load(PlanOptions, OURS, "miaobi plan", [pair for pair in given if pair[0] in ours])
     cfg, origin = settings.load_config(path, [pair for pair in given if pair[0] not in ours])

@@ -1,4 +1,4 @@
-"""Time and memory of a run's own steps, of which nothing is kept."""
+"""Time and memory of a run, measured on some of its own steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from miaobi.device import explain_memory, keep_allocations, peak_memory, pick_dtype, reset_peak_memory
 from miaobi.plan.config import PlanConfig
 from miaobi.settings import Origin
-from miaobi.train.computing import decide
+from miaobi.train.computing import decide_mode
 from miaobi.train.loop import Run
 from miaobi.train.recipe import memory_advice, micro_batch
 from miaobi.train.rendezvous import join, rank_device
@@ -23,21 +23,21 @@ STEPS = 20
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What the steps took."""
+class Measurement:
+    """Results of the measured steps."""
 
     step: float
-    """Seconds, the mean of the later ones: a run has its slow ones, too."""
+    """Mean seconds of the later steps, slow ones included."""
     evaluation: float
-    """Seconds of one."""
+    """Seconds of an evaluation."""
     start: float
-    """Seconds before steps go at that speed: choosing how to compute, compiling, the first step's own work."""
+    """Seconds before steps run at full speed: choosing the execution mode, compiling, overhead of the first step."""
     memory: int
-    """Most bytes that this process (CPU), or the GPU's allocator, held at once."""
+    """Peak bytes of this process (CPU) or of the GPU's allocator."""
 
 
-def measure(cfg: PlanConfig, origin: Origin, aside: Path) -> Measured:
-    """Run STEPS steps and an evaluation of the run as it would begin, in the directory `aside`.
+def measure(cfg: PlanConfig, origin: Origin, aside: Path) -> Measurement:
+    """Run STEPS steps and an evaluation of the run that `cfg` describes, in the temporary directory `aside`.
 
     Raises UserError for too little memory, as `miaobi train` would.
     """
@@ -50,7 +50,7 @@ def measure(cfg: PlanConfig, origin: Origin, aside: Path) -> Measured:
         with explain_memory(device, memory_advice(micro_batch(cfg, device, world.size), cfg.model.block_size)):
             run = Run(set_up(cfg, origin, world, device, pick_dtype(cfg.train.dtype, device)))
             began = time.perf_counter()
-            run.plan, run.flex = decide(run.plan, run.objective)
+            run.plan, run.flex = decide_mode(run.plan, run.objective)
             run.model.train()
             start = time.perf_counter() - began
             seconds = []
@@ -64,7 +64,7 @@ def measure(cfg: PlanConfig, origin: Origin, aside: Path) -> Measured:
             evaluation = time.perf_counter() - started
         share = len(run.plan.train_windows.inputs) / len(run.plan.val_windows.inputs) if run.plan.train_windows else 0
         step = statistics.fmean(seconds[STEPS // 4 :])
-        return Measured(
+        return Measurement(
             step,
             evaluation * ((2 if run.plan.average else 1) + share),
             start + max(0.0, seconds[0] - step),

@@ -1,8 +1,8 @@
-"""How much memory a step takes, by part: the step itself is run on tensors that have shapes and no values.
+"""Memory of a training step, by part, measured by running the step on tensors that have shapes and no values.
 
-torch's FakeTensorMode runs the model, the loss and the optimizers as training does, and what is alive is counted
-operation by operation: every family, dropout, recomputation and kind of attention is what the code makes of it, not
-a formula beside it. What the allocator rounds up, and the compiler saves, is not seen.
+torch's FakeTensorMode runs the model, the loss and the optimizers as training does, while the bytes of living tensors
+are counted operation by operation. So families, dropout, recomputation and kinds of attention need no formulas of their
+own. Not included: rounding by the allocator, and savings by the compiler.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from miaobi.config import LoraConfig, ModelConfig, OptimConfig
+from miaobi.config import OptimConfig
 from miaobi.model import loss
+from miaobi.model.config import LoraConfig, ModelConfig
 from miaobi.model.lora import add_lora
 from miaobi.model.transformer import Transformer, head_dim
 from miaobi.train import orthogonal
@@ -32,40 +33,40 @@ from miaobi.train.layout import Objective
 from miaobi.train.optimizer import make_optimizers
 
 PROCESS = 307 << 20
-"""Bytes that a run on a CPU takes besides its tensors: Python, torch and other libraries, the text being prepared."""
+"""Bytes of a run on a CPU besides its tensors: Python, torch and other libraries, the text while it is prepared."""
 FRAGMENTS = 3.3, 0.1
-"""What glibc's heap takes in addition, as shares of `working` and of `activations`: memory that was freed between
-tensors that stay is not used again. These and PROCESS were fitted to six runs of benchmarks/plan_memory.py, 4M to 9M
-parameters, torch 2.13; two others were off by 6%. Larger runs were not measured."""
-LOOKS = 5
-"""Steps at most that are run to find the largest micro-batch."""
+"""Fragmentation of glibc's heap, as shares of `working` and of `activations`: freed memory between living tensors is
+not reused. These and PROCESS were fitted to six runs of benchmarks/plan_memory.py, 4M to 9M parameters, torch 2.13; two
+others were off by 6%. Larger runs were not measured."""
+MAX_PROBES = 5
+"""Steps that are run at most to find the largest micro-batch."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a step is of."""
+class StepSpec:
+    """What a step computes."""
 
     shape: ModelConfig
     optim: OptimConfig
     lora: LoraConfig | None
-    """Where only adapters are trained."""
+    """If only adapters are trained."""
     device: str
     """cpu, cuda or mps."""
     dtype: torch.dtype
     """Of the matrix products."""
     micro: int
-    """Sequences at once."""
+    """Sequences of a micro-batch."""
     pieces: int
-    """Micro-batches of a step: from the second on the gradients are there already."""
+    """Micro-batches of a step: from the second on, gradients are allocated already."""
     recompute: bool = False
     """activation_checkpointing."""
     documents: bool = False
-    """Several in a block, with a mask (packed dialogues)."""
+    """Whether blocks hold several documents, separated by a mask (packed dialogues)."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a step by part, and at its fullest moment; what a checkpoint and a generation take in addition."""
+    """Bytes of a step by part and at its peak; the bytes of a checkpoint and of generation come in addition."""
 
     weights: int
     gradients: int
@@ -74,21 +75,21 @@ class Memory:
     activations: int
     """What the forward pass keeps for the backward pass."""
     working: int
-    """Else alive at the peak: logits of a chunk of the loss, gradients of activations, Muon's products."""
+    """Everything else that is alive at the peak: logits of a chunk of the loss, gradients of activations, Muon's
+    products."""
     checkpoint: int
-    """The copy that is written in the background: on a CPU in the same memory, else in the host's."""
+    """The copy that is written in the background: in the same memory on a CPU, else in the memory of the host."""
     kv_cache: int
-    """Keys and values of one stream of block_size tokens, when the model generates."""
+    """Keys and values of one sequence of block_size tokens, for generation."""
     fragments: int
-    """On a CPU, in addition: what the heap cannot use again."""
+    """On a CPU, in addition: fragmentation of the heap."""
     peak: int
-    """Of a step, its tensors alone. The first five may add up to more: where a step is one micro-batch, gradients come
-    as activations go.
-    """
+    """Most bytes of the step's tensors at any moment. The first five may add up to more: if a step is one micro-batch,
+    gradients are allocated while activations are freed."""
 
 
-class Alive(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, and the most there were."""
+class MemoryTracker(TorchDispatchMode):
+    """Counts the bytes of living tensors, now and at the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,26 +98,26 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self.note, out)
+        tree_map_only(Tensor, self.track, out)
         return out
 
-    def note(self, tensor: Tensor) -> None:
-        """Take down the memory of a tensor, until the last tensor in it is gone."""
+    def track(self, tensor: Tensor) -> None:
+        """Count the memory of a tensor until the last tensor that uses it is deleted."""
         storage = tensor.untyped_storage()
         if (key := id(storage)) not in self.known:
             self.known.add(key)
             self.now += (size := storage.nbytes())
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.gone, key, size)
+            weakref.finalize(storage, self.freed, key, size)
 
-    def gone(self, key: int, size: int) -> None:
-        """A tensor's memory is free again."""
+    def freed(self, key: int, size: int) -> None:
+        """Subtract memory that was freed."""
         self.known.discard(key)
         self.now -= size
 
 
 class CudaDropout(TorchFunctionMode):
-    """Dropout that keeps which values it dropped in a byte each, as CUDA's kernel; a CPU's keeps a factor of each."""
+    """Dropout that saves a mask of one byte per value, as CUDA's kernel does; a CPU's saves four bytes."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.dropout:
@@ -130,10 +131,10 @@ class CudaDropout(TorchFunctionMode):
 
 
 @functools.cache
-def step_memory(work: Work) -> Memory:
-    """Memory of a step of `work`. Takes seconds, for any size."""
+def step_memory(work: StepSpec) -> Memory:
+    """Memory of one step. Takes seconds, whatever the size."""
     on_cuda = CudaDropout() if work.device == "cuda" else contextlib.nullcontext()
-    with FakeTensorMode(), Alive() as alive, chunks_of(work.device), on_cuda:
+    with FakeTensorMode(), MemoryTracker() as alive, chunks_of(work.device), on_cuda:
         objective = Objective(make_model(work))
         model = objective.model
         weights = alive.now
@@ -167,7 +168,7 @@ def step_memory(work: Work) -> Memory:
     )  # fmt: skip
 
 
-def make_model(work: Work) -> Transformer:
+def make_model(work: StepSpec) -> Transformer:
     """The model of a run, without values."""
     shape = work.shape
     model = Transformer(shape)
@@ -180,8 +181,8 @@ def make_model(work: Work) -> Transformer:
     return model.train()
 
 
-def forward_backward(objective: Objective, work: Work, alive: Alive | None = None) -> int:
-    """One micro-batch; the bytes alive between the two passes."""
+def forward_backward(objective: Objective, work: StepSpec, alive: MemoryTracker | None = None) -> int:
+    """Run one micro-batch; returns the bytes alive between the two passes."""
     rows = (work.micro, work.shape.block_size)
     ids, targets = torch.zeros(rows, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
     positions, mask = None, None
@@ -197,8 +198,8 @@ def forward_backward(objective: Objective, work: Work, alive: Alive | None = Non
 
 @contextlib.contextmanager
 def chunks_of(device: str) -> Iterator[None]:
-    """The loss in chunks of the device that is meant: what it sees is a CPU. Muon's products whole: in blocks they need
-    as much memory, and would take a minute to go through here.
+    """Compute the loss in the chunks of the target device, although its tensors are fake CPU tensors, and Muon's
+    products whole: block by block they need as much memory, and tracing them takes a minute.
     """
     chunk, block = loss.CPU_CHUNK, orthogonal.BLOCK
     loss.CPU_CHUNK = chunk if device == "cpu" else loss.GPU_CHUNK
@@ -215,10 +216,11 @@ def kv_cache(shape: ModelConfig, dtype: torch.dtype, streams: int = 1) -> int:
     return 2 * shape.n_layer * streams * heads * shape.block_size * head_dim(shape) * dtype.itemsize
 
 
-def largest_micro(work: Work, rows: int, free: int) -> int:
-    """The most sequences at once, of `rows`, whose step fits into `free` bytes; 0 where not even one does.
+def largest_micro(work: StepSpec, rows: int, free: int) -> int:
+    """The largest micro-batch, up to `rows` sequences, whose step fits into `free` bytes; 0 if not even one sequence
+    fits.
 
-    A step's memory grows by the same amount with every sequence, but for the loss, whose chunks are full at some size.
+    A step's memory grows by the same amount with every sequence, except for the loss, whose chunks have a limited size.
     """
 
     def peak(micro: int) -> int:
@@ -228,8 +230,8 @@ def largest_micro(work: Work, rows: int, free: int) -> int:
     known = {1: peak(1)}
     if known[1] > free:
         return 0
-    guess = min(rows, work.micro)
-    for _ in range(LOOKS):
+    guess = min(rows, work.micro if work.micro > 1 else 16)  # the plan has traced work.micro already
+    for _ in range(MAX_PROBES):
         if guess in known:
             break
         known[guess] = peak(guess)

@@ -1,4 +1,4 @@
-"""`miaobi plan`: what a run will be, before anything is burned: size, passes over the text, memory, time, cost."""
+"""`miaobi plan`: size, passes over the text, memory, time and cost of a run before it starts."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from typing import Any
 
 import torch
 
-from miaobi.config import ModelConfig, OptimConfig, RunConfig
+from miaobi.config import OptimConfig, RunConfig
 from miaobi.corpus.prepared import PreparedData
 from miaobi.device import peak_flops, pick_device, pick_dtype
 from miaobi.model.checkpoint import load_model
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer, head_dim
 from miaobi.plan import memory
-from miaobi.plan.cards import GIB, Card, find_card, here
+from miaobi.plan.cards import GIB, Card, find_card, local_card
 from miaobi.plan.config import PlanConfig
-from miaobi.plan.forecast import Setting, advice, forecast
-from miaobi.plan.measure import Measured, measure
+from miaobi.plan.forecast import RunSize, advice, forecast
+from miaobi.plan.measure import Measurement, measure
 from miaobi.settings import Origin
-from miaobi.train.average import decide
+from miaobi.train.average import is_averaged
 from miaobi.train.data import Blocks, open_blocks, open_data
 from miaobi.train.recipe import micro_batch, resolve_model, resolve_optim, total_steps
 from miaobi.train.world import World
 
 UTILISATION = {"cuda": 0.30, "mps": 0.20, "cpu": 0.45}
-"""Share of the peak that steps reach, where they are not measured. CPU: measured here, 0.3 to 0.5 (docs/lab-notes.md);
-GPUs: between what small and large models are known to reach."""
-LAUNCHES, LAUNCH = 150, 7e-6
-"""Kernels of a block, forward and backward, and the seconds that Python takes to start one: small models on a GPU wait
-for that."""
-CONTEXT = int(0.6 * GIB)
-"""What CUDA and its libraries take of a GPU themselves."""
-ROUNDED = 0.93
-"""Of the rest, what can be filled before the allocator's fragments do."""
+"""Share of the peak FLOP/s that steps reach, if they are not measured. CPU: measured, 0.3 to 0.5 (docs/lab-notes.md);
+GPUs: between what small and large models usually reach."""
+LAUNCHES, LAUNCH_SECONDS = 150, 7e-6
+"""Kernel launches of a block, forward and backward, and the time of each: they limit small models on a GPU."""
+CUDA_CONTEXT = int(0.6 * GIB)
+"""Bytes of a GPU that CUDA and its libraries take."""
+USABLE = 0.93
+"""Share of the remaining memory that can be filled, because of fragmentation."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """What is planned, with everything that the configuration leaves open decided as `train` does."""
+class PlannedRun:
+    """A run with all open settings resolved as `train` does."""
 
     cfg: RunConfig
     shape: ModelConfig
@@ -51,13 +51,13 @@ class Run:
     blocks: Blocks
     steps: int
     parts: dict[str, int]
-    """Parameters."""
+    """Parameters by part."""
     device: torch.device
     card: Card | None
 
     @property
     def tokens(self) -> int:
-        """Trained on, repeated ones included."""
+        """Tokens trained on, with repetitions."""
         return self.steps * self.cfg.train.global_batch * self.shape.block_size
 
     @property
@@ -68,11 +68,11 @@ class Run:
     @property
     def averages(self) -> bool:
         """Whether the weights are averaged along the run."""
-        return decide(self.cfg.train, self.epochs, self.cfg.train.base_model is not None)
+        return is_averaged(self.cfg.train, self.epochs, self.cfg.train.base_model is not None)
 
     @property
     def parameters(self) -> int:
-        """As nanoGPT counts them: without positions."""
+        """Number of parameters without position embeddings, as nanoGPT counts."""
         return sum(count for name, count in self.parts.items() if name != "positions")
 
     def flops_per_token(self) -> float:
@@ -82,12 +82,12 @@ class Run:
 
 
 def plan(cfg: PlanConfig, origin: Origin) -> dict[str, Any]:
-    """The JSON object of `miaobi plan`. Nothing is written, and nothing trained but for --measure.
+    """The JSON object of `miaobi plan`. Nothing is written, and nothing is trained except with --measure.
 
     Raises UserError for settings, text and models that `miaobi train` would refuse.
     """
     with tempfile.TemporaryDirectory(prefix="miaobi-plan-") as aside:
-        run = decided(cfg, Path(aside))
+        run = resolve_run(cfg, Path(aside))
         measured = measure(cfg, origin, Path(aside)) if cfg.plan.measure else None
         return {
             "model": {key: value for key, value in asdict(run.shape).items() if value is not None},
@@ -100,7 +100,7 @@ def plan(cfg: PlanConfig, origin: Origin) -> dict[str, Any]:
         }
 
 
-def decided(cfg: PlanConfig, aside: Path) -> Run:
+def resolve_run(cfg: PlanConfig, aside: Path) -> PlannedRun:
     """The run of `cfg`. Raw text is prepared into `aside`, to count its tokens."""
     card = find_card(cfg.plan.gpu) if cfg.plan.gpu else None
     device = torch.device("cuda") if card else pick_device(cfg.train.device)
@@ -116,11 +116,11 @@ def decided(cfg: PlanConfig, aside: Path) -> Run:
     steps = total_steps(cfg, len(blocks))
     tuning = cfg.train.trainable if base else None
     optim = resolve_optim(cfg.optim, shape.family, steps, tuning, n_embd=shape.n_embd)
-    return Run(cfg, shape, optim, data, blocks, steps, parameters_of(shape), device, card or here(device))
+    return PlannedRun(cfg, shape, optim, data, blocks, steps, parameters_of(shape), device, card or local_card(device))
 
 
 def parameters_of(shape: ModelConfig) -> dict[str, int]:
-    """Parameters by part; padding rows of the vocabulary are left out."""
+    """Parameters by part, without padding rows of the vocabulary."""
     with torch.device("meta"):
         model = Transformer(shape)
     tables = {"embedding": shape.vocab_size * shape.n_embd}
@@ -136,8 +136,8 @@ def parameters_of(shape: ModelConfig) -> dict[str, int]:
     return tables | counts
 
 
-def text_facts(run: Run) -> dict[str, Any]:
-    """The text that is learned."""
+def text_facts(run: PlannedRun) -> dict[str, Any]:
+    """Facts about the training text."""
     train, val = run.data.train, run.data.val
     return {
         "data": run.cfg.data.data, "train_tokens": len(train), "val_tokens": len(val), "characters": train.characters,
@@ -145,8 +145,8 @@ def text_facts(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_facts(run: Run) -> dict[str, Any]:
-    """How often it is learned."""
+def run_facts(run: PlannedRun) -> dict[str, Any]:
+    """Steps, tokens, passes over the text."""
     return {
         "steps": run.steps, "batch_size": run.cfg.train.global_batch, "tokens": run.tokens,
         "epochs": run.epochs, "tokens_per_parameter": run.tokens / run.parameters,
@@ -155,8 +155,8 @@ def run_facts(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def precision(run: Run) -> torch.dtype:
-    """Of the matrix products: what `train` would take on that device."""
+def precision(run: PlannedRun) -> torch.dtype:
+    """Precision of the matrix products that `train` would choose on that device."""
     if run.cfg.plan.gpu is None:
         return pick_dtype(run.cfg.train.dtype, run.device)
     if run.cfg.train.dtype != "auto":
@@ -164,20 +164,20 @@ def precision(run: Run) -> torch.dtype:
     return torch.bfloat16 if run.card.has_bf16 else torch.float16
 
 
-def step_work(run: Run) -> memory.Work:
-    """The step whose memory is asked for."""
+def step_spec(run: PlannedRun) -> memory.StepSpec:
+    """The step whose memory is computed."""
     train = run.cfg.train
     micro = micro_batch(run.cfg, run.device, World().size)
-    return memory.Work(
+    return memory.StepSpec(
         run.shape, run.optim, run.cfg.lora if train.trainable == "lora" else None, run.device.type, precision(run),
         micro, -(-train.global_batch // micro), train.activation_checkpointing,
         run.data.is_dialogue and run.cfg.data.packing != "stream",
     )  # fmt: skip
 
 
-def memory_facts(run: Run, measured: Measured | None) -> dict[str, Any]:
-    """Bytes by part, and what fits."""
-    work = step_work(run)
+def memory_facts(run: PlannedRun, measured: Measurement | None) -> dict[str, Any]:
+    """Bytes by part, and the largest micro-batch that fits."""
+    work = step_spec(run)
     parts = memory.step_memory(work)
     average = parts.weights if run.averages else 0
     on_cpu = run.device.type == "cpu"
@@ -196,28 +196,28 @@ def memory_facts(run: Run, measured: Measured | None) -> dict[str, Any]:
     return facts | ({"measured": measured.memory} if measured else {})
 
 
-def free_memory(run: Run) -> int | None:
-    """Bytes that a run can fill: of a card, or of this machine now; None where the system does not say."""
+def free_memory(run: PlannedRun) -> int | None:
+    """Bytes that a run can fill: of a card, or of this machine now; None if the system does not say."""
     if run.card is not None:
-        return int(ROUNDED * (run.card.memory - CONTEXT))
+        return int(USABLE * (run.card.memory - CUDA_CONTEXT))
     try:
         return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text(encoding="utf-8"))[1])
     except (OSError, TypeError):
         return None
 
 
-def forecast_facts(run: Run) -> dict[str, Any]:
-    """The validation curve that is to be expected of a run from scratch, and what it means; {} for one that tunes."""
+def forecast_facts(run: PlannedRun) -> dict[str, Any]:
+    """The predicted validation curve of a run from scratch, and advice; {} for fine-tuning."""
     if run.cfg.train.base_model:
         return {}
     decay = run.optim.muon_weight_decay if run.optim.optimizer == "muon" else 0.0
-    setting = Setting(run.parameters, len(run.data.train), decay, run.shape.dropout, run.averages)
+    setting = RunSize(run.parameters, len(run.data.train), decay, run.shape.dropout, run.averages)
     expected = forecast(setting, run.epochs)
     return expected | {"advice": advice(expected, setting, run.epochs)}
 
 
-def cost_facts(run: Run, cfg: PlanConfig, measured: Measured | None) -> dict[str, Any]:
-    """Time, energy and money."""
+def cost_facts(run: PlannedRun, cfg: PlanConfig, measured: Measurement | None) -> dict[str, Any]:
+    """Time, energy and cost."""
     if measured is not None:
         step, evaluation, basis = measured.step, measured.evaluation, "20 steps measured here"
         start = measured.start
@@ -230,10 +230,10 @@ def cost_facts(run: Run, cfg: PlanConfig, measured: Measured | None) -> dict[str
         step = run.flops_per_token() * run.tokens / run.steps / (peak * reached)
         if run.device.type == "cuda":
             pieces = -(-cfg.train.global_batch // micro_batch(cfg, run.device, World().size))
-            step = max(step, pieces * run.shape.n_layer * LAUNCHES * LAUNCH)
+            step = max(step, pieces * run.shape.n_layer * LAUNCHES * LAUNCH_SECONDS)
         windows = min(cfg.train.eval_iters * cfg.train.batch_size, cfg.train.eval_interval * cfg.train.global_batch)
         evaluation = step / 3 * windows / cfg.train.global_batch * (2.25 if run.averages else 1.25)
-        basis = f"{peak / 1e12:.2f} TFLOP/s, of which {reached:.0%} are assumed to be reached; --measure knows better"
+        basis = f"{peak / 1e12:.2f} TFLOP/s, assuming that {reached:.0%} of it are reached; --measure measures it"
     seconds = start + run.steps * step + math.ceil(run.steps / cfg.train.eval_interval) * evaluation
     watts = cfg.plan.watts if cfg.plan.watts is not None else (run.card.watts or None) if run.card else None
     hours, price = seconds / 3600, cfg.plan.price_per_hour

@@ -12,26 +12,26 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 14, 26
 MOST_POINTS = 400
-"""Points of a line; of more, neighbours are averaged."""
+"""Points per curve; if there are more, neighbours are averaged."""
 
 NOTE_WIDTH, NOTE_HEIGHT = 48, 13
-"""Room that a note beside a mark takes."""
+"""Size of a note beside a mark."""
 
 Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. `look` is a class of the page's style sheet: a colour, s0 to s7, and thin or bold."""
+    """A curve. `css_class` is a class of the page's style sheet: a colour, s0 to s7, and thin or bold."""
 
     name: str
     points: Points
-    look: str
+    css_class: str
     dots: bool = False
 
 
-def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most `most` points: means of neighbours, the first and the last as they are."""
+def downsampled(points: Points, most: int = MOST_POINTS) -> Points:
+    """At most `most` points: means of neighbours, with the first and last point unchanged."""
     if len(points) <= most:
         return points
     size, inner = math.ceil((len(points) - 2) / (most - 2)), points[1:-1]
@@ -61,14 +61,14 @@ def short(value: float) -> str:
 
 
 def quantile(values: Iterable[float], share: float) -> float:
-    """The value below which `share` of them lie."""
+    """The value below which this share of the values lies."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def limits(lines: list[Line], from_zero: bool, cut: float) -> tuple[float, float]:
-    """Lowest and highest value that are shown. cut: this share of a line's points may stick out at the top; lines with
-    dots are shown whole.
+    """Lowest and highest value of the axis. cut: share of a curve's points that may be cut off at the top; curves with
+    dots are never cut.
     """
     ys = [y for line in lines for _, y in line.points]
     high = max(
@@ -85,11 +85,11 @@ def limits(lines: list[Line], from_zero: bool, cut: float) -> tuple[float, float
 def chart(
     lines: list[Line], label: str, from_zero: bool = False, cut: float = 0.0, marks: list[tuple[float, float, str]] = ()
 ) -> Markup:
-    """Lines over steps. label: what a screen reader says. marks: (step, value, text, look) that stand out.
+    """Lines over steps. label: what a screen reader says. marks: (step, value, text, CSS class) that stand out.
 
     Empty where there is nothing to draw.
     """
-    lines = [Line(line.name, thinned(line.points), line.look, line.dots) for line in lines if line.points]
+    lines = [Line(line.name, downsampled(line.points), line.css_class, line.dots) for line in lines if line.points]
     if not lines:
         return Markup("")
     xs = [x for line in lines for x, _ in line.points]
@@ -121,27 +121,27 @@ def chart(
         at = [(x_at(x), max(top, y_at(y))) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
         parts.append(
-            f'<polyline class="curve {line.look}" points="{path}"><title>{escape(line.name)}</title></polyline>'
+            f'<polyline class="curve {line.css_class}" points="{path}"><title>{escape(line.name)}</title></polyline>'
         )
         if line.dots and len(at) <= 60:
-            parts += [f'<circle class="dot {line.look}" cx="{x:.1f}" cy="{y:.1f}" r="2.6">'
+            parts += [f'<circle class="dot {line.css_class}" cx="{x:.1f}" cy="{y:.1f}" r="2.6">'
                       f"<title>{escape(line.name)}: {short(step)} → {value:.4g}</title></circle>"
                       for (x, y), (step, value) in zip(at, line.points, strict=True)]  # fmt: skip
     notes: list[tuple[float, float]] = []
-    for step, value, text, look in marks:
+    for step, value, text, css_class in marks:
         x, y = x_at(step), y_at(value)
         anchor = "start" if x < LEFT + 60 else "end" if x > WIDTH - RIGHT - 60 else "middle"
-        at = beside(notes, x, y - 10 if y > TOP + 24 else y + 18)
+        at = free_height(notes, x, y - 10 if y > TOP + 24 else y + 18)
         notes.append((x, at))
         parts.append(
-            f'<circle class="mark {look}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
+            f'<circle class="mark {css_class}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
             f'<text class="note" x="{x:.1f}" y="{at:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
         )
     return Markup("".join([*parts, "</svg>"]))
 
 
-def beside(notes: list[tuple[float, float]], x: float, y: float) -> float:
-    """The height nearest to `y` at which a note covers none of `notes`."""
+def free_height(notes: list[tuple[float, float]], x: float, y: float) -> float:
+    """The height nearest to `y` at which a note at `x` covers none of `notes`."""
     near = [other for at, other in notes if abs(at - x) < NOTE_WIDTH]
     heights = [y, *(other + side * NOTE_HEIGHT for other in near for side in (-1, 1))]
     free = [h for h in heights if all(abs(h - other) >= NOTE_HEIGHT for other in near)]

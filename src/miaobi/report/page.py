@@ -33,12 +33,12 @@ SAMPLES = 6
 SAMPLE_LENGTH = 600
 """Samples that are shown, and characters of each."""
 COLOURS = 8
-"""Colours of the style sheet; a ninth run has the first one's."""
+"""Colours of the style sheet; a ninth run gets the first one again."""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A run, and what the page says of it."""
+class RunView:
+    """A run with what the page shows of it."""
 
     run: RunRecord
     verdict: Verdict
@@ -47,14 +47,14 @@ class Shown:
     lengths: Markup
     colour: str
     name: str
-    """Its own, with its directory's where two runs have the same."""
+    """Its name, with its directory if two runs have the same name."""
 
 
 def report(cfg: ReportConfig) -> dict[str, Any]:
     """`miaobi report`: write the page. Returns out, bytes, runs: [{run, verdict, best_step, best_val_bits_per_char,
     stopped, missing}, ...].
 
-    Raises UserError for what is no run, or is damaged.
+    Raises UserError for a path that is no run, or a damaged run.
     """
     runs = [read_run(name) for name in dict.fromkeys(cfg.runs)]
     out = cfg.out or (runs[0].path / REPORT if len(runs) == 1 else Path(REPORT))
@@ -80,10 +80,10 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def reported(out_dir: str | Path) -> Iterator[None]:
-    """Write the run's report after the body, which trains it, however that ended; failing to costs a line of the log.
+def writing_report(out_dir: str | Path) -> Iterator[None]:
+    """Write the run's report after the body, which trains it, however that ended; an error is only logged.
 
-    A run that the body did not come to train (locked, or of another configuration) is left alone.
+    A run that the body did not train (it was locked, or of another configuration) is not touched.
     """
     run, began = Path(out_dir), time.time()
     try:
@@ -108,35 +108,35 @@ def render(runs: list[RunRecord]) -> str:
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return template().render(
         views=views, style=Markup(style), style_hash=digest, version=__version__, curves=curves_of(views),
-        differing=differing(runs), written=time.strftime("%Y-%m-%d %H:%M"), title=", ".join(names[:3]),
+        differing=differing_settings(runs), written=time.strftime("%Y-%m-%d %H:%M"), title=", ".join(names[:3]),
     )  # fmt: skip
 
 
 @functools.cache
 def template() -> Any:
-    """The page's template. What is put into it is text: escaped, and without signs that steer or hide."""
+    """The page's template. Values are inserted as text: escaped, without control characters or invisible ones."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
                               finalize=plain)  # fmt: skip
-    environment.filters |= {"commands": commands, "size": size, "duration": duration, "compact": compact,
+    environment.filters |= {"commands": code_markup, "size": size, "duration": duration, "compact": compact,
                             "value": value, "visible": visible, "chinese": chinese,
                             "percent": "{:.2%}".format}  # fmt: skip
     return environment.from_string(resource("page.html.jinja"))
 
 
 def resource(name: str) -> str:
-    """A file of this room."""
+    """A file of this package."""
     return resources.files("miaobi.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def plain(value: Any) -> Any:
-    """Text as it is put into the page; markup of our own as it is."""
+    """Text as it is inserted into the page; markup stays as it is."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return shown(value).encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is no UTF-8
 
 
-def commands(text: str) -> Markup:
-    """Text in which what stands between backquotes is code."""
+def code_markup(text: str) -> Markup:
+    """Text whose parts between backquotes become <code>."""
     parts = re.split("`([^`]*)`", text)
     return Markup("").join(
         Markup("<code>{}</code>").format(plain(part)) if i % 2 else escape(plain(part)) for i, part in enumerate(parts)
@@ -144,7 +144,7 @@ def commands(text: str) -> Markup:
 
 
 def compact(count: int) -> str:
-    """A count of three digits: 682k, 4.79M; small ones as they are."""
+    """A count with three digits: 682k, 4.79M; small counts in full."""
     for unit, n in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if count >= 10 * n or (count >= n and unit != "k"):
             return f"{count / n:.{max(0, 3 - len(str(int(count / n))))}f}{unit}"
@@ -152,7 +152,7 @@ def compact(count: int) -> str:
 
 
 def size(count: int | None) -> str:
-    """Bytes in words."""
+    """A number of bytes with its unit."""
     for unit, n in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if count and count >= 1 << n:
             return f"{count / (1 << n):.{0 if count >= 100 << n else 1}f} {unit}"
@@ -160,40 +160,40 @@ def size(count: int | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Time in words: 3 h 12 min, 4 min 10 s, 12.3 s."""
+    """A duration: 3 h 12 min, 4 min 10 s, 12.3 s."""
     if seconds >= 3600:
         return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
     return f"{int(seconds // 60)} min {int(seconds % 60)} s" if seconds >= 60 else f"{seconds:.1f} s"
 
 
 def value(found: Any) -> str:
-    """A setting."""
+    """A setting's value as text."""
     text = "—" if found is None else ", ".join(map(str, found)) if isinstance(found, (list, tuple)) else str(found)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def chinese(text: str) -> str:
-    """Where a value came from, or how a step was computed, in Chinese where that is common."""
+    """Chinese for the common origins of values and execution modes."""
     known = {"command line": "命令行", "default": "默认", "not measured: the run is short": "没有试：这次训练不长"}
     return known.get(text) or re.sub(r", line (\d+)$", r"，第 \1 行", text)
 
 
 def visible(character: str) -> str:
-    """A character as it is listed."""
+    """A character as it is listed: white space by a symbol."""
     return {" ": "␠", "\n": "↵", "\t": "⇥", "\u3000": "全角␠", "\r": "␍"}.get(character, character)
 
 
-def view(run: RunRecord, number: int, name: str) -> Shown:
-    """A run as the page shows it."""
+def view(run: RunRecord, number: int, name: str) -> RunView:
+    """The view of a run."""
     lengths = [(f"{short(low)}", n) for low, _, n in run.text.lengths] if run.text else []
-    return Shown(
-        run=run, verdict=judge(run), curves={}, samples=chosen(run), colour=f"s{number % COLOURS}", name=name,
+    return RunView(
+        run=run, verdict=judge(run), curves={}, samples=chosen_samples(run), colour=f"s{number % COLOURS}", name=name,
         lengths=bars(lengths, "lengths of the documents"),
     )  # fmt: skip
 
 
-def chosen(run: RunRecord) -> list[Sample]:
-    """Samples from the first to the last, at even distances; that of the best model among them."""
+def chosen_samples(run: RunRecord) -> list[Sample]:
+    """Evenly spaced samples from first to last, with that of the best model among them."""
     found = run.samples
     if len(found) > SAMPLES:
         wanted = {round(i * (len(found) - 1) / (SAMPLES - 1)) for i in range(SAMPLES)}
@@ -206,8 +206,8 @@ def chosen(run: RunRecord) -> list[Sample]:
     return [Sample(s.step, s.text if len(s.text) <= SAMPLE_LENGTH else f"{s.text[:SAMPLE_LENGTH]}…") for s in found]
 
 
-def curves_of(views: list[Shown]) -> dict[str, Markup]:
-    """The four charts, all runs in each."""
+def curves_of(views: list[RunView]) -> dict[str, Markup]:
+    """The four charts, with all runs in each."""
     several, bits, marks = len(views) > 1, [], []
     for v in views:
         per_nat, best = v.run.bits_per_nat, v.run.best
@@ -230,8 +230,8 @@ def curves_of(views: list[Shown]) -> dict[str, Markup]:
     }
 
 
-def differing(runs: list[RunRecord]) -> list[tuple[str, list[Any]]]:
-    """Settings in which runs differ, with each run's value."""
+def differing_settings(runs: list[RunRecord]) -> list[tuple[str, list[Any]]]:
+    """Settings in which the runs differ, with the value of each run."""
     if len(runs) < 2:
         return []
     keys = [s.key for s in runs[0].settings if s.key not in ("out_dir", "wandb_run_name")]

@@ -1,4 +1,4 @@
-"""What a run directory tells, read and checked; nothing in it is executed or changed."""
+"""Reads and checks a run directory; nothing in it is executed or changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from miaobi.yaml_file import remarks
 CURVES = ("train_loss", "val_loss", "val_bits_per_char", "train_eval_loss", "learning_rate", "grad_norm",
           "tokens_per_second", "epoch")  # fmt: skip
 LARGEST = 64 << 20
-"""Bytes of a file of metrics or samples that is read."""
+"""Largest metrics or samples file that is read, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Setting:
 
     @property
     def is_given(self) -> bool:
-        """Whether somebody chose it."""
+        """Whether the user set it."""
         return self.origin != "default"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model wrote after `step` steps."""
+    """A text that the model generated after `step` steps."""
 
     step: int
     text: str
@@ -46,39 +46,39 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Validation and, where it was measured on the same weights, training; nats per token and bits per character."""
+    """An evaluation: nats per token, bits per character, and training loss."""
 
     step: int
     val_loss: float
     val_bits: float
     train_loss: float | None
-    """On training text with the weights of this step, else the mean over the steps before."""
+    """On training text with the weights of this step if that was measured, else the mean over the steps before."""
 
 
 @dataclass
 class RunRecord:
-    """A run as the report shows it."""
+    """A run, as read from its directory."""
 
     path: Path
     name: str
     settings: list[Setting]
     curves: dict[str, list[tuple[int, float]]]
-    """Name of a metric -> (step, finite value), by rising step."""
+    """Metric -> (step, finite value), by step."""
     not_finite: int | None
-    """First step of which a line says that a figure was not finite."""
+    """First step with a value that is not finite."""
     evaluations: list[Evaluation]
     samples: list[Sample]
     progress: Progress | None
-    """None where no checkpoint was written."""
+    """None if no checkpoint was written."""
     summary: Summary | None
     text: TextStatistics | None
     planned: tuple[float | None, int | None]
-    """(seconds, bytes of tensors) that plan.json foretells, where `miaobi plan ... --json` was kept as that."""
+    """(seconds, bytes) predicted by plan.json, if the output of `miaobi plan ... --json` was saved there."""
     missing: list[str] = field(default_factory=list)
     """What could not be read, and why, in English."""
 
     def value(self, key: str) -> Any:
-        """A setting; where the recipe decided it, what it decided."""
+        """A setting; if it was left open, its resolved value."""
         found = next((setting.value for setting in self.settings if setting.key == key), None)
         return self.summary.resolved.get(key) if found is None and self.summary else found
 
@@ -89,13 +89,13 @@ class RunRecord:
 
     @property
     def bits_per_nat(self) -> float | None:
-        """Bits per character of one nat per token, as on the validation text."""
+        """Bits per character for one nat per token, on the validation text."""
         scored = next((e for e in self.evaluations if e.val_loss > 0), None)
         return scored.val_bits / scored.val_loss if scored else None
 
 
 def read_run(name: str) -> RunRecord:
-    """A run of `miaobi train`. Raises UserError where it is none, or a file that the report stands on is damaged."""
+    """Read a run of `miaobi train`. Raises UserError if it is none, or if a required file is damaged."""
     path = Path(name)
     if not path.is_dir():
         why = "that is a file" if path.exists() else "no such directory"
@@ -120,12 +120,12 @@ def read_run(name: str) -> RunRecord:
 
 
 def unknown_keys(names: list[str]) -> str:
-    """Names that nothing here has, in words."""
+    """Unknown names, as text."""
     return f"{len(names)} unknown key(s) ({', '.join(name[:40] for name in names[:5])}{', …' * (len(names) > 5)})"
 
 
 def read_progress(checkpoint: Path | None, missing: list[str]) -> Progress | None:
-    """The counters of a checkpoint, where there is one that this version reads."""
+    """Progress of a checkpoint, if there is one that this version can read."""
     if checkpoint is None:
         missing.append("no checkpoint was written")
         return None
@@ -137,9 +137,9 @@ def read_progress(checkpoint: Path | None, missing: list[str]) -> Progress | Non
 
 
 def read_settings(config: Path, missing: list[str]) -> list[Setting]:
-    """The configuration of a run, and where each value came from; keys of another version are left out, and told.
+    """The configuration of a run, and the origin of each value; keys of another version are left out and reported.
 
-    Raises UserError for one that is not train's.
+    Raises UserError if it is not a configuration of train.
     """
     values, _ = read_yaml(config)
     where, origin = sections(), remarks(config)
@@ -155,7 +155,7 @@ def read_settings(config: Path, missing: list[str]) -> list[Setting]:
 
 
 def read_lines(file: Path, missing: list[str]) -> list[dict[str, Any]]:
-    """The JSON objects of a file of lines that have a step, by rising step; of lines that are none it says how many."""
+    """The JSON objects with a step in a file of lines, by step; invalid lines are counted and reported."""
     if not file.is_file():
         missing.append(f"{file.name} is missing")
         return []
@@ -178,7 +178,7 @@ def read_lines(file: Path, missing: list[str]) -> list[dict[str, Any]]:
 
 
 def read_curves(rows: list[dict[str, Any]]) -> tuple[dict[str, list[tuple[int, float]]], int | None]:
-    """The curves of metrics.jsonl, and the first step with a figure that is not finite."""
+    """The curves of metrics.jsonl, and the first step with a value that is not finite."""
     curves: dict[str, list[tuple[int, float]]] = {name: [] for name in CURVES}
     not_finite = None
     for row in rows:
@@ -192,7 +192,7 @@ def read_curves(rows: list[dict[str, Any]]) -> tuple[dict[str, list[tuple[int, f
 
 
 def evaluations_of(rows: list[dict[str, Any]]) -> list[Evaluation]:
-    """The lines that tell of an evaluation; of one step the last."""
+    """The evaluations; of several at one step, the last."""
     found: dict[int, Evaluation] = {}
     train: tuple[float, int] = (0.0, 0)
     for row in rows:
@@ -211,12 +211,12 @@ def evaluations_of(rows: list[dict[str, Any]]) -> list[Evaluation]:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value from JSON is a number that can be drawn."""
+    """Whether a JSON value is a number that can be drawn."""
     return type(value) in (int, float) and abs(value) < 1e300
 
 
 def read_samples(file: Path, missing: list[str]) -> list[Sample]:
-    """What the model wrote at its evaluations."""
+    """The texts that the model generated at its evaluations."""
     if not file.is_file():
         return []  # of a run without samples, or of an older version
     rows = read_lines(file, missing)
@@ -224,7 +224,7 @@ def read_samples(file: Path, missing: list[str]) -> list[Sample]:
 
 
 def read_plan(run: Path) -> tuple[float | None, int | None]:
-    """What plan.json foretells. Raises UserError where it is damaged."""
+    """The predictions of plan.json. Raises UserError if it is damaged."""
     plan = read_json(run / "plan.json")
     time, memory = (plan.get(key) if isinstance(plan.get(key), dict) else {} for key in ("time", "memory"))
     seconds, size = time.get("seconds"), memory.get("run")
@@ -232,7 +232,7 @@ def read_plan(run: Path) -> tuple[float | None, int | None]:
 
 
 def read_text(run: Path, settings: list[Setting], missing: list[str]) -> TextStatistics | None:
-    """Statistics of the text that the run learned from, where its prepared data still is."""
+    """Statistics of the training text, if its prepared data still exists."""
     given = next(setting.value for setting in settings if setting.key == "data")
     places = (Path(given), run / "data")  # raw text was prepared into the run
     try:

@@ -1,4 +1,4 @@
-"""What the text of a run is like: documents and their lengths, commonest characters, what was left out."""
+"""Statistics of a run's text: documents and their lengths, most frequent characters, what was left out."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from miaobi.errors import UserError
 from miaobi.files import is_a
 
 MOST = 64 * PIECE
-"""Tokens that are counted: of a longer text the first."""
+"""Tokens that are counted at most, from the beginning of the text."""
 COMMON = 40
-"""Characters that are listed."""
+"""Number of characters that are listed."""
 CLASSES = 12
-"""Of the lengths of documents."""
+"""Classes of document lengths."""
 TOKENS_SPELLED = 20_000
-"""Of a large vocabulary so many of the commonest tokens are spelled."""
+"""Number of the most frequent tokens that are split into characters."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class TextStatistics:
     tokens: dict[str, int]
     characters: dict[str, int]
     documents: dict[str, int]
-    """Of `train` and `val`."""
+    """Each of `train` and `val`."""
     counts: dict[str, int]
     """characters, distinct_characters, duplicates, near_duplicates, in_validation, empty, skipped, removed: of the
     whole text as it was read."""
     lengths: list[tuple[int, int, int]]
-    """(from, below, documents) of the training documents' lengths in characters, about."""
+    """(from, below, documents): approximate lengths of the training documents, in characters."""
     median_length: int
     common: list[tuple[str, float]]
-    """The commonest characters and their shares of all."""
+    """The most frequent characters, with their shares."""
     counted: int
-    """Tokens that `common` and its shares stand on."""
+    """Number of tokens that `common` was counted on."""
     sources: list[Source] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """(path, why) of what was not read."""
@@ -76,9 +76,9 @@ def text_statistics(directory: Path) -> TextStatistics:
 
 
 def document_lengths(data: PreparedData) -> tuple[list[tuple[int, int, int]], int]:
-    """Lengths of the training documents, in classes whose borders rise by one factor, and their median.
+    """Histogram of the training documents' lengths with geometric classes, and their median.
 
-    Tokens are counted, and shown as characters by the mean of the text.
+    Tokens are counted, and converted to characters by the text's mean.
     """
     starts = data.train.starts
     if len(starts) < 2 or not len(data.train):
@@ -92,7 +92,7 @@ def document_lengths(data: PreparedData) -> tuple[list[tuple[int, int, int]], in
 
 
 def commonest(data: PreparedData) -> tuple[list[tuple[str, float]], int]:
-    """The commonest characters of the training text with their shares, and how many tokens were counted."""
+    """The most frequent characters of the training text with their shares, and the number of tokens counted."""
     counted = min(len(data.train), MOST)
     counts = np.zeros(data.vocab_size, np.int64)
     for start in range(0, counted, PIECE):
@@ -116,7 +116,7 @@ def commonest(data: PreparedData) -> tuple[list[tuple[str, float]], int]:
 
 
 def counts_of(recorded: Any) -> dict[str, int]:
-    """Whole numbers of a manifest's statistics under flat names; those that are missing or no numbers are left out."""
+    """The integers of a manifest's statistics under flat names; missing or invalid ones are left out."""
     if not isinstance(recorded, dict):
         return {}
     duplicates = recorded.get("duplicates_removed")
@@ -137,7 +137,7 @@ def counts_of(recorded: Any) -> dict[str, int]:
 
 
 def sources_of(entries: Any) -> list[Source]:
-    """Files that were read, as far as a manifest tells them."""
+    """The source files, as far as the manifest lists them."""
     found = []
     for record in entries if isinstance(entries, list) else []:
         if isinstance(record, dict):

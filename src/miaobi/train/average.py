@@ -1,8 +1,8 @@
-"""The weights averaged along a run: where text is repeated, the average goes on getting better when the weights do not.
+"""Average of the weights along a run: on repeated text it keeps improving after the weights themselves stop to.
 
-Weights of step t count as t^POWER, so that the average is always over about the second half of the run, however long
-it is (Karras et al. 2024, arXiv:2312.02696, section 3.1). It changes nothing in training. At an evaluation both are
-scored, and the better of the two is the model of the checkpoint; the other one lies in train_state/.
+Weights of step t have weight t^POWER, so the average is always over about the second half of the run, however long it
+is (Karras et al. 2024, arXiv:2312.02696, section 3.1). Training is not affected. At each evaluation both are scored,
+and the better one becomes the model of the checkpoint; the other is saved in train_state/.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from miaobi.train.run_directory import Progress
 
 POWER = 1.0
 REPEATED = 2.0
-"""Passes over the text from which on a run averages by itself."""
+"""With average_weights=auto, runs of this many passes over the text are averaged."""
 FILE = "other_weights.safetensors"
 
 
-def decide(cfg: TrainConfig, epochs: float, is_tuned: bool, in_shards: bool = False) -> bool:
-    """Whether a new run averages its weights. Raises UserError where that is asked for and cannot be."""
+def is_averaged(cfg: TrainConfig, epochs: float, is_tuned: bool, in_shards: bool = False) -> bool:
+    """Whether a new run averages its weights. Raises UserError if that was asked for and is not possible."""
     if cfg.average_weights is True and (in_shards or cfg.trainable == "lora"):
         raise UserError("average_weights needs whole weights, all of which are trained; leave it out, or use "
                         "--trainable=full without --parallel=fsdp")  # fmt: skip
@@ -40,9 +40,9 @@ def decide(cfg: TrainConfig, epochs: float, is_tuned: bool, in_shards: bool = Fa
 
 
 class Average:
-    """The average of a model's weights, beside them on the same device.
+    """The average of a model's weights, on the same device.
 
-    `progress.averaged` says which of the two the checkpoint shows.
+    `progress.averaged` says whether the checkpoint has the average or the weights themselves as its model.
     """
 
     def __init__(self, model: Transformer, progress: Progress) -> None:
@@ -55,9 +55,9 @@ class Average:
     def of(
         cls, cfg: TrainConfig, checkpoint: Path | None, model: Transformer, progress: Progress, epochs: float
     ) -> Average | None:
-        """That of a run, as far as it has come; None where there is none, or the run is only looked at."""
+        """The average of a run at its current step; None if it has none, or for eval_only."""
         if checkpoint is None:
-            progress.averaging = decide(cfg, epochs, bool(progress.base), is_sharded(model))
+            progress.averaging = is_averaged(cfg, epochs, bool(progress.base), is_sharded(model))
         if not progress.averaging or cfg.eval_only:
             return None
         average = cls(model, progress)
@@ -67,13 +67,15 @@ class Average:
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """Take the weights in, after `steps` steps of the run."""
+        """Add the weights after `steps` steps to the average."""
         keep = (1.0 - 1.0 / steps) ** (1.0 + POWER)
         torch._foreach_lerp_(self.values, [p.detach() for p in self.weights], 1.0 - keep)
 
     @contextmanager
-    def shown(self, averaged: bool | None = None) -> Iterator[None]:
-        """The model with the averaged weights, or with its own. averaged: default, what the checkpoint shows."""
+    def using_better(self, averaged: bool | None = None) -> Iterator[None]:
+        """Within the body the model has the weights that the checkpoint has as its model. averaged: overrides that
+        choice.
+        """
         averaged = self.progress.averaged if averaged is None else averaged
         if averaged:
             self._exchange()
@@ -83,9 +85,9 @@ class Average:
             if averaged:
                 self._exchange()
 
-    def better(self, own: float, score: Callable[[], float]) -> float:
-        """The lower of the weights' own validation loss and that of the average, which the checkpoint then shows."""
-        with self.shown(True):
+    def lower_loss(self, own: float, score: Callable[[], float]) -> float:
+        """The lower validation loss of weights and average; sets which of the two the checkpoint has as its model."""
+        with self.using_better(True):
             averaged = score()
         self.progress.averaged = averaged < own
         return min(own, averaged)
@@ -94,14 +96,14 @@ class Average:
         for i, p in enumerate(self.weights):
             p.data, self.values[i] = self.values[i], p.data
 
-    def hidden(self) -> dict[str, Tensor]:
-        """A copy on the CPU of what the checkpoint does not show."""
+    def copy_of_other(self) -> dict[str, Tensor]:
+        """A copy on the CPU of the weights that are not the checkpoint's model."""
         there = self.weights if self.progress.averaged else self.values
         return {name: p.detach().to("cpu", copy=True) for name, p in zip(self.names, there, strict=True)}
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """Go on from a checkpoint's train_state, whose model was read already. Raises UserError for a damaged file."""
+        """Restore from a checkpoint's train_state; its model is loaded already. Raises UserError for a damaged file."""
         try:
             found = load_file(directory / FILE)
             refuse_unusable(str(directory / FILE), found)

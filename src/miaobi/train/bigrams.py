@@ -1,9 +1,9 @@
-"""A new model that already knows which token follows which: the text's pairs, counted and factorised.
+"""Initialisation of a new model from the bigrams of its text, which are counted and factorised.
 
 A short run spends most of its steps on learning how often each token and each pair occurs, which counting finds in a
-second. The association of a token with the one before it is factorised as in Levy and Goldberg 2014 (word vectors as
-a factorised matrix of log ratios); the factors become columns of the tied embedding, and part of the first MLP turns a
-token's factor into the logits of the next. The result is a plain model of its family; everything in it is trained on.
+second. The association of a token with the one before it is factorised as in Levy and Goldberg 2014 (word vectors as a
+factorised matrix of log ratios); the factors become columns of the tied embedding, and part of the first MLP turns a
+token's factor into the logits of the next. The result is an ordinary model of its family; all of it is trained.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miaobi.config import ModelConfig, RunConfig
+from miaobi.config import RunConfig
 from miaobi.console import log
 from miaobi.corpus.prepared import PreparedData, TokenStream
 from miaobi.errors import UserError
+from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer, intermediate_size
 
 SHORT = 0.1  # tokens trained per parameter: below, counting starts ahead of what training could reach
@@ -33,10 +34,10 @@ LONGEST = 0.6  # of an embedding's norm may say which token it is; the rest is t
 
 
 def initial_weights(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> dict[str, Tensor] | None:
-    """Weights of a new model that starts from the pairs of its text; None where it is to start at random.
+    """Weights of a new model initialised from bigrams; None if it is to be initialised at random.
 
-    Every rank counts the same pairs and comes to the same weights, of which it keeps its part.
-    Raises UserError where that is asked for and the model has no room for it.
+    Every rank counts the same pairs, gets the same weights, and keeps its part. Raises UserError if bigrams were asked
+    for and the model is too small.
     """
     if not wanted(cfg, shape, data):
         return None
@@ -50,9 +51,9 @@ def initial_weights(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> d
 
 
 def wanted(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> bool:
-    """Whether a new model of `shape` starts from the pairs of its text: by bigram_init, or the length of the run.
+    """Whether a new model of `shape` is initialised from bigrams: by bigram_init, or by the length of the run.
 
-    Raises UserError where that is asked for and the model has no room for it.
+    Raises UserError if that was asked for and the model is too small.
     """
     setting = cfg.train.bigram_init
     rank = factor_rank(shape)
@@ -66,7 +67,7 @@ def wanted(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> bool:
 
 
 def is_short(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> bool:
-    """Whether the run is to train on at most SHORT tokens per parameter."""
+    """Whether the run trains on at most SHORT tokens per parameter."""
     with torch.device("meta"):
         parameters = Transformer(shape).num_parameters()
     tokens = cfg.train.max_iters * cfg.train.global_batch * shape.block_size
@@ -75,7 +76,9 @@ def is_short(cfg: RunConfig, shape: ModelConfig, data: PreparedData) -> bool:
 
 
 def factor_rank(shape: ModelConfig) -> int:
-    """Factors that find room: a constant, log-probabilities and both sides' factors share the embedding's columns."""
+    """Rank of the factorisation: a constant, log-probabilities and the factors of both sides share the embedding's
+    columns.
+    """
     return min((shape.n_embd - 2) // 2, intermediate_size(shape) - 1, shape.vocab_size)
 
 

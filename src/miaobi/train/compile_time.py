@@ -1,4 +1,4 @@
-"""How long compiling takes on this machine: what it took before, kept per machine from run to run."""
+"""How long compiling takes on this machine: estimated from earlier runs, which are cached per machine."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from miaobi.console import warn
 from miaobi.device import cpu_flags
 from miaobi.files import is_a
 
-FIRST_GUESS = {"blocks": 20.0, "whole": 30.0, "autotuned": 120.0}
-"""Seconds on two cores (docs/lab-notes.md), until this machine has compiled itself; of the whole objective, with or
-without max_autotune, for each six layers."""
-KEPT = 5
-"""Earlier compilations of each kind, of which the longest counts: where Inductor finds its parts ready, one takes a
-fraction of the time."""
+INITIAL_ESTIMATE = {"blocks": 20.0, "whole": 30.0, "autotuned": 120.0}
+"""Seconds on two cores (docs/lab-notes.md), used until this machine has compiled something; for the whole objective,
+with or without max_autotune, per six layers."""
+MAX_KEPT = 5
+"""Latest compilations of each kind that are kept. The longest is the estimate: with a warm Inductor cache one takes
+only a fraction of the time."""
 
 
-def machine(device: torch.device) -> tuple:
-    """What of this machine its speed depends on."""
+def machine_facts(device: torch.device) -> tuple:
+    """What the speed of this machine depends on."""
     name = cpu_flags() if device.type == "cpu" else torch.cuda.get_device_name(device)
     return name, torch.__version__, torch.get_num_threads()
 
 
-def digest(*facts: object) -> str:
-    """A short name for facts, for files."""
+def short_digest(*facts: object) -> str:
+    """A short hash of some facts, for file names."""
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
 
-def store(file: Path, value: dict[str, object]) -> None:
-    """Write what is remembered; a home that cannot be written forgets, with a line of warning."""
+def write_cache(file: Path, value: dict[str, object]) -> None:
+    """Write a cache file; a directory that cannot be written costs a warning."""
     try:
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
         temporary.write_text(json.dumps(value), encoding="utf-8")
@@ -43,27 +43,27 @@ def store(file: Path, value: dict[str, object]) -> None:
         warn(f"{file} cannot be written ({e.strerror}); the next run measures again")
 
 
-def memory_file(device: torch.device) -> Path:
-    """Where the seconds of this machine are kept."""
-    return private_cache() / f"compiling-{digest(*machine(device))}.json"
+def cache_file(device: torch.device) -> Path:
+    """Where this machine's compile times are cached."""
+    return private_cache() / f"compiling-{short_digest(*machine_facts(device))}.json"
 
 
-def earlier(device: torch.device) -> dict[str, list[float]]:
-    """Seconds that the last compilations of each kind took here; {} where nothing can be read."""
+def past_seconds(device: torch.device) -> dict[str, list[float]]:
+    """Seconds of the latest compilations of each kind; {} if there is nothing that can be read."""
     try:
-        stored = json.loads(memory_file(device).read_text(encoding="utf-8"))
+        stored = json.loads(cache_file(device).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     sound = is_a(stored, dict[str, list[float]]) and all(took and min(took) > 0 for took in stored.values())
     return stored if sound else {}
 
 
-def expected(device: torch.device, kind: str) -> float:
-    """Seconds that compiling will take about. kind: a key of FIRST_GUESS."""
-    return max(earlier(device).get(kind, [FIRST_GUESS[kind]]))
+def expected_seconds(device: torch.device, kind: str) -> float:
+    """Estimated seconds of a compilation. kind: a key of INITIAL_ESTIMATE."""
+    return max(past_seconds(device).get(kind, [INITIAL_ESTIMATE[kind]]))
 
 
 def remember(device: torch.device, kind: str, seconds: float) -> None:
-    """Keep how long compiling took, for the next estimate."""
-    known = earlier(device)
-    store(memory_file(device), known | {kind: [*known.get(kind, []), seconds][-KEPT:]})
+    """Cache how long a compilation took, for the next estimate."""
+    known = past_seconds(device)
+    write_cache(cache_file(device), known | {kind: [*known.get(kind, []), seconds][-MAX_KEPT:]})

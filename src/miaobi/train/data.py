@@ -1,4 +1,4 @@
-"""The text of a run: prepared data, or raw text that is prepared once into the run and known by its content."""
+"""The text of a run: prepared data, or raw text that is prepared once into the run and identified by its content."""
 
 from __future__ import annotations
 
@@ -32,28 +32,29 @@ Blocks = PackedDialogues | TextWindows
 
 @dataclass(frozen=True)
 class Text:
-    """What a run's own prepared data was made of: `text.json`."""
+    """What a run's own data was prepared from: `text.json`."""
 
     settings: dict[str, Any]
-    """How it was prepared, as manifest.json says it."""
+    """The settings of its preparation, as in manifest.json."""
     sizes: dict[str, int]
     """Bytes of every file, by its absolute path."""
     times: dict[str, int]
-    """When each was changed, in ns: one of the same size and time is not read again."""
+    """Modification time of each file in ns: a file of the same size and time is not hashed again."""
     sha256: dict[str, str]
     without: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the files of --without."""
     tokenizer: dict[str, str] = field(default_factory=dict)
-    """The same of a tokenizer that is reused. Once training has begun, the run has its own copy."""
+    """SHA-256 of the files of a reused tokenizer. Once training has begun, the run has its own copy."""
 
 
 def open_data(cfg: RunConfig, out: Path, prepares: bool) -> PreparedData:
     """Open `cfg.data.data`; raw text is prepared into `out`/data.
 
-    prepares: whether this process may do that (rank 0; the others find it done).
+    prepares: whether this process prepares the text (rank 0; the other ranks find it done).
 
-    Before a run has a checkpoint its data follows the text; from then on the text may not change. A text that is gone,
-    or a tokenizer's model, is not needed again. Raises UserError for data that is missing, damaged, changed or empty.
+    Until a run has a checkpoint, its data follows the text; after that the text may not change. Text that was deleted,
+    or the model of a reused tokenizer, is not needed again. Raises UserError for data that is missing, damaged, changed
+    or empty.
     """
     source, own = Path(cfg.data.data), out / "data"
     if is_prepared(source):
@@ -67,19 +68,19 @@ def open_data(cfg: RunConfig, out: Path, prepares: bool) -> PreparedData:
     settings = prepare_settings(cfg, own)
     was = read_text(out) if begun else None
     now = describe_text(cfg.data, was, settings_of(settings))
-    if was is not None and (change := changed(was, now)) is None:
+    if was is not None and (change := first_difference(was, now)) is None:
         return PreparedData.open(own)
     if begun:
-        log(f"{own} is prepared anew: {change if was is not None else 'of what it was made is not known'}")
+        log(f"{own} is prepared again: {change if was is not None else 'there is no record of its text'}")
     log(f"preparing {source} into {own}")
-    (out / TEXT).unlink(missing_ok=True)  # it must not describe data that a kill left half replaced
+    (out / TEXT).unlink(missing_ok=True)  # it must not describe data that a kill left half written
     prepare([cfg.data.data], settings)
     write_json(out / TEXT, asdict(now))
     return PreparedData.open(own)
 
 
 def prepare_settings(cfg: RunConfig, own: Path) -> PrepareConfig:
-    """How the text of a run is prepared."""
+    """The settings with which the text of a run is prepared."""
     base = cfg.train.base_model
     return PrepareConfig(
         out=own,
@@ -89,7 +90,7 @@ def prepare_settings(cfg: RunConfig, own: Path) -> PrepareConfig:
 
 
 def read_text(out: Path) -> Text | None:
-    """What is known of the text of a run's own data; None where nothing is."""
+    """The record of the run's own data; None if there is none."""
     try:
         return read_record(out / TEXT, Text, MOST_OF_A_LIST)
     except UserError:
@@ -97,7 +98,7 @@ def read_text(out: Path) -> Text | None:
 
 
 def describe_text(data: DataConfig, before: Text | None, settings: dict[str, Any]) -> Text:
-    """What the run's text is now. Raises UserError where there is none."""
+    """The run's text as it is now. Raises UserError if there is none."""
     text = Text(settings, {}, {}, {})
     sources = [data.data, *([data.val] if data.val else [])]
     for file in sorted({source.path.resolve() for source in find_sources(sources, data.format)}):
@@ -115,12 +116,12 @@ def describe_text(data: DataConfig, before: Text | None, settings: dict[str, Any
 
 
 def hashes_of(files: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of those that exist, by absolute path."""
+    """SHA-256 of the files that exist, by absolute path."""
     return {str(file.resolve()): sha256(file) for file in files if file.is_file()}
 
 
-def changed(was: Text, now: Text) -> str | None:
-    """The first thing in which two descriptions differ, by name; None where the text is the same."""
+def first_difference(was: Text, now: Text) -> str | None:
+    """The first difference between two records of a text, in words; None if it is the same text."""
     for key, value in was.settings.items():
         if now.settings.get(key) != value:
             return f"{key} was {value}, now it is {now.settings.get(key)}"
@@ -139,21 +140,21 @@ def changed(was: Text, now: Text) -> str | None:
 
 
 def refuse_changed_text(data: DataConfig, out: Path) -> None:
-    """Raise UserError naming the file in which the text is no longer what the run in `out` has learned from."""
+    """Raise UserError naming the file that is no longer what the run in `out` has learned from."""
     if (was := read_text(out)) is None:
-        return  # from before that was noted down
+        return  # a run of an older version, without this record
     try:
         now = describe_text(data, was, was.settings)
     except UserError as e:
-        warn(f"{e}. The run goes on with the data that it prepared from it, {out / 'data'}")
+        warn(f"{e}. The run continues with the data that it prepared from it, {out / 'data'}")
         return
-    if (change := changed(was, replace(now, tokenizer=was.tokenizer))) is not None:
+    if (change := first_difference(was, replace(now, tokenizer=was.tokenizer))) is not None:
         raise UserError(f"the run in {out} has learned from another text: {change}. Restore it, take another "
                         "--out_dir, or --init_from=scratch to start over (the old run is moved aside)")  # fmt: skip
 
 
 def open_blocks(cfg: DataConfig, data: PreparedData, block_size: int) -> tuple[Blocks, Blocks]:
-    """Training and validation as blocks: dialogues packed (unless `packing` is stream), text in windows.
+    """Training and validation data as blocks: dialogues packed (unless `packing` is stream), other text in windows.
 
     Raises UserError for a split that is too small.
     """
@@ -165,7 +166,7 @@ def open_blocks(cfg: DataConfig, data: PreparedData, block_size: int) -> tuple[B
         if data.train.scored is not None:
             raise UserError("packing=stream learns all tokens, but the data marks the assistant's; use packing=auto")
         if len(data.train) < 2:
-            raise UserError("the training part of the data has less than two tokens, so there is nothing to predict; "
+            raise UserError("the training part of the data has fewer than two tokens, so there is nothing to predict; "
                             "give more text")  # fmt: skip
         return TextWindows(data.train, block_size), TextWindows(data.val, block_size)
     train = PackedDialogues(data.train, block_size, cfg.long_history, data.sep_id)
@@ -179,7 +180,7 @@ def open_blocks(cfg: DataConfig, data: PreparedData, block_size: int) -> tuple[B
 
 
 def opening(data: PreparedData, tokenizer: Tokenizer) -> str:
-    """What a sample of the run starts from: the first words of the validation text, or its first message."""
+    """The prompt of a run's samples: the first words of the validation text, or its first message."""
     if not data.is_dialogue:
         return tokenizer.decode(data.val.read(0, OPENING_TOKENS).tolist())
     return first_message(tokenizer, data.val.read(0, int(np.append(data.val.starts[1:], len(data.val))[0])).tolist())

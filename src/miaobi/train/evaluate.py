@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 def to_device(batch: Batch, rows: slice, device: torch.device, flex: bool = False) -> tuple:
-    """Rows of a batch on the device, without waiting for the copy: inputs, targets, position_ids, attention mask.
+    """Copy rows of a batch to the device, without waiting: inputs, targets, position_ids, attention mask.
 
-    flex: mask for the compiled FlexAttention instead of for scaled_dot_product_attention.
+    flex: mask for the compiled FlexAttention instead of scaled_dot_product_attention.
     """
 
     def copied(a: np.ndarray | None) -> Tensor | None:
@@ -45,7 +45,7 @@ def to_device(batch: Batch, rows: slice, device: torch.device, flex: bool = Fals
 
 @torch.no_grad()
 def nats(model: Transformer, batch: Batch, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
-    """Sum of -log p over targets that are not IGNORE: float32, on the model's device, which nobody waits for."""
+    """Sum of -log p over targets that are not IGNORE: float32, on the model's device, without waiting for it."""
     device = model.wte.weight.device
     inputs, targets, positions, mask = to_device(batch, rows, device)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -53,7 +53,7 @@ def nats(model: Transformer, batch: Batch, dtype: torch.dtype, rows: slice = sli
 
 
 def eager(model: Transformer) -> AbstractContextManager:
-    """Run compiled blocks uncompiled: another graph would cost more to compile than an evaluation saves."""
+    """Run compiled blocks eagerly: compiling another graph would take longer than an evaluation saves."""
     if model.blocks[0]._compiled_call_impl is None:
         return nullcontext()  # set_stance imports all of dynamo
     return torch.compiler.set_stance("force_eager")
@@ -61,7 +61,7 @@ def eager(model: Transformer) -> AbstractContextManager:
 
 @contextmanager
 def evaluating(model: Transformer) -> Iterator[None]:
-    """Without dropout, eagerly; the model's mode is restored."""
+    """Within the body: no dropout, no compilation; the model's mode is restored afterwards."""
     was_training = model.training
     model.eval()
     with eager(model):
@@ -78,7 +78,9 @@ def validation_nats(model: Transformer, windows: Batch, batch_size: int, dtype: 
 
 
 def given_and_scored(windows: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of windows in their order, (n,), and which of them are scored, (n,) bool: a piece's first is given."""
+    """The tokens of windows in order, (n,), and whether each is scored, (n,) bool: the first of a piece is only
+    context.
+    """
     inputs, targets, positions, documents = windows
     used = np.ones(inputs.shape, bool) if documents is None else documents >= 0
     first = used & ((np.arange(inputs.shape[1]) if positions is None else positions) == 0)
@@ -89,9 +91,9 @@ def given_and_scored(windows: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def text_size(ids: np.ndarray, scored: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Characters and UTF-8 bytes of the scored ones, (n,) bool, among the tokens of dialogues, (n,).
+    """Characters and UTF-8 bytes of the scored tokens, (n,) bool, among the tokens of dialogues, (n,).
 
-    `<sep>` is a newline, other control tokens are no text. A character of which only some bytes are scored counts once.
+    `<sep>` counts as a newline, other control tokens as nothing. A character with some scored bytes counts once.
     """
     is_control = np.isin(ids, list(tokenizer.backend.get_added_tokens_decoder()))
     turns = int((scored & (ids == tokenizer.sep_id)).sum()) if tokenizer.sep_id is not None else 0
@@ -108,7 +110,7 @@ def text_size(ids: np.ndarray, scored: np.ndarray, tokenizer: Tokenizer) -> tupl
 
 
 def mean_loss(plan: Plan, windows: Batch) -> float:
-    """Nats per scored token, without dropout, over windows that the ranks share."""
+    """Nats per scored token, without dropout, over windows that are divided among the ranks."""
     nats = validation_nats(plan.model, plan.world.share(windows), plan.micro, plan.dtype)
     if is_sharded(plan.model):
         plan.model.reshard()  # the forward pass leaves the outermost weights gathered
@@ -117,9 +119,9 @@ def mean_loss(plan: Plan, windows: Batch) -> float:
 
 
 def bits_per_char(plan: Plan, nats_per_token: float) -> float:
-    """All nats of the validation text, separators included, over its characters.
+    """All nats of the validation text, separators included, per character.
 
-    Of dialogues: what is learned of those in the windows, as `miaobi eval` counts it.
+    Of dialogues: the scored text of the windows, counted as `miaobi eval` does.
     """
     data = plan.data
     tokens, characters = len(data.val), data.val.characters
@@ -162,11 +164,10 @@ def evaluate(
     batch_size: int = 16,
     given: Collection[int] = (),
 ) -> dict:
-    """Score a token sequence whose first token is given as context.
+    """Score a token sequence whose first token is context only.
 
-    given: tokens that are not scored wherever they stand: what begins a text is no part of it.
-    tokens: (N,). characters, text_bytes: length of the text that tokens[1:] encode, in code points and UTF-8 bytes.
-    Returns what `score_batches` returns.
+    given: tokens that are never scored, such as those that begin a text. tokens: (N,). characters, text_bytes: length
+    of the text that tokens[1:] encode, in code points and UTF-8 bytes. Returns what `score_batches` returns.
     """
     windows = sliding(tokens, model.cfg.block_size, stride)
     groups = iter(lambda: list(islice(windows, batch_size)), [])

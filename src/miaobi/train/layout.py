@@ -1,6 +1,6 @@
-"""How a model is laid out for training: compiled, and over the ranks of a run.
+"""Layout of a model for training: compilation, and its distribution over the ranks of a run.
 
-DDP copies it (arXiv:2006.15704); FSDP2 shards it (arXiv:2304.11277), over all ranks or within groups of them (HSDP).
+DDP copies the model (arXiv:2006.15704); FSDP2 shards it (arXiv:2304.11277), over all ranks or within groups (HSDP).
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from miaobi.cache import keep_compiled_code_private
-from miaobi.config import ModelConfig, TrainConfig
+from miaobi.config import TrainConfig
 from miaobi.console import log, warn
 from miaobi.errors import UserError
 from miaobi.model.checkpoint import Unfilled
+from miaobi.model.config import ModelConfig
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import Transformer
 from miaobi.train.world import World
 
 EAGER = (None, ())
-"""Nothing is compiled: see `use_compiled`."""
+"""Nothing compiled; for `use_compiled`."""
 
 
 class Objective(nn.Module):
-    """Nats over the scored targets, as one module: DDP prepares its reductions in `forward`.
+    """Sum of nats over the scored targets, as one module: DDP prepares its reductions in `forward`.
 
-    Attributes: whole, `after_embedding` compiled, where that is how the run computes.
+    Attributes: whole, `after_embedding` compiled, if the run uses that mode.
     """
 
     def __init__(self, model: Transformer) -> None:
@@ -46,8 +47,8 @@ class Objective(nn.Module):
         return linear_cross_entropy(hidden, self.model.head_weight, targets)
 
     def after_embedding(self, x: Tensor, rope: Tensor | None, mask, targets: Tensor) -> Tensor:
-        """The same of embedded tokens (B, T, C). Compiled, the embedding's gradient would be added up by all threads at
-        once, in any order: a run that is repeated would not end in the same bits.
+        """The same from embedded tokens (B, T, C). If the embedding were compiled too, threads would add up its
+        gradient in any order, and a repeated run would not end in the same bits.
         """
         return linear_cross_entropy(self.model.after_embedding(x, rope, mask), self.model.head_weight, targets)
 
@@ -83,7 +84,7 @@ def make_model(
 
 
 def wants_shards(cfg: TrainConfig, world: World, shape: ModelConfig, device: torch.device) -> bool:
-    """Whether a model is to be sharded. auto: fp32 weights, gradients and two moments would fill half of a GPU."""
+    """Whether to shard a model. auto: if fp32 weights, gradients and two moments would fill half of a GPU."""
     if cfg.parallel != "auto" or world.size == 1 or device.type != "cuda" or cfg.trainable == "lora":
         return cfg.parallel == "fsdp"
     with torch.device("meta"):
@@ -92,10 +93,10 @@ def wants_shards(cfg: TrainConfig, world: World, shape: ModelConfig, device: tor
 
 
 def shard(model: Transformer, world: World, cfg: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Shard the weights of `model` (FSDP2), block by block and then the rest, in place.
+    """Shard the weights of `model` in place (FSDP2): each block, then the rest.
 
-    Matrix products and what is sent for them are in `dtype`; weights, gradients' sums and moments are in fp32.
-    `model` is on the meta device, and gets memory for its shards, without values: see `fill`.
+    Matrix products and their communication are in `dtype`; weights, sums of gradients and moments in fp32. `model` is
+    on the meta device and gets uninitialised memory for its shards: see `fill`.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -119,9 +120,9 @@ def shard(model: Transformer, world: World, cfg: TrainConfig, device: torch.devi
 
 @torch.no_grad()
 def fill(model: Transformer, values: dict[str, Tensor] | None) -> None:
-    """Give a sharded model the weights `values`, or draw the initial ones as one process would, one by one.
+    """Give a sharded model the weights `values`, or draw initial ones as one process would, parameter by parameter.
 
-    Every rank draws whole parameters and keeps its part, so that no rank ever holds more than one whole.
+    Every rank draws whole parameters and keeps its part, so no rank ever holds more than one whole parameter.
     """
     for name, p in model.named_parameters():
         if values is None:
@@ -133,29 +134,31 @@ def fill(model: Transformer, values: dict[str, Tensor] | None) -> None:
 
 
 def is_sharded(held: Tensor | nn.Module) -> bool:
-    """Whether this rank has only a part of it: a DTensor, an FSDPModule (known by attributes: slow to import)."""
+    """Whether this rank holds only a part: a DTensor or FSDPModule, recognised by attributes (they are slow to
+    import).
+    """
     return hasattr(held, "full_tensor") or hasattr(held, "reshard")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered (a collective), any other as it is."""
+    """A sharded tensor, gathered (a collective); any other unchanged."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a sharded tensor, the same memory; any other as it is."""
+    """This rank's part of a sharded tensor, sharing its memory; any other unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def shards_of(local: Tensor, like: Tensor) -> Tensor:
-    """The sharded tensor, laid out as `like` is, of which this rank holds `local`."""
+    """The sharded tensor with the layout of `like` whose part on this rank is `local`."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank has whole, sharded as `like` is; all of it where that is not."""
+    """This rank's part of a tensor that every rank has whole, sharded as `like`; all of it if that is not sharded."""
     if not is_sharded(like):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -164,11 +167,11 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
 
 
 def compile_as(objective: Objective, part: str, autotuned: bool, once: Callable[[], object]) -> bool:
-    """Compile the `blocks` (one graph that all layers share) or the `whole` objective behind the embedding, with its
-    loss, and try it by `once`. Where that fails: as it was before, with a line of warning, and False.
+    """Compile the `blocks` (one graph for all layers) or the `whole` objective after the embedding, with its loss, and
+    try it by calling `once`. If that fails: a warning, False, and nothing changes.
 
-    autotuned: Inductor times other matrix products than the library's (max_autotune).
-    Shapes are taken as they are: a smaller last micro-batch runs uncompiled (see `no_recompilation`).
+    autotuned: Inductor times other matrix products than the library's (max_autotune). Shapes are static: a smaller last
+    micro-batch runs uncompiled (see `no_recompilation`).
     """
     before, started = compiled_parts(objective), time.perf_counter()
     keep_compiled_code_private()
@@ -186,7 +189,10 @@ def compile_as(objective: Objective, part: str, autotuned: bool, once: Callable[
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # the compiler's own, and what Triton, ptxas and their subprocesses raise
-        warn(f"torch.compile does not work here ({type(e).__name__}); going on without (--compile=False says so)")
+        warn(
+            f"torch.compile does not work here ({type(e).__name__}); continuing without it "
+            "(--compile=False avoids this warning)"
+        )
         use_compiled(objective, before)
         return False
     finally:
@@ -196,12 +202,12 @@ def compile_as(objective: Objective, part: str, autotuned: bool, once: Callable[
 
 
 def compiled_parts(objective: Objective) -> tuple:
-    """What of the objective is compiled: the whole of it, and each block; None is what runs eagerly."""
+    """The compiled parts of the objective: the whole, and each block; None for what runs eagerly."""
     return objective.whole, tuple(block._compiled_call_impl for block in objective.model.blocks)
 
 
 def use_compiled(objective: Objective, parts: tuple) -> None:
-    """Compute by what `compiled_parts` gave, or by EAGER."""
+    """Use what `compiled_parts` returned, or EAGER."""
     objective.whole, blocks = parts
     for i, block in enumerate(objective.model.blocks):
         block._compiled_call_impl = blocks[i] if blocks else None
@@ -214,12 +220,12 @@ def is_compiled(objective: nn.Module) -> bool:
 
 
 def no_recompilation(objective: nn.Module) -> AbstractContextManager:
-    """What is compiled for other shapes runs eagerly: compiling again would take longer than that ever does."""
+    """Other shapes than the compiled ones run eagerly: compiling again would take longer than that."""
     return torch.compiler.set_stance("eager_on_recompile") if is_compiled(objective) else nullcontext()
 
 
 def reducing(objective: nn.Module, model: Transformer, last: bool) -> AbstractContextManager:
-    """Gradients are reduced over the ranks with the last micro-batch only."""
+    """Reduce gradients over the ranks only with the last micro-batch."""
     if is_sharded(model):
         model.set_requires_gradient_sync(last)
     elif hasattr(objective, "no_sync") and not last:  # DDP's

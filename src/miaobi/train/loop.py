@@ -1,4 +1,4 @@
-"""A training run: the same command again continues it, and ends where an undisturbed run would have."""
+"""The training loop: the same command again continues a run, and ends where an undisturbed run would have ended."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from miaobi.device import explain_memory, keep_allocations, peak_flops, pick_dty
 from miaobi.model.transformer import Transformer
 from miaobi.settings import Origin
 from miaobi.train.alarms import Alarms
-from miaobi.train.computing import decide
+from miaobi.train.computing import decide_mode
 from miaobi.train.data import opening
 from miaobi.train.evaluate import bits_per_char, evaluating, mean_loss, to_device
 from miaobi.train.layout import Objective, is_sharded, no_recompilation, reducing, whole
-from miaobi.train.micro import lowered
-from miaobi.train.optimizer import move, set_rate
+from miaobi.train.micro import halved_micro_batch
+from miaobi.train.optimizer import set_rate, step_all
 from miaobi.train.recipe import memory_advice, micro_batch
-from miaobi.train.recovery import NotFiniteError, recovering
+from miaobi.train.recovery import NotFiniteError, with_recovery
 from miaobi.train.rendezvous import join, rank_device
-from miaobi.train.run_directory import one_writer, with_own_settings
+from miaobi.train.run_directory import run_lock, with_saved_settings
 from miaobi.train.saving import Saver
 from miaobi.train.schedule import Deadline, clock, share_of_rate
 from miaobi.train.setup import Plan, set_up
 from miaobi.train.summary import summarized
 from miaobi.train.threads import Threads
-from miaobi.train.watch import Metrics, known_end, on_signals, time_left
+from miaobi.train.watch import Metrics, last_step, on_signals, time_left
 from miaobi.train.world import check_batch, explain_lost
 
 Preview = Callable[[Transformer, Tokenizer, str, int, tuple[int, ...], bool], str]
-"""(model, tokenizer, prompt, tokens, end_ids, is_dialogue) -> prompt and what follows; printed at every evaluation."""
+"""(model, tokenizer, prompt, tokens, end_ids, is_dialogue) -> prompt and continuation; printed at every evaluation."""
 
 
 def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None = None, since: float = 0) -> dict:
@@ -52,7 +52,7 @@ def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None 
     """
     since = since or clock()
     keep_allocations()
-    cfg, origin = with_own_settings(cfg, origin)
+    cfg, origin = with_saved_settings(cfg, origin)
     world = join(cfg.train)
     try:
         check_batch(world, cfg.train)
@@ -61,22 +61,22 @@ def train(cfg: RunConfig, origin: Origin | None = None, preview: Preview | None 
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32, as nanoGPT allows
         advice = memory_advice(micro_batch(cfg, device, world.size), cfg.model.block_size)
-        with explain_memory(device, advice), explain_lost(world), one_writer(cfg, world.is_first):
+        with explain_memory(device, advice), explain_lost(world), run_lock(cfg, world.is_first):
             plan = set_up(cfg, origin, world, device, dtype)
-            begun = since - plan.progress.wall  # a run that goes back does not get its time back
-            return recovering(plan, origin, lambda plan: Run(plan, begun).go(preview))
+            begun = since - plan.progress.wall  # a rollback does not give the time back
+            return with_recovery(plan, origin, lambda plan: Run(plan, begun).go(preview))
     finally:
         world.leave()
 
 
 class Run:
-    """A plan being carried out.
+    """Carries out a plan.
 
-    Attributes: plan, what it is made of; progress, where it stands; objective, the model as the ranks train it.
+    Attributes: plan; progress, its state; objective, the model and loss that the ranks train.
     """
 
     def __init__(self, plan: Plan, begun: float | None = None) -> None:
-        """begun: by `schedule.clock`, when the run would have begun in one go to be where it is; now, if not given."""
+        """begun: by `schedule.clock`, when the run would have begun without interruptions; default now."""
         self.plan, self.progress, self.cfg, self.world = plan, plan.progress, plan.cfg.train, plan.world
         self.model, self.saver, self.alarms = plan.model, Saver(plan), Alarms(plan)
         self.objective: nn.Module = Objective(plan.model)
@@ -95,7 +95,7 @@ class Run:
             p.val_loss = self.validation_loss()
             p.val_bits_per_char = bits_per_char(plan, p.val_loss)
             return plan.result("eval_only")
-        if p.stopped == "patience" and plan.total_steps > p.planned:  # extended: patience begins anew
+        if p.stopped == "patience" and plan.total_steps > p.planned:  # extended: patience starts over
             p.stopped, p.history = None, [min(p.history, key=lambda row: row[2])]
         p.planned = plan.total_steps
         if (p.step >= plan.total_steps and p.evaluated == p.step) or p.stopped:
@@ -104,7 +104,7 @@ class Run:
             return plan.result(end)
         if first:
             log(f"continuing from step {first}")
-        self.plan, self.flex = decide(plan, self.objective)
+        self.plan, self.flex = decide_mode(plan, self.objective)
         plan, self.threads = self.plan, Threads(alone=self.world.size == 1)
         self.peak = peak_flops(plan.device, plan.dtype)
         if self.world.size > 1 and not is_sharded(self.model):
@@ -112,7 +112,7 @@ class Run:
         if self.world.is_first:
             self.metrics = Metrics.of(plan)
         with summarized(plan), on_signals(self.interrupt), progress("{task.fields[figures]}") as bar:
-            task = bar.add_task("train", total=known_end(plan), completed=first, figures="",
+            task = bar.add_task("train", total=last_step(plan), completed=first, figures="",
                                 visible=console.is_terminal)  # fmt: skip
             try:
                 self.steps(bar, task, preview)
@@ -127,7 +127,7 @@ class Run:
         return plan.result(p.stopped or plan.end)
 
     def steps(self, bar: Bar, task, preview: Preview | None) -> None:
-        """The loop itself."""
+        """The training loop."""
         p, cfg = self.progress, self.cfg
         waiting, tokens, seconds, figures = [], 0, 0.0, ""  # since the last line of metrics
         self.model.train()
@@ -138,7 +138,7 @@ class Run:
             self.evaluate_first()
         while p.step < self.plan.total_steps and p.stopped is None:
             if self.deadline is not None and self.deadline.is_due(p.step):
-                p.planned = self.deadline.lay(p.step)
+                p.planned = self.deadline.replan(p.step)
                 self.plan = replace(self.plan, total_steps=p.planned)
                 bar.update(task, total=p.planned)
             started = clock()
@@ -155,7 +155,7 @@ class Run:
             if losses is not None:
                 figures = self.record(losses, norms, tokens, seconds)
                 waiting, tokens, seconds = [], 0, 0.0
-            self.threads.look()
+            self.threads.check()
             bits = f"  val {p.val_bits_per_char:.3f} bits/char" if p.val_bits_per_char else ""
             bar.update(task, completed=p.step, figures=figures + bits)
             started = clock()
@@ -164,7 +164,7 @@ class Run:
             if interrupted:
                 log(f"{interrupted}: saving step {p.step} (Ctrl-C again stops at once)")
             if save:
-                self.alarms.disk()
+                self.alarms.check_disk()
                 p.wall = self.deadline.elapsed() if self.deadline else 0.0
                 self.saver.save()
                 if self.deadline is not None:
@@ -174,19 +174,19 @@ class Run:
                 p.stopped = interrupted
                 if not self.saver.lost:
                     log(f"{interrupted}: saved step {p.step} in {self.plan.out}; "
-                        "the same command again goes on from there")  # fmt: skip
+                        "the same command again continues from there")  # fmt: skip
 
     def record(self, losses: Tensor, norms: Tensor, tokens: int, seconds: float) -> str:
-        """Write down the last steps, their losses and gradients' norms (steps,) float64; returns the figures to show.
+        """Log the last steps, their losses and gradient norms (steps,) float64; returns the line of figures.
 
-        Raises NotFiniteError where too many are not finite.
+        Raises NotFiniteError if too many are not finite.
         """
         p, plan = self.progress, self.plan
-        if plan.scaler.is_enabled():  # float16 leaves such steps out, and goes on with a smaller scale
+        if plan.scaler.is_enabled():  # float16 skips such steps and lowers its scale
             norms = torch.zeros_like(norms)
         speed, per_step = tokens / seconds, seconds / len(losses)
-        losses = self.alarms.finite(p.step - len(losses), losses, norms)
-        self.alarms.speed(speed, self.fetching / seconds)
+        losses = self.alarms.finite_losses(p.step - len(losses), losses, norms)
+        self.alarms.check_speed(speed, self.fetching / seconds)
         if self.deadline is not None:
             self.deadline.note_steps(per_step)
         p.loss_sum, p.loss_steps = p.loss_sum + losses.sum().item(), p.loss_steps + len(losses)
@@ -214,15 +214,15 @@ class Run:
         while total is None:
             try:
                 total = self.gradients(step, batch, scored)
-            except RuntimeError as e:  # with a smaller micro-batch again, if it was for memory
-                self.plan = plan = lowered(plan, e)
+            except RuntimeError as e:  # with a smaller micro-batch again, if it was out of memory
+                self.plan = plan = halved_micro_batch(plan, e)
         for optimizer in plan.optimizers:
             plan.scaler.unscale_(optimizer)
         limit = plan.optim.grad_clip or math.inf
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         norm = world.all_finite(norm, norm + total)
         set_rate(plan.optimizers, share_of_rate(step, plan.optim, self.progress))
-        move(plan.optimizers, norm)
+        step_all(plan.optimizers, norm)
         if plan.average is not None:
             plan.average.update(step + 1)
         for optimizer in plan.optimizers:
@@ -231,7 +231,7 @@ class Run:
         return total, norm, scored
 
     def gradients(self, step: int, batch: Batch, scored: int) -> Tensor:
-        """Add up the gradients of the micro-batches of a step; this rank's share of the mean loss in nats."""
+        """Add up the gradients of a step's micro-batches; returns this rank's share of the mean loss, in nats."""
         cfg, world, plan = self.cfg, self.world, self.plan
         total = torch.zeros((), device=plan.device)
         starts = range(0, len(batch.inputs), plan.micro)
@@ -256,7 +256,7 @@ class Run:
         return step % self.cfg.eval_interval == 0 or step == self.plan.total_steps
 
     def evaluate_first(self) -> None:
-        """How good the model is before it learns anything: printed, but neither stored nor compared."""
+        """Evaluate the model before the first step: the result is logged, but not saved or compared."""
         loss = self.validation_loss()
         bits = bits_per_char(self.plan, loss)
         if self.metrics is not None:
@@ -271,7 +271,7 @@ class Run:
         if not math.isfinite(p.val_loss):
             raise NotFiniteError("loss of the validation text", p.step)
         if plan.average is not None:
-            p.val_loss = plan.average.better(p.val_loss, self.validation_loss)
+            p.val_loss = plan.average.lower_loss(p.val_loss, self.validation_loss)
         p.val_bits_per_char = bits_per_char(plan, p.val_loss)
         p.note_evaluation()
         now = mean_loss(plan, plan.train_windows) if plan.train_windows is not None else None
@@ -281,19 +281,19 @@ class Run:
         log(f"step {p.step}: train loss {before}{f' (now {now:.4f})' if now is not None else ''}, "
             f"val loss {p.val_loss:.4f}, {p.val_bits_per_char:.3f} bits/char{' (averaged weights)' * p.averaged}"
             f"{', best so far' if p.best_step == p.step else ''}")  # fmt: skip
-        self.alarms.evaluated()
+        self.alarms.check_evaluation()
         if preview is not None and cfg.sample_tokens and self.world.is_first and not is_sharded(self.model):
             prompt = cfg.sample_start or opening(plan.data, plan.tokenizer)
             given = plan.tokenizer, prompt, cfg.sample_tokens, plan.data.end_ids, plan.data.is_dialogue
-            with evaluating(self.model), plan.average.shown() if plan.average else nullcontext():
+            with evaluating(self.model), plan.average.using_better() if plan.average else nullcontext():
                 text = preview(self.model, *given)
             log("  " + text.replace("\n", "\n  "))
             if self.metrics is not None:
                 self.metrics.sample(p.step, text)
 
     def interrupt(self, reason: str) -> None:
-        """Ask the loop to save after the step at hand; Ctrl-C once more stops at once. Only a note is taken here: a
-        signal may come while a line is being printed, and SIGTERM twice (from SLURM, and passed on by torchrun).
+        """Ask the loop to save after the current step; a second Ctrl-C stops at once. Only sets a flag: a signal may
+        arrive while a line is being printed, and SIGTERM may arrive twice (from SLURM, and passed on by torchrun).
         """
         if self.interrupted and reason == "interrupted":
             raise KeyboardInterrupt

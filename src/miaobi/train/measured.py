@@ -1,8 +1,8 @@
-"""How a step is computed, chosen by timing it on the machine: precision, attention, micro-batch, compilation.
+"""Autotuning of a step: precision, attention, micro-batch size and compilation are chosen by timing them.
 
-What was taken is written into the run (`Progress.computed`), and a resumed run keeps it: another choice would give
-other roundings. It is remembered per machine and shape too: a run that is killed before its first checkpoint starts
-again in the same way.
+The choice is saved in the run (`Progress.computed`), and a resumed run keeps it, because another one would round
+differently. It is also cached per machine and model shape, so that a run that is killed before its first checkpoint
+starts again in the same way.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from miaobi.device import peak_memory, reset_peak_memory
 from miaobi.model import cpu_attention
 from miaobi.model.transformer import head_dim
 from miaobi.train import compile_time
-from miaobi.train.compile_time import digest, machine, store
+from miaobi.train.compile_time import machine_facts, short_digest, write_cache
 from miaobi.train.layout import EAGER, Objective, compile_as, compiled_parts, use_compiled
-from miaobi.train.threads import Others
+from miaobi.train.threads import OtherPrograms
 from miaobi.train.watch import duration
 
-PIECES = 400
-"""Micro-batches of a run from which on modes are compared: eager ones take as long as about ten of them."""
-KEPT_SHARE = 0.15
-"""Of the memory of a step: as much as explicit attention or a larger micro-batch may add to it."""
-LARGER = 4
-"""How many times the usual micro-batch is tried, where that share allows it."""
-GAIN = 1.03
-"""A mode must be this much faster than the one before it in the list: less is noise."""
+MIN_MICRO_BATCHES = 400
+"""Modes are only timed in runs of this many micro-batches: timing the eager ones takes about ten."""
+EXTRA_MEMORY = 0.15
+"""Share of a step's memory that explicit attention or a larger micro-batch may add."""
+MAX_ENLARGEMENT = 4
+"""Largest micro-batch that is tried, in multiples of the usual one, as far as EXTRA_MEMORY allows."""
+MIN_SPEEDUP = 1.03
+"""A mode must be this many times faster than the best one before it in the list: less is noise."""
 ROUNDS = 4
-DISTURBED = 0.3
-"""Cores taken by others, from which on what was timed beside them is not remembered."""
-WORTH = 0.03
-"""Share of a run that trying compiled modes may cost."""
+BUSY_CORES = 0.3
+"""If other programs use this many cores meanwhile, the timings are not cached."""
+TRIAL_SHARE = 0.03
+"""Share of a run's time that trying compiled modes may take."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ExecutionMode:
     micro: int = 0
     """Sequences at once; 0 = as many as `recipe.micro_batch` says."""
     seconds: float = 0.0
-    """Of one sequence, forward and backward, when it was measured; 0 = it was not."""
+    """Measured time of a forward and backward pass, per sequence; 0 = not measured."""
     why: str = "not measured: the run is short"
 
     @property
@@ -74,12 +74,13 @@ class ExecutionMode:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is to be computed how often."""
+class Workload:
+    """What a run computes, and how often."""
 
     objective: Objective
     example: Callable[[int, bool], tuple]
-    """Arguments of the objective for so many sequences, and whether it is compiled: FlexAttention has another mask."""
+    """(sequences, whether it is compiled) -> arguments of the objective. The mask of FlexAttention is of another
+    kind."""
     device: torch.device
     steps: int
     """Left in this run."""
@@ -87,18 +88,18 @@ class Work:
     """Sequences of a step on this rank."""
     micro: int
     """Sequences at once, as `recipe.micro_batch` says."""
-    bound: bool = False
-    """The user says how many."""
+    is_fixed: bool = False
+    """Whether the user set `micro`."""
     ready: dict[ExecutionMode, tuple] = field(default_factory=dict)
-    """Ways that are compiled, by their `compiled_parts`."""
+    """Modes that are compiled already -> their `compiled_parts`."""
     others: list[float] = field(default_factory=list)
-    """Cores that other programs took while modes were timed."""
+    """Cores that other programs used during each timing."""
 
-    def set(self, mode: ExecutionMode) -> bool:
-        """Compute in `mode` from now on. Where the compiler fails, as before: a line of warning, and False."""
+    def apply(self, mode: ExecutionMode) -> bool:
+        """Compute in `mode` from now on. If the compiler fails: a warning, False, and nothing changes."""
         if mode.tiled and not tiled_fits(self):
-            warn("this run's attention was computed by a kernel of ours, which needs a C++ compiler; it goes on with "
-                 "torch's, with other roundings")  # fmt: skip
+            warn("this run began with miaobi's own attention kernel, which needs a C++ compiler; it continues with "
+                 "torch's, which rounds differently")  # fmt: skip
             mode = replace(mode, tiled=False)
         self.objective.model.use_attention(mode.attention)
         known = replace(mode, seconds=0.0, why="")
@@ -109,16 +110,16 @@ class Work:
         else:
             log(f"compiling now, which takes about {compiling_seconds(self, mode):.0f} s: {mode.why}")
             started = time.perf_counter()
-            if not compile_as(self.objective, mode.compiled, mode.autotuned, lambda: self.once(mode)):
+            if not compile_as(self.objective, mode.compiled, mode.autotuned, lambda: self.time_pass(mode)):
                 return False
             kind, times = compiling_kind(self, mode)
             compile_time.remember(self.device, kind, (time.perf_counter() - started) / times)
             self.ready[known] = compiled_parts(self.objective)
         return True
 
-    def once(self, mode: ExecutionMode) -> float:
-        """Seconds of a forward and backward pass, for each sequence. Gradients and random states are left as they were
-        found; what is compiled, and attention, are as `set` has made them.
+    def time_pass(self, mode: ExecutionMode) -> float:
+        """Seconds per sequence of a forward and backward pass. Gradients are cleared and random states restored;
+        attention and compilation are as `apply` has set them.
         """
         dtype = getattr(torch, mode.dtype)
         example = self.example(mode.micro or self.micro, bool(mode.compiled))
@@ -134,40 +135,42 @@ class Work:
         return took / len(example[0])
 
     def wait(self) -> None:
-        """Until the device has done what it was given."""
+        """Wait until the device is idle."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def timed(self, mode: ExecutionMode) -> float:
-        """`once` in `mode`, which is eager or compiled already."""
-        self.set(mode)
-        return self.once(mode)
+    def time_mode(self, mode: ExecutionMode) -> float:
+        """`apply` the mode, which is eager or compiled already, and time it with `time_pass`."""
+        self.apply(mode)
+        return self.time_pass(mode)
 
     def key(self, mode: ExecutionMode) -> str:
-        """Of this machine, its threads and versions, and everything that the speed depends on."""
+        """Cache key: machine, threads, versions, and everything else that the speed depends on."""
         model, (ids, _, _, mask) = self.objective.model, self.example(self.micro, False)
-        return digest(
-            *machine(self.device), asdict(model.cfg), model.recompute, mode.dtype, tuple(ids.shape),
-            None if mask is None else tuple(mask.shape), self.rows, self.bound,
+        return short_digest(
+            *machine_facts(self.device), asdict(model.cfg), model.recompute, mode.dtype, tuple(ids.shape),
+            None if mask is None else tuple(mask.shape), self.rows, self.is_fixed,
             [tuple(p.shape) for p in model.parameters()],
         )  # fmt: skip
 
 
-def compiling_kind(work: Work, mode: ExecutionMode) -> tuple[str, int]:
-    """What `compile_time` calls a compiled mode, and how many times its seconds the model takes."""
+def compiling_kind(work: Workload, mode: ExecutionMode) -> tuple[str, int]:
+    """Kind of a compiled mode in `compile_time`, and the factor on its seconds for the depth of the model."""
     if mode.compiled == "blocks":
         return "blocks", 1
     return "autotuned" if mode.autotuned else "whole", math.ceil(len(work.objective.model.blocks) / 6)
 
 
-def compiling_seconds(work: Work, mode: ExecutionMode) -> float:
-    """About what compiling the mode takes before its first step."""
+def compiling_seconds(work: Workload, mode: ExecutionMode) -> float:
+    """Estimated seconds to compile the mode."""
     kind, times = compiling_kind(work, mode)
-    return times * compile_time.expected(work.device, kind)
+    return times * compile_time.expected_seconds(work.device, kind)
 
 
-def compare(modes: dict[ExecutionMode, Callable[[], float]]) -> dict[ExecutionMode, float]:
-    """Least seconds of each mode, which take turns: what disturbs only adds. One turn before does not count."""
+def least_seconds(modes: dict[ExecutionMode, Callable[[], float]]) -> dict[ExecutionMode, float]:
+    """Shortest time of each mode, in seconds: disturbances only add time. The modes take turns; the first round is a
+    warm-up.
+    """
     turns: dict[ExecutionMode, list[float]] = {mode: [] for mode in modes}
     for number in range(ROUNDS + 1):
         for mode, once in modes.items():
@@ -178,32 +181,32 @@ def compare(modes: dict[ExecutionMode, Callable[[], float]]) -> dict[ExecutionMo
 
 
 def fastest(seconds: dict[ExecutionMode, float]) -> ExecutionMode:
-    """The first of the modes, unless a later one is faster by GAIN."""
+    """The first mode, or a later one that is faster by MIN_SPEEDUP."""
     best = next(iter(seconds))
     for mode, took in seconds.items():
-        if took * GAIN < seconds[best]:
+        if took * MIN_SPEEDUP < seconds[best]:
             best = mode
     return best
 
 
-def compared(work: Work, modes: list[ExecutionMode], before: str = "") -> ExecutionMode:
-    """The fastest of modes that are eager or compiled already, with its seconds and why it was taken.
+def time_modes(work: Workload, modes: list[ExecutionMode], before: str = "") -> ExecutionMode:
+    """The fastest of modes that are eager or compiled already, with its time and the reason for the choice.
 
-    before: what was found earlier.
+    before: the reason so far.
     """
-    others = Others()
-    seconds = compare({mode: lambda mode=mode: work.timed(mode) for mode in modes})
+    others = OtherPrograms()
+    seconds = least_seconds({mode: lambda mode=mode: work.time_mode(mode) for mode in modes})
     work.others.append(others.cores())
     best = fastest(seconds)
     times = "; ".join(f"{mode}: {1000 * took:.3g} ms" for mode, took in seconds.items())
     return replace(best, seconds=seconds[best], why=f"{before or 'measured, a sequence each'}; {times}")
 
 
-def choose(work: Work, dtypes: list[str], compiles: bool, why: str) -> ExecutionMode:
-    """The fastest mode for a run of PIECES micro-batches or more; the usual one, not measured, for a shorter.
+def choose(work: Workload, dtypes: list[str], compiles: bool, why: str) -> ExecutionMode:
+    """The fastest mode for a run of MIN_MICRO_BATCHES micro-batches or more; for a shorter run the usual one, untimed.
 
-    dtypes: precisions that make sense, the usual one first. compiles: compiled modes are tried too, as many as the
-    length of the run pays for. why: the blocks are in any case, and this is what to say of it; "" = they are not.
+    dtypes: precisions to try, the usual one first. compiles: whether to try compiled modes, as many as pay off in a run
+    of this length. why: the reason to compile the blocks in any case; "" = there is none.
     """
     usual = ExecutionMode(dtypes[0])
     if not is_long(work):
@@ -211,71 +214,75 @@ def choose(work: Work, dtypes: list[str], compiles: bool, why: str) -> Execution
     key = work.key(usual)
     best = usual
     if work.device.type == "cpu":
-        best = recall(key).get("eager") or keep(work, key, "eager", choose_eager(work, dtypes))
+        best = remembered(key).get("eager") or remember_if_undisturbed(work, key, "eager", choose_eager(work, dtypes))
     if not compiles:
         return best
     name = f"compiled for {work.steps} steps{', blocks anyway' if why else ''}"
-    return recall(key).get(name) or keep(work, key, name, choose_compiled(work, best, dtypes[0], why))
+    return remembered(key).get(name) or remember_if_undisturbed(
+        work, key, name, choose_compiled(work, best, dtypes[0], why)
+    )
 
 
-def is_long(work: Work) -> bool:
-    """Whether timing costs next to nothing of the run."""
-    return work.steps * math.ceil(work.rows / work.micro) >= PIECES
+def is_long(work: Workload) -> bool:
+    """Whether the run is so long that the time for timing does not matter."""
+    return work.steps * math.ceil(work.rows / work.micro) >= MIN_MICRO_BATCHES
 
 
-def choose_eager(work: Work, dtypes: list[str]) -> ExecutionMode:
-    """Precision, attention and micro-batch by timing eager passes on a CPU."""
+def choose_eager(work: Workload, dtypes: list[str]) -> ExecutionMode:
+    """Precision, attention and micro-batch size, by timing eager passes on a CPU."""
     usual = ExecutionMode(dtypes[0])
-    work.set(usual)
+    work.apply(usual)
     reset_peak_memory(work.device)
     held = peak_memory(work.device)
-    work.once(usual)
+    work.time_pass(usual)
     peak = peak_memory(work.device)
     modes = [ExecutionMode(dtype) for dtype in dtypes]
     if explicit_fits(work):
         modes += [replace(mode, explicit=True) for mode in modes]
     if "float32" in dtypes and tiled_fits(work):
         modes.append(ExecutionMode("float32", tiled=True))
-    best = compared(work, modes)
-    more = larger(work, KEPT_SHARE * peak / max(1, peak - held))
-    return compared(work, [best, replace(best, micro=more)], best.why) if more else best
+    best = time_modes(work, modes)
+    more = larger_micro_batch(work, EXTRA_MEMORY * peak / max(1, peak - held))
+    return time_modes(work, [best, replace(best, micro=more)], best.why) if more else best
 
 
-def larger(work: Work, room: float) -> int:
-    """Sequences at once, up to LARGER times the usual: as many as take `room` times more memory for activations.
+def larger_micro_batch(work: Workload, room: float) -> int:
+    """A larger micro-batch, up to MAX_ENLARGEMENT times the usual one, whose activations take at most 1 + `room` times
+    the memory.
 
-    In equal pieces; 0 where that gives no fewer of them.
+    The micro-batches of a step stay about equal; 0 if there would be no fewer of them.
     """
-    if work.bound or work.device.type != "cpu":
+    if work.is_fixed or work.device.type != "cpu":
         return 0
-    pieces = math.ceil(work.rows / max(1, math.floor(work.micro * min(LARGER, 1 + room))))
+    pieces = math.ceil(work.rows / max(1, math.floor(work.micro * min(MAX_ENLARGEMENT, 1 + room))))
     return math.ceil(work.rows / pieces) if pieces < math.ceil(work.rows / work.micro) else 0
 
 
-def tiled_fits(work: Work) -> bool:
-    """Whether our own kernel computes this attention: on a CPU, of undivided blocks, with nothing dropped."""
+def tiled_fits(work: Workload) -> bool:
+    """Whether miaobi's own kernel supports this attention: on a CPU, without dropout and without a mask."""
     model, (_, _, _, mask) = work.objective.model, work.example(work.micro, False)
     is_plain = work.device.type == "cpu" and mask is None and model.cfg.dropout == 0.0
     return is_plain and cpu_attention.is_ready(head_dim(model.cfg))
 
 
-def explicit_fits(work: Work) -> bool:
-    """Whether the attention probabilities that explicit attention keeps for the backward pass take little memory,
-    compared with the most that was held so far.
+def explicit_fits(work: Workload) -> bool:
+    """Whether the attention probabilities, which explicit attention keeps for the backward pass, are small compared
+    with the peak memory so far.
     """
     rows, length = work.example(work.micro, False)[0].shape
     cfg = work.objective.model.cfg
     kept = 4 * rows * cfg.n_head * length * length * (1 if work.objective.model.recompute else cfg.n_layer)
-    return kept <= KEPT_SHARE * peak_memory(work.device)
+    return kept <= EXTRA_MEMORY * peak_memory(work.device)
 
 
-def choose_compiled(work: Work, best: ExecutionMode, usual: str, why: str) -> ExecutionMode:
-    """`best`, or a compiled mode that is faster: they are tried one by one for as long as the run pays for it.
+def choose_compiled(work: Workload, best: ExecutionMode, usual: str, why: str) -> ExecutionMode:
+    """`best`, or a faster compiled mode: they are tried in turn for as long as that pays off in a run of this length.
 
-    Compiled, the usual precision may win although it lost by its conversions; and so may explicit attention.
+    When compiled, the usual precision may be faster although its conversions made it slower in eager mode; explicit
+    attention may be, too.
     """
     run_seconds = work.steps * work.rows * best.seconds
-    tried = why or f"a run of {duration(run_seconds)} pays for trying whether that is faster"
+    tried = why or f"a run of {duration(run_seconds)} is long enough to try whether that is faster"
     tiled = best.tiled and usual == "float32"
     plain = replace(best, dtype=usual, tiled=tiled, compiled="blocks", seconds=0.0, why=tried)
     whole = replace(plain, compiled="whole")
@@ -283,33 +290,33 @@ def choose_compiled(work: Work, best: ExecutionMode, usual: str, why: str) -> Ex
     other = replace(whole, explicit=not plain.explicit, tiled=False)
     for mode in (plain, whole, other, replace(whole, autotuned=True)):
         spent += compiling_seconds(work, mode)
-        if spent > WORTH * run_seconds and not (why and mode.compiled == "blocks"):
+        if spent > TRIAL_SHARE * run_seconds and not (why and mode.compiled == "blocks"):
             break
         if mode.explicit and not plain.explicit and (work.device.type != "cpu" or not explicit_fits(work)):
             continue
         if mode.autotuned:
             mode = replace(mode, explicit=best.explicit, tiled=best.tiled)
-        if not work.set(mode):
+        if not work.apply(mode):
             break
-        # On a GPU eager attention over packed documents would fill the memory: its blocks are compiled to begin with.
-        rivals = [mode] if work.device.type == "cuda" and not best.compiled else [best, mode]
-        best = compared(work, rivals, best.why if best.seconds else "")
+        # On a GPU eager attention over packed documents would fill the memory, so it is not timed there.
+        candidates = [mode] if work.device.type == "cuda" and not best.compiled else [best, mode]
+        best = time_modes(work, candidates, best.why if best.seconds else "")
     return best
 
 
-def recall(key: str) -> dict[str, ExecutionMode]:
-    """What was remembered of a shape, by name; {} where nothing can be read."""
+def remembered(key: str) -> dict[str, ExecutionMode]:
+    """Cached choices for a shape, by name; {} if there are none that can be read."""
     try:
-        stored = json.loads(memory_file(key).read_text(encoding="utf-8"))
+        stored = json.loads(cache_file(key).read_text(encoding="utf-8"))
         return {name: checked(fields) for name, fields in stored.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 
-def keep(work: Work, key: str, name: str, mode: ExecutionMode) -> ExecutionMode:
-    """`remember` what was chosen, unless other programs had a part in it. Returns it."""
+def remember_if_undisturbed(work: Workload, key: str, name: str, mode: ExecutionMode) -> ExecutionMode:
+    """`remember` the mode, unless other programs disturbed its timing. Returns it."""
     cores = max(work.others, default=0.0)
-    if cores < DISTURBED:
+    if cores < BUSY_CORES:
         remember(key, name, mode)
     else:
         log(f"other programs took {cores:.1f} cores while this was timed: the next run of this shape times it again")
@@ -317,18 +324,18 @@ def keep(work: Work, key: str, name: str, mode: ExecutionMode) -> ExecutionMode:
 
 
 def remember(key: str, name: str, mode: ExecutionMode) -> None:
-    """Keep a choice for the next run of this shape."""
-    known = {each: asdict(other) for each, other in recall(key).items()}
-    store(memory_file(key), known | {name: asdict(mode)})
+    """Cache a choice for the next run of this shape."""
+    known = {each: asdict(other) for each, other in remembered(key).items()}
+    write_cache(cache_file(key), known | {name: asdict(mode)})
 
 
-def memory_file(key: str) -> Path:
-    """Where this machine's choices for a shape are kept."""
+def cache_file(key: str) -> Path:
+    """Where this machine's choices for a shape are cached."""
     return private_cache() / f"computed-{key}.json"
 
 
 def checked(fields: dict[str, Any]) -> ExecutionMode:
-    """Fields from a file as `ExecutionMode`. Raises ValueError or TypeError for any that it cannot be."""
+    """Fields read from a file as `ExecutionMode`. Raises ValueError or TypeError for values that are not valid."""
     mode = ExecutionMode(**fields)
     flags = all(isinstance(flag, bool) for flag in (mode.explicit, mode.tiled, mode.autotuned))
     numbers = (

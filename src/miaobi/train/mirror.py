@@ -28,11 +28,11 @@ SMALL = 1 << 20  # bytes of a small file; a larger one is none of ours
 
 
 class Mirror:
-    """Storage that holds what `checkpoints/` holds: step-N directories, and two small files that name one each; and
-    which run that is: its config.yaml, its name (`run`), and who writes there (`writer.json`).
+    """Storage with a copy of `checkpoints/`: step-N directories, and the small files `last` and `best` that name one
+    each; and of the run itself: config.yaml, its id (`run`), and the process that writes there (`writer.json`).
 
-    Object stores cannot rename: a checkpoint counts from the moment that `last` names it, and that is written last.
-    A step that is written again, or anew by another run, is not named while it is replaced.
+    Object stores cannot rename: a checkpoint counts from the moment that `last` names it, which is written last. A step
+    that is written again, or by another run, is not named while it is replaced.
     """
 
     def __init__(self, url: str) -> None:
@@ -46,8 +46,8 @@ class Mirror:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only one who writes there while the body runs: the holder gives signs of life, and one that gives
-        none (its machine is lost) is taken over.
+        """Hold the lock of the storage during the body. The holder renews it; a lock that is no longer renewed (its
+        machine is lost) is taken over.
 
         Raises UserError naming the holder, or for storage that cannot be written.
         """
@@ -75,9 +75,9 @@ class Mirror:
             self.files.rm_file(self._at("writer.json"))
 
     def push(self, run: Path, name: str) -> None:
-        """Bring the storage to what `best` and `last` name in a run directory; failing costs a warning.
+        """Copy the checkpoints that `best` and `last` of a run directory name; an error is only a warning.
 
-        name: of the run (`Progress.run`).
+        name: id of the run (`Progress.run`).
         """
         checkpoints = run / "checkpoints"
         named = {name: path.name for name in NAMES if (path := pointed(checkpoints / name))}
@@ -101,10 +101,10 @@ class Mirror:
             warn(f"the checkpoint could not be copied to {self.url} ({e}); training goes on, {checkpoints} has it")
 
     def pull(self, run: Path, check: Callable[[Path], None]) -> None:
-        """Fetch what `last` and `best` name, and the configuration, into a run directory that has no checkpoint yet;
-        nothing there is no error.
+        """Fetch the checkpoints that `last` and `best` name, and the configuration, into a run directory that has no
+        checkpoint; an empty storage is no error.
 
-        check: raises UserError for a configuration (a file) of another run, before anything is fetched.
+        check: called with the configuration file before anything is fetched; raises UserError if it is of another run.
         Raises UserError for storage that cannot be read.
         """
         checkpoints = run / "checkpoints"
@@ -130,7 +130,7 @@ class Mirror:
             write_text(run / "config.yaml", saved)
 
     def saved_config(self, folder: Path) -> Path | None:
-        """The configuration of the run whose checkpoints are there, as a file in `folder`; None where there is none.
+        """The configuration of the run in the storage, as a file in `folder`; None if there is none.
 
         Raises UserError for storage that cannot be read.
         """
@@ -141,7 +141,7 @@ class Mirror:
         return folder / "config.yaml" if text is not None else None
 
     def refuse_other(self, name: str) -> None:
-        """Raise UserError where the storage holds checkpoints of another run than the one of that name."""
+        """Raise UserError if the storage holds checkpoints of a run with another id."""
         with self.explained("read"):
             other = self._small("run") if self._read("last") else None
         if other is not None and other != name:
@@ -149,38 +149,36 @@ class Mirror:
                             "its own, or empty that one")  # fmt: skip
 
     def forget(self) -> None:
-        """Let no name stand for a checkpoint: the run begins anew, and must not go on from what an older one left.
+        """Remove `last` and `best`: the run starts over, and must not continue from an older one.
 
         Raises UserError for storage that cannot be written.
         """
-        with self.explained("begun anew"):
+        with self.explained("cleared"):
             for name in NAMES:
                 if self.files.exists(self._at(name)):
                     self.files.rm_file(self._at(name))
 
     @contextmanager
     def explained(self, verb: str) -> Iterator[None]:
-        """Turn what the storage raises into a UserError: every protocol has errors of its own."""
+        """Turn errors of the storage into a UserError: every protocol has its own."""
         try:
             yield
         except UserError:
             raise
         except Exception as e:
-            raise UserError(
-                f"mirror {self.url} cannot be {verb} ({e}); is it reachable, and are the rights there?"
-            ) from e
+            raise UserError(f"mirror {self.url} cannot be {verb} ({e}); is it reachable, and is access allowed?") from e
 
     def _at(self, name: str) -> str:
         return posixpath.join(self.root, name)
 
     def _small(self, name: str) -> str | None:
-        """A small text; None where there is none."""
+        """The text of a small file; None if there is none."""
         if not self.files.isfile(self._at(name)):
             return None
         return self.files.cat_file(self._at(name), start=0, end=SMALL).decode(errors="replace")
 
     def _holder(self) -> Holder | None:
-        """Who says that it writes there."""
+        """The process that holds the lock."""
         text = self._small("writer.json")
         if text is None:
             return None
@@ -189,7 +187,7 @@ class Mirror:
             return read_holder(file)
 
     def _read(self, name: str) -> str | None:
-        """The step that `best` or `last` names. Raises UserError for anything else in there, such as a path."""
+        """The step that `best` or `last` names. Raises UserError for any other content, such as a path."""
         if (text := self._small(name)) is None:
             return None
         step = text.strip()
@@ -199,7 +197,9 @@ class Mirror:
         return step
 
     def _is_copy(self, step: Path) -> bool:
-        """Whether the storage's directory of that name is a copy of `step`; no two savings have the same counters."""
+        """Whether the storage's directory of that name is a copy of `step`; no two checkpoints have the same
+        progress.json.
+        """
         counters = "train_state/progress.json"
         far, own = self._at(f"{step.name}/{counters}"), (step / counters).read_bytes()
         return self.files.isfile(far) and self.files.cat_file(far, start=0, end=len(own) + 1) == own

@@ -1,4 +1,4 @@
-"""What the README of a checkpoint says."""
+"""The model card (README.md) of a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ PRIVATE = {
     "resume_from",
     "license",
 }
-"""Settings that tell of the machine, or stand elsewhere in the card."""
+"""Settings that reveal the machine, or that the card has elsewhere."""
 PLACES = {"data", "val", "without", "tokenizer"}
-"""Settings of which only the last part of the path is shown."""
+"""Settings with paths, of which only the last part is shown."""
 
 
 def card_of(plan: Plan, progress: Progress) -> Card:
     """The card of the checkpoint of `progress`. Nothing in it depends on the time of day: a run that was killed and
-    went on ends in the same bytes.
+    resumed ends in the same bytes.
     """
     cfg, shape, data = plan.cfg, plan.model.cfg, plan.data
     size = f"{plan.parameters / 1e6:.1f}M" if plan.parameters >= 1e5 else f"{plan.parameters:,}"
@@ -68,7 +68,7 @@ def card_of(plan: Plan, progress: Progress) -> Card:
 
 
 def metrics(progress: Progress) -> list[Metric]:
-    """Of the evaluation of this very step; none where the checkpoint lies between two."""
+    """Metrics of an evaluation at this very step; none if the checkpoint lies between two evaluations."""
     if progress.val_loss is None or progress.evaluated != progress.step or not math.isfinite(progress.val_loss):
         return []
     perplexity = math.exp(min(progress.val_loss, 700.0))
@@ -80,7 +80,7 @@ def metrics(progress: Progress) -> list[Metric]:
 
 
 def changed(cfg: RunConfig) -> dict[str, Any]:
-    """Settings that are not the defaults, without the paths of this machine."""
+    """Settings that differ from the defaults, without paths of this machine."""
     defaults = flatten(RunConfig())
     changed = {key: value for key, value in flatten(cfg).items() if value != defaults[key] and key not in PRIVATE}
     return {key: _names(value) if key in PLACES else value for key, value in changed.items()}
@@ -93,7 +93,7 @@ def _names(value: Any) -> Any:
 
 
 def latest_sample(file: Path, step: int) -> str | None:
-    """What the model wrote last, up to `step`."""
+    """The latest text that the model generated, up to `step`."""
     try:
         rows = [json.loads(line) for line in read_whole(file).decode().split("\n") if line]
         return next((row["text"] for row in reversed(rows) if row["step"] <= step), None)

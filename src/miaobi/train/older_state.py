@@ -1,7 +1,7 @@
-"""Optimizer state as miaobi wrote it before: torch's distributed checkpoints, read without executing anything.
+"""Reads optimizer state of older versions: torch's distributed checkpoints, without executing anything in them.
 
-Their `.metadata` is a pickle. It is read by an unpickler that knows a dozen names, each of which becomes plain data of
-ours: no function or class that the file names is ever called. Tensors are read by torch with weights_only=True.
+Their `.metadata` is a pickle. It is read by an unpickler that knows a dozen names and replaces each by plain data: no
+function or class that the file names is ever called. Tensors are read by torch with weights_only=True.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PREFIX = "optimizer."
 
 
 class Plain:
-    """Any object of the file: what it was made with, and its fields."""
+    """Stands for any object of the file: its arguments and fields."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -45,17 +45,17 @@ KNOWN = {
 
 
 class Reader(pickle.Unpickler):
-    """Knows the names above and makes plain data of them."""
+    """Unpickler that knows the names above, and makes plain data of them."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """A stand-in for a known name. Raises UnpicklingError for any other."""
+        """`Plain` for a known name. Raises UnpicklingError for any other."""
         if f"{module}.{name}" not in KNOWN:
             raise pickle.UnpicklingError(f"it names {module[:60]}.{name[:60]}, which is no data")
         return Plain
 
 
 def checked(file: Path) -> bytes:
-    """The bytes of a pickle. Raises UnpicklingError for one that asks for memory far beyond its own size."""
+    """The bytes of a pickle. Raises UnpicklingError if it would allocate memory far beyond its own size."""
     data = read_whole(file)
     for code, argument, _ in pickletools.genops(data):
         if "PUT" in code.name and isinstance(argument, int) and argument > len(data):
@@ -64,7 +64,7 @@ def checked(file: Path) -> bytes:
 
 
 def offset_of(index: Any) -> tuple[int, ...]:
-    """Where a part lies; numbers have no place."""
+    """Offset of a part; () for numbers."""
     offset = getattr(index, "offset", None)
     return () if offset is None else tuple(offset.args[0])
 
@@ -93,7 +93,7 @@ class OlderState:
                 raise ValueError(f"{name} is not whole")
 
     def read_part(self, info: Any) -> Any:
-        """A tensor, or a number of the GradScaler's."""
+        """A tensor, or a number of the GradScaler."""
         file = self.directory / Path(str(info.relative_path)).name
         if not file.is_file():  # a pipe would be waited for
             raise ValueError(f"{file.name} is missing, or no file")
@@ -107,7 +107,7 @@ class OlderState:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
     def add(self, name: str, offset: tuple[int, ...], part: Any) -> None:
-        """Note a part under the name that it has now."""
+        """Register a part under its current name."""
         if name.startswith("scaler.") and isinstance(part, (int, float)):
             self.scaler[name.removeprefix("scaler.")] = float(part)
         elif name.startswith(PREFIX) and isinstance(part, Tensor):

@@ -14,8 +14,8 @@ from miaobi.model.transformer import Transformer
 from miaobi.train.layout import is_sharded, local_part, part_of, shards_of, whole
 from miaobi.train.orthogonal import iteration_dtype, orthogonalize
 
-WITHOUT_WAITING = ("cuda",)
-"""Devices that compute while Python goes on: to ask one for a number is to wait for all that it was given."""
+ASYNCHRONOUS = ("cuda",)
+"""Devices that compute while Python continues: reading a value from one waits for everything it was given."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -29,7 +29,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     found_inf: Tensor | None = None
-    """A number on the parameters' device: 1 = leave everything as it is. As in torch's fused optimizers."""
+    """A scalar on the parameters' device: 1 = skip the step. As in torch's fused optimizers."""
 
     def __init__(self, groups: list[dict], lr: float, momentum: float, weight_decay: float = 0.0) -> None:
         """weight_decay: decoupled, as AdamW's (arXiv:1711.05101): a step takes lr x weight_decay of every weight, so
@@ -58,9 +58,9 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _move(self, alike: list[tuple[Tensor, list[int]]], group: dict, is_bad: Tensor | None, share: Tensor):
-        """Update parameters of one shape, each split into the same parts, in a few launches for all of them.
+        """Update parameters of one shape, each split into the same parts, with a few kernel launches for all of them.
 
-        is_bad, share: `found_inf` as a bool, and how much of an update is made, 0 or 1; float32, without dimensions.
+        is_bad, share: `found_inf` as a bool, and its complement as a factor of the update, 0 or 1; float32 scalars.
         """
         lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
         params, parts = [p for p, _ in alike], alike[0][1]
@@ -99,12 +99,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def world_size() -> int:
-    """Ranks of this run."""
+    """Number of ranks of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def shared_orthogonalize(g: Tensor) -> Tensor:
-    """`orthogonalize` of g (N, R, C), whose matrices the ranks share out among them."""
+    """`orthogonalize` of g (N, R, C), with its matrices divided among the ranks."""
     ranks = world_size()
     if ranks == 1:
         return orthogonalize(g)
@@ -153,13 +153,13 @@ def make_optimizers(model: Transformer, cfg: OptimConfig, kind: str) -> list[tor
     return optimizers
 
 
-def move(optimizers: list[torch.optim.Optimizer], norm: Tensor) -> None:
-    """One step of all optimizers, or of none where `norm`, of all gradients and all ranks, is not finite.
+def step_all(optimizers: list[torch.optim.Optimizer], norm: Tensor) -> None:
+    """One step of all optimizers, or of none if `norm`, of all gradients on all ranks, is not finite.
 
-    On a GPU nobody waits to know that: the optimizers get the answer as a tensor (torch's own `found_inf`).
+    On a GPU this does not wait for the value: the optimizers get it as a tensor (torch's own `found_inf`).
     """
     found_inf = None
-    if norm.device.type in WITHOUT_WAITING:
+    if norm.device.type in ASYNCHRONOUS:
         found_inf = (~norm.isfinite()).float()
     elif not bool(norm.isfinite()):
         return
@@ -171,8 +171,9 @@ def move(optimizers: list[torch.optim.Optimizer], norm: Tensor) -> None:
 def rate(step: int, cfg: OptimConfig, at: float | None = None) -> float:
     """Learning rate of `step` (0-based) as a share of the peak; `cfg` is resolved.
 
-    cosine is nanoGPT's get_lr; wsd (warm-up, stable, decay; arXiv:2404.06395) falls linearly at the end.
-    at: the step of the schedule that counts after the warm-up, where it is not `step` (`schedule.share_of_rate`).
+    cosine is nanoGPT's get_lr; wsd (warm-up, stable, decay; arXiv:2404.06395) decays linearly at the end.
+
+    at: position in the schedule after the warm-up, if it is not `step` (`schedule.share_of_rate`).
     """
     floor = cfg.min_lr / cfg.learning_rate
     if not cfg.decay_lr:  # nanoGPT's: neither decay nor warm-up

@@ -1,8 +1,8 @@
-"""The optimizers' state on disk: safetensors, one file per rank, read again by any number of ranks in any layout.
+"""Saving the optimizers' state: safetensors, one file per rank, readable by any number of ranks in any layout.
 
-`optimizer-R-of-N.safetensors` holds the parts that rank R had, as PARAMETER/KEY; where they lie in the whole tensors
-stands in the file's header, and what belongs to all of them in `optimizer.json`. What is more than `FILE_BYTES` goes on
-in `optimizer-R-of-N.1.safetensors` and so on; the first one says how many there are. Nothing in them is executed.
+`optimizer-R-of-N.safetensors` holds the parts of rank R, as PARAMETER/KEY; the file's header has their positions in the
+whole tensors, and `optimizer.json` what is common to all. State beyond `FILE_BYTES` continues in
+`optimizer-R-of-N.1.safetensors` and so on; the first file has their number. Nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ NEVER_NEGATIVE = ("step", "exp_avg_sq")
 DTYPES = ("F64", "F32", "F16", "BF16")
 INDEX = "optimizer.json"
 FILE_BYTES = 128 << 20
-"""Of the tensors in one file, unless a single one is larger: each is hashed while the next is written."""
+"""Bytes of tensors per file, unless a single one is larger: each file is hashed while the next is written."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """What optimizer.json says."""
+    """Content of optimizer.json."""
 
     ranks: int
-    """Files there are."""
+    """Number of ranks that wrote files."""
     tensors: int
-    """Whole tensors in them."""
+    """Number of whole tensors in all files."""
     scaler: dict[str, float] = field(default_factory=dict)
-    """GradScaler's state; empty but for float16."""
+    """GradScaler's state; empty except for float16."""
 
 
 @dataclass
 class Part:
-    """Some rows of a tensor, as one rank has them."""
+    """Rows of a tensor that one rank holds."""
 
     shape: tuple[int, ...]
     """Of the whole tensor."""
@@ -66,17 +66,17 @@ class State:
 
     parts: dict[str, Part]
     tensors: int
-    """Of all ranks together."""
+    """Number of whole tensors, over all ranks."""
     scaler: dict[str, float]
 
 
 def file_name(rank: int, ranks: int, file: int = 0) -> str:
-    """Where a rank's parts are."""
+    """Name of a rank's file."""
     return f"optimizer-{rank}-of-{ranks}{f'.{file}' if file else ''}.safetensors"
 
 
 def copied(model: Transformer, optimizers: Optimizers, scaler: GradScaler, world: World) -> State:
-    """What this rank is to write, copied. Tensors that every rank has whole are shared out among the ranks."""
+    """A copy of what this rank is to write. Tensors that every rank has whole are divided among the ranks."""
     parts, count = {}, 0
     for name, tensor in sorted(held(model, optimizers).items()):
         if is_sharded(tensor):
@@ -89,7 +89,7 @@ def copied(model: Transformer, optimizers: Optimizers, scaler: GradScaler, world
 
 
 def held(model: Transformer, optimizers: Optimizers) -> dict[str, Tensor]:
-    """PARAMETER/KEY -> state, of every parameter that has any. Rates and decays are the configuration's, not state."""
+    """PARAMETER/KEY -> state, of every parameter that has state. Rates and decays belong to the configuration."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {
         f"{names[id(p)]}/{key}": state[key]
@@ -100,7 +100,7 @@ def held(model: Transformer, optimizers: Optimizers) -> dict[str, Tensor]:
 
 
 def local_part(tensor: Any) -> Part | None:
-    """This rank's rows of a DTensor; None where it has none, or where another rank has the same and writes them."""
+    """This rank's rows of a DTensor; None if it has none, or if another rank writes the same rows."""
     mesh, placements = tensor.device_mesh, tensor.placements
     replicated = any(placement.is_replicate() and mesh.get_local_rank(i) for i, placement in enumerate(placements))
     offset, local = offset_of(tensor), tensor.to_local()
@@ -117,7 +117,7 @@ def offset_of(tensor: Any) -> tuple[int, ...]:
 
 
 def write(state: State, directory: Path, world: World) -> Iterator[str]:
-    """Write this rank's parts, and on rank 0 the index; the name of each file once it is whole. Raises OSError."""
+    """Write this rank's parts, and on rank 0 the index; yields the name of each complete file. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
     files: list[dict[str, Part]] = [{}]
     room = FILE_BYTES
@@ -141,9 +141,9 @@ def write(state: State, directory: Path, world: World) -> Iterator[str]:
 
 
 def load(directory: Path, model: Transformer, optimizers: Optimizers, scaler: GradScaler) -> None:
-    """Fill the optimizers from a checkpoint of any number of ranks and any layout.
+    """Load the optimizers' state from a checkpoint of any number of ranks and any layout.
 
-    Raises UserError if something is missing, cut short, altered, or of another model or optimizer.
+    Raises UserError if something is missing, truncated, altered, or of another model or optimizer.
     """
     try:
         saved = Saved(directory) if (directory / INDEX).is_file() else OlderState(directory)
@@ -175,14 +175,14 @@ def load(directory: Path, model: Transformer, optimizers: Optimizers, scaler: Gr
 
 
 def named(model: Transformer, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """The parameters that an optimizer moves, with their names."""
+    """The parameters of an optimizer, with their names."""
     mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return ((name, p) for name, p in model.named_parameters() if id(p) in mine)
 
 
 @torch.no_grad()
 def filled(saved: Saved | OlderState, name: str, p: Tensor, key: str) -> Tensor:
-    """One state tensor, laid out as its parameter is."""
+    """One state tensor, in the layout of its parameter."""
     if key == "step":
         return saved.read(name, (), ()).to(p.device, torch.float32)
     state = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -217,7 +217,7 @@ class Saved:
             raise ValueError(f"{len(self.shapes)} tensors of {index.tensors}")
 
     def read_header(self, path: Path) -> int:
-        """Note what is in a file; returns how many files its rank has, where it says so."""
+        """Read the header of a file; returns the number of files of its rank, 1 unless it says otherwise."""
         if not path.is_file():  # a pipe would be waited for
             raise ValueError(f"{path.name} is missing, or no file")
         file = safe_open(path, "pt")
@@ -231,7 +231,9 @@ class Saved:
         return int(files)
 
     def add(self, name: str, shape: tuple[int, ...], offset: tuple[int, ...], file: Any) -> None:
-        """Note a part of a tensor; raises ValueError where it does not lie inside the whole, or on another part."""
+        """Register a part of a tensor; raises ValueError if it is not inside the whole tensor or overlaps another
+        part.
+        """
         found = file.get_slice(name)
         if found.get_dtype() not in DTYPES:
             raise ValueError(f"{name} has numbers of the kind {found.get_dtype()}")
@@ -246,7 +248,7 @@ class Saved:
         parts.append((file, offset, extent))
 
     def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """A region of a tensor: only what lies in it is read."""
+        """A region of a tensor; only the parts in it are read."""
         out = torch.zeros(shape)
         for file, begins, extent in self.parts[name]:
             if not shape:
@@ -261,6 +263,6 @@ class Saved:
 def overlap(
     offset: tuple[int, ...], shape: tuple[int, ...], other: tuple[int, ...], extent: tuple[int, ...]
 ) -> list[tuple[int, int]] | None:
-    """From where to where two regions overlap in each dimension; None where they do not."""
+    """The intersection of two regions as (start, end) in each dimension; None if it is empty."""
     common = [(max(a, b), min(a + n, b + m)) for a, n, b, m in zip(offset, shape, other, extent, strict=True)]
     return common if all(a < z for a, z in common) else None

@@ -1,10 +1,10 @@
 """Newton-Schulz iterations (Jordan et al. 2024, kellerjordan.github.io/posts/muon) with few products and few launches.
 
-A step of them is x <- (a + b G + c G^2) x, where G = x x^T. Two things make five steps cheaper, and change nothing but
-roundings. Every product among the small square matrices is symmetric, since all of them are polynomials of one G: half
-of it is enough. And where x is wide, G and the product of the polynomials go from step to step without x (Dao-AILab's
-Gram Newton-Schulz). Errors of G grow twelvefold a step, so it is computed anew after three: then the result is as near
-to the exact one as that of the plain iterations, in fp32, fp16 and bf16 (docs/lab-notes.md).
+A step is x <- (a + b G + c G^2) x, where G = x x^T. Two things make five steps cheaper and change only roundings. All
+products of the small square matrices are symmetric, because all of them are polynomials of one G: half of each is
+enough. And if x is wide, G and the product of the polynomials are iterated without x (Dao-AILab's Gram Newton-Schulz).
+Errors of G grow twelvefold in a step, so it is recomputed after three: the result is then as close to the exact one as
+that of the plain iterations, in fp32, fp16 and bf16 (docs/lab-notes.md).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 PLAIN, BY_GRAM = (1, 1, 1, 1, 1), (3, 2)
 """Steps from one G = x x^T to the next."""
 WIDE = 1.5
-"""Columns per row from which on BY_GRAM takes fewer operations."""
+"""Columns per row from which on BY_GRAM needs fewer operations."""
 BLOCK = 128
-"""Rows of a symmetric product that a CPU computes at once. Smaller ones save more operations, and take longer for each;
-below four of them nothing is won (docs/lab-notes.md)."""
+"""Rows of a symmetric product that a CPU computes at once. Smaller blocks save more operations but are slower per
+operation; a product of fewer than four blocks gains nothing (docs/lab-notes.md)."""
 CACHED = 1 << 22
-"""Numbers that a CPU iterates on at once: what its last cache holds."""
+"""Elements that a CPU iterates on at once: what fits into its last-level cache."""
 
 
 def orthogonalize(g: Tensor) -> Tensor:
-    """Nearest semi-orthogonal matrices of g (N, R, C), roughly: singular values end between 0.7 and 1.2.
+    """Approximately the nearest semi-orthogonal matrices of g (N, R, C): singular values end between 0.7 and 1.2.
 
-    In the precision of the iterations: who scales them widens them in the same launch.
+    In the precision of the iterations: scaling converts them in the same launch.
     """
     is_tall = g.shape[-2] > g.shape[-1]
     x = g.mT if is_tall else g  # the smaller Gram matrix
@@ -48,14 +48,14 @@ def orthogonalize(g: Tensor) -> Tensor:
 
 
 def iterated(x: Tensor) -> Tensor:
-    """x (N, R, C), R <= C, whose singular values are at most 1, after five steps."""
+    """x (N, R, C), R <= C, with singular values of at most 1, after five steps."""
     for steps in BY_GRAM if x.shape[-1] > WIDE * x.shape[-2] else PLAIN:
         x = advanced(x, steps)
     return x
 
 
 def advanced(x: Tensor, steps: int) -> Tensor:
-    """x (N, R, C), R <= C, whose singular values are at most 1.3, after so many steps."""
+    """x (N, R, C), R <= C, with singular values of at most 1.3, after `steps` steps."""
     a, b, c = QUINTIC
     gram = symmetric_product(x, x.mT)
     p = symmetric_product(gram, gram, gram, b, c)  # the step multiplies by a + p
@@ -72,7 +72,7 @@ def advanced(x: Tensor, steps: int) -> Tensor:
 
 
 def symmetric_product(x: Tensor, y: Tensor, c: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
-    """beta c + alpha x y, (N, R, R), which is symmetric. x: (N, R, K). y: (N, K, R). c: (N, R, R), symmetric."""
+    """beta c + alpha x y, (N, R, R), which must be symmetric. x: (N, R, K). y: (N, K, R). c: (N, R, R), symmetric."""
     rows = x.shape[1]
     if x.device.type == "cuda":
         from miaobi.train import symmetric  # of no use elsewhere
@@ -94,8 +94,8 @@ def symmetric_product(x: Tensor, y: Tensor, c: Tensor | None = None, beta: float
 
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
-    """What the iterations run in: bf16 where the hardware has units for it; on GPUs before them (Volta, Turing) fp16,
-    since no singular value leaves [0, 1.3]; else fp32.
+    """Precision of the iterations: bf16 if the hardware supports it; on older GPUs (Volta, Turing) fp16, because
+    singular values stay in [0, 1.3]; else fp32.
     """
     if device.type == "cuda":
         return torch.bfloat16 if gpu_has_bf16(device) else torch.float16

@@ -1,4 +1,4 @@
-"""The numbers that a configuration leaves open, decided by family, size and length of the run."""
+"""Defaults that depend on the family, the size and the length of the run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import dataclasses
 
 import torch
 
-from miaobi.config import ModelConfig, OptimConfig, RunConfig
+from miaobi.config import OptimConfig, RunConfig
 from miaobi.console import warn
 from miaobi.errors import UserError
+from miaobi.model.config import ModelConfig
 
-WIDTH = 256  # of the models whose rates were swept
-CPU_TOKENS = 2048  # at once: a product of more rows is no faster on a CPU, and keeps more activations
+WIDTH = 256  # n_embd of the models on which the default rates were tuned
+CPU_TOKENS = 2048  # per micro-batch: more are no faster on a CPU, and need more memory for activations
 
 
 def resolve_model(cfg: ModelConfig, vocab_size: int) -> ModelConfig:
@@ -34,11 +35,11 @@ def resolve_optim(
 ) -> OptimConfig:
     """Fill in optimizer, rates and schedule; see the help of each key for the rule.
 
-    bigrams: the model did not start at random, and larger rates would spoil what it knows (docs/lab-notes.md).
-    n_embd: wider models take smaller steps in AdamW's part, by the root of the width, for each output sums over more
-    inputs; Muon's updates are scaled by their shape already.
-    tuning: None from scratch, else what is trained of a MODEL (full or lora). LoRA likes ten times the rate of full
-    tuning, whatever its rank (Schulman et al. 2025, thinkingmachines.ai/blog/lora).
+    bigrams: the model was initialised from bigrams, which larger rates would destroy (docs/lab-notes.md).
+    n_embd: AdamW's rate falls with the root of the width, because each output of a wider model sums over more inputs;
+    Muon scales its updates by their shape already.
+    tuning: None from scratch, else `trainable` (full or lora). LoRA needs ten times the rate of full fine-tuning,
+    whatever its rank (Schulman et al. 2025, thinkingmachines.ai/blog/lora).
     """
     kind = cfg.optimizer if cfg.optimizer != "auto" else ("adamw" if family == "gpt2" or tuning else "muon")
     schedule = cfg.schedule if cfg.schedule != "auto" else ("cosine" if kind == "adamw" else "wsd")
@@ -71,7 +72,7 @@ def total_steps(cfg: RunConfig, windows: int) -> int:
 
 
 def micro_batch(cfg: RunConfig, device: torch.device, ranks: int) -> int:
-    """Sequences of a rank that go through the model at once: all of its step, but on a CPU pieces of CPU_TOKENS."""
+    """Sequences of a micro-batch on each rank: all of its step, but on a CPU about CPU_TOKENS tokens."""
     rows = cfg.train.global_batch // ranks
     micro = min(cfg.train.micro_batch, rows)
     if device.type != "cpu" or cfg.train.micro_batch_size:
@@ -81,7 +82,7 @@ def micro_batch(cfg: RunConfig, device: torch.device, ranks: int) -> int:
 
 
 def memory_advice(micro: int, block_size: int) -> str:
-    """What to try when `micro` sequences at once were too many."""
+    """The advice when micro-batches of `micro` sequences do not fit into memory."""
     return (
         f"micro-batches of {micro} x {block_size} tokens were too large. "
         f"Try --micro_batch_size={max(1, micro // 2)} (same step, less memory), "

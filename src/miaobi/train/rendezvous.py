@@ -1,6 +1,4 @@
-"""How the processes of a run meet: torchrun starts them, and starts them again; they speak gloo between CPUs and nccl
-between GPUs.
-"""
+"""How the processes of a run meet: torchrun starts them, and restarts them; CPUs communicate by gloo, GPUs by nccl."""
 
 from __future__ import annotations
 
@@ -28,9 +26,9 @@ _world: World | None = None
 
 
 def join(cfg: TrainConfig) -> World:
-    """Meet the processes that torchrun started; asked again, the same world.
+    """Join the processes that torchrun started; further calls return the same world.
 
-    Raises UserError where torchrun started several and `parallel` is none.
+    Raises UserError if torchrun started several processes and `parallel` is none.
     """
     global _world
     if _world is not None and not _world.left:
@@ -78,7 +76,7 @@ def join(cfg: TrainConfig) -> World:
 
 
 def whole_number(name: str, default: int) -> int:
-    """A variable that torchrun sets. Raises UserError for anything but a whole number."""
+    """An environment variable that torchrun sets. Raises UserError if it is not a whole number."""
     text = os.environ.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise UserError(f"{name} is {text[:40]!r} in the environment; torchrun sets a whole number: unset it, or start "
@@ -87,10 +85,10 @@ def whole_number(name: str, default: int) -> int:
 
 
 def fresh_store(timeout: timedelta) -> dist.Store:
-    """The store by which the processes meet, without what an earlier attempt left in it. Raises DistError.
+    """The store through which the processes meet, without entries of an earlier attempt. Raises DistError.
 
-    torchrun's store outlives the processes that it starts again (torch 2.13), and gloo and nccl would read in it where
-    the dead ones listened. So rank 0 makes up a name for this attempt and answers it to every rank that asks now.
+    torchrun's store outlives the processes that it restarts (torch 2.13), and gloo and nccl would find addresses of
+    dead processes in it. So rank 0 chooses a new prefix for this attempt and answers it to every rank that asks now.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     name = uuid4().hex
@@ -112,7 +110,7 @@ def fresh_store(timeout: timedelta) -> dist.Store:
 
 
 def own_address(store: dist.Store, rank: int, size: int) -> str:
-    """The address by which the other machines reach this one."""
+    """The address by which other machines reach this one."""
     address = address_towards(os.environ["MASTER_ADDR"])
     store.set(f"address/{rank}", address)
     if address.startswith("127."):

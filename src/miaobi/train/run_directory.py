@@ -1,4 +1,4 @@
-"""A run on disk: which configuration it has, its checkpoints, and how it goes on."""
+"""A run directory: its configuration, its checkpoints, and how a run is continued."""
 
 from __future__ import annotations
 
@@ -19,22 +19,31 @@ from miaobi.files import point as point_at
 from miaobi.lock import locked
 from miaobi.settings import Origin, save_config
 from miaobi.train.mirror import Mirror
-from miaobi.train.same_run import TEXT, note_place, own_settings, refuse_changes
+from miaobi.train.same_run import TEXT, note_location, refuse_changes, saved_settings
 
 # What a run writes besides its checkpoints; `data` only where TEXT says that the run prepared it.
-OWN = ("metrics.jsonl", "samples.jsonl", "summary.json", "plan.json", "report.html", "wandb", "swanlog", "config.yaml")
+WRITTEN_BY_RUN = (
+    "metrics.jsonl",
+    "samples.jsonl",
+    "summary.json",
+    "plan.json",
+    "report.html",
+    "wandb",
+    "swanlog",
+    "config.yaml",
+)
 
 
 @dataclass
 class Progress:
-    """What a run knows besides weights and optimizer; all of it survives a kill."""
+    """Everything that a run knows besides weights and optimizer; saved in every checkpoint."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     """Time spent in training steps."""
     train_loss: float | None = None
-    """Mean since the evaluation before."""
+    """Mean over the steps since the evaluation before."""
     loss_sum: float = 0.0
     loss_steps: int = 0
     val_loss: float | None = None
@@ -47,40 +56,40 @@ class Progress:
     evaluated: int = 0
     """Step of the last evaluation."""
     planned: int = 0
-    """Steps the run was to take when this was written."""
+    """Total steps of the run when this was saved."""
     first_iters: int = 0
-    """max_iters when the run began: an lr_decay_iters of that many steps grows with max_iters. 0: not known."""
+    """max_iters when the run began: an lr_decay_iters equal to it grows with max_iters. 0: not known."""
     windows: int = 0
-    """Validation windows that every evaluation counts, also when max_iters grows; 0 before it was decided."""
+    """Number of validation windows of every evaluation, the same when max_iters grows; 0 before it was decided."""
     data: str = ""
-    """Fingerprint of the prepared data."""
+    """SHA-256 of the prepared data."""
     bigrams: bool = False
-    """The model started from the pairs of its text."""
+    """Whether the model was initialised from bigrams."""
     base: str = ""
-    """MODEL that is tuned: directory or hub name; empty from scratch."""
+    """The MODEL that is fine-tuned: directory or hub name; empty from scratch."""
     computed: dict = field(default_factory=dict)
-    """How steps are computed (`measured.ExecutionMode`); empty before it was decided."""
+    """The execution mode (`measured.ExecutionMode`); empty before it was chosen."""
     base_weights: str = ""
-    """LoRA: fingerprint of that MODEL's weights."""
+    """LoRA: SHA-256 of that MODEL's weights."""
     warned: bool = False
-    """The overfitting hint was given."""
+    """Whether the overfitting warning was given."""
     laid: list[list[float]] = field(default_factory=list)
-    """max_minutes: how the steps were laid over the time (`schedule.Deadline`)."""
+    """max_minutes: every plan of the steps (`schedule.Deadline`)."""
     wall: float = 0.0
-    """max_minutes: seconds that the run had taken, evaluations included, when this was written."""
+    """max_minutes: seconds that the run had taken, with evaluations, when this was saved."""
     micro: int = 0
-    """Sequences at once, where memory did not hold as many as asked for; 0 = as asked."""
+    """Micro-batch size, if memory was too small for the requested one; 0 = as requested."""
     averaging: bool = False
-    """The weights are averaged (`average`)."""
+    """Whether the weights are averaged (`average`)."""
     averaged: bool = False
-    """The average was better at the last evaluation: it is what the checkpoint shows."""
+    """Whether the average was better at the last evaluation, and is the model of the checkpoint."""
     slowed: float = 1.0
-    """Rates are multiplied by this since the run went back from a loss that was not finite."""
+    """Factor on the learning rates, after a rollback."""
     run: str = field(default_factory=lambda: uuid4().hex)
-    """Tells runs apart that share a mirror."""
+    """Unique id of the run, to tell apart runs that share a mirror."""
 
     def note_evaluation(self) -> None:
-        """Take `val_loss` down as that of this step: history, and the best so far."""
+        """Record `val_loss` as that of this step: in the history, and as the best if it is."""
         self.evaluated = self.step
         if self.loss_steps:  # else another run's checkpoint, which was evaluated there
             self.train_loss = self.loss_sum / self.loss_steps
@@ -90,13 +99,13 @@ class Progress:
             self.best_step, self.best_val_loss = self.step, self.val_loss
 
 
-def one_writer(cfg: RunConfig, is_first: bool) -> ExitStack:
-    """The locks of a run, held by rank 0 while the body runs; reading a run (eval_only) needs none.
+def run_lock(cfg: RunConfig, is_first: bool) -> ExitStack:
+    """The locks of a run, held by rank 0 until the stack is closed; eval_only needs none.
 
-    Raises UserError naming the process that holds one, or for a run directory that cannot be made or leads elsewhere.
+    Raises UserError naming the process that holds one, or for a run directory that cannot be created or is a link.
     """
     stack, out = ExitStack(), Path(cfg.train.out_dir)
-    if not is_first or only_reads(cfg):
+    if not is_first or is_read_only(cfg):
         return stack
     no_links(out, "checkpoints", "wandb", "swanlog")
     mirror = Mirror(cfg.train.mirror) if cfg.train.mirror else None
@@ -115,49 +124,49 @@ def one_writer(cfg: RunConfig, is_first: bool) -> ExitStack:
     return stack
 
 
-def with_own_settings(cfg: RunConfig, origin: Origin | None) -> tuple[RunConfig, Origin]:
-    """`cfg` with the settings of the run that `out_dir`, or its mirror, holds, wherever neither command line nor file
-    names a key: a default is no wish to change a run. Without an origin every value counts as named.
+def with_saved_settings(cfg: RunConfig, origin: Origin | None) -> tuple[RunConfig, Origin]:
+    """`cfg` with the settings of the run in `out_dir`, or in its mirror, for all keys that neither command line nor
+    file sets: a default must not change a run. Without an origin every value counts as set by the user.
     """
     out = Path(cfg.train.out_dir)
-    if origin is None or begins_anew(cfg, origin):
+    if origin is None or starts_over(cfg, origin):
         return cfg, origin or {}
     with tempfile.TemporaryDirectory() as folder:
         config = out / "config.yaml" if has_checkpoint(out) else None
         if config is None and cfg.train.mirror:
             config = Mirror(cfg.train.mirror).saved_config(Path(folder))
-        return own_settings(config, cfg, origin) if config is not None and config.is_file() else (cfg, origin)
+        return saved_settings(config, cfg, origin) if config is not None and config.is_file() else (cfg, origin)
 
 
-def begins_anew(cfg: RunConfig, origin: Origin) -> bool:
+def starts_over(cfg: RunConfig, origin: Origin) -> bool:
     """Whether the command line says --init_from=scratch."""
     return cfg.train.init_from == "scratch" and origin.get("init_from") == "command line"
 
 
 def has_checkpoint(out: Path) -> bool:
-    """Whether the directory holds a run that has come to a checkpoint, also one whose links a copy has lost."""
+    """Whether the directory holds a run with a checkpoint, even if copying has lost the links."""
     return os.path.lexists(out / "checkpoints" / "last") or bool(step_directories(out / "checkpoints"))
 
 
 def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, restarted: bool = False) -> Path | None:
-    """Enter the run directory; return the checkpoint to continue from, or None for a new run.
+    """Open the run directory; returns the checkpoint to continue from, or None for a new run.
 
-    Where the directory has no checkpoint, the mirror's is fetched. restarted: --init_from=scratch was obeyed before.
+    If the directory has no checkpoint, the mirror's is fetched. restarted: --init_from=scratch has been carried out.
 
-    Raises UserError where the directory holds a run of another configuration, or nothing where a run was asked for.
+    Raises UserError if the directory holds a run of another configuration, or none although one was asked for.
     """
     out = Path(cfg.train.out_dir)
     link = out / "checkpoints" / "last"
-    anew = begins_anew(cfg, origin) and not restarted
+    anew = starts_over(cfg, origin) and not restarted
     if anew and has_checkpoint(out):
         move_aside(out)
     if anew and mirror is not None:
         mirror.forget()
-    if not only_reads(cfg):
+    if not is_read_only(cfg):
         restore_links(link.parent)
     last = pointed(link)
     if last is None and os.path.lexists(link):
-        raise UserError(f"{link} names a checkpoint that is gone; continue from another with --resume_from="
+        raise UserError(f"{link} points to a checkpoint that does not exist; continue from another with --resume_from="
                         f"{link.parent}/step-N in a new --out_dir, or start over with --init_from=scratch")  # fmt: skip
     if mirror is not None and not anew:
         if last is None:
@@ -177,33 +186,33 @@ def open_run(cfg: RunConfig, origin: Origin, mirror: Mirror | None = None, resta
 
 
 def move_aside(out: Path) -> None:
-    """Move what the run in `out` wrote, and nothing else, into the first free of `out`.old-1, `out`.old-2 ..."""
+    """Move the files that the run in `out` wrote, and no others, to the first free of `out`.old-1, `out`.old-2 ..."""
     out, number = out.resolve(), 1
     while (old := out.with_name(f"{out.name}.old-{number}")).exists():
         number += 1
     checkpoints = out / "checkpoints"
     theirs = [checkpoints / "last", checkpoints / "best", *step_directories(checkpoints).values()]
-    theirs += [*out.glob("events.out.tfevents.*"), *(out / name for name in OWN)]
+    theirs += [*out.glob("events.out.tfevents.*"), *(out / name for name in WRITTEN_BY_RUN)]
     if (out / TEXT).is_file():
         theirs += [out / "data", out / TEXT]
     (old / "checkpoints").mkdir(parents=True)
     for path in theirs:
         if os.path.lexists(path):
             path.rename(old / path.relative_to(out))
-    log(f"--init_from=scratch: the run that was in {out} is now {old}")
+    log(f"--init_from=scratch: the run that was in {out} was moved to {old}")
 
 
 def step_directories(checkpoints: Path) -> dict[int, Path]:
-    """The checkpoints in a run's directory by their step. What users put next to them, step-10.bak, is theirs."""
+    """The checkpoints in a run's directory, by step. Other names, such as step-10.bak, are the user's."""
     found_steps = checkpoints.glob("step-*")
     return {int(path.name[5:]): path for path in found_steps
             if re.fullmatch("step-(0|[1-9][0-9]{0,17})", path.name) and path.is_dir()}  # fmt: skip
 
 
 def restore_links(checkpoints: Path) -> None:
-    """Make `checkpoints` what it was before a kill between two renames, and before a copy that knows no links.
+    """Repair `checkpoints` after a kill between two renames, or after a copy without symlinks.
 
-    `rsync --no-links` leaves them out: the highest step is the last. `cp -rL` and zip make directories of them.
+    `rsync --no-links` omits them: then the highest step is the last. `cp -rL` and zip turn them into directories.
     """
     for older in checkpoints.glob(".step-*.old"):
         put_back(older.with_name(older.name.removeprefix(".").removesuffix(".old")))
@@ -223,15 +232,15 @@ def restore_links(checkpoints: Path) -> None:
     resumable = [n for n, path in steps.items() if (path / "train_state" / "progress.json").is_file()]
     if resumable and not os.path.lexists(last):
         point_at(last, f"step-{max(resumable)}")
-        log(f"{last} is missing; the run goes on from the highest step there is, {max(resumable)}")
+        log(f"{last} is missing; the run continues from its highest step, {max(resumable)}")
     if (path := pointed(last)) is not None and not os.path.lexists(best):
         best_step = load_progress(path).best_step
         if best_step in steps:
             point_at(best, steps[best_step].name)
 
 
-def only_reads(cfg: RunConfig) -> bool:
-    """Whether a run is only looked at: perhaps one that another process is writing, or may not be written."""
+def is_read_only(cfg: RunConfig) -> bool:
+    """Whether the run is only evaluated: another process may be writing it, or it may be write-protected."""
     return cfg.train.eval_only and pointed(Path(cfg.train.out_dir) / "checkpoints" / "last") is not None
 
 
@@ -249,42 +258,43 @@ def find_state(name: str) -> Path:
 
 
 def hash_early(cfg: RunConfig, origin: Origin) -> None:
-    """Begin to hash the checkpoint that the run will go on from, before torch is imported; `verified` compares it.
+    """Start to hash the checkpoint that the run will continue from, before torch is imported; `verified` compares.
 
-    Here nothing is refused yet, and where there is no checkpoint, nothing begins.
+    Errors are left to `verified`; without a checkpoint nothing is started.
     """
     train, first = cfg.train, os.environ.get("RANK", "0") == "0"
     with suppress(UserError, OSError, ValueError):
         checkpoint = pointed(Path(train.out_dir) / "checkpoints" / "last")
         if checkpoint is None and train.resume_from:
             checkpoint = find_state(train.resume_from)
-        if checkpoint is not None and not begins_anew(cfg, origin):
+        if checkpoint is not None and not starts_over(cfg, origin):
             hash_ahead(checkpoint, for_training if first else for_model)
 
 
 def verified(checkpoint: Path | None, is_first: bool) -> AbstractContextManager:
-    """While a checkpoint is read, its files are compared with what was written: all on rank 0, on others the model's.
+    """Compares the files of a checkpoint with their checksums while it is read: all on rank 0, the model on other
+    ranks.
 
-    Raises UserError naming the first file that is not.
+    Raises UserError naming the first file that differs.
     """
     if checkpoint is None:
         return nullcontext()
     return verifying(checkpoint, for_training if is_first else for_model)
 
 
-def start_run(cfg: RunConfig, origin: Origin) -> None:
-    """Make the run directory and write config.yaml."""
+def create_run(cfg: RunConfig, origin: Origin) -> None:
+    """Create the run directory and write config.yaml."""
     out = Path(cfg.train.out_dir)
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        note_place(out)
+        note_location(out)
         save_config(out / "config.yaml", cfg, origin)
     except OSError as e:
         raise UserError(f"out_dir {out} cannot be written: {e.strerror}; choose another --out_dir") from e
 
 
 def load_progress(checkpoint: Path) -> Progress:
-    """Counters of a checkpoint. Raises UserError if the file is damaged, or of another step than its directory."""
+    """Progress of a checkpoint. Raises UserError if the file is damaged or of another step than its directory."""
     file = checkpoint / "train_state" / "progress.json"
     try:
         progress = read_record(file, Progress)

@@ -1,4 +1,4 @@
-"""Which settings a run keeps when a command continues it, which may change, and which are refused."""
+"""Continuing a run: which settings it keeps, which may change, and which are refused."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from miaobi.settings import UNLIMITED, Origin, flatten, load_config, read_yaml, 
 if TYPE_CHECKING:
     from miaobi.train.run_directory import Progress
 
-# How a run is entered, and on which machine: each command says it anew.
+# How a run is started, and on which machine: every command sets these anew.
 PER_COMMAND = {"init_from", "resume_from", "eval_only", "eval_first", "out_dir", "micro_batch_size", "parallel",
            "fsdp_shard_size", "activation_checkpointing", "comm_timeout"}  # fmt: skip
-# Where it is copied to and reported: may change while it goes on.
+# Where it is copied and reported to: may change when it is continued.
 REPORTING = {"mirror", "tensorboard_path", "trackers", "wandb_log", "wandb_project", "wandb_run_name", "license"}
 TEXT = "text.json"
-"""Which text a run prepared for itself: see train/data.py."""
-PLACE = ".place"
-"""Tells the directory that a run was written in from copies of it, whatever they are called: see `is_here`."""
+"""Describes the text that a run prepared for itself; see train/data.py."""
+LOCATION = ".place"
+"""Tells the original run directory from copies of it, whatever their names: see `is_original`."""
 
 
 def is_named(origin: Origin, key: str) -> bool:
-    """Whether a user wrote the key, on the command line or in a file; else its value is a default, or follows from
+    """Whether the user set the key, on the command line or in a file; otherwise its value is a default, or derived from
     another key.
     """
     where = origin.get(key, "default")
@@ -38,78 +38,79 @@ def is_named(origin: Origin, key: str) -> bool:
 
 
 def read_saved(config: Path) -> dict[str, Any]:
-    """Key -> value of the configuration that a run has saved."""
+    """The configuration that a run has saved, key -> value."""
     values, _ = read_yaml(config)
     return flatten(load_config(None, list(values.items()))[0])
 
 
-def own_settings(config: Path, cfg: RunConfig, origin: Origin) -> tuple[RunConfig, Origin]:
-    """`cfg` with what the run's `config` says wherever nobody named a key; said in a line.
+def saved_settings(config: Path, cfg: RunConfig, origin: Origin) -> tuple[RunConfig, Origin]:
+    """`cfg` with the values of the run's `config` for all keys that the user did not set; they are logged.
 
-    Raises UserError naming a key that was named and does not go with them.
+    Raises UserError naming a key that was set and does not go with them.
     """
     saved, current = read_saved(config), flatten(cfg)
     others = [key for key, was in saved.items() if was != current[key] and not is_named(origin, key)]
     own = {key: saved[key] for key in others if key not in PER_COMMAND}
     if "init_from" in others and saved["init_from"] not in ("scratch", "resume"):  # the model that it tunes
         own["init_from"] = saved["init_from"]
-    if not is_here(config.parent, saved["out_dir"]):
-        # what the first one still writes to must not be written by two, nor what somebody wishes who sent a run
+    if not is_original(config.parent, saved["out_dir"]):
+        # two runs must not write to one place, nor may whoever sent a run choose where this machine writes
         left = [f"--{key}={own.pop(key)}" for key in ("mirror", "tensorboard_path") if own.get(key)]
         if left and os.environ.get("RANK", "0") == "0":
-            log(f"{cfg.train.out_dir} is a copy of a run that was written elsewhere (in {saved['out_dir']}): it does "
-                f"not write to what that run may still write to; say {' '.join(left)} if it shall")  # fmt: skip
+            log(f"{cfg.train.out_dir} is a copy of a run in {saved['out_dir']}: it does not write to the storage "
+                f"of that run; give {' '.join(left)} if it shall")  # fmt: skip
     if own.get("lr_decay_iters") == saved["max_iters"]:  # follows max_iters
         del own["lr_decay_iters"]
     if not own:
         return cfg, origin
     if os.environ.get("RANK", "0") == "0":
         listed = ", ".join(f"{key}={value}" for key, value in own.items() if value != UNLIMITED)
-        log(f"{cfg.train.out_dir} goes on with its own settings where none are given: {listed}")
+        log(f"{cfg.train.out_dir} continues with its saved settings: {listed}")
     try:
         return with_values(cfg, own), origin | dict.fromkeys(own, "as the run began")
-    except UserError:  # by itself the key that was named may be possible
-        refuse(saved, current | own, cfg.train.out_dir)
+    except UserError:  # the key that was set may be valid by itself
+        refuse_changed_values(saved, current | own, cfg.train.out_dir)
         raise
 
 
-def is_here(out: Path, name: str) -> bool:
-    """Whether a run was written in this very directory; name: what it was called then.
+def is_original(out: Path, name: str) -> bool:
+    """Whether the run was written in this very directory, not in a copy. name: path of the directory when it was
+    written.
 
-    A name alone can be guessed by who sends a run, so the directory's number in its file system must be noted there.
+    The path alone could be guessed by whoever sends a run, so the directory's inode must match as well.
     """
-    noted = small_text(out / PLACE) if (out / PLACE).is_file() else ""
-    return os.path.realpath(name) == os.path.realpath(out) and noted == place_of(out)
+    noted = small_text(out / LOCATION) if (out / LOCATION).is_file() else ""
+    return os.path.realpath(name) == os.path.realpath(out) and noted == inode_of(out)
 
 
-def note_place(out: Path) -> None:
-    """Say in a run directory which directory it is. Raises OSError."""
-    write_text(out / PLACE, place_of(out) + "\n")
+def note_location(out: Path) -> None:
+    """Save the inode of a run directory in it. Raises OSError."""
+    write_text(out / LOCATION, inode_of(out) + "\n")
 
 
-def place_of(out: Path) -> str:
-    """A number that no other directory of the file system has."""
+def inode_of(out: Path) -> str:
+    """The inode of a directory, which no other directory of the file system has."""
     return str(out.stat().st_ino)
 
 
 def refuse_changes(config: Path, cfg: RunConfig, what: str) -> None:
-    """Raise UserError naming the first key in which `cfg` is not the configuration that a run has saved.
+    """Raise UserError naming the first key in which `cfg` differs from the saved configuration of a run.
 
-    what: where that run is, in words.
+    what: names that run in the message.
     """
-    refuse(read_saved(config), flatten(cfg), what)
+    refuse_changed_values(read_saved(config), flatten(cfg), what)
 
 
-def refuse(saved: dict[str, Any], current: dict[str, Any], what: str) -> None:
-    """`refuse_changes`, of settings by their keys.
+def refuse_changed_values(saved: dict[str, Any], current: dict[str, Any], what: str) -> None:
+    """`refuse_changes` on dictionaries.
 
-    A larger max_iters is let through: it extends the run, and an lr_decay_iters that was equal to it, or left open, may
-    follow.
+    A larger max_iters is allowed: it extends the run. An lr_decay_iters that was equal to it, or not set, may grow with
+    it.
     """
     grows = current["max_iters"] >= saved["max_iters"]
     for key, now in current.items():
         was = saved[key]
-        if key in PER_COMMAND | REPORTING or now == was or is_same_place(key, was, now, Path(current["out_dir"])):
+        if key in PER_COMMAND | REPORTING or now == was or may_be_same_text(key, was, now, Path(current["out_dir"])):
             continue
         if key == "max_iters":
             if grows:
@@ -127,9 +128,9 @@ def refuse(saved: dict[str, Any], current: dict[str, Any], what: str) -> None:
         )
 
 
-def is_same_place(key: str, was: Any, now: Any, out: Path) -> bool:
-    """Whether two places may hold the same text: one spelled in two ways; for `data`, of which the run knows the
-    content, wherever there is text now. Whoever opens it compares.
+def may_be_same_text(key: str, was: Any, now: Any, out: Path) -> bool:
+    """Whether two paths may lead to the same text: different spellings of one path; or, for `data`, whose content the
+    run knows, any existing text. Whoever opens the text compares it.
     """
     if key not in ("data", "val") or was is None or now is None:
         return False
@@ -137,8 +138,8 @@ def is_same_place(key: str, was: Any, now: Any, out: Path) -> bool:
     return os.path.realpath(was) == os.path.realpath(now) or (key == "data" and knows)
 
 
-def grown(cfg: RunConfig, progress: Progress) -> RunConfig:
-    """The configuration with an lr_decay_iters that was the run's whole length when it began following max_iters."""
+def with_longer_decay(cfg: RunConfig, progress: Progress) -> RunConfig:
+    """The configuration with lr_decay_iters grown to max_iters, if the two were equal when the run began."""
     end, first = cfg.optim.lr_decay_iters, progress.first_iters
     if end is None or end != first or first >= cfg.train.max_iters:
         return cfg

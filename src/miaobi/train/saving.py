@@ -1,7 +1,7 @@
-"""Checkpoints: copied in an instant, written in the background, visible only when whole.
+"""Saving checkpoints: copied in memory, written in the background, visible only when complete.
 
-A checkpoint is a model directory plus train_state/: the optimizers' state (`optimizer_state`) and the counters; and
-checksums.json, the SHA-256 of every file.
+A checkpoint is a model directory plus train_state/, which holds the optimizers' state (`optimizer_state`) and the
+progress; checksums.json has the SHA-256 of every file.
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ from miaobi.train.run_directory import Progress, step_directories
 from miaobi.train.setup import Plan
 from miaobi.train.world import World
 
-LOOK = 10.0  # seconds after which a rank that waits for a checkpoint looks whether the others still live
+POLL_SECONDS = 10.0  # a rank that waits for a checkpoint tests so often whether the others still live
 
 
 class Saver:
     """Writes the checkpoints of a run, one at a time.
 
-    Training stands still while weights and moments are copied in memory (`save`); files are written, flushed and
-    renamed by a thread. Whatever fails there costs that checkpoint, not the run.
+    Training pauses only while weights and optimizer state are copied in memory (`save`); a thread then writes the
+    files, flushes and renames them. An error there costs that checkpoint, not the run.
 
-    Attributes:
-        best: (step, validation loss) of the checkpoint that `best` names.
-        lost: whether the latest checkpoint could not be written.
+    Attributes: best, (step, validation loss) of the checkpoint that `best` points to; lost, whether the latest
+    checkpoint could not be written.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -53,33 +52,33 @@ class Saver:
         self.lost = False
 
     def save(self) -> None:
-        """Copy everything and go on; a checkpoint still being written is waited for first."""
+        """Copy everything in memory and start writing; waits first for a checkpoint that is still being written."""
         self.finish()
         plan = self.plan
-        with plan.average.shown() if plan.average else nullcontext():
+        with plan.average.using_better() if plan.average else nullcontext():
             plain = snapshot(plan.model, self.world)
-        other = plan.average.hidden() if plan.average and self.world.is_first else None
+        other = plan.average.copy_of_other() if plan.average and self.world.is_first else None
         state = optimizer_state.copied(plan.model, plan.optimizers, plan.scaler, self.world)
-        # a daemon: a rank that lost the others must be able to leave
+        # a daemon, so that a rank that lost the others can exit
         self.thread = Thread(target=self._run, args=(plain, state, copy.deepcopy(plan.progress), other), daemon=True)
         self.thread.start()
 
     def refuse_lost(self) -> None:
-        """Raise UserError where the last checkpoint could not be written."""
+        """Raise UserError if the last checkpoint could not be written."""
         if self.lost:
             raise UserError(f"the last checkpoint, of step {self.plan.progress.step}, could not be written; "
-                            f"{checkpoint_before(self.root)}. Free some space: the same command again goes on "
+                            f"{checkpoint_before(self.root)}. Free some space: the same command again continues "
                             "from there")  # fmt: skip
 
     def finish(self) -> None:
-        """Wait for the checkpoint under way; where it was lost, so is a best model in it.
+        """Wait for the checkpoint that is being written; if it fails, a best model in it is lost, too.
 
-        Raises UserError where a rank is lost that has a part to write.
+        Raises UserError if a rank is lost that has a part to write.
         """
         if self.thread is None:
             return
         while self.thread.is_alive():
-            self.thread.join(LOOK)
+            self.thread.join(POLL_SECONDS)
             if self.thread.is_alive() and self.world.unreachable():
                 raise self.world.lost_ranks_error("while a checkpoint was written")
         self.thread = None
@@ -94,9 +93,9 @@ class Saver:
 
     def _run(self, *args) -> None:
         try:
-            # no rank is through before all are: one that has left the run would be taken for lost
+            # ranks finish together: one that has left the run would count as lost
             self.outcome = all(self.world.gather(self._write(*args), self.world.slow))
-        except BaseException as e:  # raised again by `finish`, in the run's own thread
+        except BaseException as e:  # raised again by `finish`, in the main thread
             self.outcome = e
 
     def _write(
@@ -106,7 +105,7 @@ class Saver:
         progress: Progress,
         other: dict[str, Tensor] | None = None,
     ) -> bool:
-        """Whether the checkpoint is whole on the disk."""
+        """Write a checkpoint; returns whether it is complete on the disk."""
         path = self.root / f"step-{progress.step}"
         try:
             with ExitStack() as stack:
@@ -128,19 +127,19 @@ class Saver:
                     self._write_plain(Path(directory), plain, progress)
                     checksums.write(Path(directory))
             if plain is not None:
-                self._show(path, progress)
+                self._update_pointers(path, progress)
         except OSError as e:
             warn(f"checkpoint of step {progress.step} could not be written ({e}); "
                  f"{checkpoint_before(self.root)}: free some space")  # fmt: skip
             return False
         if plain is not None:
-            self._clear(path)
+            self._remove_old(path)
             if self.plan.mirror is not None:
                 self.plan.mirror.push(self.root.parent, progress.run)
         return True
 
     def _write_state(self, state: optimizer_state.State, aside: Path, checksums: Checksums) -> None:
-        """Every rank writes its part of the optimizers' state, and hashes each file while it writes the next.
+        """Write this rank's part of the optimizers' state, hashing each file while the next is written.
 
         Raises OSError on every rank if one of them fails.
         """
@@ -171,14 +170,14 @@ class Saver:
             file.chmod((aside / "config.json").stat().st_mode & 0o777)
         write_text(aside / "train_state" / "progress.json", json_of(asdict(progress)))
 
-    def _show(self, path: Path, progress: Progress) -> None:
-        """Point `last` (and `best`) at a whole checkpoint."""
+    def _update_pointers(self, path: Path, progress: Progress) -> None:
+        """Point `last` (and `best`) to a complete checkpoint."""
         if progress.best_step == progress.step:
             point(self.root / "best", path.name)
         point(self.root / "last", path.name)
 
-    def _clear(self, path: Path) -> None:
-        """Drop the checkpoints that nothing points at any more; one that cannot be dropped costs a warning."""
+    def _remove_old(self, path: Path) -> None:
+        """Delete checkpoints that nothing points to any more; an error is only a warning."""
         keep, interval = {path, pointed(self.root / "best")}, self.plan.cfg.train.save_interval
         for step, old in step_directories(self.root).items():
             if old not in keep and not (interval and step % interval == 0):
@@ -189,21 +188,21 @@ class Saver:
 
 
 def refuse_not_finite(model: Transformer) -> None:
-    """Raise OSError naming the first parameter that is not finite: such a model is of no use to go on from."""
+    """Raise OSError naming the first parameter that is not finite: such a model cannot be continued."""
     for name, p in model.named_parameters():
         if not bool(torch.isfinite(p).all()):
             raise OSError(f"{name} is not finite; try a lower --learning_rate in another --out_dir")
 
 
 def checkpoint_before(checkpoints: Path) -> str:
-    """Which checkpoint there still is where the latest could not be written."""
+    """Names the checkpoint that is left if the latest could not be written."""
     before = pointed(checkpoints / "last")
     return f"the checkpoint before it, {before.name}, is still whole" if before else "there is none before it"
 
 
 @torch.no_grad()
 def snapshot(model: Transformer, world: World) -> Transformer | None:
-    """A copy of `model` on the CPU that training does not touch: on rank 0, None elsewhere. Shards are gathered."""
+    """A copy of `model` on the CPU, independent of training: on rank 0, None elsewhere. Shards are gathered."""
     if not is_sharded(model) and not world.is_first:
         return None
     values = {}

@@ -1,8 +1,8 @@
-"""A run that ends in time: its steps are laid over the speed that is measured, again and again until the end.
+"""Runs that end in time: the number of steps is planned from the measured speed, and planned again until the end.
 
-The schedule of the learning rate then runs over shares of the run instead of steps: where the steps are laid anew, the
-rest of the schedule is laid over the rest of the steps, without a jump. Every decision stands in `Progress.laid`, so
-that a resumed run goes on from what was decided.
+The schedule of the learning rate then follows shares of the run instead of step numbers: whenever the steps are
+replanned, the rest of the schedule is spread over the remaining steps, without a jump. Every plan is saved in
+`Progress.laid`, so that a resumed run continues from it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from miaobi.errors import number_of
 from miaobi.model.transformer import Transformer
 from miaobi.train.evaluate import to_device
 from miaobi.train.layout import Objective
-from miaobi.train.measured import ExecutionMode, Work
+from miaobi.train.measured import ExecutionMode, Workload
 from miaobi.train.optimizer import rate
 from miaobi.train.recipe import total_steps
 from miaobi.train.run_directory import Progress
@@ -30,21 +30,22 @@ if TYPE_CHECKING:
     from miaobi.train.setup import Plan
 
 PARTS = 10
-"""The steps are laid anew when a tenth of the rest is done, or a tenth of the time that was left is over."""
+"""The steps are replanned whenever a tenth of the remaining steps is done or a tenth of the remaining time has passed.
+"""
 COARSE = 0.2
-"""Share of the schedule in one step from which on it is no schedule any more, and that is said."""
+"""Share of the schedule in a single step from which on a warning says that the schedule is cut short."""
 WRITING = 1.0
-"""Seconds that a checkpoint is taken to need, before one was written."""
+"""Seconds assumed for writing a checkpoint, until one was written."""
 ENDING = 2.0
-"""Seconds kept for what comes after the last evaluation: its checkpoint on the disk, the report."""
+"""Seconds reserved for what follows the last evaluation: its checkpoint, the report."""
 
 
 def clock() -> float:
-    """Seconds, as good as the system has them."""
+    """Seconds, by the most precise clock of the system."""
     return time.perf_counter()
 
 
-def lay_first(
+def first_estimate(
     cfg: RunConfig,
     progress: Progress,
     world: World,
@@ -53,18 +54,19 @@ def lay_first(
     dtype: torch.dtype,
     most: int,
 ) -> int:
-    """Steps that a run of max_minutes begins with: by two passes of a micro-batch, of which the second is timed.
+    """Steps that a run with max_minutes plans at first, estimated from two passes of a micro-batch; the second is
+    timed.
 
-    A run that has begun keeps what it began with. most: steps that it may have at all.
+    A resumed run keeps its own. most: upper bound of the steps.
     """
     if not progress.laid:
         device, mode = model.wte.weight.device, ExecutionMode(str(dtype).removeprefix("torch."))
         rows = math.ceil(cfg.train.global_batch / world.size)
-        work = Work(
+        work = Workload(
             Objective(model), lambda n, _: to_device(batch, slice(n), device), device, 0, rows, len(batch.inputs)
         )
-        work.once(mode)
-        steps = int(60 * cfg.train.max_minutes / (work.once(mode) * rows))
+        work.time_pass(mode)
+        steps = int(60 * cfg.train.max_minutes / (work.time_pass(mode) * rows))
         progress.laid = [[0, world.gather(max(1, min(most, steps)))[0], 0.0]]
         log(
             f"max_minutes={cfg.train.max_minutes:g}: about {number_of(progress.laid[0][1], 'step')} by the "
@@ -74,48 +76,50 @@ def lay_first(
 
 
 class Deadline:
-    """Lays the steps of a run over the time that it has left.
+    """Plans the steps of a run so that it ends in time.
 
-    `progress.laid` holds rows of step, steps of the whole run as they were laid then, and the share of the schedule
-    that lay behind.
+    `progress.laid` has a row for every plan: step at which it was made, total steps, share of the schedule that was
+    done.
     """
 
     def __init__(self, cfg: TrainConfig, progress: Progress, world: World, most: int, begun: float) -> None:
-        """most: steps that the run may have at all. begun: by `clock`, when the run began, its cuts taken out."""
+        """most: upper bound of the steps. begun: by `clock`, when the run would have begun without interruptions."""
         self.cfg, self.progress, self.world, self.most = cfg, progress, world, most
         self.begun = begun
         self.per_step: float | None = None
         self.evaluation: float | None = None  # with its checkpoint, in seconds
-        self.has_warned, self.look = False, math.inf
+        self.has_warned, self.next_check = False, math.inf
         step, total, _ = progress.laid[-1]
         self.next = max(progress.step, int(step)) + max(1, min(3, int(total - step) // PARTS))
 
     @classmethod
     def of(cls, plan: Plan, begun: float) -> Deadline | None:
-        """That of a run; None where it may take as long as it takes."""
+        """The deadline of a run; None without max_minutes."""
         if plan.cfg.train.max_minutes is None or not plan.progress.laid:
             return None
         most = total_steps(plan.cfg, len(plan.blocks))
         return cls(plan.cfg.train, plan.progress, plan.world, most, begun)
 
     def elapsed(self) -> float:
-        """Seconds of the commands of this run up to their last checkpoints, and of this one."""
+        """Seconds that the run has taken: this command, and earlier ones up to their last checkpoint."""
         return clock() - self.begun
 
     def note_steps(self, seconds: float) -> None:
-        """Take down how long a step takes now."""
+        """Update the time of a step."""
         self.per_step = seconds if self.per_step is None else (self.per_step + seconds) / 2
 
     def note_evaluation(self, seconds: float) -> None:
-        """Take down how long an evaluation and its checkpoint took."""
+        """Update the time of an evaluation with its checkpoint."""
         self.evaluation = seconds
 
     def is_due(self, step: int) -> bool:
-        """Whether the steps are to be laid anew before `step`. Several ranks have several clocks: they go by steps."""
-        return step >= self.next or (self.world.size == 1 and clock() >= self.look)
+        """Whether to replan before `step`. With several ranks it depends on the step alone, because their clocks
+        differ.
+        """
+        return step >= self.next or (self.world.size == 1 and clock() >= self.next_check)
 
-    def lay(self, step: int) -> int:
-        """Lay the steps anew before `step`, one at least; how many the whole run has now. Every rank must ask."""
+    def replan(self, step: int) -> int:
+        """Plan the steps from `step` on, at least one more; returns the total. Collective: every rank must call it."""
         laid, per_step = self.progress.laid, self.per_step or 0.0
         evaluation = self.evaluation
         if evaluation is None:  # forward alone, a third of the work
@@ -126,26 +130,26 @@ class Deadline:
         done = share_done(step, laid)
         if (1.0 - done) / (total - step) > COARSE and total < self.most and not self.has_warned:
             warn(
-                f"max_minutes leaves time for {total - step} more step(s), with {1 - done:.0%} of the learning rate's "
-                "schedule before them, which is cut short: steps are slow now. More minutes, or a smaller model, help"
+                f"max_minutes leaves time for {total - step} more step(s), but {1 - done:.0%} of the learning rate's "
+                "schedule remains, which is cut short: steps are slow now. More minutes, or a smaller model, help"
             )
             self.has_warned = True
         if laid[-1][0] == step:
             laid.pop()
         laid.append([step, total, done])
-        self.next, self.look = step + max(1, (total - step) // PARTS), clock() + left / PARTS
+        self.next, self.next_check = step + max(1, (total - step) // PARTS), clock() + left / PARTS
         return total
 
 
 def share_done(step: int, laid: list[list[float]]) -> float:
-    """The share of the schedule that lies behind `step`, 0 to 1."""
+    """Share of the schedule that is done before `step`, 0 to 1."""
     begun, total, done = next(row for row in reversed(laid) if row[0] <= step)
     return done + (1.0 - done) * (step - begun) / max(1.0, total - begun)
 
 
 def share_of_rate(step: int, optim: OptimConfig, progress: Progress) -> float:
-    """Learning rate of `step` as a share of the peak. Where the steps were laid over time, the schedule is at the same
-    share of the steps that it was laid over first.
+    """Learning rate of `step` as a share of the peak. If the steps were replanned, the schedule is read at the same
+    share of the steps that were planned first.
     """
     at = share_done(step, progress.laid) * progress.laid[0][1] if progress.laid else None
     return rate(step, optim, at) * progress.slowed

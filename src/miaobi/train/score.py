@@ -1,4 +1,4 @@
-"""`miaobi eval`: a model and a text, in any of their forms, into figures."""
+"""`miaobi eval`: loss, perplexity and bits per character of a model on a text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Read = Callable[..., Iterator[str]]
 def score(cfg: EvalConfig) -> dict:
     """Score a prepared directory's split, or raw text, every character once; dialogues one by one.
 
-    Returns what `evaluate` returns. Raises UserError for a model and data that do not belong together.
+    Returns what `evaluate` returns. Raises UserError for a model and data that do not match.
     """
     keep_allocations()
     where, sources = pick_device(cfg.device), list(cfg.data)
@@ -55,7 +55,7 @@ def score(cfg: EvalConfig) -> dict:
 
 
 def begin_ids(tokenizer: Tokenizer) -> list[int]:
-    """What a foreign tokenizer puts before every text and is not scored: `<s>`, `[CLS]`."""
+    """Tokens that a foreign tokenizer puts before every text, which are not scored: `<s>`, `[CLS]`."""
     return [id_ for id_ in tokenizer.begin_ids if id_ != tokenizer.eot_id]
 
 
@@ -63,7 +63,7 @@ def score_dialogues(
     model: Transformer, tokenizer: Tokenizer, stream: TokenStream | MemoryStream, batch_size: int, dtype: torch.dtype,
     sources: list[str],
 ) -> dict:  # fmt: skip
-    """Score dialogues one by one; returns what `score_batches` returns. Raises UserError where nothing is scored."""
+    """Score dialogues one by one; returns what `score_batches` returns. Raises UserError if nothing is scored."""
     blocks = PackedDialogues(stream, model.cfg.block_size)
     batches = (blocks.take(range(len(blocks))[i : i + batch_size]) for i in range(0, len(blocks), batch_size))
     characters, text_bytes = reply_text(stream, blocks, tokenizer)
@@ -73,7 +73,7 @@ def score_dialogues(
 
 
 def nothing_in(sources: list[str]) -> UserError:
-    """The error that there is no text in the sources, or of every dialogue only the character that is given."""
+    """The error for sources without text, or with dialogues of which only the unscored first character is there."""
     return UserError(f"nothing to score in {' '.join(sources)}")
 
 
@@ -124,7 +124,7 @@ def dialogues(
 
 
 def reply_text(stream: TokenStream | MemoryStream, blocks: PackedDialogues, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Characters and UTF-8 bytes of what is scored: of every piece the first token is given."""
+    """Characters and UTF-8 bytes of the scored text: the first token of every piece is context only."""
     n = len(stream)
     edges = np.zeros(n + 1, np.int64)
     np.add.at(edges, blocks.starts + 1, 1)
@@ -144,7 +144,7 @@ def stride_tokens(stride: str, block_size: int) -> int:
 
 
 def open_prepared(source: str, tokenizer: Tokenizer) -> PreparedData:
-    """Prepared data of the model's own tokenizer. Raises UserError for another."""
+    """Prepared data with the model's own tokenizer. Raises UserError for another."""
     data = PreparedData.open(source)
     if data.tokenizer.backend.to_str() != tokenizer.backend.to_str():
         raise UserError(f"{source} was prepared with another tokenizer than the model's; give the raw text instead, "
@@ -161,7 +161,7 @@ def part_of(data: PreparedData, split: str) -> TokenStream:
 
 
 def prepared_tokens(source: str, split: str, tokenizer: Tokenizer) -> tuple[np.ndarray, int, int]:
-    """Tokens of a split, with one token of context in front, and its length in characters and bytes."""
+    """Tokens of a split, after one token of context, and its length in characters and bytes."""
     data = open_prepared(source, tokenizer)
     stream = part_of(data, split)
     before = data.eot_id
@@ -172,9 +172,9 @@ def prepared_tokens(source: str, split: str, tokenizer: Tokenizer) -> tuple[np.n
 
 
 def raw_tokens(texts: Iterable[str], tokenizer: Tokenizer, documents: bool) -> tuple[np.ndarray, int, int]:
-    """Tokens of raw text, with one token of context in front, and its length in characters and bytes.
+    """Tokens of raw text, after one token of context, and its length in characters and bytes.
 
-    documents: whether the texts are documents, each of which ends; else they are pieces of one stream.
+    documents: whether each text is a document that ends; else they are pieces of one stream.
     """
     begin, end = tokenizer.begin_ids, [tokenizer.eot_id] if documents else []
     parts, characters, text_bytes = [np.array(begin or [tokenizer.eot_id or 0])], 0, 0

@@ -1,4 +1,4 @@
-"""Everything a run needs before its first step: data, model, optimizers, and where it stands."""
+"""Set-up of a run: data, model, optimizers and progress, as one plan."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from miaobi.config import ModelConfig, OptimConfig, RunConfig
+from miaobi.config import OptimConfig, RunConfig
 from miaobi.console import log
 from miaobi.corpus.dataset import Batch
 from miaobi.corpus.prepared import PreparedData
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import UserError, number_of
 from miaobi.model.checkpoint import load_model, model_directory
+from miaobi.model.config import ModelConfig
 from miaobi.model.lora import adapter_parameters, add_lora, load_adapter
 from miaobi.model.rows import add_rows, added_tokens
 from miaobi.model.transformer import Transformer, head_dim, intermediate_size
@@ -32,21 +33,21 @@ from miaobi.train.mirror import Mirror
 from miaobi.train.optimizer import make_optimizers
 from miaobi.train.optimizer_state import load as load_optimizers
 from miaobi.train.recipe import micro_batch, resolve_model, resolve_optim, total_steps
-from miaobi.train.run_directory import Progress, load_progress, only_reads, open_run, start_run, verified
-from miaobi.train.same_run import grown
-from miaobi.train.schedule import lay_first
+from miaobi.train.run_directory import Progress, create_run, is_read_only, load_progress, open_run, verified
+from miaobi.train.same_run import with_longer_decay
+from miaobi.train.schedule import first_estimate
 from miaobi.train.world import World, check_same
 
 SIZES = ("family", "n_layer", "n_head", "n_embd", "block_size")
-SHAPE = tuple(key.name for key in dataclasses.fields(ModelConfig) if key.name != "dropout")  # what weights are bound to
+SHAPE = tuple(key.name for key in dataclasses.fields(ModelConfig) if key.name != "dropout")  # the weights' shapes
 TRAIN_SHARE = 4  # the training loss is measured on a quarter as many windows as the validation loss
 MakeModel = Callable[[ModelConfig, dict[str, Tensor] | None], Transformer]
-"""A model of that shape with those weights, or with initial ones, on this rank's device."""
+"""(shape, weights or None for initial ones) -> model on this rank's device."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is made of; only `progress`, weights and optimizer state change while it trains."""
+    """All parts of a run; only `progress`, weights and optimizer state change during training."""
 
     cfg: RunConfig
     world: World
@@ -56,25 +57,25 @@ class Plan:
     tokenizer: Tokenizer
     model: Transformer
     optim: OptimConfig
-    """Every number decided."""
+    """With all open settings resolved."""
     optimizers: list[torch.optim.Optimizer]
     scaler: GradScaler
     progress: Progress
-    """Where the run stands."""
+    """The state of the run."""
     blocks: Blocks
-    """What it learns from."""
+    """Training data."""
     val_windows: Batch
-    """The same windows at every evaluation."""
+    """Validation data, the same at every evaluation."""
     train_windows: Batch | None
-    """Of the training text, to be compared with the validation loss; None where they would cost too much."""
+    """A sample of the training text, to compare with the validation loss; None if it would cost too much."""
     total_steps: int
     micro: int
-    """Sequences of a rank that go through the model at once."""
+    """Sequences of a micro-batch, on each rank."""
     mirror: Mirror | None
     average: Average | None
-    """Of the weights, where they are averaged."""
+    """Average of the weights, if they are averaged."""
     parameters: int
-    """Those of the checkpoints, where adapters are merged."""
+    """Parameters of the checkpoints, where adapters are merged."""
     trained_parameters: int
 
     @property
@@ -84,7 +85,7 @@ class Plan:
 
     @property
     def end(self) -> str:
-        """What ends it, if nothing else does."""
+        """Why the run ends if nothing stops it earlier."""
         return "max_minutes" if self.progress.laid else "max_iters"
 
     def flops_per_token(self) -> float:
@@ -94,7 +95,7 @@ class Plan:
         return dense + 12 * cfg.n_layer * attn.n_head * attn.head_dim * cfg.block_size
 
     def headline(self) -> str:
-        """What is about to be trained."""
+        """Description of the run that is logged before it starts."""
         cfg = self.model.cfg
         part = f", {self.trained_parameters:,} trained (LoRA)" if self.progress.base_weights else ""
         return (
@@ -126,12 +127,12 @@ class Plan:
 
 
 def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, dtype: torch.dtype) -> Plan:
-    """Enter the run directory and make what `cfg` describes, as far as the run has come.
+    """Open the run directory and build what `cfg` describes, in the state of the latest checkpoint.
 
-    Raises UserError for a run, data or model that do not fit the configuration or each other.
+    Raises UserError for a run, data or model that do not match the configuration or each other.
     """
     mirror = Mirror(cfg.train.mirror) if cfg.train.mirror else None
-    checkpoint, data = enter(cfg, origin, world, mirror)
+    checkpoint, data = open_inputs(cfg, origin, world, mirror)
     tokenizer, given = data.tokenizer, cfg
     with verified(checkpoint, world.is_first):
         progress = start_or_continue(cfg, data, checkpoint)
@@ -142,7 +143,7 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
         blocks, val_blocks = open_blocks(cfg.data, data, shape.block_size)
         steps, micro = total_steps(cfg, len(blocks)), micro_batch(cfg, device, world.size)
         if cfg.train.max_minutes is not None and not cfg.train.eval_only:
-            steps = lay_first(cfg, progress, world, model, blocks.fixed(micro), dtype, steps)
+            steps = first_estimate(cfg, progress, world, model, blocks.fixed(micro), dtype, steps)
             total = int(progress.laid[-1][1])
         else:
             total = steps
@@ -151,8 +152,8 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
                             f"this run: "
                             "nothing is left to train; give a larger --max_iters")  # fmt: skip
         tuning = cfg.train.trainable if progress.base else None
-        short = progress.bigrams and bigrams.is_short(cfg, shape, data)  # it may have been extended
-        asked = grown(cfg, progress).optim
+        short = progress.bigrams and bigrams.is_short(cfg, shape, data)  # it may have been extended meanwhile
+        asked = with_longer_decay(cfg, progress).optim
         if progress.laid:  # the decay ends with the time
             asked = dataclasses.replace(asked, lr_decay_iters=None)
         optim = resolve_optim(asked, shape.family, steps, tuning, short, shape.n_embd)
@@ -161,8 +162,8 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
         if checkpoint is not None and not cfg.train.eval_only:
             load_optimizers(checkpoint / "train_state", model, optimizers, scaler)
         average = Average.of(cfg.train, checkpoint, model, progress, steps * cfg.train.global_batch / len(blocks))
-    if world.is_first and not only_reads(given):  # not before: a damaged checkpoint leaves everything as it is
-        start_run(given, origin)
+    if world.is_first and not is_read_only(given):  # only now: a damaged checkpoint must not change anything
+        create_run(given, origin)
     val_windows, train_windows = evaluation_windows(cfg, progress, steps, blocks, val_blocks)
     adapted = adapter_parameters(model)
     parameters = model.num_parameters() - adapted
@@ -172,8 +173,10 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
     )  # fmt: skip
 
 
-def enter(cfg: RunConfig, origin: Origin, world: World, mirror: Mirror | None) -> tuple[Path | None, PreparedData]:
-    """The checkpoint to continue from, and the data; rank 0 finds the one and prepares the other before the rest."""
+def open_inputs(
+    cfg: RunConfig, origin: Origin, world: World, mirror: Mirror | None
+) -> tuple[Path | None, PreparedData]:
+    """The checkpoint to continue from, and the data; rank 0 finds and prepares them before the others open them."""
     out, checkpoint = Path(cfg.train.out_dir), None
     with world.first():
         if world.is_first:
@@ -187,12 +190,12 @@ def enter(cfg: RunConfig, origin: Origin, world: World, mirror: Mirror | None) -
 def evaluation_windows(
     cfg: RunConfig, progress: Progress, steps: int, blocks: Blocks, val_blocks: Blocks
 ) -> tuple[Batch, Batch | None]:
-    """Windows of validation and of training text that every evaluation scores: the same ones each time, and never more
-    tokens than were trained until the first of them.
+    """Validation and training windows of every evaluation: always the same, and no more tokens than are trained before
+    the first evaluation.
     """
     requested = cfg.train.eval_iters * cfg.train.batch_size
     trained = min(cfg.train.eval_interval, progress.planned or steps) * cfg.train.global_batch
-    if not progress.windows:  # checkpoints that do not know it were to take `planned` steps
+    if not progress.windows:  # older checkpoints do not have it
         progress.windows = min(requested, trained)
     val = val_blocks.fixed(requested if cfg.train.eval_only else progress.windows)
     share = min(len(val.inputs) // TRAIN_SHARE, trained - len(val.inputs))
@@ -200,12 +203,12 @@ def evaluation_windows(
 
 
 def start_or_continue(cfg: RunConfig, data: PreparedData, checkpoint: Path | None) -> Progress:
-    """Where the run stands: at its beginning, or where the checkpoint is.
+    """Progress of the run: new, or that of the checkpoint.
 
-    Of another run's checkpoint (resume_from) the steps count, not what was best there: that model is not in this run,
-    and may have been measured on other windows. It is evaluated again where an evaluation is due.
+    From another run's checkpoint (resume_from) only the steps are taken: its best model is not in this run, and may
+    have been scored on other windows. An evaluation that is due is repeated.
 
-    Raises UserError for other data than the checkpoint's.
+    Raises UserError if the checkpoint was trained on other data.
     """
     if checkpoint is None:
         base = cfg.train.base_model
@@ -223,13 +226,13 @@ def start_or_continue(cfg: RunConfig, data: PreparedData, checkpoint: Path | Non
 
 
 def is_own(checkpoint: Path, cfg: RunConfig) -> bool:
-    """Whether the checkpoint is in the directory of the run, which `refuse_changes` has compared already."""
+    """Whether the checkpoint is in the run's own directory, which `refuse_changes` has checked already."""
     return checkpoint.parent.resolve() == (Path(cfg.train.out_dir) / "checkpoints").resolve()
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a model is started from."""
+    """What a model is built from."""
 
     data: PreparedData
     tokenizer: Tokenizer
@@ -238,10 +241,10 @@ class Start:
 
 
 def build_model(cfg: RunConfig, origin: Origin, start: Start, make: MakeModel) -> Transformer:
-    """The model to start with: new, from a checkpoint, or from another MODEL's weights, with adapters for LoRA.
+    """The model at the start: new, from a checkpoint, or with the weights of another MODEL, with adapters for LoRA.
 
-    A checkpoint brings its own shape; raises UserError where the configuration explicitly asks for another. Only
-    block_size may be less than another MODEL's: the hub's contexts are longer than most texts and memories.
+    A checkpoint determines the shape; raises UserError if the configuration explicitly asks for another. Only
+    block_size may be smaller than another MODEL's: contexts of hub models are longer than most texts and memories.
     """
     data, checkpoint, progress = start.data, start.checkpoint, start.progress
     lora = cfg.train.trainable == "lora"
@@ -257,7 +260,7 @@ def build_model(cfg: RunConfig, origin: Origin, start: Start, make: MakeModel) -
         return make(shape, weights)
     model, theirs = load_model(source, is_verified=source == checkpoint)
     if model.quantized:
-        log(f"{source}: its weights are {model.quantized}; they are trained on in full precision")
+        log(f"{source}: its weights are {model.quantized}; they are trained in full precision")
     added = added_tokens(start.tokenizer, theirs) if checkpoint is None else 0
     if added and lora:
         raise UserError(f"{added} control tokens of the chat template are new to {source}, and LoRA leaves the rows of "
@@ -268,7 +271,7 @@ def build_model(cfg: RunConfig, origin: Origin, start: Start, make: MakeModel) -
         raise UserError(
             f"{data.path} was prepared with another tokenizer than {source} has; prepare it with --tokenizer={source}"
         )
-    own = checkpoint is not None and is_own(checkpoint, cfg)  # from when only the sizes were compared, maybe
+    own = checkpoint is not None and is_own(checkpoint, cfg)  # an older version may have compared only the sizes
     refuse_shape(cfg.model, origin, model.cfg, source, SIZES if own else SHAPE, may_shorten=source != checkpoint)
     longest = model.cfg.block_size if origin.get("block_size", "default") == "default" else cfg.model.block_size
     changed = dataclasses.replace(model.cfg, dropout=cfg.model.dropout, block_size=min(longest, model.cfg.block_size))
@@ -278,16 +281,16 @@ def build_model(cfg: RunConfig, origin: Origin, start: Start, make: MakeModel) -
     again = make(changed, weights)
     again.end_ids, again.generation = model.end_ids, model.generation
     if lora:
-        adapt(again, cfg, checkpoint, progress)
+        add_adapters(again, cfg, checkpoint, progress)
     return again
 
 
 def refuse_shape(
     cfg: ModelConfig, origin: Origin, has: ModelConfig, source: Path | str, keys: tuple[str, ...], may_shorten: bool
 ) -> None:
-    """Raise UserError naming the first of `keys` that was given explicitly and is not what `source` has.
+    """Raise UserError naming the first of `keys` that was set explicitly and differs from that of `source`.
 
-    may_shorten: block_size may be less.
+    may_shorten: block_size may be smaller.
     """
     actual = dataclasses.asdict(has) | {
         "n_kv_head": has.n_kv_head or has.n_head, "head_dim": head_dim(has), "intermediate_size": intermediate_size(has)
@@ -297,18 +300,18 @@ def refuse_shape(
         shorter = key == "block_size" and may_shorten and now < has.block_size
         was_set = now is not None and not origin.get(key, "default").startswith(("default", "auto"))
         if was_set and now != actual[key] and not shorter:
-            raise UserError(f"{source} has {key}={actual[key]}, asked for was {key}={now}; leave {key} out")
+            raise UserError(f"{source} has {key}={actual[key]}, but {key}={now} was given; leave {key} out")
 
 
 def base_name(model: str) -> str:
-    """What PEFT, and this run when it goes on, find a MODEL by: its directory from the root, or its hub name."""
+    """The name under which PEFT, and the resumed run, find a MODEL: its absolute directory, or its hub name."""
     return str(model_directory(model).resolve()) if Path(model).exists() else model
 
 
 def find_base(cfg: RunConfig, progress: Progress, checkpoint: Path | None) -> str:
-    """The model that LoRA leaves as it is: where it was when the run began, else where init_from says it is now.
+    """The base model of LoRA: where it was when the run began, else where init_from says that it is now.
 
-    Raises UserError if it is gone.
+    Raises UserError if it does not exist any more.
     """
     base = cfg.train.base_model
     if base is None or Path(progress.base).exists():
@@ -318,13 +321,13 @@ def find_base(cfg: RunConfig, progress: Progress, checkpoint: Path | None) -> st
     except UserError as e:
         if checkpoint is None:
             raise
-        raise UserError(f"{checkpoint} needs the model that it tunes ({e}); put it back, "
+        raise UserError(f"{checkpoint} needs its base model ({e}); restore it, "
                         "or say where it is now with --init_from=MODEL") from e  # fmt: skip
     return base
 
 
-def adapt(model: Transformer, cfg: RunConfig, checkpoint: Path | None, progress: Progress) -> None:
-    """Give the base model its adapters, new or the checkpoint's; a new run notes down what its base is.
+def add_adapters(model: Transformer, cfg: RunConfig, checkpoint: Path | None, progress: Progress) -> None:
+    """Add adapters to the base model, new ones or the checkpoint's; a new run records the hash of its base.
 
     Raises UserError for another base than the checkpoint's.
     """
@@ -336,7 +339,7 @@ def adapt(model: Transformer, cfg: RunConfig, checkpoint: Path | None, progress:
         return
     if hash_of_base != progress.base_weights:
         raise UserError(f"the weights of {progress.base} are not those that {checkpoint} tunes: "
-                        "they were changed since; put them back, or start another --out_dir")  # fmt: skip
+                        "they have changed; restore them, or start another --out_dir")  # fmt: skip
     load_adapter(checkpoint / "adapter", model)
 
 

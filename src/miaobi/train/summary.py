@@ -1,4 +1,4 @@
-"""summary.json of a run: sizes, the numbers that were decided, the machine, how it ended, memory and time."""
+"""summary.json of a run: sizes, resolved settings, machine, reason for its end, memory and time."""
 
 from __future__ import annotations
 
@@ -27,45 +27,45 @@ class Summary(Environment):
     """How a run was computed and how it ended."""
 
     total_steps: int = 0
-    """Steps that it was to take."""
+    """Planned steps."""
     parameters: int = 0
     trained_parameters: int = 0
     train_tokens: int = 0
-    """Of the prepared text."""
+    """Tokens of the training text."""
     batch_tokens: int = 0
-    """Of a step."""
+    """Tokens of a step."""
     micro_batch: int = 0
     device: str = ""
     dtype: str = ""
     ranks: int = 1
     resolved: dict[str, Any] = field(default_factory=dict)
-    """Settings that the recipe decided where the configuration leaves them open."""
+    """Settings that the configuration leaves open, as they were resolved."""
     data: str = ""
     """Fingerprint of the prepared data."""
     stopped: str | None = None
     """max_iters, max_minutes, patience, interrupted, terminated, failed; None while it runs, and after a kill."""
     error: str = ""
-    """Why it failed."""
+    """The error, if it failed."""
     started: float = 0.0
     """Seconds since 1970 of the latest start."""
     ended: float = 0.0
     wall_seconds: float = 0.0
     """From start to end, over all commands of the run."""
     peak_memory_bytes: int = 0
-    """Most that this process, or the GPU's allocator, held at once."""
+    """Peak of this process, or of the GPU's allocator."""
 
 
 def read_summary(run: Path, unknown: list[str] | None = None) -> Summary | None:
-    """What the run left; None where it left nothing. Raises UserError for a damaged file.
+    """The summary of a run; None if there is none. Raises UserError for a damaged file.
 
-    unknown: gets the names of fields that a newer miaobi wrote; without it they are refused.
+    unknown: collects the names of unknown fields, which a newer miaobi wrote; without it they are an error.
     """
     return read_record(run / SUMMARY, Summary, unknown=unknown) if (run / SUMMARY).is_file() else None
 
 
 @contextmanager
 def summarized(plan: Plan) -> Iterator[None]:
-    """Write the run's summary before and after the body; rank 0 does. What cannot be written costs a warning."""
+    """Write the run's summary before and after the body, on rank 0. A file that cannot be written costs a warning."""
     if not plan.world.is_first:
         yield
         return
@@ -75,7 +75,7 @@ def summarized(plan: Plan) -> Iterator[None]:
         before = None  # a damaged one is written anew
     reset_peak_memory(plan.device)
     summary = describe(plan)
-    keep(plan, summary)
+    write_summary(plan, summary)
     try:
         yield
         summary.stopped = plan.progress.stopped or plan.end
@@ -89,11 +89,11 @@ def summarized(plan: Plan) -> Iterator[None]:
         summary.ended, summary.total_steps = time.time(), plan.progress.planned  # max_minutes lays them anew
         summary.wall_seconds = summary.ended - summary.started + (before.wall_seconds if before else 0.0)
         summary.peak_memory_bytes = max(peak_memory(plan.device), before.peak_memory_bytes if before else 0)
-        keep(plan, summary)
+        write_summary(plan, summary)
 
 
 def describe(plan: Plan) -> Summary:
-    """What is known before the first step."""
+    """The summary before the first step."""
     return Summary(
         total_steps=plan.total_steps,
         parameters=plan.parameters,
@@ -111,8 +111,8 @@ def describe(plan: Plan) -> Summary:
     )
 
 
-def keep(plan: Plan, summary: Summary) -> None:
-    """Write it down."""
+def write_summary(plan: Plan, summary: Summary) -> None:
+    """Write the summary."""
     try:
         write_json(plan.out / SUMMARY, asdict(summary))
     except OSError as e:

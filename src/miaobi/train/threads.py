@@ -1,8 +1,8 @@
-"""Threads that leave a core to the program that wants it.
+"""Gives cores to other programs that need them, by using fewer threads.
 
-libgomp's threads wait for each other by spinning. Where another program takes one of their cores, the others spin
-while the one that lost it waits for its turn. Spinning less costs a quiet machine up to a third (docs/lab-notes.md), so
-that only the number of threads is changed, and only for as long.
+libgomp's threads wait for each other by spinning. If another program takes one of their cores, all others spin until
+the one that lost it is scheduled again. Less spinning would cost up to a third on an idle machine (docs/lab-notes.md),
+so only the number of threads is changed, and only for as long as needed.
 """
 
 from __future__ import annotations
@@ -15,68 +15,68 @@ import torch
 
 from miaobi.console import log
 
-LOOK = 5.0
-"""Seconds between looks, at least."""
-TAKEN = 0.6
-"""Share of a core that others take when it counts as lost; with half as much it counts as free again."""
+CHECK_SECONDS = 5.0
+"""Least seconds between two checks."""
+BUSY = 0.6
+"""A core counts as taken if others use this share of it, and as free again below half of that."""
 
 
 class Threads:
-    """Gives up a thread for each core that other programs keep busy, and takes it back.
+    """Uses one thread less for each core that other programs keep busy, and takes it back afterwards.
 
-    Sums of fewer threads are rounded otherwise, so this is said, and does not happen where OMP_NUM_THREADS says how
-    many there shall be: such runs end in the same bits whatever else the machine does.
+    With another number of threads sums round differently. So the change is logged, and OMP_NUM_THREADS switches it off:
+    such runs end in the same bits whatever else the machine does.
     """
 
     def __init__(self, alone: bool = True) -> None:
-        """alone: no other processes of this run, which are no strangers."""
+        """alone: whether this run has no other process on the machine; those would count as other programs."""
         self.most = torch.get_num_threads()
         self.adapts = alone and self.most > 1 and "OMP_NUM_THREADS" not in os.environ and cpu_seconds() is not None
-        self.others = Others()
-        self.looks: list[float] = []
+        self.others = OtherPrograms()
+        self.readings: list[float] = []
 
-    def look(self) -> None:
-        """Called after every step: twice in a row the same answer changes the number of threads."""
-        if not self.adapts or self.others.seconds() < LOOK:
+    def check(self) -> None:
+        """Called after every step; changes the number of threads when two readings in a row agree."""
+        if not self.adapts or self.others.seconds() < CHECK_SECONDS:
             return
-        self.looks = [*self.looks[-1:], self.others.cores()]
-        self.others = Others()
+        self.readings = [*self.readings[-1:], self.others.cores()]
+        self.others = OtherPrograms()
         self.decide()
 
     def decide(self) -> None:
-        """Change the number of threads, where the last two looks agree."""
-        if len(self.looks) < 2:
+        """Change the number of threads if the last two readings agree."""
+        if len(self.readings) < 2:
             return
         now = torch.get_num_threads()
-        fewest, highest = min(self.looks), max(self.looks)
-        if fewest > TAKEN and now == self.most:
+        fewest, highest = min(self.readings), max(self.readings)
+        if fewest > BUSY and now == self.most:
             cores = max(1, min(self.most - 1, self.most - round(fewest)))
             torch.set_num_threads(cores)
-            log(f"other programs take {fewest:.1f} cores: going on with {cores} of {self.most} threads (results are "
-                "rounded otherwise; OMP_NUM_THREADS fixes their number)")  # fmt: skip
-        elif highest < TAKEN / 2 and now < self.most:
+            log(f"other programs take {fewest:.1f} cores: going on with {cores} of {self.most} threads (results "
+                "round differently; OMP_NUM_THREADS fixes the number of threads)")  # fmt: skip
+        elif highest < BUSY / 2 and now < self.most:
             torch.set_num_threads(self.most)
             log(f"the other programs are done: going on with {self.most} threads")
 
     def close(self) -> None:
-        """As many threads as before the run."""
+        """Restore the number of threads."""
         if self.adapts:
             torch.set_num_threads(self.most)
 
 
-class Others:
-    """What other programs compute from now on."""
+class OtherPrograms:
+    """CPU time of other programs, from now on."""
 
     def __init__(self) -> None:
         self.began = _counters()
 
     def seconds(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the start."""
         return time.monotonic() - self.began[0]
 
     def cores(self) -> float:
-        """Cores that they have kept busy since then, of those of this process; 0 where the system does not say, and
-        where its clock (hundredths of a second) is too coarse for so short a time.
+        """Average number of this process's cores that other programs kept busy; 0 if the system does not say, or if the
+        time was too short for its clock (hundredths of a second).
         """
         spent, total, own = (b - a for a, b in zip(self.began, _counters(), strict=True))
         return (total - own) / spent if total and spent > 0.2 else 0.0
@@ -87,8 +87,8 @@ def _counters() -> tuple[float, float, float]:
 
 
 def cpu_seconds() -> float | None:
-    """Seconds that all programs have computed on the cores of this process since the system began; None where it does
-    not say (elsewhere than on Linux), or where the process may not use all cores.
+    """CPU seconds of all programs on the cores of this process since boot; None if the system does not say (only Linux
+    does), or if the process may not use all cores.
     """
     try:
         lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
@@ -104,6 +104,6 @@ def cpu_seconds() -> float | None:
 
 
 def own_seconds() -> float:
-    """Seconds that this process and its finished children have computed."""
+    """CPU seconds of this process and its finished children."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system

@@ -1,8 +1,8 @@
-"""Where the curves of a run go beside TensorBoard: Weights & Biases, SwanLab, trackio.
+"""Experiment trackers besides TensorBoard: Weights & Biases, SwanLab, trackio.
 
-Their runs are alike by design (trackio and SwanLab follow wandb): `init` gives one that has `log` and `finish`.
-Offline they write into the run directory: WANDB_MODE=offline, SWANLAB_MODE=offline; trackio keeps its data base in
-TRACKIO_DIR and sends nothing unless TRACKIO_SPACE_ID says where to.
+Their APIs are alike by design (trackio and SwanLab follow wandb): `init` returns a run with `log` and `finish`. Offline
+they write into the run directory: WANDB_MODE=offline, SWANLAB_MODE=offline; trackio keeps its database in TRACKIO_DIR
+and sends nothing unless TRACKIO_SPACE_ID is set.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class About:
-    """What a tracker is told of a run."""
+    """What a tracker needs to know of a run."""
 
     project: str
     name: str | None
     """None = the name of the run directory, with the beginning of `id`."""
     id: str
-    """The run's own, which stays the same when it goes on."""
+    """Id of the run, which stays the same when it is continued."""
     config: dict[str, Any]
 
 
 def start(kind: str, out: Path, about: About) -> Tracker:
-    """The run at wandb, swanlab or trackio: begun, or continued where it knows this run.
+    """Start a run at wandb, swanlab or trackio, or continue the one with this id.
 
-    Raises UserError where the package is missing, does not work, or refuses (no key, no network).
+    Raises UserError if the package is missing or broken, or refuses (no key, no network).
     """
     package = _package(kind)
     name = about.name or f"{out.resolve().name}-{about.id[:8]}"
@@ -53,7 +53,7 @@ def start(kind: str, out: Path, about: About) -> Tracker:
     try:
         return package.init(**common, **where)
     except Exception as e:  # each has kinds of its own, and some are bare
-        raise UserError(f"{kind} could not begin ({type(e).__name__}: {e}); log in as it says, or train without "
+        raise UserError(f"{kind} could not start ({type(e).__name__}: {e}); log in as it asks, or train without "
                         f"--trackers={kind}") from e  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The processes of one run: what they share, what they agree on, and what is said when one is lost.
+"""The processes of a run: collectives, agreement on settings, and errors when a rank is lost.
 
 With one process nothing here communicates.
 """
@@ -25,7 +25,7 @@ from miaobi.corpus.dataset import IGNORE, Batch
 from miaobi.errors import UserError
 from miaobi.settings import flatten
 
-LAST_WORD = 5.0  # seconds in which the rank that failed speaks first; torchrun ends the others within one
+FIRST_RANK_SECONDS = 5.0  # the failed rank reports first, for so long; torchrun ends the others within a second
 REASONS = (None, "interrupted", "terminated")
 
 
@@ -37,20 +37,21 @@ class World:
     size: int = 1
     local_rank: int = 0
     hosts: list[tuple[str, str, int]] = field(default_factory=list)
-    """Of every rank: host, address, and a port that takes connections as long as the process lives."""
+    """Host, address and a port of every rank; the port accepts connections for as long as the process lives."""
     control: Any = None
-    """Process group (gloo) for small agreements in the loop."""
+    """Process group (gloo) for small collectives in the training loop."""
     slow: Any = None
-    """Process group (gloo) for what may take hours: preparing data, writing checkpoints in the background."""
+    """Process group (gloo) for operations that may take hours: preparing data, writing checkpoints in the background.
+    """
     alive: socket.socket | None = None
     left: bool = False
     """Whether `leave` was called."""
     restarted: bool = False
-    """Whether torchrun has repeated its command, as it was: what that moved aside the first time is now the run."""
+    """Whether torchrun has restarted the command: then --init_from=scratch has already been carried out."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that speaks and writes."""
+        """Whether this is rank 0, which logs and writes."""
         return self.rank == 0
 
     @contextmanager
@@ -69,9 +70,9 @@ class World:
         return values
 
     def all_finite(self, value: Tensor, mine: Tensor) -> Tensor:
-        """`value` where what each rank has as `mine` is finite, else NaN, on every rank: all take the same decision.
+        """`value` if `mine` is finite on every rank, else NaN, on every rank, so that all decide alike.
 
-        Scalars on the device of the run; nobody waits for a GPU.
+        Scalars on the device of the run; does not wait for a GPU.
         """
         broken = (~mine.isfinite()).float()
         if self.size > 1:
@@ -79,7 +80,7 @@ class World:
         return torch.where(broken > 0, torch.nan, value)
 
     def agree(self, reason: str | None) -> str | None:
-        """The gravest of the ranks' reasons to stop; None if no rank has one."""
+        """The most urgent of the ranks' reasons to stop; None if no rank has one."""
         if self.size == 1:
             return reason
         code = torch.tensor(REASONS.index(reason))
@@ -87,7 +88,7 @@ class World:
         return REASONS[int(code)]
 
     def gather(self, value: Any, group: Any = None) -> list[Any]:
-        """What every rank has, anything that JSON can hold, in the order of ranks. group: default `control`.
+        """The values of all ranks, anything that JSON can hold, by rank. group: default `control`.
 
         (torch's all_gather_object would unpickle what comes over the network.)
         """
@@ -110,7 +111,7 @@ class World:
     def share(self, windows: Batch) -> Batch:
         """This rank's rows of evaluation windows.
 
-        Equally many on every rank (FSDP's forward passes are collective), filled up with rows in which nothing counts.
+        Every rank has equally many (FSDP's forward passes are collective), padded with rows that are not scored.
         """
         rows = -(-len(windows.inputs) // self.size)
         index = np.arange(self.rank * rows, (self.rank + 1) * rows)
@@ -119,7 +120,7 @@ class World:
         return mine
 
     def unreachable(self) -> list[str]:
-        """What is wrong with the other ranks, as far as a new connection to each can tell."""
+        """Which other ranks cannot be reached, and why: tested by a new connection to each."""
         problems: dict[str, None] = {}
         for rank, (host, address, port) in enumerate(self.hosts):
             no_way = f"host {host} ({address}) cannot be reached"
@@ -134,19 +135,19 @@ class World:
         return list(problems)
 
     def lost_ranks_error(self, why: str) -> UserError:
-        """The error that the other ranks do not answer any more: which of them, as far as is known."""
-        problems = "; ".join(self.unreachable()) or "all processes still answer: one of them is stuck, or was too slow"
+        """The error for ranks that no longer answer, with the names of those that are known."""
+        problems = "; ".join(self.unreachable()) or "all processes still answer: one of them hangs, or was too slow"
         return UserError(f"{socket.gethostname()} lost the other ranks: {problems} ({why}). "
                          "docs/cluster.md says what to try")  # fmt: skip
 
     def answer(self) -> None:
-        """Take the connections by which others see that this process lives, as long as it does."""
+        """Accept the connections by which other ranks test whether this process lives."""
         with contextlib.suppress(OSError):  # closed by `leave`
             while True:
                 self.alive.accept()[0].close()
 
     def leave(self) -> None:
-        """Close the connections."""
+        """Close the connections and the process group."""
         self.left = True
         if self.alive is not None:
             self.alive.shutdown(socket.SHUT_RDWR)  # wakes `answer`
@@ -157,14 +158,14 @@ class World:
 
 
 def check_same(world: World, cfg: RunConfig, fingerprint: str) -> None:
-    """Raise UserError naming the first rank whose settings are not rank 0's, or has other data."""
+    """Raise UserError naming the first rank whose settings or data differ from rank 0's."""
     mine = {key: str(value) for key, value in flatten(cfg).items()} | {"the prepared data (SHA-256)": fingerprint}
     settings = world.gather(mine)
     for rank, theirs in enumerate(settings):
         differ = [key for key, value in theirs.items() if value != settings[0][key]]
         if differ:
             if not world.is_first:
-                time.sleep(LAST_WORD)
+                time.sleep(FIRST_RANK_SECONDS)
                 raise SystemExit(2)  # rank 0 says it
             key = differ[0]
             raise UserError(f"rank {rank} on {world.hosts[rank][0]} differs from rank 0: {key} is {theirs[key]}, "
@@ -172,26 +173,26 @@ def check_same(world: World, cfg: RunConfig, fingerprint: str) -> None:
 
 
 def check_batch(world: World, cfg: TrainConfig) -> None:
-    """Raise UserError for a global batch that does not divide over the ranks, or ranks that do not over the shards."""
+    """Raise UserError if the global batch is not divisible by the ranks, or the ranks by fsdp_shard_size."""
     batch, size = cfg.global_batch, world.size
     if batch % size:
         fits = sorted({batch // size * size or size, (batch // size + 1) * size})
-        raise UserError(f"a batch of {batch} does not divide over {size} processes; "
+        raise UserError(f"a batch of {batch} cannot be divided equally among {size} processes; "
                         f"try --batch_size={' or '.join(map(str, fits))}, or another number of processes")  # fmt: skip
     if cfg.fsdp_shard_size is not None and size % cfg.fsdp_shard_size:
-        raise UserError(f"{size} processes do not divide into groups of fsdp_shard_size={cfg.fsdp_shard_size}")
+        raise UserError(f"{size} processes cannot be divided into groups of fsdp_shard_size={cfg.fsdp_shard_size}")
 
 
 @contextmanager
 def explain_lost(world: World) -> Iterator[None]:
-    """Turn a failed collective into a UserError that says which rank or host no longer answers."""
+    """Turn a failed collective into a UserError that names the rank or host that no longer answers."""
     try:
         yield
     except RuntimeError as e:
         text = str(e)
         if world.size == 1 or not (isinstance(e, dist.DistError) or "gloo" in text or "NCCL" in text):
             raise
-        time.sleep(LAST_WORD)
+        time.sleep(FIRST_RANK_SECONDS)
         raise world.lost_ranks_error(first_line(e)) from e
 
 

@@ -25,12 +25,13 @@ from miaobi.yardstick import suite
 from miaobi.yardstick.suite import Genre
 
 UNKNOWN_NATS = math.log(0x110000)
-"""What a character costs that a vocabulary has only `<unk>` for: the token does not say which one it is of all there
-are. Vocabularies with bytes spell it, and pay for each byte."""
+"""Nats charged for a character for which a vocabulary has only `<unk>`: the token does not say which of all characters
+it is. Vocabularies with byte tokens spell it, and pay for each byte."""
 PROMPT = 12
-"""Characters of a document that are given."""
+"""Characters of a document that are given as the prompt."""
 LONGEST = 200
-"""Characters of a continuation that are judged, and tokens that are drawn: a token has one character or more."""
+"""Characters of a continuation that are evaluated, and tokens that are generated: a token has at least one
+character."""
 SEED = 1337
 
 
@@ -67,7 +68,7 @@ def judge(cfg: EvalConfig) -> dict[str, Any]:
 def _judged(
     cfg: EvalConfig, listed: list[Genre], texts: dict[str, list[str]], rows: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """What `judge` says of the model; adds to the rows of the genres."""
+    """The figures of the model; adds to the rows of the genres."""
     keep_allocations()
     where = pick_device(cfg.device)
     model, tokenizer = load_model(cfg.model, cfg.checkpoint)
@@ -91,11 +92,12 @@ def _judged(
 def scored(
     cfg: EvalConfig, model: Transformer, tokenizer: Tokenizer, genre: Genre, documents: list[str]
 ) -> dict[str, Any]:
-    """What `score_batches` returns of a genre's documents, and unknown: how many characters a vocabulary has no token
-    and no bytes for; each counts as UNKNOWN_NATS and what its `<unk>` costs.
+    """`score_batches` on a genre's documents, plus unknown: the number of characters for which the vocabulary has
+    neither token nor bytes; each costs UNKNOWN_NATS in addition to its `<unk>`.
 
-    As `miaobi eval` scores a file of them: dialogues by a chit-chat model as its own template has them; else documents
-    that end, or, by a model that knows no end, lines of one stream. The newline of those is no character of the text.
+    Scored as `miaobi eval` would score a file of them: for a chit-chat model, dialogues in its own template; otherwise
+    documents with end tokens, or, for a model without an end token, lines of one stream, whose newlines do not count as
+    characters.
     """
     steps, precision = stride_tokens(cfg.stride, model.cfg.block_size), pick_dtype(cfg.dtype, model.wte.weight.device)
     if genre.format == "dialogue" and tokenizer.config.get("chat_template") == SEP_TEMPLATE:
@@ -116,7 +118,7 @@ def scored(
 
 
 def unknown_characters(tokenizer: Tokenizer, documents: list[str]) -> int:
-    """Characters of the documents that a foreign vocabulary has only `<unk>` for."""
+    """Number of characters of the documents that a foreign vocabulary encodes as `<unk>`."""
     named = tokenizer.config.get("unk_token")
     names = {named.get("content") if isinstance(named, dict) else named, *UNKNOWN}
     ids = {tokenizer.token_to_id(name) for name in names if isinstance(name, str)} - {None, tokenizer.eot_id}
@@ -133,10 +135,10 @@ def unknown_characters(tokenizer: Tokenizer, documents: list[str]) -> int:
 
 
 def compared(lm: LanguageModel, listed: list[Genre], texts: dict[str, list[str]], count: int) -> dict[str, Any]:
-    """written and people: `measures.figures` by genre, and of `all`, of what the model writes behind the beginnings of
-    the first `count` documents, and of how these documents themselves go on, as far as it is judged.
+    """written and people: `measures.figures` by genre and over `all`, of the model's continuations of the first `count`
+    documents, and of the documents' own continuations, up to the same length.
 
-    Continuations are drawn as `miaobi sample` draws them, replies of a model with a chat template as `miaobi chat`.
+    Continuations are sampled as by `miaobi sample`, replies of a model with a chat template as by `miaobi chat`.
     """
     written: dict[str, list[Completion]] = {}
     people: dict[str, list[Completion]] = {}
@@ -156,7 +158,7 @@ def compared(lm: LanguageModel, listed: list[Genre], texts: dict[str, list[str]]
 
 
 def _answers(lm: LanguageModel, openings: list[str]) -> list[Completion]:
-    """Replies; of a model without a chat template, the next line."""
+    """Replies; for a model without a chat template, the next line."""
     if isinstance(lm.tokenizer.config.get("chat_template"), str):
         cfg = model_settings(ChatConfig(max_new_tokens=LONGEST, seed=SEED), lm.model.generation, ("max_new_tokens",))
         drawn = replies(lm, ([{"role": "user", "content": opening}] for opening in openings), cfg)

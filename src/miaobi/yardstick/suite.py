@@ -25,27 +25,27 @@ from miaobi.files import json_of, text_written_whole
 
 @dataclass(frozen=True)
 class Genre:
-    """What a genre of the suite is made of; a row of suite.json."""
+    """A genre of the suite; a row of suite.json."""
 
     genre: str
     files: tuple[str, ...]
     """Below the directory that --suite names."""
     documents: int
-    """How many are taken."""
+    """Number of documents that are taken."""
     characters: int
-    """How many these have."""
+    """Number of their characters."""
     sha256: str
     """Of the JSON lines that `as_lines` makes of them."""
     format: str = "auto"
     """What a document is, as in `miaobi prepare`."""
     field: str = "text"
-    """Of a record: what holds the text."""
+    """Key or column of a record that holds the text."""
     cut: bool = False
     """Long documents are cut into pieces of about 4,000 characters, as `prepare` does with a novel."""
 
 
 def genres() -> list[Genre]:
-    """Those of suite.json, in its order."""
+    """The genres of suite.json, in its order."""
     rows = json.loads(resources.files("miaobi.yardstick").joinpath("suite.json").read_text(encoding="utf-8"))
     return [Genre(**row | {"files": tuple(row["files"])}) for row in rows["genres"]]
 
