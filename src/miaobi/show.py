@@ -86,8 +86,15 @@ def planned(result: dict[str, Any], cfg: Any) -> None:
     estimates += [f"costs {result['cost']:.2f}"] if result["cost"] is not None else []
     print(f"time: {', '.join(estimates)} ({result['time']['basis']})")
     if forecast := result["forecast"]:
-        curve = ", ".join(f"{bits:.2f} after {epoch:.3g}" for epoch, bits in forecast["curve"])
-        print(f"forecast of the validation text: {curve} passes (bits/char)")
+        from miaobi.plan.forecast import GUESSING
+
+        points = []
+        for passes, bits in forecast["curve"]:
+            told = f"{bits:.2f}" if bits < GUESSING else f"more than {GUESSING:g}"
+            points.append(f"{told} after {passes:,.0f}" if passes >= 100 else f"{told} after {passes:.3g}")
+            if bits >= GUESSING:
+                break
+        print(f"forecast of the validation text: {', '.join(points)} passes (bits/char)")
         print("".join(f"  {line}\n" for line in forecast["advice"]), end="")
 
 

@@ -9,6 +9,7 @@ from tests.conftest import tiny
 from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.plan.cards import CARDS, find_card
+from miaobi.plan.forecast import GUESSING
 from miaobi.plan.plan import parameters_of
 
 
@@ -142,6 +143,16 @@ def test_a_run_that_is_too_long_is_advised_where_its_validation_turns(miaobi, pr
     words = " ".join(told["advice"])
     assert "the validation loss turns after about" in words
     assert "was fitted to" in words, "the advice always says what the forecast was fitted to"
+
+
+def test_no_forecast_is_worse_than_a_guess(miaobi, prepared):
+    """The formula grows without bound; 195,607 bits per character is nothing that a run could have."""
+    flags = tiny(data=prepared(), max_iters=10**7, n_embd=128)
+    curve = json.loads(miaobi("plan", *flags, "--json").out)["forecast"]["curve"]
+    assert max(bits for _, bits in curve) == GUESSING
+    out = miaobi("plan", *flags).out
+    first = next(passes for passes, bits in curve if bits == GUESSING)
+    assert f"more than 16 after {first:,.0f} passes (bits/char)" in out
 
 
 def test_a_run_unlike_those_measured_gets_a_warning(miaobi, prepared):

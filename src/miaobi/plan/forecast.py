@@ -19,6 +19,8 @@ import numpy as np
 
 MOST_EPOCHS = 64
 """Passes up to which the minimum of the curve is searched."""
+GUESSING = 16.0
+"""Bits per character of a guess among 65,536. The formula has no bound; where it says more, `forecast` says this."""
 UNIT_N, UNIT_U = 1e6, 1e6
 """N and U are in millions, so that the constants are of similar size."""
 
@@ -103,11 +105,15 @@ def forecast(run: RunSize, epochs: float) -> dict[str, Any]:
     law = ScalingLaw(**fit.law)
     best, size = law.best(run, max(MOST_EPOCHS, epochs)), best_size(law, run)
     points = sorted({epoch for epoch in (0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if epoch < 0.95 * epochs} | {epochs})
+
+    def bits(after: float) -> float:
+        return min(GUESSING, float(law.bits(run, after)))
+
     return {
-        "curve": [[epoch, round(float(law.bits(run, epoch)), 3)] for epoch in points],
+        "curve": [[epoch, round(bits(epoch), 3)] for epoch in points],
         "best_epoch": best,
-        "bits_at_best": float(law.bits(run, min(best, epochs))),
-        "bits_at_end": float(law.bits(run, epochs)),
+        "bits_at_best": bits(min(best, epochs)),
+        "bits_at_end": bits(epochs),
         "carries": size if size <= 2 * fit.parameters[1] else None,  # larger ones were not measured
         "inside": all(low / 2 <= value <= high * 2 for (low, high), value in
                       ((fit.parameters, run.parameters), (fit.tokens, run.tokens))),
