@@ -190,8 +190,8 @@ def open_inputs(
 def evaluation_windows(
     cfg: RunConfig, progress: Progress, steps: int, blocks: Blocks, val_blocks: Blocks
 ) -> tuple[Batch, Batch | None]:
-    """Validation and training windows of every evaluation: always the same, and no more tokens than are trained before
-    the first evaluation.
+    """Validation and training windows of every evaluation: always the same, and no more than are trained on before
+    it.
     """
     requested = cfg.train.eval_iters * cfg.train.batch_size
     trained = min(cfg.train.eval_interval, progress.planned or steps) * cfg.train.global_batch
