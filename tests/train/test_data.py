@@ -162,7 +162,7 @@ def test_a_text_that_is_gone_is_not_needed_again(start, tmp_path, capsys):
     start(data)
     data.unlink()
     assert start(data, max_iters=2)["step"] == 2
-    assert "goes on with the data that it prepared" in capsys.readouterr().err
+    assert "continues with the data that it prepared" in capsys.readouterr().err
 
 
 def test_after_damage_to_the_record_of_the_text_it_is_prepared_again(start, killed_before_a_checkpoint, tmp_path):
