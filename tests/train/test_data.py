@@ -78,7 +78,7 @@ def test_before_anything_is_trained_the_data_follows_the_text(
     start(folder if whole else data)
     said = capsys.readouterr().err
     name = "b.txt" if change in ("another file", "a file more", "a file less") else "a.txt"
-    assert "prepared anew" in said
+    assert "prepared again" in said
     assert name in said
     expected = {"edited, same size": "青", "a file less": "红"}.get(change, "锋")
     assert expected in vocabulary(tmp_path)
