@@ -218,7 +218,7 @@ def test_training_stops_when_dev_gets_no_better_and_keeps_the_best(config: Calla
     step = run.step
     run.step = lambda chosen: (step(chosen), snapshots.append(weights(run)))[0]
     run.go(None, lambda: False)
-    assert (run.done, run.best_step) == (4, 2)
+    assert (run.progress.step, run.progress.best_step) == (4, 2)
     assert all(torch.equal(p, snapshots[1][name]) for name, p in weights(run).items())
 
 

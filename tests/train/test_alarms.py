@@ -95,11 +95,11 @@ NOTHING = {"at": 0.0, "all_": 0.0, "own": 0.0, "throttled": 0, "faults": 0}
     ("after", "fetching", "words"),
     [
         ({"at": 10, "all_": 19, "own": 10}, 0.0, "other programs take 0.9 cores"),
-        ({"at": 10, "all_": 10, "own": 10}, 0.7, "70% of the time goes into reading batches"),
-        ({"at": 10, "all_": 10, "own": 10, "throttled": 3}, 0.0, "runs hot"),
+        ({"at": 10, "all_": 10, "own": 10}, 0.7, "70% of the time is spent reading batches"),
+        ({"at": 10, "all_": 10, "own": 10, "throttled": 3}, 0.0, "is too hot and throttles"),
         ({"at": 10, "all_": 10, "own": 10, "faults": 5000}, 0.0, "swaps"),
-        ({"at": 10, "all_": 10, "own": 10}, 0.0, "does not say why"),
-        ({"at": 10, "all_": None, "own": 10}, 0.0, "does not say why"),
+        ({"at": 10, "all_": 10, "own": 10}, 0.0, "the cause is not known"),
+        ({"at": 10, "all_": None, "own": 10}, 0.0, "the cause is not known"),
     ],
 )
 def test_a_slowdown_is_a_warning_with_its_cause(after, fetching, words):
@@ -113,7 +113,7 @@ def test_a_slowdown_and_its_end_are_each_reported_once(watching, capsys):
     for speed in [300.0] * 4:
         watching.check_speed(speed, 0.9)
     said = capsys.readouterr().err
-    assert said.count("300 tokens/s, 1,000 before: 90% of the time goes into reading batches") == 1
+    assert said.count("300 tokens/s, 1,000 before: 90% of the time is spent reading batches") == 1
     watching.check_speed(950.0, 0.0)
     assert "as fast as before" in capsys.readouterr().err
 
@@ -132,5 +132,5 @@ def test_a_run_whose_data_disk_becomes_slow_says_so(train, prepared, tmp_path, m
 
     monkeypatch.setattr(Run, "step", timed)
     train(data=prepared(), out_dir=tmp_path / "run", log_interval=2)
-    assert "of the time goes into reading batches" in capsys.readouterr().err
+    assert "of the time is spent reading batches" in capsys.readouterr().err
     assert alarms.SLOW < 1

@@ -78,7 +78,7 @@ def test_before_anything_is_trained_the_data_follows_the_text(
     start(folder if whole else data)
     said = capsys.readouterr().err
     name = "b.txt" if change in ("another file", "a file more", "a file less") else "a.txt"
-    assert "prepared anew" in said
+    assert "prepared again" in said
     assert name in said
     expected = {"edited, same size": "青", "a file less": "红"}.get(change, "锋")
     assert expected in vocabulary(tmp_path)
@@ -162,7 +162,7 @@ def test_a_text_that_is_gone_is_not_needed_again(start, tmp_path, capsys):
     start(data)
     data.unlink()
     assert start(data, max_iters=2)["step"] == 2
-    assert "goes on with the data that it prepared" in capsys.readouterr().err
+    assert "continues with the data that it prepared" in capsys.readouterr().err
 
 
 def test_after_damage_to_the_record_of_the_text_it_is_prepared_again(start, killed_before_a_checkpoint, tmp_path):

@@ -434,7 +434,7 @@ def test_a_link_to_somewhere_else_is_no_checkpoint(again, target):
     for kind in ("file", *(["link"] if target else [])):
         link.unlink()
         link.symlink_to(target) if kind == "link" else link.write_text(target)
-        with pytest.raises(UserError, match="names a checkpoint that is gone"):
+        with pytest.raises(UserError, match="points to a checkpoint that does not exist"):
             again(max_iters=40)
 
 

@@ -148,7 +148,7 @@ def test_a_copy_does_not_write_to_what_the_first_one_writes_to(key, prepared, tm
     shutil.copytree(run, other, symlinks=True)
     capsys.readouterr()
     command(out_dir=other, max_iters=9)
-    assert f"say --{key}={tmp_path / 'far'} if it shall" in capsys.readouterr().err
+    assert f"give --{key}={tmp_path / 'far'} if it shall" in capsys.readouterr().err
     assert kept(other)[key] is None
     command(out_dir=run, max_iters=9)
     assert kept(run)[key] == str(tmp_path / "far")
@@ -170,4 +170,4 @@ def test_a_run_that_somebody_sent_writes_nothing_elsewhere(key, with_place, copy
     monkeypatch.chdir(tmp_path)
     command(out_dir="run", max_iters=9)
     assert not far.exists()
-    assert f"say --{key}={far} if it shall" in capsys.readouterr().err
+    assert f"give --{key}={far} if it shall" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_a_kernel_that_is_not_there_or_wrong_or_fails_is_not_used(afresh, monkey
         works.cache_clear()
         monkeypatch.setattr(symmetric, "symmetric", product)
         assert works(CPU, torch.float16) == (how == "right")
-        assert ("whole ones, which is slower" in capsys.readouterr().err) == (how != "right")
+        assert ("whole products, which is slower" in capsys.readouterr().err) == (how != "right")
 
     def fails(*_):
         raise RuntimeError("ptxas fatal: no such architecture\nand more")

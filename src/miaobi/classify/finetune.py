@@ -136,8 +136,20 @@ def schedule_of(cfg: ClassifyConfig, trainable: str, steps: int) -> OptimConfig:
     )
 
 
+@dataclass
+class Progress:
+    """How far a cell has come."""
+
+    step: int = 0
+    best_step: int = 0
+    best_accuracy: float = 0.0
+    """On the dev part."""
+    seconds: float = 0.0
+    """Training time."""
+
+
 class Finetuning:
-    """What lives while one cell trains."""
+    """Fine-tuning of one cell."""
 
     def __init__(self, cfg: ClassifyConfig, cell: Cell, judge: Judge, split: Split,
                  states: dict[Hashable, Tensor] | None = None) -> None:  # fmt: skip
@@ -154,8 +166,7 @@ class Finetuning:
         self.optim = schedule_of(cfg, cell.trainable, self.steps)
         self.optimizer = optimizer_of(self.classifier, cfg, self.optim)
         self.scaler = torch.amp.GradScaler(judge.device.type, enabled=judge.dtype == torch.float16)
-        self.done = self.best_step = 0
-        self.best_accuracy = self.seconds = 0.0
+        self.progress = Progress()
 
     def rows(self, part: Part) -> list[Tensor]:
         """What goes into the classifier for `part`: ids, or the states that frozen layers make of them, made once."""
@@ -212,7 +223,7 @@ class Finetuning:
         for micro, part in enumerate(self.judge.buckets(rows)):
             x, lengths = self.judge.batch([rows[i] for i in part])
             targets = torch.from_numpy(self.split.train.labels[self.split.train.owner[chosen[part]]]).to(x.device)
-            torch.manual_seed(derive(self.cell.seed, "dropout", self.done, micro))
+            torch.manual_seed(derive(self.cell.seed, "dropout", self.progress.step, micro))
             with torch.autocast(x.device.type, dtype=self.judge.dtype, enabled=self.judge.dtype != torch.float32):
                 logits = self.classifier(x, lengths)
             nats = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.cfg.label_smoothing)
@@ -221,15 +232,15 @@ class Finetuning:
             self.scaler.scale(loss).backward()
             total += loss.item()
         if not math.isfinite(total):
-            raise UserError(f"the loss is not finite at step {self.done + 1}; try a smaller --learning_rate, "
+            raise UserError(f"the loss is not finite at step {self.progress.step + 1}; try a smaller --learning_rate, "
                             "then --dtype=float32")  # fmt: skip
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.classifier.parameters(), self.cfg.grad_clip or math.inf)
-        set_rate([self.optimizer], rate(self.done, self.optim))
+        set_rate([self.optimizer], rate(self.progress.step, self.optim))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.done += 1
+        self.progress.step += 1
         return total
 
     def logits(self, part: Part) -> np.ndarray:
@@ -239,6 +250,7 @@ class Finetuning:
     def go(self, metrics: Metrics | None, interrupted: Callable[[], bool]) -> None:
         """Train, and leave the classifier as it was at its best evaluation. Raises Interrupted."""
         dev, best, best_state, since = self.split.dev, None, {}, 0
+        now = self.progress
         started, losses = time.perf_counter(), []
         trained = {name: p for name, p in self.classifier.named_parameters() if p.requires_grad}
         with progress("{task.fields[figures]}") as bar:
@@ -246,10 +258,10 @@ class Finetuning:
             for chosen in self.order():
                 self.classifier.train()
                 losses.append(self.step(chosen))
-                bar.update(task, completed=self.done)
+                bar.update(task, completed=now.step)
                 if interrupted():
                     raise Interrupted
-                if self.done % self.eval_interval and self.done != self.steps:
+                if now.step % self.eval_interval and now.step != self.steps:
                     continue
                 logits = self.logits(dev)
                 accuracy = float((logits.argmax(-1) == dev.labels).mean())
@@ -257,13 +269,14 @@ class Finetuning:
                 figures = f"loss {np.mean(losses):.4f}  dev {nats:.4f}  accuracy {accuracy:.2%}"
                 bar.update(task, figures=figures)
                 if not console.is_terminal:
-                    log(f"{self.cell.name}  step {self.done}/{self.steps}  {figures}")
+                    log(f"{self.cell.name}  step {now.step}/{self.steps}  {figures}")
                 if metrics is not None:
-                    metrics.log(self.done, train_loss=float(np.mean(losses)), dev_loss=nats, dev_accuracy=accuracy,
-                                learning_rate=rate(self.done - 1, self.optim) * self.optim.learning_rate)  # fmt: skip
+                    metrics.log(now.step, train_loss=float(np.mean(losses)), dev_loss=nats, dev_accuracy=accuracy,
+                                learning_rate=rate(now.step - 1, self.optim) * self.optim.learning_rate)  # fmt: skip
                 losses, since = [], since + 1
                 if best is None or (accuracy, -nats) > best:
-                    best, self.best_step, self.best_accuracy, since = (accuracy, -nats), self.done, accuracy, 0
+                    best, since = (accuracy, -nats), 0
+                    now.best_step, now.best_accuracy = now.step, accuracy
                     best_state = {name: p.detach().clone() for name, p in trained.items()}
                 if self.patience and since >= self.patience:
                     log(f"{self.cell.name}: stopped, no better on dev for {number_of(since, 'evaluation')}")
@@ -271,7 +284,7 @@ class Finetuning:
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(best_state[name])
-        self.seconds = time.perf_counter() - started
+        now.seconds = time.perf_counter() - started
 
 
 def row_weights(part: Part, labels: int, how: str) -> np.ndarray:
@@ -323,8 +336,9 @@ def finetune(
     trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
     return judge, split, {
         "pooling": cell.pooling, "trainable": cell.trainable, "seed": cell.seed, "protocol": cfg.protocol,
-        **result, "dev_accuracy": run.best_accuracy, "seconds": round(run.seconds, 2), "trained_parameters": trained,
+        **result, "dev_accuracy": run.progress.best_accuracy, "seconds": round(run.progress.seconds, 2),
+        "trained_parameters": trained,
         "peak_memory_mb": round(peak_memory(device) / 2**20), "temperature": judge.temperature,
-        "best_step": run.best_step, "steps": run.done, "train_rows": len(split.train.rows),
+        "best_step": run.progress.best_step, "steps": run.progress.step, "train_rows": len(split.train.rows),
         "test_units": len(split.test.labels),
     }  # fmt: skip

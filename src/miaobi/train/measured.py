@@ -278,8 +278,7 @@ def explicit_fits(work: Workload) -> bool:
 def choose_compiled(work: Workload, best: ExecutionMode, usual: str, why: str) -> ExecutionMode:
     """`best`, or a faster compiled mode: they are tried in turn for as long as that pays off in a run of this length.
 
-    When compiled, the usual precision may be faster although its conversions made it slower in eager mode; explicit
-    attention may be, too.
+    The usual precision and explicit attention may be faster when compiled, even if they were slower in eager mode.
     """
     run_seconds = work.steps * work.rows * best.seconds
     tried = why or f"a run of {duration(run_seconds)} is long enough to try whether that is faster"

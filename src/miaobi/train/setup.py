@@ -149,8 +149,7 @@ def set_up(cfg: RunConfig, origin: Origin, world: World, device: torch.device, d
             total = steps
         if progress.step > total and not cfg.train.eval_only:
             raise UserError(f"{checkpoint} is at step {progress.step}, beyond the {number_of(total, 'step')} of "
-                            f"this run: "
-                            "nothing is left to train; give a larger --max_iters")  # fmt: skip
+                            "this run: nothing is left to train; give a larger --max_iters")  # fmt: skip
         tuning = cfg.train.trainable if progress.base else None
         short = progress.bigrams and bigrams.is_short(cfg, shape, data)  # it may have been extended meanwhile
         asked = with_longer_decay(cfg, progress).optim
@@ -190,8 +189,8 @@ def open_inputs(
 def evaluation_windows(
     cfg: RunConfig, progress: Progress, steps: int, blocks: Blocks, val_blocks: Blocks
 ) -> tuple[Batch, Batch | None]:
-    """Validation and training windows of every evaluation: always the same, and no more tokens than are trained before
-    the first evaluation.
+    """Validation and training windows of every evaluation: always the same, and no more than are trained on before
+    it.
     """
     requested = cfg.train.eval_iters * cfg.train.batch_size
     trained = min(cfg.train.eval_interval, progress.planned or steps) * cfg.train.global_batch
@@ -205,8 +204,8 @@ def evaluation_windows(
 def start_or_continue(cfg: RunConfig, data: PreparedData, checkpoint: Path | None) -> Progress:
     """Progress of the run: new, or that of the checkpoint.
 
-    From another run's checkpoint (resume_from) only the steps are taken: its best model is not in this run, and may
-    have been scored on other windows. An evaluation that is due is repeated.
+    From another run's checkpoint (resume_from) only the steps are taken: its best model is not in this run, and its
+    loss may be of other windows.
 
     Raises UserError if the checkpoint was trained on other data.
     """

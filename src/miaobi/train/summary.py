@@ -72,7 +72,7 @@ def summarized(plan: Plan) -> Iterator[None]:
     try:
         before = read_summary(plan.out)
     except UserError:
-        before = None  # a damaged one is written anew
+        before = None  # a damaged one is replaced
     reset_peak_memory(plan.device)
     summary = describe(plan)
     write_summary(plan, summary)
@@ -86,7 +86,7 @@ def summarized(plan: Plan) -> Iterator[None]:
         summary.stopped, summary.error = "failed", str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
         raise
     finally:
-        summary.ended, summary.total_steps = time.time(), plan.progress.planned  # max_minutes lays them anew
+        summary.ended, summary.total_steps = time.time(), plan.progress.planned  # max_minutes replans them
         summary.wall_seconds = summary.ended - summary.started + (before.wall_seconds if before else 0.0)
         summary.peak_memory_bytes = max(peak_memory(plan.device), before.peak_memory_bytes if before else 0)
         write_summary(plan, summary)
