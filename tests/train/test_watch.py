@@ -10,10 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from miaobi.train.watch import Metrics, evaluations_since_best, last_step, on_signals, overfitting_warning, time_left
 
 RISING = [[100, 4.0, 4.5], [200, 3.0, 4.2], [300, 2.0, 5.1], [400, 1.2, 5.2], [500, 0.3, 6.4], [600, 0.13, 7.2]]
+
+
+@pytest.fixture(autouse=True)
+def first_files_of_a_process(monkeypatch):
+    """TensorBoard orders files of one second by the text of their number: the tenth of a process before the ninth."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def test_the_seeds_overfitting_gives_a_warning():
