@@ -165,7 +165,7 @@ def test_a_step_is_recorded_on_the_models_device_whichever_is_current(monkeypatc
     assert current == [torch.device("cuda:0")]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 def test_cuda_graphs_write_what_plain_steps_write(family):
     transformer = model(family, "cuda", torch.float32)

@@ -147,10 +147,18 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's, weight and bias in the precision of the states: FSDP gives those of a block in bf16, states in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+
+
 def make_norm(cfg: ModelConfig, width: int) -> nn.Module:
     """LayerNorm (gpt2) or RMSNorm (others) over the last dimension."""
     if cfg.family == "gpt2":
-        return nn.LayerNorm(width, eps=cfg.norm_eps or 1e-5, bias=cfg.bias)
+        return LayerNorm(width, eps=cfg.norm_eps or 1e-5, bias=cfg.bias)
     return RMSNorm(width, eps=cfg.norm_eps or 1e-6)
 
 

@@ -94,7 +94,7 @@ def wants_shards(cfg: TrainConfig, world: World, shape: ModelConfig, device: tor
 def shard(model: Transformer, world: World, cfg: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Shard the weights of `model` (FSDP2), block by block and then the rest, in place.
 
-    Matrix products and what is sent for them are in `dtype`; weights, gradients' sums and moments are in fp32.
+    The blocks' products and what is sent for them are in `dtype`; weights, gradients' sums and moments are in fp32.
     `model` is on the meta device, and gets memory for its shards, without values: see `fill`.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -112,7 +112,7 @@ def shard(model: Transformer, world: World, cfg: TrainConfig, device: torch.devi
     )
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)  # embeddings in fp32: what they give is where the states begin
     register_fsdp_forward_method(model, "hidden")
     model.to_empty(device=device)
 
