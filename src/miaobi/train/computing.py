@@ -36,14 +36,16 @@ def decide(plan: Plan, objective: Objective) -> tuple[Plan, bool]:
     """
     cfg, model = plan.cfg.train, plan.model
     can_flex = plan.device.type == "cuda" and model.cfg.dropout == 0.0  # it is only fast compiled
+    can_flex = can_flex and plan.blocks.fixed(1).documents is not None
     model.train()
 
     def work(micro: int) -> Work:
         return Work(objective, example, plan.device, plan.total_steps - plan.progress.step,
-                    cfg.global_batch // plan.world.size, micro, cfg.micro_batch_size is not None)  # fmt: skip
+                    cfg.global_batch // plan.world.size, micro, cfg.micro_batch_size is not None,
+                    can_flex)  # fmt: skip
 
-    def example(rows: int, compiled: bool) -> tuple:
-        return to_device(plan.blocks.fixed(rows), slice(None), plan.device, can_flex and compiled)
+    def example(rows: int, flex: bool) -> tuple:
+        return to_device(plan.blocks.fixed(rows), slice(None), plan.device, flex)
 
     plan = find(plan, work, str(plan.dtype).removeprefix("torch."))
     mode = choose_computing(cfg, work(plan.micro), plan.dtype, plan.progress, plan.world)
@@ -51,7 +53,7 @@ def decide(plan: Plan, objective: Objective) -> tuple[Plan, bool]:
     plan = replace(plan, dtype=getattr(torch, mode.dtype), micro=plan.micro if is_fixed else mode.micro or plan.micro)
     if plan.world.is_first:
         note(plan.out / "config.yaml", mode)
-    return plan, can_flex and bool(mode.compiled)
+    return plan, can_flex and bool(mode.compiled) and not mode.plain_mask
 
 
 def choose_computing(
@@ -78,7 +80,10 @@ def choose_computing(
         mode = ExecutionMode(**progress.computed)
     if replace(mode, seconds=0.0, why=usual.why) != usual:
         log(f"computing in {mode}")
-    return mode if work.set(mode) else usual
+    now = work.set(mode)
+    if now is not None and now != mode and now.plain_mask:
+        progress.computed = asdict(now)  # so that a run that goes on need not find out again
+    return now or usual
 
 
 def saved(work: Work, usual: ExecutionMode) -> float:

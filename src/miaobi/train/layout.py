@@ -25,6 +25,7 @@ from miaobi.train.world import World
 
 EAGER = (None, ())
 """Nothing is compiled: see `use_compiled`."""
+WITHOUT = "going on without (--compile=False says so)"
 
 
 class Objective(nn.Module):
@@ -163,11 +164,14 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def compile_as(objective: Objective, part: str, autotuned: bool, once: Callable[[], object]) -> bool:
+def compile_as(
+    objective: Objective, part: str, autotuned: bool, once: Callable[[], object], instead: str = WITHOUT
+) -> bool:
     """Compile the `blocks` (one graph that all layers share) or the `whole` objective behind the embedding, with its
     loss, and try it by `once`. Where that fails: as it was before, with a line of warning, and False.
 
-    autotuned: Inductor times other matrix products than the library's (max_autotune).
+    autotuned: Inductor times other matrix products than the library's (max_autotune). instead: what is said to be done
+    where it fails.
     Shapes are taken as they are: a smaller last micro-batch runs uncompiled (see `no_recompilation`).
     """
     before, started = compiled_parts(objective), time.perf_counter()
@@ -186,7 +190,7 @@ def compile_as(objective: Objective, part: str, autotuned: bool, once: Callable[
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # the compiler's own, and what Triton, ptxas and their subprocesses raise
-        warn(f"torch.compile does not work here ({type(e).__name__}); going on without (--compile=False says so)")
+        warn(f"torch.compile does not work here ({type(e).__name__}); {instead}")
         use_compiled(objective, before)
         return False
     finally:

@@ -24,7 +24,7 @@ from miaobi.model import cpu_attention
 from miaobi.model.transformer import head_dim
 from miaobi.train import compile_time
 from miaobi.train.compile_time import digest, machine, store
-from miaobi.train.layout import EAGER, Objective, compile_as, compiled_parts, use_compiled
+from miaobi.train.layout import EAGER, WITHOUT, Objective, compile_as, compiled_parts, use_compiled
 from miaobi.train.threads import Others
 from miaobi.train.watch import duration
 
@@ -59,6 +59,8 @@ class ExecutionMode:
     """Compiled with max_autotune: products fused with what follows them, where that is faster."""
     micro: int = 0
     """Sequences at once; 0 = as many as `recipe.micro_batch` says."""
+    plain_mask: bool = False
+    """Compiled, but documents are told apart by a matrix: FlexAttention does not work on this card."""
     seconds: float = 0.0
     """Of one sequence, forward and backward, when it was measured; 0 = it was not."""
     why: str = "not measured: the run is short"
@@ -70,6 +72,7 @@ class ExecutionMode:
 
     def __str__(self) -> str:
         how = f"compiled ({self.compiled}{', max_autotune' if self.autotuned else ''})" if self.compiled else "eager"
+        how += " without FlexAttention" * self.plain_mask
         return f"{self.dtype}, {self.attention} attention, {how}{f', {self.micro} at once' if self.micro else ''}"
 
 
@@ -79,7 +82,7 @@ class Work:
 
     objective: Objective
     example: Callable[[int, bool], tuple]
-    """Arguments of the objective for so many sequences, and whether it is compiled: FlexAttention has another mask."""
+    """Arguments of the objective for so many sequences; whether documents are told apart by FlexAttention's mask."""
     device: torch.device
     steps: int
     """Left in this run."""
@@ -89,13 +92,19 @@ class Work:
     """Sequences at once, as `recipe.micro_batch` says."""
     bound: bool = False
     """The user says how many."""
+    flex: bool = False
+    """Compiled modes may use FlexAttention, and have documents to tell apart."""
     ready: dict[ExecutionMode, tuple] = field(default_factory=dict)
     """Ways that are compiled, by their `compiled_parts`."""
     others: list[float] = field(default_factory=list)
     """Cores that other programs took while modes were timed."""
 
-    def set(self, mode: ExecutionMode) -> bool:
-        """Compute in `mode` from now on. Where the compiler fails, as before: a line of warning, and False."""
+    def set(self, mode: ExecutionMode) -> ExecutionMode | None:
+        """Compute in `mode` from now on. Returns it, without FlexAttention where that fails; where the compiler does,
+        None, a line of warning, and all is as before.
+        """
+        if mode.compiled and any(known.plain_mask for known in self.ready):  # it has failed before
+            mode = replace(mode, plain_mask=True)
         if mode.tiled and not tiled_fits(self):
             warn("this run's attention was computed by a kernel of ours, which needs a C++ compiler; it goes on with "
                  "torch's, with other roundings")  # fmt: skip
@@ -108,20 +117,21 @@ class Work:
             use_compiled(self.objective, self.ready[known])
         else:
             log(f"compiling now, which takes about {compiling_seconds(self, mode):.0f} s: {mode.why}")
-            started = time.perf_counter()
-            if not compile_as(self.objective, mode.compiled, mode.autotuned, lambda: self.once(mode)):
-                return False
+            started, flex = time.perf_counter(), self.flex and not mode.plain_mask
+            instead = "trying without FlexAttention" if flex else WITHOUT
+            if not compile_as(self.objective, mode.compiled, mode.autotuned, lambda: self.once(mode), instead):
+                return self.set(replace(mode, plain_mask=True)) if flex else None
             kind, times = compiling_kind(self, mode)
             compile_time.remember(self.device, kind, (time.perf_counter() - started) / times)
             self.ready[known] = compiled_parts(self.objective)
-        return True
+        return mode
 
     def once(self, mode: ExecutionMode) -> float:
         """Seconds of a forward and backward pass, for each sequence. Gradients and random states are left as they were
         found; what is compiled, and attention, are as `set` has made them.
         """
         dtype = getattr(torch, mode.dtype)
-        example = self.example(mode.micro or self.micro, bool(mode.compiled))
+        example = self.example(mode.micro or self.micro, self.flex and bool(mode.compiled) and not mode.plain_mask)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             self.wait()
             started = time.perf_counter()
@@ -289,7 +299,7 @@ def choose_compiled(work: Work, best: ExecutionMode, usual: str, why: str) -> Ex
             continue
         if mode.autotuned:
             mode = replace(mode, explicit=best.explicit, tiled=best.tiled)
-        if not work.set(mode):
+        if (mode := work.set(mode)) is None:
             break
         # On a GPU eager attention over packed documents would fill the memory: its blocks are compiled to begin with.
         rivals = [mode] if work.device.type == "cuda" and not best.compiled else [best, mode]
@@ -330,14 +340,10 @@ def memory_file(key: str) -> Path:
 def checked(fields: dict[str, Any]) -> ExecutionMode:
     """Fields from a file as `ExecutionMode`. Raises ValueError or TypeError for any that it cannot be."""
     mode = ExecutionMode(**fields)
-    flags = all(isinstance(flag, bool) for flag in (mode.explicit, mode.tiled, mode.autotuned))
-    numbers = (
-        type(mode.micro) is int
-        and mode.micro >= 0
-        and isinstance(mode.seconds, int | float)
-        and 0 <= mode.seconds < math.inf
-    )
-    if not (flags and numbers and isinstance(mode.why, str)):
+    flags = all(isinstance(flag, bool) for flag in (mode.explicit, mode.tiled, mode.autotuned, mode.plain_mask))
+    is_count = type(mode.micro) is int and mode.micro >= 0
+    is_time = isinstance(mode.seconds, int | float) and 0 <= mode.seconds < math.inf
+    if not (flags and is_count and is_time and isinstance(mode.why, str)):
         raise TypeError(f"{mode} is not known")
     if mode.dtype not in ("float32", "bfloat16", "float16") or mode.compiled not in ("", "blocks", "whole"):
         raise ValueError(f"{mode} is not known")
