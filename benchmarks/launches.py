@@ -30,7 +30,7 @@ from miaobi.corpus.prepare import prepare
 from miaobi.generate.cuda_step import CudaStep
 from miaobi.generate.memory import Memory
 from miaobi.generate.sampling import Drawing
-from miaobi.model.transformer import Transformer
+from miaobi.model.transformer import Transformer, document_mask
 from miaobi.settings import load_config
 from miaobi.train.average import Average
 from miaobi.train.evaluate import nats
@@ -194,16 +194,20 @@ def drawing(streams: int, **given: Any) -> dict[str, Any]:
             "by_name": dict(recorded.launches)}  # fmt: skip
 
 
-def whole_step(layers: int = 40) -> dict[str, Any]:
-    """Launches and FLOP of forward and backward of the seed's size, eager: 32 x 256 tokens in one micro-batch."""
+def whole_step(layers: int = 40, packed: bool = False) -> dict[str, Any]:
+    """Launches and FLOP of forward and backward of the seed's size, eager: 32 x 256 tokens in one micro-batch.
+
+    packed: blocks of several dialogues, told apart by a mask.
+    """
     found = []
     for few in (1, 2):
         with fake_cuda.fake_cuda():
             objective = Objective(fake_model("qwen3", few, 512, 8))
             ids = torch.zeros(32, 256, dtype=torch.long, device=CUDA)
             with counting() as (flops, counted):
+                mask = document_mask(ids, torch.bfloat16) if packed else None
                 with torch.autocast("cuda", dtype=torch.bfloat16):
-                    loss = objective(ids, ids, None, None)
+                    loss = objective(ids, ids, None, mask)
                 loss.backward()
             found.append((counted.total, flops.get_total_flops()))
     (launches, work), (more, harder) = found
@@ -216,6 +220,7 @@ def counted_all() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"waits that are seen": waits_that_are_seen()}
     found |= {f"muon, {name}": muon(*shape) for name, shape in SHAPES.items()}
     found["forward and backward, qwen3 40x512"] = whole_step()
+    found["the same, packed dialogues"] = whole_step(packed=True)
     for family, n_kv_head in (("gpt2", None), ("qwen3", None), ("qwen3", 2)):
         name = f"decoding, {family}" + (", 2 heads of keys" if n_kv_head else "")
         found[name] = decode(family, n_kv_head)

@@ -62,3 +62,11 @@ def test_a_token_costs_the_host_two_replays_and_one_copy(counted, what, most, gi
     assert row["recorded"] == 2
     assert row["launches"] <= most, row["by_name"]
     assert row["gigabytes"] <= gigabytes
+
+
+def test_a_mask_is_made_once_for_all_layers(counted):
+    """Not turned into what kernels add to the scores in every layer, nor kept by each for its backward pass."""
+    plain, packed = (counted["items"][name] for name in ("forward and backward, qwen3 40x512",
+                                                         "the same, packed dialogues"))  # fmt: skip
+    assert packed["per_layer"] == plain["per_layer"]
+    assert plain["launches"] < packed["launches"] <= plain["launches"] + 10

@@ -45,7 +45,7 @@ def decide(plan: Plan, objective: Objective) -> tuple[Plan, bool]:
                     can_flex)  # fmt: skip
 
     def example(rows: int, flex: bool) -> tuple:
-        return to_device(plan.blocks.fixed(rows), slice(None), plan.device, flex)
+        return to_device(plan.blocks.fixed(rows), slice(None), plan.device, flex, plan.dtype)
 
     plan = find(plan, work, str(plan.dtype).removeprefix("torch."))
     mode = choose_computing(cfg, work(plan.micro), plan.dtype, plan.progress, plan.world)

@@ -29,10 +29,13 @@ WORTH = 0.05
 takes a third of both, and its graph a third of the compiler's time, so that it pays about as training's did."""
 
 
-def to_device(batch: Batch, rows: slice, device: torch.device, flex: bool = False) -> tuple:
+def to_device(
+    batch: Batch, rows: slice, device: torch.device, flex: bool = False, dtype: torch.dtype | None = None
+) -> tuple:
     """Rows of a batch on the device, without waiting for the copy: inputs, targets, position_ids, attention mask.
 
-    flex: mask for the compiled FlexAttention instead of for scaled_dot_product_attention.
+    flex: mask for the compiled FlexAttention instead of for scaled_dot_product_attention. dtype: of the products, which
+    a GPU wants a mask in; None = boolean.
     """
 
     def copied(a: np.ndarray | None) -> Tensor | None:
@@ -44,7 +47,9 @@ def to_device(batch: Batch, rows: slice, device: torch.device, flex: bool = Fals
     inputs, targets, positions, documents = map(copied, batch)
     if documents is None:
         return inputs, targets, positions, None
-    return inputs, targets, positions, document_block_mask(documents) if flex else document_mask(documents)
+    if flex:
+        return inputs, targets, positions, document_block_mask(documents)
+    return inputs, targets, positions, document_mask(documents, dtype if device.type == "cuda" else None)
 
 
 @torch.no_grad()
@@ -56,7 +61,7 @@ def nats(
     compiled: the model's objective, to be computed as training compiled it.
     """
     device = model.wte.weight.device
-    inputs, targets, positions, mask = to_device(batch, rows, device)
+    inputs, targets, positions, mask = to_device(batch, rows, device, dtype=dtype)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         if compiled is not None:
             return compiled(inputs, targets, positions, mask)

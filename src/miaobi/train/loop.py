@@ -238,7 +238,7 @@ class Run:
         total = torch.zeros((), device=plan.device)
         starts = range(0, len(batch.inputs), plan.micro)
         for micro, i in enumerate(starts):
-            x, y, positions, mask = to_device(batch, slice(i, i + plan.micro), plan.device, self.flex)
+            x, y, positions, mask = to_device(batch, slice(i, i + plan.micro), plan.device, self.flex, plan.dtype)
             if self.model.cfg.dropout or plan.cfg.lora.lora_dropout:
                 torch.manual_seed(derive(cfg.seed, "dropout", step, micro, world.rank))
             with reducing(self.objective, self.model, micro == len(starts) - 1):
