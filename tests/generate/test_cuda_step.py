@@ -260,10 +260,14 @@ def test_a_step_is_recorded_on_the_models_device_whichever_is_current(monkeypatc
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, *SETTINGS])
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_cuda_graphs_write_what_plain_steps_write(family):
+def test_cuda_graphs_write_what_plain_steps_write(family, settings):
+    """The likeliest tokens, and drawn ones; twice, the second time with what the first has recorded."""
     transformer = model(family, "cuda", torch.float32)
     graphs = CudaStep(transformer)
-    assert written(transformer, 4, graphs) == written(transformer, 4, None)
+    expected = written(transformer, 4, None, **settings)
+    assert written(transformer, 4, graphs, **settings) == expected
+    assert written(transformer, 4, graphs, **settings) == expected
     assert graphs.ready
     assert graphs.recorded
