@@ -107,7 +107,7 @@ class Slots:
         if by_step:
             ids = self.step.draw(self.memory, tokens, positions, [stream.drawing() for stream in self.running])
         else:
-            logits = self.step(torch.tensor(tokens, device=self.device)[:, None], self.caches, positions)
+            logits = self.logits(tokens, positions)
         for row, token in enumerate(tokens):
             self.known[row].append(token)
         written = list(zip(self.running, self.taken(ids if by_step else self.draw(logits)), strict=True))
@@ -283,6 +283,10 @@ class Slots:
                 self.known[row] = self.known[row] + some
             following = torch.tensor(ids[at + 1 : at + 1 + len(some)], device=self.device)
             stream.prompt_scores += score(logits, following, alternatives)
+
+    def logits(self, tokens: list[int], positions: list[int]) -> Tensor:
+        """Logits (n, V) behind `tokens` of the first n rows, which go to `positions`."""
+        return self.step(torch.tensor(tokens, device=self.device)[:, None], self.caches, positions)
 
     def forget_behind(self, n: int) -> None:
         """What a step of n rows writes over in others."""
