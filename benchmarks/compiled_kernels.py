@@ -4,8 +4,8 @@
     PYTHONPATH=DIR python -m benchmarks.compiled_kernels
 
 What torch.compile makes of the forward and the backward pass of one qwen3 block of 512 (32 x 256 tokens, autocast),
-with FlexAttention as well, and Muon's own kernel for symmetric products; nothing is run. Takes some minutes; no test
-runs it, since PyTorch's CPU build comes without Triton.
+with FlexAttention as well, of the forward pass of an evaluation, and Muon's own kernel for symmetric products; nothing
+is run. Takes some minutes; no test runs it, since PyTorch's CPU build comes without Triton.
 """
 
 from __future__ import annotations
@@ -97,8 +97,10 @@ def target(major: int, minor: int) -> GPUTarget:
     return GPUTarget("cuda", 10 * major + minor, 32)
 
 
-def traced(dtype: torch.dtype, documents: bool) -> dict[str, torch.fx.GraphModule]:
-    """The graphs of the forward and the backward pass, as torch.compile cuts them; with FlexAttention for documents."""
+def traced(dtype: torch.dtype, documents: bool, trains: bool) -> dict[str, torch.fx.GraphModule]:
+    """The graphs of the forward and the backward pass, as torch.compile cuts them; with FlexAttention for documents.
+    The forward pass alone of an evaluation.
+    """
     graphs: dict[str, torch.fx.GraphModule] = {}
 
     def keep(name: str) -> Any:
@@ -115,13 +117,16 @@ def traced(dtype: torch.dtype, documents: bool) -> dict[str, torch.fx.GraphModul
         partition_fn=min_cut_rematerialization_partition,
     )
     torch.compiler.reset()
-    model = fake_model("qwen3", 1, 512, 8)
+    model = fake_model("qwen3", 1, 512, 8).train(trains)
     mask = document_block_mask(torch.zeros(32, 256, dtype=torch.long, device=CUDA)) if documents else None
     block = torch.compile(model.blocks[0], backend=backend, dynamic=False)
-    x = torch.zeros(32, 256, 512, device=CUDA, requires_grad=True)
+    x = torch.zeros(32, 256, 512, device=CUDA, requires_grad=trains)
     # no accelerator: dynamo would look for its streams
-    with torch.autocast("cuda", dtype=dtype), mock.patch.object(torch.accelerator, "is_available", return_value=False):
-        block(x, model.rope[:, :256], mask).sum().backward()
+    no_streams = mock.patch.object(torch.accelerator, "is_available", return_value=False)
+    with torch.set_grad_enabled(trains), torch.autocast("cuda", dtype=dtype), no_streams:
+        out = block(x, model.rope[:, :256], mask)
+        if trains:
+            out.sum().backward()
     return graphs
 
 
@@ -167,9 +172,13 @@ def measured(major: int, minor: int, most: int, directory: str) -> dict[str, Any
     describe_card(major, minor, most)
     dtype = torch.bfloat16 if major > 7 else torch.float16
     found: dict[str, Any] = {}
-    for kind, documents in ("", False), (" of documents", True):
+    for kind, documents, trains in (
+        ("", False, True),
+        (" of documents", True, True),
+        (" of an evaluation", False, False),
+    ):
         with fake_cuda.fake_cuda((major, minor)), mock.patch.object(torch.nn.functional, "rms_norm", RMS_NORM):
-            graphs = traced(dtype, documents)
+            graphs = traced(dtype, documents, trains)
         for name, graph in graphs.items():
             with mock.patch.multiple(torch.cuda, is_available=lambda: True, current_device=lambda: 0,
                                      get_device_capability=lambda *_: (major, minor)):  # fmt: skip

@@ -31,6 +31,7 @@ from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
 from miaobi.settings import load_config
 from miaobi.train.computing import decide_mode
+from miaobi.train.evaluate import ForwardGraph, mean_loss
 from miaobi.train.loop import Run
 from miaobi.train.setup import set_up
 from miaobi.train.world import World
@@ -358,6 +359,18 @@ def dialogues(bench: Bench) -> Figures:
     return found
 
 
+def evaluation(bench: Bench) -> Figures:
+    """Milliseconds of an evaluation, eager and by a graph of its own, and what the two losses differ by."""
+    run = bench.run(compile=torch.device(bench.device).type == "cuda", eval_iters=2 if bench.small else 50)
+    device, found, losses = run.plan.device, {}, []
+    for name, graph in (("eager", None), ("compiled", ForwardGraph(run.objective))):
+        mean_loss(run.plan, run.plan.val_windows, graph)
+        start = clock(device)
+        losses.append(mean_loss(run.plan, run.plan.val_windows, graph))
+        found[name] = {"ms": 1000 * (clock(device) - start), "used": graph is None or bool(graph.ready)}
+    return found | {"windows": len(run.plan.val_windows.inputs), "apart": abs(losses[0] - losses[1])}
+
+
 def stalls(bench: Bench) -> Figures:
     """Seconds that an evaluation, a checkpoint (until the run goes on) and a sample cost."""
     run = bench.run(compile=False)
@@ -452,6 +465,7 @@ ITEMS: dict[str, Callable[[Bench], Figures]] = {
     "parity, compiled": parity_compiled,
     "resume": resume,
     "float16": half,
+    "evaluation": evaluation,
     "stalls": stalls,
     "dialogues": dialogues,
     "300M": large,

@@ -28,8 +28,10 @@ from miaobi.config import OptimConfig
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.prepare import prepare
 from miaobi.generate.cuda_step import CudaStep
+from miaobi.generate.memory import Memory
+from miaobi.generate.sampling import Drawing
 from miaobi.model.config import ModelConfig
-from miaobi.model.transformer import Transformer
+from miaobi.model.transformer import Transformer, document_mask
 from miaobi.settings import load_config
 from miaobi.train.average import Average
 from miaobi.train.evaluate import nats
@@ -142,13 +144,22 @@ def waits_that_are_seen() -> dict[str, Any]:
 
 
 class Recorded(CudaStep):
-    """The step that is recorded as a CUDA graph, counted instead."""
+    """The steps that are recorded as CUDA graphs, counted instead."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__(model)
+        self.counts: list[Counted] = []
 
     def capture(self, step):
-        with counting() as (flops, self.counted):
+        with counting() as (_, counted):
             logits = step()
-        self.flops = flops.get_total_flops()
+        self.counts.append(counted)
         return logits, lambda: None
+
+    def read(self, ids):
+        """Copies once, and waits."""
+        torch.empty(ids.shape, dtype=ids.dtype).copy_(ids)
+        return [0] * len(ids)
 
 
 def decode(family: str, n_kv_head: int | None = None, streams: int = 1) -> dict[str, Any]:
@@ -160,24 +171,44 @@ def decode(family: str, n_kv_head: int | None = None, streams: int = 1) -> dict[
             for p in model.parameters():
                 p.data = p.data.to(torch.bfloat16)
             step = Recorded(model)
-            step.record(streams, model.make_caches(streams))
-            found.append(step.counted)
+            step.record(Memory.make(model, model.make_caches(streams)), streams, 256)
+            found += step.counts
     layer = found[1].launches - found[0].launches
     each = found[1].total - found[0].total
     return {"per_layer": each, "rest": found[0].total - 2 * each, "by_name": dict(layer),
             "waits": sum(found[0].waits.values())}  # fmt: skip
 
 
-def whole_step(layers: int = 40) -> dict[str, Any]:
-    """Launches and FLOP of forward and backward of the seed's size, eager: 32 x 256 tokens in one micro-batch."""
+def drawing(streams: int, **given: Any) -> dict[str, Any]:
+    """What the recorded drawing launches, and what the CPU launches itself for one more token of each stream."""
+    settings = {"temperature": 0.8, "top_k": 200, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0} | given
+    with fake_cuda.fake_cuda(), torch.inference_mode():
+        step = Recorded(fake_model("gpt2", 2, 512, 8).eval())
+        memory = step.lend(step, streams, 256)
+        for count in range(2):
+            how = [Drawing(n, count, **settings) for n in range(streams)]
+            with counting() as (_, counted):
+                step.draw(memory, [0] * streams, [3 + count] * streams, how)
+    recorded = step.counts[1]
+    return {"launches": recorded.total, "outside": counted.total, "waits": sum(counted.waits.values()),
+            "gigabytes": recorded.bytes / 1e9, "recorded": len(step.counts),
+            "by_name": dict(recorded.launches)}  # fmt: skip
+
+
+def whole_step(layers: int = 40, packed: bool = False) -> dict[str, Any]:
+    """Launches and FLOP of forward and backward of the seed's size, eager: 32 x 256 tokens in one micro-batch.
+
+    packed: blocks of several dialogues, told apart by a mask.
+    """
     found = []
     for few in (1, 2):
         with fake_cuda.fake_cuda():
             objective = Objective(fake_model("qwen3", few, 512, 8))
             ids = torch.zeros(32, 256, dtype=torch.long, device=CUDA)
             with counting() as (flops, counted):
+                mask = document_mask(ids, torch.bfloat16) if packed else None
                 with torch.autocast("cuda", dtype=torch.bfloat16):
-                    loss = objective(ids, ids, None, None)
+                    loss = objective(ids, ids, None, mask)
                 loss.backward()
             found.append((counted.total, flops.get_total_flops()))
     (launches, work), (more, harder) = found
@@ -190,9 +221,14 @@ def counted_all() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"waits that are seen": waits_that_are_seen()}
     found |= {f"muon, {name}": muon(*shape) for name, shape in SHAPES.items()}
     found["forward and backward, qwen3 40x512"] = whole_step()
+    found["the same, packed dialogues"] = whole_step(packed=True)
     for family, n_kv_head in (("gpt2", None), ("qwen3", None), ("qwen3", 2)):
         name = f"decoding, {family}" + (", 2 heads of keys" if n_kv_head else "")
         found[name] = decode(family, n_kv_head)
+    for streams in (1, 256):
+        found[f"drawing, {streams} streams"] = drawing(streams)
+    found["drawing, all settings"] = drawing(256, top_k=0, top_p=0.9, repetition_penalty=1.1)
+    found["drawing, the likeliest"] = drawing(1, temperature=0.0)
     with small_text() as work:
         for family, optimizer, dtype in (("gpt2", "adamw", "bfloat16"), ("qwen3", "muon", "float16")):
             found[f"training, {family}, {optimizer}, {dtype}"] = training(work, family, optimizer, dtype)

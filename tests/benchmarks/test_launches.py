@@ -50,3 +50,23 @@ def test_a_layer_is_decoded_in_few_launches(counted, family, most):
     row = counted["items"][f"decoding, {family}"]
     assert row["per_layer"] <= most, row["by_name"]
     assert row["waits"] == 0
+
+
+@pytest.mark.parametrize(("what", "most", "gigabytes"), [
+    ("1 streams", 31, 0.0003), ("256 streams", 31, 0.05), ("all settings", 44, 0.6), ("the likeliest", 11, 0.0002),
+])  # fmt: skip
+def test_a_token_costs_the_host_two_replays_and_one_copy(counted, what, most, gigabytes):
+    """Whatever the number of streams: nothing is copied to the card, nothing launched but what is recorded."""
+    row = counted["items"][f"drawing, {what}"]
+    assert row["outside"] == row["waits"] == 1
+    assert row["recorded"] == 2
+    assert row["launches"] <= most, row["by_name"]
+    assert row["gigabytes"] <= gigabytes
+
+
+def test_a_mask_is_made_once_for_all_layers(counted):
+    """Not turned into what kernels add to the scores in every layer, nor kept by each for its backward pass."""
+    plain, packed = (counted["items"][name] for name in ("forward and backward, qwen3 40x512",
+                                                         "the same, packed dialogues"))  # fmt: skip
+    assert packed["per_layer"] == plain["per_layer"]
+    assert plain["launches"] < packed["launches"] <= plain["launches"] + 10

@@ -9,8 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from miaobi.errors import UserError
+from miaobi.generate import cuda_step
 from miaobi.generate.config import SamplingConfig
 from miaobi.generate.cuda_step import CudaStep, decode
+from miaobi.generate.memory import Memory
 from miaobi.generate.slots import Slots, Stream
 from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
@@ -43,11 +46,12 @@ def model(family: str, device: str = "cpu", dtype: torch.dtype = torch.double, *
     return made.to(device, dtype)
 
 
-def written(transformer: Transformer, size: int, graphs: CudaStep | None) -> list[list[int]]:
+def written(transformer: Transformer, size: int, graphs: CudaStep | None, **settings) -> list[list[int]]:
     """What streams of different lengths write that come as slots become free."""
     slots, device = Slots(transformer, size, graphs), transformer.wte.weight.device
-    streams = [Stream(list(ids), replace(CFG, max_new_tokens=30 - 4 * n), torch.Generator(device))
-               for n, ids in enumerate(PROMPTS)]  # fmt: skip
+    asked = {name: settings.pop(name) for name in ("alternatives", "ends", "never_empty") if name in settings}
+    streams = [Stream(list(ids), replace(CFG, max_new_tokens=30 - 4 * n, **settings),
+                      torch.Generator(device).manual_seed(n), **asked) for n, ids in enumerate(PROMPTS)]  # fmt: skip
     coming = list(streams)
     while any(one.left for one in streams):
         while coming and slots.free:
@@ -63,8 +67,96 @@ def test_recorded_steps_write_what_plain_ones_write(family, size):
     transformer = model(family)
     graphs = Rerun(transformer)
     assert written(transformer, size, graphs) == written(transformer, size, None)
-    assert set(graphs.recorded) <= {min(size, rows) for rows in (1, 2, 4, 8)}
-    assert graphs.records <= 3 * len(graphs.recorded), "recorded again only where the caches grew"
+    assert {rows for rows, _ in graphs.recorded} <= {min(size, rows) for rows in (1, 2, 4, 8)}
+    assert graphs.records == 2 * len(graphs.recorded), "a step and what it draws, each once"
+    seen = graphs.records
+    assert written(transformer, size, graphs) == written(transformer, size, None)
+    assert graphs.records == seen, "the next call has what this one recorded"
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_attention_looks_no_further_than_the_longest_row_needs(monkeypatch, size):
+    """By powers of two; the same texts, also past the block, where rows become shorter again."""
+    monkeypatch.setattr(cuda_step, "SHORTEST", 4)
+    transformer = model("qwen3")
+    graphs = Rerun(transformer)
+    assert written(transformer, size, graphs) == written(transformer, size, None)
+    assert {span for _, span in graphs.recorded} == {4, 8, 16}
+
+
+SETTINGS = [{"temperature": 1.0}, {"temperature": 1.4, "top_k": 5, "repetition_penalty": 1.0},
+            {"temperature": 0.8, "top_p": 0.7, "min_p": 0.02}]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_what_is_drawn_depends_on_the_seed_alone(settings):
+    """Not on company, on what else is asked of the model, nor on whether steps can be recorded."""
+    transformer = model("qwen3")
+    alone = written(transformer, 1, Rerun(transformer), **settings)
+    assert alone != written(transformer, 1, Rerun(transformer), temperature=0)
+    for size in (3, 6):
+        assert written(transformer, size, Rerun(transformer), **settings) == alone
+    assert written(transformer, 3, Rerun(transformer), alternatives=2, **settings) == alone
+    assert written(transformer, 3, Refused(transformer), **settings) == alone
+
+
+def test_the_first_token_of_a_reply_is_no_end_and_later_ones_may_be():
+    transformer = model("qwen3")
+    asked = {"ends": [*range(V - 1)], "never_empty": True, "temperature": 1.0}  # all but one
+    texts = written(transformer, 3, Rerun(transformer), **asked)
+    assert texts == written(transformer, 3, Refused(transformer), **asked)
+    new = [ids[len(prompt) :] for ids, prompt in zip(texts, PROMPTS, strict=True)]
+    assert {ids[0] for ids in new} == {V - 1}
+    assert len({id_ for ids in new for id_ in ids[1:]}) > 5
+
+
+def test_a_step_that_goes_on_from_the_last_one_is_given_nothing(monkeypatch):
+    """Token, position and count are on the card already: only what changes is copied there."""
+    put, given = Memory.put, []
+    monkeypatch.setattr(Memory, "put", lambda self, *of: given.append(of[0]) or put(self, *of))
+    transformer = model("qwen3", block_size=64)
+    graphs = Rerun(transformer)
+    slots = Slots(transformer, 2, graphs)
+    streams = [Stream([n + 1], replace(CFG, max_new_tokens=10 * (n + 1), temperature=0.9), torch.Generator())
+               for n in range(2)]  # fmt: skip
+    slots.add(streams[0])
+    for _ in range(4):
+        slots.advance()
+    assert len(given) == 1
+    slots.add(streams[1])
+    while streams[1].left:
+        slots.advance()
+    assert len(given) == 3, "when one comes, and when one has ended"
+
+
+def test_slots_that_live_at_the_same_time_do_not_share_memory():
+    transformer = model("gpt2")
+    graphs = Rerun(transformer)
+    expected = written(transformer, 1, None)
+    sides = [Slots(transformer, 1, graphs) for _ in range(2)]
+    streams = [Stream(list(ids), replace(CFG, max_new_tokens=30 - 4 * n), torch.Generator())
+               for n, ids in enumerate(PROMPTS[:2])]  # fmt: skip
+    for slots, stream in zip(sides, streams, strict=True):
+        slots.add(stream)
+    while any(stream.left for stream in streams):
+        for slots, stream in zip(sides, streams, strict=True):
+            if stream.left:
+                slots.advance()
+    assert [stream.ids for stream in streams] == expected[:2]
+
+
+def test_logits_that_are_not_finite_are_an_error_and_leave_nothing_behind():
+    """The memory is lent again: what is not finite in it would go into every text, times a weight of nothing."""
+    transformer = model("qwen3")
+    graphs, good = Rerun(transformer), transformer.norm.weight.detach().clone()
+    expected = written(transformer, 3, None)
+    transformer.blocks[0].attn_norm.weight.data[0] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        written(transformer, 3, graphs)
+    transformer.blocks[0].attn_norm.weight.data[0] = model("qwen3").blocks[0].attn_norm.weight[0]
+    assert torch.equal(good, transformer.norm.weight)
+    gc.collect()
+    assert written(transformer, 3, graphs) == expected
 
 
 @pytest.mark.parametrize(("family", "values"), [
@@ -101,20 +193,22 @@ def test_memory_that_a_recorded_step_points_into_is_not_given_to_others():
         def capture(self, step):
             return step(), lambda: None
 
+    def once(size: int) -> weakref.ref:
+        slots = Slots(graphs.model, size, graphs)
+        slots.add(Stream([1], CFG, torch.Generator()))
+        slots.advance()
+        return weakref.ref(slots.caches[0].k)
+
     graphs = Pointing(model("qwen3"))
-    slots = Slots(graphs.model, 2, graphs)
-    slots.add(Stream([1], CFG, torch.Generator()))
-    slots.advance()
-    keys = weakref.ref(slots.caches[0].k)
-    del slots
+    keys = once(2)
     gc.collect()
     assert graphs.recorded
     assert keys() is not None
-    other = Slots(graphs.model, 1, graphs)
-    other.add(Stream([1], CFG, torch.Generator()))
-    other.advance()
+    assert once(1)() is keys(), "whoever needs no more rows gets the same"
+    other = once(3)
     gc.collect()
     assert keys() is None, "the memory of old caches is not kept for ever"
+    assert other() is not None
 
 
 def test_where_nothing_can_be_recorded_decoding_goes_on_and_says_so_once(capsys):
@@ -165,11 +259,15 @@ def test_a_step_is_recorded_on_the_models_device_whichever_is_current(monkeypatc
     assert current == [torch.device("cuda:0")]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, *SETTINGS])
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_cuda_graphs_write_what_plain_steps_write(family):
+def test_cuda_graphs_write_what_plain_steps_write(family, settings):
+    """The likeliest tokens, and drawn ones; twice, the second time with what the first has recorded."""
     transformer = model(family, "cuda", torch.float32)
     graphs = CudaStep(transformer)
-    assert written(transformer, 4, graphs) == written(transformer, 4, None)
+    expected = written(transformer, 4, None, **settings)
+    assert written(transformer, 4, graphs, **settings) == expected
+    assert written(transformer, 4, graphs, **settings) == expected
     assert graphs.ready
     assert graphs.recorded

@@ -8,7 +8,16 @@ from transformers.generation import logits_process as hf
 
 from miaobi.errors import UserError
 from miaobi.generate.config import SampleConfig
-from miaobi.generate.sampling import filter_logits, next_token, penalize_repeats
+from miaobi.generate.sampling import (
+    Drawing,
+    Kind,
+    drawn,
+    filter_logits,
+    next_token,
+    penalize_repeats,
+    token_keys,
+    uniform,
+)
 
 FREE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 NO_IDS = torch.zeros(1, 1, dtype=torch.long)
@@ -139,3 +148,111 @@ def test_settings_that_make_no_sense_are_refused_by_name(wrong):
 def test_the_largest_seed_has_samples_behind_it():
     for seed in (-(2**63), 2**63 - 1):
         torch.Generator().manual_seed(SampleConfig(seed=seed).seed + 10**6)
+
+
+# --- drawn by numbers alone, as a card does it ---------------------------------------------------------------------
+
+
+def splitmix64(x: int) -> int:
+    """The last part of it, as published."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def test_the_keys_of_tokens_are_the_published_generators_numbers():
+    expected = [splitmix64((n + 1) * 0x9E3779B97F4A7C15 % 2**64) for n in range(1000)]
+    assert [x % 2**64 for x in token_keys(1000, torch.device("cpu")).tolist()] == expected
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**61 + 12345])
+@pytest.mark.parametrize("along", ["seeds", "counts", "tokens"])
+def test_variates_are_uniform_and_independent_along_each_number(along, seed):
+    """Kolmogorov's distance, and correlations with the neighbours (also of those far from the middle, which are what
+    wins a race), within what chance gives of so many.
+    """
+    n = 100_000
+    zero, numbers, keys = torch.zeros(1, dtype=torch.long), torch.arange(n), token_keys(n, torch.device("cpu"))
+    start = torch.tensor([seed])
+    one = {"seeds": lambda: uniform(start + numbers, zero.expand(n), keys[:1].expand(n, 1)).flatten(),
+           "counts": lambda: uniform(start.expand(n), numbers, keys[:1].expand(n, 1)).flatten(),
+           "tokens": lambda: uniform(start, zero, keys[None]).flatten()}[along]().double()  # fmt: skip
+    assert 0 < one.min() < one.max() < 1
+    assert (one.sort().values - (torch.arange(n) + 0.5) / n).abs().max() < 1.95 / n**0.5  # chance's own: 0.1%
+    for shape in (lambda u: u, lambda u: (-u.log()).log(), lambda u: (u > 0.99).double()):
+        for lag in (1, 2, 3, 64, 257):
+            values = shape(one)
+            assert torch.corrcoef(torch.stack((values[:-lag], values[lag:])))[0, 1].abs() < 4.5 / n**0.5
+
+
+def test_variates_of_two_tokens_are_independent_over_the_steps_of_a_text():
+    n, tokens = 4000, 60
+    keys = token_keys(tokens, torch.device("cpu")).expand(n, -1)
+    u = uniform(torch.full((n,), 99), torch.arange(n), keys).double()
+    for values in (u, (-u.log()).log(), (u > 0.95).double()):
+        correlations = torch.corrcoef(values.T) - torch.eye(tokens)
+        assert correlations.abs().max() < 5 / n**0.5
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.3, 0.8, 1.7]), st.integers(0, 60), st.integers(20, 100),
+       st.sampled_from([0.0, 0.05]), st.sampled_from([1.0, 1.3]), st.booleans())  # fmt: skip
+def test_rows_of_any_settings_are_drawn_as_one_by_one(seed, temperature, k, percent, min_p, penalty, alone):
+    """The race of what `filter_logits` leaves, by the same variates; beside rows of other settings or alone."""
+    logits, seen = random_logits(seed), random_logits(seed + 1) > 2
+    settings = {"temperature": temperature, "top_k": k, "top_p": percent / 100, "min_p": min_p,
+                "repetition_penalty": penalty}  # fmt: skip
+    others = [{"temperature": 0.0, "top_k": 1, "top_p": 0.5, "min_p": 0.5, "repetition_penalty": 2.0},
+              {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}]  # fmt: skip
+    sides = [settings] * 4 if alone else [settings, *others, settings]
+    rows = [Drawing(seed + n, 3 * n, **side) for n, side in enumerate(sides)]
+    keys = token_keys(40, torch.device("cpu"))
+    got = drawn(logits, seen, *Drawing.numbers(rows, 40), keys, Kind.of(rows, 40)).tolist()
+    for n, (row, side) in enumerate(zip(rows, sides, strict=True)):
+        cfg = SampleConfig(**side)
+        mine = penalize_repeats(logits[n : n + 1], seen[n : n + 1], cfg.repetition_penalty)
+        if cfg.temperature == 0:
+            assert got[n] == mine.argmax(-1)
+            continue
+        p = filter_logits(mine, cfg).softmax(-1)
+        variates = -uniform(torch.tensor([row.seed]), torch.tensor([row.count]), keys[None]).log()
+        assert got[n] == (p / variates).argmax(-1)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1.0, 1.3]))
+def test_rows_that_all_take_the_likeliest_token(seed, penalty):
+    logits, seen = random_logits(seed), random_logits(seed + 1) > 2
+    rows = [Drawing(n, 0, 0.0, n, 0.5, 0.5, penalty) for n in range(4)]
+    kind = Kind.of(rows, 40)
+    assert kind == (1, False, penalty != 1.0, False)
+    got = drawn(logits, seen, *Drawing.numbers(rows, 40), token_keys(40, torch.device("cpu")), kind)
+    assert torch.equal(got, penalize_repeats(logits, seen, penalty).argmax(-1))
+
+
+def test_tokens_that_are_alike_do_not_make_a_text_depend_on_its_company():
+    """As logits in bf16 are: beside rows that keep more tokens, and beside some that take the likeliest."""
+    vocab, draw = 500, torch.Generator().manual_seed(0)
+    logits = torch.randint(-6, 6, (1, vocab), generator=draw).float()
+    one = [Drawing(3, count, 1.0, 40, 1.0, 0.0, 1.0) for count in range(300)]
+    sides = [[], [Drawing(0, 0, 1.0, 0, 1.0, 0.0, 1.0)], [Drawing(0, 0, 0.0, 0, 1.0, 0.0, 1.0)]]
+    keys, texts = token_keys(vocab, torch.device("cpu")), []
+    for side in sides:
+        rows = one + side
+        seen = torch.zeros(len(rows), vocab, dtype=torch.bool)
+        got = drawn(logits.expand(len(rows), -1), seen, *Drawing.numbers(rows, vocab), keys, Kind.of(rows, vocab))
+        texts.append(got[: len(one)].tolist())
+    assert texts[0] == texts[1] == texts[2]
+    assert {logits[0, token].item() for token in texts[0]} == {5.0}  # 40 of them, and a few more
+    greedy = drawn(logits.expand(301, -1), seen, *Drawing.numbers(rows, vocab), keys, Kind.of(rows, vocab))[-1]
+    assert greedy == logits.argmax()
+
+
+def test_what_is_drawn_by_numbers_follows_the_probabilities():
+    n, logits = 20_000, torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -torch.inf]])
+    rows = [Drawing(7, count, 0.8, 0, 1.0, 0.0, 1.0) for count in range(n)]
+    keys, seen = token_keys(6, torch.device("cpu")), torch.zeros(n, 6, dtype=torch.bool)
+    got = drawn(logits.expand(n, -1), seen, *Drawing.numbers(rows, 6), keys, Kind.of(rows, 6))
+    expected = n * (logits[0] / 0.8).softmax(-1)
+    found = torch.bincount(got, minlength=6)
+    assert found[5] == 0
+    chi2 = ((found - expected)[:5] ** 2 / expected[:5]).sum()
+    assert chi2 < 18.5  # 0.1% of chance's own are above, with four degrees of freedom

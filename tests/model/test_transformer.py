@@ -254,3 +254,21 @@ def test_queries_that_share_a_key_may_go_as_rows_of_one_head(masked):
     theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     ours = torch.nn.functional.scaled_dot_product_attention(as_rows(q, 2), k, v, mask).reshape(3, 6, 1, 8)
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["fused", "explicit"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "qwen3-grouped"])
+def test_a_mask_that_is_added_hides_what_a_boolean_one_hides(name, kind):
+    """What a GPU gets: forward and backward, to the rounding of a sum."""
+    model = random_model(CONFIGS[name]).train()
+    model.use_attention(kind)
+    documents, found = torch.tensor([[0] * 5 + [1] * 8, [0] * 13, [0, 1, 2] * 4 + [-1]]), []
+    for dtype in (None, torch.float32):
+        mask = document_mask(documents, dtype)
+        assert mask.dtype == (dtype or torch.bool)
+        model.zero_grad()
+        out = model.hidden(ids(3, 13), None, mask)
+        out.sum().backward()
+        found.append((out, [p.grad for p in model.parameters() if p.grad is not None]))
+    model.use_attention("fused")
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +14,15 @@ from hypothesis import strategies as st
 from miaobi.corpus.dataset import IGNORE, TextWindows
 from miaobi.model.config import ModelConfig
 from miaobi.model.transformer import Transformer
-from miaobi.train.evaluate import evaluate, sliding, validation_nats
+from miaobi.train.evaluate import ForwardGraph, evaluate, sliding, to_device, validation_nats
+from miaobi.train.layout import Objective, no_recompilation
 
 BLOCK, V = 8, 40
 
 
-def random_model(dropout: float = 0.0) -> Transformer:
+def random_model(dropout: float = 0.0, layers: int = 1) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(family="gpt2", n_layer=1, n_head=2, n_embd=16, block_size=BLOCK, vocab_size=V,
+    model = Transformer(ModelConfig(family="gpt2", n_layer=layers, n_head=2, n_embd=16, block_size=BLOCK, vocab_size=V,
                                     dropout=dropout))  # fmt: skip
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.3)
@@ -115,3 +117,96 @@ def test_validation_nats_are_the_sum_over_its_windows(n, windows):
         model.train()
         assert validation_nats(model, fixed, batch_size, torch.float32) == pytest.approx(expected, rel=1e-5)
         assert model.training, "the mode is restored"
+
+
+class Compiler:
+    """A backend of torch.compile that counts its graphs, and computes them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph, _):
+        self.graphs += 1
+        return graph.forward
+
+
+def trained(objective: Objective, windows, rows: int) -> float:
+    """Nats of some windows, forward and backward, as the loop computes them."""
+    objective.train()
+    with no_recompilation(objective):
+        loss = objective(*to_device(windows, slice(rows), torch.device("cpu")))
+    loss.backward()
+    return loss.item()
+
+
+@pytest.mark.parametrize("part", ["blocks", "whole"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_evaluation_takes_one_graph_of_its_own_and_leaves_trainings_alone(part, dropout):
+    """One more for all layers (or for the whole), at its first batch: none for a last batch that is smaller, none for
+    other weights in their place, none when training goes on.
+    """
+    torch.compiler.reset()
+    model, compiler = random_model(dropout, 2), Compiler()
+    objective, graph = Objective(model), ForwardGraph(Objective(model))
+    windows = TextWindows(Stream(random_tokens(200)), BLOCK).fixed(7)
+    expected = validation_nats(model, windows, 4, torch.float32)
+    if part == "blocks":
+        for block in model.blocks:
+            block.compile(backend=compiler, dynamic=False)
+    else:
+        objective.whole = torch.compile(objective.after_embedding, backend=compiler, dynamic=False)
+    objective.train()(*to_device(windows, slice(4), torch.device("cpu"))).backward()
+    before, graph.objective = compiler.graphs, objective
+    assert before == 1
+    for _ in range(3):
+        assert validation_nats(model, windows, 4, torch.float32, graph) == pytest.approx(expected, rel=1e-5)
+        assert model.training
+        assert objective.training
+        assert compiler.graphs == 2 * before
+        torch.manual_seed(0)
+        first = trained(objective, windows, 4)
+        torch.manual_seed(0)
+        assert trained(objective, windows, 4) == first
+        for p in model.parameters():
+            p.data = p.data.clone()  # as averaged weights take the place of others
+    assert compiler.graphs == 2 * before
+    assert graph.ready
+    torch.compiler.reset()
+
+
+def test_an_evaluation_that_cannot_be_compiled_is_done_without_and_says_so_once(capsys):
+    torch.compiler.reset()
+    model, asked = random_model(), []
+
+    def refuses(graph, _):
+        asked.append(graph)
+        if len(asked) == 1:
+            return graph.forward
+        raise RuntimeError("ptxas fatal")
+
+    windows = TextWindows(Stream(random_tokens(200)), BLOCK).fixed(7)
+    expected = validation_nats(model, windows, 4, torch.float32)
+    model.blocks[0].compile(backend=refuses, dynamic=False)
+    objective = Objective(model)
+    objective.train()(*to_device(windows, slice(4), torch.device("cpu"))).backward()
+    graph = ForwardGraph(objective)
+    for _ in range(2):
+        assert validation_nats(model, windows, 4, torch.float32, graph) == pytest.approx(expected, rel=1e-6)
+    assert len(asked) == 2
+    assert capsys.readouterr().err.count("torch.compile fails for the evaluation") == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("device", "compiled", "windows", "expected"), [
+    ("cuda", True, 6400, True), ("cuda", True, 400, True), ("cuda", True, 399, False), ("cuda", False, 6400, False),
+    ("cpu", True, 6400, False),
+])  # fmt: skip
+def test_who_compiles_an_evaluation(device, compiled, windows, expected):
+    """On a card, where training is compiled and as much is evaluated as pays: 8,000 windows are trained on between."""
+    model = random_model()
+    if compiled:
+        model.blocks[0].compile(backend="eager")
+    cfg = SimpleNamespace(train=SimpleNamespace(global_batch=32, eval_interval=250))
+    plan = SimpleNamespace(cfg=cfg, device=torch.device(device), train_windows=None,
+                           val_windows=SimpleNamespace(inputs=range(windows)))  # fmt: skip
+    assert (ForwardGraph.of(plan, Objective(model)) is not None) == expected

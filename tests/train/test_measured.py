@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -136,7 +138,7 @@ def test_probabilities_that_would_take_too_much_memory_are_not_tried(monkeypatch
 
 
 def test_a_precision_that_is_slower_here_is_not_taken_eager_or_compiled(monkeypatch):
-    monkeypatch.setattr(Workload, "apply", lambda self, mode: True)
+    monkeypatch.setattr(Workload, "apply", lambda self, mode: mode)
     monkeypatch.setattr(Workload, "time_pass", lambda self, mode: 1.0)
     speeds(monkeypatch, bfloat16=2.0, float32=1.0, compiled=1.5)
     assert choose(work(), ["bfloat16", "float32"], True, "it pays").dtype == "float32"
@@ -191,7 +193,7 @@ def test_a_larger_micro_batch_is_tried_where_memory_allows_it(monkeypatch):
 def test_compiled_modes_are_tried_as_far_as_the_run_pays(monkeypatch, steps, why, tried):
     """One second in a thousand steps may go into it."""
     compiled = []
-    monkeypatch.setattr(Workload, "apply", lambda self, mode: compiled.append(mode) is None)
+    monkeypatch.setattr(Workload, "apply", lambda self, mode: compiled.append(mode) or mode)
     monkeypatch.setattr(measured, "TRIAL_SHARE", 1e-3)
     speeds(monkeypatch, float32=1.0)
     choose_compiled(work(steps=steps, rows=1), ExecutionMode("float32", seconds=1.0), "float32", why)
@@ -200,11 +202,11 @@ def test_compiled_modes_are_tried_as_far_as_the_run_pays(monkeypatch, steps, why
 
 
 def test_the_fastest_compiled_way_is_taken(monkeypatch):
-    monkeypatch.setattr(Workload, "apply", lambda self, mode: True)
+    monkeypatch.setattr(Workload, "apply", lambda self, mode: mode)
     speeds(monkeypatch, eager=1.0, blocks=1.1, whole=0.9, explicit=0.95, max_autotune=0.8)
     found = choose_compiled(work(steps=10**9), ExecutionMode("float32", seconds=1.0), "float32", "")
     assert (found.compiled, found.explicit, found.autotuned, found.seconds) == ("whole", False, True, 0.8)
-    monkeypatch.setattr(Workload, "apply", lambda self, mode: False)  # the compiler fails
+    monkeypatch.setattr(Workload, "apply", lambda self, mode: None)  # the compiler fails
     eager = ExecutionMode("float32", seconds=1.0)
     assert choose_compiled(work(steps=10**9), eager, "float32", "it pays") == eager
 
@@ -339,13 +341,82 @@ def test_no_rank_compiles_where_one_cannot(bf16_cpu, monkeypatch):
     assert choose_mode(TrainConfig(), work(), torch.bfloat16, Progress(), World()).compiled
 
 
+def masked_work(fails: Callable[[bool], bool], **given) -> tuple[Workload, list[bool]]:
+    """Packed documents on a GPU, and the forms of mask that were asked for, in turn; `fails` says which do."""
+    asked = []
+
+    def example(rows: int, flex: bool) -> tuple:
+        asked.append(flex)
+        if fails(flex):
+            raise RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376")
+        return work().example(rows, flex)
+
+    return replace(work(**given), example=example, flex=True), asked
+
+
 def test_compiled_blocks_get_their_own_form_of_the_mask():
     """On a GPU eager attention takes a matrix, the compiled one FlexAttention's blocks."""
-    job, asked = work(), []
-    job = replace(job, example=lambda rows, compiled: asked.append(compiled) or work().example(rows, compiled))
+    job, asked = masked_work(lambda flex: False)
     job.time_pass(ExecutionMode("float32"))
     job.time_pass(ExecutionMode("float32", compiled="blocks"))
-    assert asked == [False, True]
+    job.time_pass(ExecutionMode("float32", compiled="blocks", plain_mask=True))
+    replace(job, flex=False).time_pass(ExecutionMode("float32", compiled="blocks"))
+    assert asked == [False, True, False, False]
+
+
+@pytest.fixture
+def any_compiler(monkeypatch):
+    """torch.compile that takes no time and changes nothing."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(computing, "can_compile", lambda device: True)
+
+
+@pytest.mark.usefixtures("any_compiler")
+def test_flexattention_that_fails_costs_flexattention_and_not_compilation(capsys):
+    """Its backward pass may take more shared memory than a card has. A run that goes on does not try it again."""
+    job, asked = masked_work(lambda flex: flex, steps=20)
+    progress = Progress()
+    mode = choose_mode(TrainConfig(compile=True), job, torch.float32, progress, World())
+    assert (mode.compiled, mode.plain_mask) == ("blocks", True)
+    assert asked == [True, False]
+    said = capsys.readouterr().err
+    assert said.count("torch.compile does not work here (RuntimeError); trying without FlexAttention") == 1
+    assert "continuing without" not in said
+    job, asked = masked_work(lambda flex: flex, steps=20)
+    progress.step = 7
+    assert choose_mode(TrainConfig(compile=True), job, torch.float32, progress, World()) == mode
+    assert asked == [False]
+
+
+@pytest.mark.usefixtures("any_compiler")
+def test_of_the_modes_that_are_timed_only_the_first_tries_flexattention():
+    job, asked = masked_work(lambda flex: flex, steps=10**7)
+    best = choose_compiled(job, ExecutionMode("float32", seconds=1.0), "float32", "")
+    assert best.plain_mask or not best.compiled
+    assert asked.count(True) == 1
+    assert {(mode.compiled, mode.plain_mask) for mode in job.ready} == {("blocks", True), ("whole", True)}
+
+
+@pytest.mark.usefixtures("any_compiler")
+def test_a_compiler_that_fails_with_any_mask_is_done_without(capsys):
+    job, asked = masked_work(lambda flex: True, steps=20)
+    mode = choose_mode(TrainConfig(compile=True), job, torch.float32, Progress(), World())
+    assert mode == ExecutionMode("float32")
+    assert asked == [True, False]
+    assert capsys.readouterr().err.count("continuing without it (--compile=False avoids this warning)") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, TypeError, subprocess.CalledProcessError, KeyError])
+def test_whatever_the_compiler_raises_is_one_line_of_warning(monkeypatch, capsys, error):
+    """Dynamo's, Inductor's, Triton's, ptxas's: they have no class in common."""
+
+    def broken(self, mode):
+        raise error(1, "ptxas") if error is subprocess.CalledProcessError else error("no")
+
+    monkeypatch.setattr(Workload, "time_pass", broken)
+    assert work().apply(ExecutionMode("float32", compiled="blocks")) is None
+    assert f"does not work here ({error.__name__}); continuing without" in capsys.readouterr().err
 
 
 def test_a_run_says_below_its_configuration_how_it_computes(train, prepared, tmp_path, monkeypatch):

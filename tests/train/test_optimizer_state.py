@@ -19,11 +19,15 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from miaobi.config import ModelConfig, OptimConfig
 from miaobi.errors import UserError
 from miaobi.files import pointed, write_json
+from miaobi.model.transformer import Transformer
 from miaobi.train import optimizer_state
 from miaobi.train.older_state import OlderState, Reader
-from miaobi.train.optimizer_state import Part, Saved, State, file_name, write
+from miaobi.train.optimizer import make_optimizers
+from miaobi.train.optimizer_state import Part, Saved, State, copied, file_name, load, write
+from miaobi.train.recipe import resolve_optim
 from miaobi.train.world import World
 
 
@@ -80,6 +84,22 @@ def test_a_state_too_large_for_one_file_is_read_from_several(tmp_path, monkeypat
     (tmp_path / names[-1]).unlink()
     with pytest.raises((OSError, ValueError), match=re.escape(names[-1])):
         Saved(tmp_path)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_goes_on_in_float16_whatever_it_began_in(tmp_path, begun):
+    """On a card without bf16: the scale of the loss begins anew where the checkpoint, in bf16 or fp32, has none."""
+    model = Transformer(ModelConfig(family="gpt2", n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=9))
+    optimizers = make_optimizers(model, resolve_optim(OptimConfig(), "gpt2", 10), "adamw")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizers[0].step()
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**9, enabled=enabled) for enabled in (begun, True)]
+    list(write(copied(model, optimizers, scalers[0], World()), tmp_path, World()))
+    scalers[1].load_state_dict(scalers[1].state_dict() | {"scale": 2.0**5})
+    load(tmp_path, model, optimizers, scalers[1])
+    assert scalers[1].get_scale() == (2.0**9 if begun else 2.0**5)
+    load(tmp_path, model, optimizers, torch.amp.GradScaler("cpu", enabled=False))
 
 
 # --- runs written before -----------------------------------------------------------------------------------------

@@ -87,3 +87,10 @@ def test_orthogonalize_turns_each_matrix_towards_its_polar_factor():
         assert cosine > 0.97
         alone = orthogonalize(g[i : i + 1])[0].float()
         torch.testing.assert_close(ours[i], alone, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_iterates_in_what_it_has_units_for(monkeypatch, has_bf16, expected):
+    """Turing and Volta compute bf16 in software."""
+    monkeypatch.setattr(orthogonal, "gpu_has_bf16", lambda device: has_bf16)
+    assert orthogonal.iteration_dtype(torch.device("cuda", 1)) == expected

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests import processes
 
-from miaobi.config import TrainConfig
+from miaobi.config import ModelConfig, TrainConfig
 from miaobi.corpus.config import PrepareConfig
 from miaobi.corpus.dataset import IGNORE, Batch, TextWindows
 from miaobi.corpus.packing import PackedDialogues
@@ -29,6 +29,8 @@ from miaobi.corpus.prepared import PreparedData
 from miaobi.errors import UserError
 from miaobi.files import pointed
 from miaobi.model.checkpoint import load_model
+from miaobi.model.transformer import Transformer
+from miaobi.train.layout import fill, shard
 from miaobi.train.rendezvous import join, rank_device
 from miaobi.train.world import World, check_batch
 
@@ -255,6 +257,47 @@ def test_more_processes_than_gpus_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="rank 5 has no GPU of its own: this machine has 2"):
         rank_device("auto", World(rank=5, size=6, local_rank=2))
+
+
+@pytest.mark.parametrize(("has_nccl", "backend"), [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_gpus_speak_gloo_where_there_is_no_nccl(monkeypatch, has_nccl, backend):
+    """On Windows PyTorch comes without."""
+    asked = []
+
+    def refused(named, **_):
+        asked.append(named)
+        raise torch.distributed.DistError("nobody is there")
+
+    monkeypatch.setattr("miaobi.train.rendezvous.pick_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: has_nccl)
+    monkeypatch.setattr(torch.distributed, "init_process_group", refused)
+    with pytest.raises(UserError, match="cannot meet the other processes"):
+        join(TrainConfig(parallel="fsdp"))
+    assert asked == [backend]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_shards_leave_states_and_angles_in_fp32_as_ddp_does(family):
+    """Products are in bf16; what is added up from block to block is not."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            model = Transformer(ModelConfig(family=family, n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=40))
+        shard(model, World(), TrainConfig(parallel="fsdp"), torch.device("cpu"), torch.bfloat16)
+        fill(model, None)
+        seen: dict[str, set] = {"states": set(), "products": set()}
+
+        def enters(_, given):
+            seen["states"].update(t.dtype for t in given if t is not None)
+
+        for block in model.blocks:
+            block.register_forward_pre_hook(enters)
+            block.mlp.up.register_forward_hook(lambda _, given, out: seen["products"].add(out.dtype))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.hidden(torch.zeros(1, 8, dtype=torch.long))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert seen == {"states": {torch.float32}, "products": {torch.bfloat16}}
 
 
 def test_several_processes_with_parallel_none_are_refused(monkeypatch):

@@ -77,6 +77,7 @@ class CpuStep:
     """
 
     can_verify = True
+    can_draw = False
     is_exact = True
 
     @torch.no_grad()

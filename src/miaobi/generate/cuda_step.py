@@ -4,8 +4,9 @@ takes longer than they do (pytorch.org/blog/accelerating-pytorch-with-cuda-graph
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,25 +14,34 @@ from torch import Tensor, nn
 
 from miaobi.console import warn
 from miaobi.generate.eager_step import EagerStep
+from miaobi.generate.memory import Memory, drawn_on
+from miaobi.generate.sampling import Drawing, Kind
 from miaobi.model.transformer import Block, KVCache, Transformer, as_rows, keys_and_values
 
 ALIGNED = 16
 """Attention copies a mask whose rows do not begin at multiples of this, in every layer."""
 
 
+SHORTEST = 64
+"""Positions that attention looks at, at least; from there on by powers of two: reading all of 256 caches takes twenty
+times as long as reading the weights of a small model."""
+RESERVED = 256
+"""Positions of caches, at least, where the block has as many."""
+
+
 @dataclass
 class Recorded:
-    """A step of a fixed number of rows, whose tensors stay where they are."""
+    """A step of a fixed number of rows, whose tensors stay where they are: it computes logits (rows, V)."""
 
-    ids: Tensor
-    position_ids: Tensor
     logits: Tensor
     replay: Callable[[], None]
+    draws: dict[Kind, Callable[[], None]] = field(default_factory=dict)
+    """What draws from the logits, and has the next step go on from there; recorded when it is first needed."""
 
 
 class CudaStep:
-    """A `Step` (see step.py), recorded when it is first needed: one for each power of two of rows, so that few serve
-    all.
+    """A `Step` (see step.py), recorded when it is first needed: one for each power of two of rows and of positions, so
+    that few serve all. What is recorded points into memory, which is lent to one set of slots after the other.
 
     Attributes:
         ready: false once a step could not be recorded; nothing is tried again then.
@@ -39,48 +49,111 @@ class CudaStep:
 
     can_verify = False
     is_exact = False
+    can_draw = True
     cache_dtype = None
 
     def __init__(self, model: Transformer) -> None:
         self.model, self.ready, self.eager = model, True, EagerStep(model)
-        self.recorded: dict[int, Recorded] = {}
-        self.keys: Tensor | None = None  # of the caches into whose memory the recorded steps point, which must stay
+        self.recorded: dict[tuple[int, int], Recorded] = {}  # by rows, and positions that are looked at
+        self.memory: Memory | None = None
+        self.owner: weakref.ref | None = None
 
     def rows(self, n: int, size: int) -> int:
         """How many of `size` rows a step of n writes to. Those beyond n get something at the caches' last position."""
         return min(size, 1 << (n - 1).bit_length())
 
+    def lend(self, owner: object, size: int, length: int) -> Memory:
+        """Memory for `size` rows of `length` positions at least, its caches empty: that which was recorded for, where
+        it has room and its last owner, who does not give it back, is gone.
+        """
+        had, block = self.memory, self.model.cfg.block_size
+        is_free = self.owner is None or self.owner() is None
+        if had is None or not is_free or had.seen.shape[0] < size or had.caches[0].k.shape[2] < length:
+            length = min(block, max(RESERVED, 1 << (length - 1).bit_length()))
+            self.use(Memory.make(self.model, self.model.make_caches(size, length)))
+        else:
+            keys_and_values(had.caches).zero_()
+        self.owner = weakref.ref(owner)
+        return self.memory
+
+    def use(self, memory: Memory) -> None:
+        """Work in `memory` from now on; what was recorded for another is let go."""
+        self.recorded.clear()
+        self.memory = memory
+
     def __call__(self, tokens: Tensor, caches: list[KVCache], positions: list[int]) -> Tensor:
         """One token further: tokens (n, 1) go to `positions` of the first n rows. Returns logits (n, V), which the next
         call overwrites.
         """
-        if not self.ready:
+        memory, n = self.memory, len(positions)
+        if memory is None or memory.caches is not caches:
+            memory = Memory.make(self.model, caches)
+        step = self.prepared(memory, positions)
+        if step is None:
             return self.eager(tokens, caches, positions)
-        n, (size, _, length, _) = len(tokens), caches[0].k.shape
-        if self.keys is not caches[0].k:
-            self.recorded.clear()
-            self.keys = caches[0].k
-        rows = self.rows(n, size)
-        if rows not in self.recorded:
-            try:
-                self.recorded[rows] = self.record(rows, caches)
-            except RuntimeError as e:
-                self.ready = False
-                warn(f"no CUDA graph here ({str(e).splitlines()[0]}); decoding without, which is slower")
-                return self.eager(tokens, caches, positions)
-        step = self.recorded[rows]
-        step.ids[:n].copy_(tokens)
-        step.position_ids.copy_(torch.tensor([*positions, *[length - 1] * (rows - n)]))
+        rows = len(step.logits)
+        memory.expected = None
+        memory.ids[:n].copy_(tokens[:, 0])
+        memory.positions[:rows].copy_(torch.tensor(memory.padded(positions, rows)))
         step.replay()
         return step.logits[:n]
 
-    def record(self, rows: int, caches: list[KVCache]) -> Recorded:
-        """A step that looks at all positions of the caches behind a mask: no size in it depends on where a row is."""
-        device, last = self.model.wte.weight.device, caches[0].k.shape[2] - 1
-        ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        position_ids = torch.full((rows,), last, device=device)  # recording writes there, before any use
-        part = [KVCache(cache.k[:rows], cache.v[:rows]) for cache in caches]
-        return Recorded(ids, position_ids, *self.capture(lambda: decode(self.model, ids[:, 0], position_ids, part)))
+    def draw(self, memory: Memory, tokens: list[int], positions: list[int], how: list[Drawing]) -> list[int]:
+        """One token further, and what is drawn then for each row: -1 where logits are not finite. `seen` and `barred`
+        of the memory count, and `seen` is brought up to date.
+
+        Where a call goes on from the last one, the card has all it needs, and the host only asks what was drawn.
+        """
+        n, kind = len(positions), Kind.of(how, self.model.cfg.vocab_size)
+        step = self.prepared(memory, positions, kind)
+        if step is None:
+            memory.put(tokens, positions, how, n)
+            return self.read(drawn_on(memory, self.eager(memory.ids[:n, None], memory.caches, positions), kind))
+        rows = len(step.logits)
+        if memory.expected != (rows, tokens, positions, how):
+            memory.put(tokens, positions, how, rows)
+        step.replay()
+        step.draws[kind]()
+        ids = self.read(memory.drawn[:n])
+        memory.expected = (rows, ids, [at + 1 for at in positions], [one._replace(count=one.count + 1) for one in how])
+        return ids
+
+    def read(self, ids: Tensor) -> list[int]:
+        """The numbers on the card: the only wait for it."""
+        return ids.tolist()
+
+    def prepared(self, memory: Memory, positions: list[int], kind: Kind | None = None) -> Recorded | None:
+        """The step for so many rows that look so far back, and what draws then; recorded now if need be. None where
+        that cannot be done.
+        """
+        if memory is not self.memory:
+            self.use(memory)
+        size, _, length, _ = memory.caches[0].k.shape
+        key = self.rows(len(positions), size), min(length, max(SHORTEST, 1 << max(positions).bit_length()))
+        try:
+            if self.ready and key not in self.recorded:
+                self.recorded[key] = self.record(memory, *key)
+            if self.ready and kind is not None and kind not in self.recorded[key].draws:
+                self.record_draw(memory, self.recorded[key], kind)
+        except RuntimeError as e:
+            self.ready = False
+            warn(f"no CUDA graph here ({str(e).splitlines()[0]}); decoding without, which is slower")
+        return self.recorded[key] if self.ready else None
+
+    def record(self, memory: Memory, rows: int, span: int) -> Recorded:
+        """A step that looks at the first `span` positions of the caches behind a mask: no size in it depends on where a
+        row is.
+        """
+        ids, positions, memory.expected = memory.ids[:rows], memory.positions[:rows], None
+        positions.fill_(memory.caches[0].k.shape[2] - 1)  # recording writes there, before any use
+        part = [KVCache(cache.k[:rows], cache.v[:rows]) for cache in memory.caches]
+        return Recorded(*self.capture(lambda: decode(self.model, ids, positions, part, span)))
+
+    def record_draw(self, memory: Memory, step: Recorded, kind: Kind) -> None:
+        """Have a step draw too. What is drawn while recording has not been seen."""
+        seen, memory.expected = memory.seen.clone(), None
+        _, step.draws[kind] = self.capture(lambda: drawn_on(memory, step.logits, kind))
+        memory.seen.copy_(seen)
 
     def capture(self, step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         """What `step` returns, and what computes it anew into the same memory."""
@@ -98,11 +171,15 @@ class CudaStep:
         return logits, graph.replay
 
 
-def decode(model: Transformer, ids: Tensor, position_ids: Tensor, caches: list[KVCache]) -> Tensor:
+def decode(
+    model: Transformer, ids: Tensor, position_ids: Tensor, caches: list[KVCache], span: int | None = None
+) -> Tensor:
     """What `model` gives for one token of each row, in few launches: ids (B,) go to position_ids (B,) of the caches,
     which are as `make_caches` gives them; a mask hides the positions behind. Returns logits (B, V).
+
+    span: none of the rows is further than this; default, the caches' length.
     """
-    B, S = len(ids), caches[0].k.shape[2]
+    B, S = len(ids), span or caches[0].k.shape[2]
     x, rope = model.embed(ids[:, None], position_ids[:, None])
     x = x[:, 0]
     hidden = torch.arange(-(-S // ALIGNED) * ALIGNED, device=ids.device) > position_ids[:, None]
@@ -145,7 +222,8 @@ def decode_block(
         torch.addcmul(normed[:, both] * turn[0], exchanged[:, both], turn[1], out=heads[:, both])
     keys_and_values([cache])[:, 0, at[0], :, at[1]] = heads[:, attn.n_head :].view(B, 2, attn.n_kv_head, attn.head_dim)
     q = as_rows(heads[:, : attn.n_head, None], attn.n_kv_head)
-    y = F.scaled_dot_product_attention(q, cache.k, cache.v, mask)
+    S = mask.shape[-1]
+    y = F.scaled_dot_product_attention(q, cache.k[:, :, :S], cache.v[:, :, :S], mask)
     x = plus_linear(x, y.reshape(B, -1), attn.proj)
     y = mlp.up(block.mlp_norm(x))
     if mlp.gated:

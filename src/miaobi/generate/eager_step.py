@@ -13,6 +13,7 @@ class EagerStep:
 
     ready = True
     can_verify = False
+    can_draw = False
     is_exact = False
     cache_dtype = None
 

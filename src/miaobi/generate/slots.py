@@ -6,7 +6,7 @@ A stream takes a row of the KV caches when it comes and gives it back when it en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import groupby
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from miaobi.errors import not_finite
 from miaobi.generate.eager_step import EagerStep
-from miaobi.generate.sampling import drawing, next_token, penalize_repeats
+from miaobi.generate.memory import Memory, mark
+from miaobi.generate.sampling import Drawing, Kind, drawn, drawn_in_groups, token_keys
 from miaobi.generate.step import Step
 from miaobi.generate.stream import Stream, score
 from miaobi.model.transformer import KVCache, Transformer, keys_and_values
@@ -41,9 +42,12 @@ class Slots:
         self.waiting: list[Stream] = []
         self.known: list[list[int]] = [[] for _ in range(size)]
         self.caches: list[KVCache] = []
+        self.memory: Memory | None = None  # which caches, seen and barred are parts of, where the step draws too
         self.device = model.wte.weight.device
         self.seen = torch.zeros(size, model.cfg.vocab_size, dtype=torch.bool, device=self.device)
         self.barred = torch.zeros_like(self.seen)
+        # a card would take 256 launches for the generators of 256 streams; elsewhere texts of a seed stay what they are
+        self.by_hash = self.device.type == "cuda" or (step is not None and step.can_draw)
 
     @property
     def free(self) -> int:
@@ -97,16 +101,22 @@ class Slots:
         if proposed := self.propose():
             return self.verify(proposed)
         tokens = [stream.ids[-1] for stream in self.running]
-        logits = self.logits(tokens, [len(self.known[row]) for row, _ in enumerate(tokens)])
+        positions = [len(self.known[row]) for row, _ in enumerate(tokens)]
+        by_step = self.step.can_draw and self.memory is not None and all(stream.is_plain for stream in self.running)
+        self.forget_behind(len(tokens))
+        if by_step:
+            ids = self.step.draw(self.memory, tokens, positions, [stream.drawing() for stream in self.running])
+        else:
+            logits = self.logits(tokens, positions)
         for row, token in enumerate(tokens):
             self.known[row].append(token)
-        drawn = list(zip(self.running, self.draw(logits), strict=True))
-        for stream, token in drawn:
+        written = list(zip(self.running, self.taken(ids if by_step else self.draw(logits)), strict=True))
+        for stream, token in written:
             stream.ids.append(token)
             stream.left -= 1
             if not stream.left:
                 self.end(stream)
-        return drawn
+        return written
 
     def propose(self) -> list[int]:
         """What the only stream may write next, where a step can verify that: greedy text alone is worth it."""
@@ -122,11 +132,11 @@ class Slots:
         logits = self.step.verify(torch.tensor(tokens, device=self.device)[:, None], self.caches, len(self.known[0]))
         for i, token in enumerate(tokens):
             self.known[0].append(token)
-            (drawn,) = self.draw(logits[i : i + 1])
-            stream.ids.append(drawn)
+            (following,) = self.taken(self.draw(logits[i : i + 1]))
+            stream.ids.append(following)
             stream.left -= 1
-            written.append((stream, drawn))
-            if drawn != next(iter(proposed[i:]), None):
+            written.append((stream, following))
+            if following != next(iter(proposed[i:]), None):
                 break
         stream.lookup.learn(len(proposed), len(written) - 1)
         if not stream.left:
@@ -196,10 +206,18 @@ class Slots:
         old, had = self.caches, self.caches[0].k.shape[2] if self.caches else 0
         if had >= length:
             return
-        dtype = None if self.fast is None else self.fast.cache_dtype  # so that the fast step may take over later
-        self.caches = self.model.make_caches(self.size, length, dtype)
+        if self.fast is not None and self.fast.can_draw:
+            self.memory = self.fast.lend(self, self.size, length)
+            before, self.caches = (self.seen, self.barred), self.memory.caches
+            self.seen, self.barred = self.memory.seen, self.memory.barred
+            for now, then in zip((self.seen, self.barred), before, strict=True):
+                now[: self.size] = then[: self.size]
+        else:
+            dtype = None if self.fast is None else self.fast.cache_dtype  # so that the fast step may take over later
+            self.caches = self.model.make_caches(self.size, length, dtype)
         if old:
-            keys_and_values(self.caches)[..., :had, :] = keys_and_values(old)
+            rows = slice(self.size)
+            keys_and_values(self.caches)[:, :, rows, :, :had] = keys_and_values(old)[:, :, rows]
 
     def recall(self, row: int, prompt: list[int]) -> int:
         """Let `row` begin with what `prompt` has in common with the row most like it; how many tokens that is."""
@@ -268,39 +286,45 @@ class Slots:
 
     def logits(self, tokens: list[int], positions: list[int]) -> Tensor:
         """Logits (n, V) behind `tokens` of the first n rows, which go to `positions`."""
-        n, end = len(tokens), self.caches[0].k.shape[2] - 1
+        return self.step(torch.tensor(tokens, device=self.device)[:, None], self.caches, positions)
+
+    def forget_behind(self, n: int) -> None:
+        """What a step of n rows writes over in others."""
+        end = self.caches[0].k.shape[2] - 1
         for row in range(n, self.step.rows(n, self.size)):
             del self.known[row][end:]
-        return self.step(torch.tensor(tokens, device=self.device)[:, None], self.caches, positions)
 
     def part(self, make: Callable[[Tensor, Tensor], KVCache]) -> list[KVCache]:
         """Views of some rows of every layer's cache."""
         return [make(cache.k, cache.v) for cache in self.caches]
 
     def draw(self, logits: Tensor) -> list[int]:
-        """The next token of each running stream, by its own settings: logits (n, V)."""
+        """The next token of each running stream, by its own settings: logits (n, V). -1 where these are not finite."""
         n = len(self.running)
         own = logits
         logits = logits.masked_fill(self.barred[:n], -torch.inf)
-        tokens = torch.empty(n, dtype=torch.long, device=self.device)
-        groups: dict[tuple, list[int]] = {}
         for row, stream in enumerate(self.running):
-            groups.setdefault(drawing(stream.cfg), []).append(row)
             if stream.has_bias:
                 stream.bias(logits[row])
-        for rows in groups.values():
-            members, cfg = rows if len(groups) > 1 else slice(n), self.running[rows[0]].cfg
-            penalized = penalize_repeats(logits[members], self.seen[members], cfg.repetition_penalty)
-            tokens[members] = next_token(penalized, cfg, [self.running[row].generator for row in rows])
+        if self.by_hash:
+            how, vocab_size = [stream.drawing() for stream in self.running], logits.shape[-1]
+            whole, shares = (part.to(self.device) for part in Drawing.numbers(how, vocab_size))
+            keys, kind = token_keys(vocab_size, self.device), Kind.of(how, vocab_size)
+            tokens = drawn(logits, self.seen[:n], whole, shares, keys, kind)
+        else:
+            tokens = drawn_in_groups(logits, self.seen[:n], [(stream.cfg, stream.generator) for stream in self.running])
         self.tell(own, tokens)
         self.seen[:n].scatter_(1, tokens[:, None], True)
+        return torch.where(own.amax(-1).isfinite(), tokens, -1).tolist()  # what is nan is above everything
+
+    def taken(self, ids: list[int]) -> list[int]:
+        """The tokens drawn for the streams that run; raises UserError where one is -1."""
+        if -1 in ids:
+            raise not_finite("the logits")
         for row, stream in enumerate(self.running):
             if stream.never_empty:
                 stream.never_empty = False
                 mark(self.barred[row], stream.barred)
-        ids = torch.where(own.amax(-1).isfinite(), tokens, -1).tolist()  # what is nan is above everything
-        if -1 in ids:
-            raise not_finite("the logits")
         return ids
 
     def tell(self, logits: Tensor, tokens: Tensor) -> None:
@@ -311,12 +335,6 @@ class Slots:
             for row, found in zip(asked, score(logits[asked], tokens[asked], most), strict=True):
                 stream = self.running[row]
                 stream.scores.append(replace(found, top=found.top[: stream.alternatives]))
-
-
-def mark(mask: Tensor, ids: Collection[int]) -> None:
-    """Make mask (V,) true at `ids` and false elsewhere; an id beyond V has no logit."""
-    known = [id_ for id_ in ids if id_ < len(mask)]
-    mask.zero_()[torch.tensor(known, dtype=torch.long, device=mask.device)] = True
 
 
 def common(a: list[int], b: list[int]) -> int:

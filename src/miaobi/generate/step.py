@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from miaobi.generate.memory import Memory
+from miaobi.generate.sampling import Drawing
 from miaobi.model.transformer import KVCache
 
 
@@ -19,6 +21,8 @@ class Step(Protocol):
     """Whether it has `verify`."""
     is_exact: bool
     """Whether each row's logits are, to the last bit, what they would be without the other rows."""
+    can_draw: bool
+    """Whether it draws too: `draw`, and `lend` for the memory that it works in (cuda_step)."""
     cache_dtype: torch.dtype | None
     """Precision of the KV caches; None = that of the model's products."""
 
@@ -35,3 +39,9 @@ class Step(Protocol):
         """Several tokens (T, 1) of a row at once, from position `start` on. Returns the logits (T - unscored, V) that
         T calls would give, bit for bit, but for the first `unscored`.
         """
+
+    def lend(self, owner: object, size: int, length: int) -> Memory:
+        """What `size` streams of `length` positions are written in, caches among it, until `owner` is gone."""
+
+    def draw(self, memory: Memory, tokens: list[int], positions: list[int], how: list[Drawing]) -> list[int]:
+        """As a call with the caches of `memory`, and then one token for each row; -1 where logits are not finite."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from miaobi.errors import not_finite
 from miaobi.generate.config import SamplingConfig
+from miaobi.generate.sampling import Drawing
 from miaobi.generate.speculate import PromptLookup
 
 
@@ -54,11 +55,26 @@ class Stream:
     scores: list[Score] = field(init=False, default_factory=list)
     """Of the tokens written, where `alternatives` asks for them."""
     prompt_scores: list[Score] = field(init=False, default_factory=list)
+    own_seed: int | None = None
+    """See `drawing`."""
     lookup: PromptLookup = field(init=False, default_factory=PromptLookup)
     """What may come next, where several tokens at once can be verified."""
 
     def __post_init__(self) -> None:
         self.left, self.prompt = self.cfg.max_new_tokens, len(self.ids)
+
+    def drawing(self) -> Drawing:
+        """How the next token is drawn where that depends on numbers alone; the first call draws the stream's seed."""
+        if self.own_seed is None:
+            self.own_seed = torch.randint(1 << 62, (), generator=self.generator, device=self.generator.device).item()
+        cfg = self.cfg
+        return Drawing(self.own_seed, len(self.ids), cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p,
+                       cfg.repetition_penalty)  # fmt: skip
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but `drawing` decides its next token, and nothing else is asked about that."""
+        return not self.has_bias and self.alternatives is None
 
     @property
     def has_bias(self) -> bool:

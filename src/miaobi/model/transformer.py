@@ -76,14 +76,16 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return x * rope[0] + torch.cat((-b, a), dim=-1) * rope[1]
 
 
-def document_mask(documents: Tensor) -> Tensor:
+def document_mask(documents: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Who may attend to whom in blocks of several documents: documents (B, T) numbers them -> (B, 1, T, T) bool.
 
-    Causal and block-diagonal.
+    Causal and block-diagonal. dtype: as what is added to the scores, 0 or -inf. A GPU's kernels want that, and every
+    layer would make it of a boolean mask for itself, and keep it for the backward pass.
     """
     T = documents.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
-    return (causal & (documents[:, :, None] == documents[:, None, :])).unsqueeze(1)
+    mask = (causal & (documents[:, :, None] == documents[:, None, :])).unsqueeze(1)
+    return mask if dtype is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 def document_block_mask(documents: Tensor):
@@ -103,7 +105,7 @@ def document_block_mask(documents: Tensor):
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """What scaled_dot_product_attention computes, as two matrix products with a softmax between them.
 
-    q: (B, H, T, D). k, v: (B, H_kv, T, D). mask: boolean, broadcastable to (B, H, T, T); default causal.
+    q: (B, H, T, D). k, v: (B, H_kv, T, D). mask: as in `document_mask`, broadcastable to (B, H, T, T); default causal.
     It keeps the (B, H, T, T) probabilities for the backward pass, and on CPUs is often faster for it: the backward of
     torch's fused kernel there computes them again, block by block, outside the matrix library.
     """
@@ -112,7 +114,8 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dro
     scores = ((q * D**-0.5).reshape(groups) @ k.mT).view(B, H, T, -1)
     if mask is None:
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    shares = F.dropout(F.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1), dropout)
+    scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    shares = F.dropout(F.softmax(scores, dim=-1), dropout)
     return (shares.view(B, k.shape[1], -1, T) @ v).view(B, H, T, D)
 
 
@@ -147,10 +150,18 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's, weight and bias in the precision of the states: FSDP gives those of a block in bf16, states in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+
+
 def make_norm(cfg: ModelConfig, width: int) -> nn.Module:
     """LayerNorm (gpt2) or RMSNorm (others) over the last dimension."""
     if cfg.family == "gpt2":
-        return nn.LayerNorm(width, eps=cfg.norm_eps or 1e-5, bias=cfg.bias)
+        return LayerNorm(width, eps=cfg.norm_eps or 1e-5, bias=cfg.bias)
     return RMSNorm(width, eps=cfg.norm_eps or 1e-6)
 
 

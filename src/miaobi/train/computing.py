@@ -36,14 +36,16 @@ def decide_mode(plan: Plan, objective: Objective) -> tuple[Plan, bool]:
     """
     cfg, model = plan.cfg.train, plan.model
     can_flex = plan.device.type == "cuda" and model.cfg.dropout == 0.0  # it is only fast when compiled
+    can_flex = can_flex and plan.blocks.fixed(1).documents is not None
     model.train()
 
     def work(micro: int) -> Workload:
         return Workload(objective, example, plan.device, plan.total_steps - plan.progress.step,
-                    cfg.global_batch // plan.world.size, micro, cfg.micro_batch_size is not None)  # fmt: skip
+                        cfg.global_batch // plan.world.size, micro, cfg.micro_batch_size is not None,
+                        can_flex)  # fmt: skip
 
-    def example(rows: int, compiled: bool) -> tuple:
-        return to_device(plan.blocks.fixed(rows), slice(None), plan.device, can_flex and compiled)
+    def example(rows: int, flex: bool) -> tuple:
+        return to_device(plan.blocks.fixed(rows), slice(None), plan.device, flex, plan.dtype)
 
     plan = find_micro_batch(plan, work, str(plan.dtype).removeprefix("torch."))
     mode = choose_mode(cfg, work(plan.micro), plan.dtype, plan.progress, plan.world)
@@ -51,7 +53,7 @@ def decide_mode(plan: Plan, objective: Objective) -> tuple[Plan, bool]:
     plan = replace(plan, dtype=getattr(torch, mode.dtype), micro=plan.micro if is_fixed else mode.micro or plan.micro)
     if plan.world.is_first:
         write_comment(plan.out / "config.yaml", mode)
-    return plan, can_flex and bool(mode.compiled)
+    return plan, can_flex and bool(mode.compiled) and not mode.plain_mask
 
 
 def choose_mode(
@@ -82,7 +84,10 @@ def choose_mode(
         mode = ExecutionMode(**progress.computed)
     if replace(mode, seconds=0.0, why=usual.why) != usual:
         log(f"computing in {mode}")
-    return mode if work.apply(mode) else usual
+    applied = work.apply(mode)
+    if applied is not None and applied != mode and applied.plain_mask:
+        progress.computed = asdict(applied)  # so that a run that is continued need not find out again
+    return applied or usual
 
 
 def share_saved(work: Workload, usual: ExecutionMode) -> float:

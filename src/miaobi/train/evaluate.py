@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -13,22 +13,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miaobi.console import console, progress
+from miaobi.console import console, log, progress, warn
 from miaobi.corpus.dataset import IGNORE, Batch
 from miaobi.corpus.tokenizer import Tokenizer
 from miaobi.errors import not_finite
 from miaobi.model.loss import linear_cross_entropy
 from miaobi.model.transformer import Transformer, document_block_mask, document_mask
-from miaobi.train.layout import is_sharded
+from miaobi.train.layout import Objective, is_compiled, is_sharded, no_recompilation
 
 if TYPE_CHECKING:
     from miaobi.train.setup import Plan
 
+WORTH = 0.05
+"""Windows that are evaluated for each one trained on, from which on a GPU compiles the evaluation too: a forward pass
+takes a third of both, and its graph a third of the compiler's time, so that it pays about as training's did."""
 
-def to_device(batch: Batch, rows: slice, device: torch.device, flex: bool = False) -> tuple:
+
+def to_device(
+    batch: Batch, rows: slice, device: torch.device, flex: bool = False, dtype: torch.dtype | None = None
+) -> tuple:
     """Copy rows of a batch to the device, without waiting: inputs, targets, position_ids, attention mask.
 
-    flex: mask for the compiled FlexAttention instead of scaled_dot_product_attention.
+    flex: mask for the compiled FlexAttention instead of scaled_dot_product_attention. dtype: of the products, which a
+    GPU wants a mask in; None = boolean.
     """
 
     def copied(a: np.ndarray | None) -> Tensor | None:
@@ -40,40 +47,90 @@ def to_device(batch: Batch, rows: slice, device: torch.device, flex: bool = Fals
     inputs, targets, positions, documents = map(copied, batch)
     if documents is None:
         return inputs, targets, positions, None
-    return inputs, targets, positions, document_block_mask(documents) if flex else document_mask(documents)
+    if flex:
+        return inputs, targets, positions, document_block_mask(documents)
+    return inputs, targets, positions, document_mask(documents, dtype if device.type == "cuda" else None)
 
 
 @torch.no_grad()
-def nats(model: Transformer, batch: Batch, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
-    """Sum of -log p over targets that are not IGNORE: float32, on the model's device, without waiting for it."""
+def nats(
+    model: Transformer, batch: Batch, dtype: torch.dtype, rows: slice = slice(None), compiled: Objective | None = None
+) -> Tensor:
+    """Sum of -log p over targets that are not IGNORE: float32, on the model's device, without waiting for it.
+
+    compiled: the model's objective, to be computed as training compiled it.
+    """
     device = model.wte.weight.device
-    inputs, targets, positions, mask = to_device(batch, rows, device)
+    inputs, targets, positions, mask = to_device(batch, rows, device, dtype=dtype)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        if compiled is not None:
+            return compiled(inputs, targets, positions, mask)
         return linear_cross_entropy(model.hidden(inputs, positions, mask), model.head_weight, targets)
 
 
 def eager(model: Transformer) -> AbstractContextManager:
-    """Run compiled blocks eagerly: compiling another graph would take longer than an evaluation saves."""
+    """Run compiled blocks eagerly: on a CPU, compiling another graph would take longer than an evaluation saves."""
     if model.blocks[0]._compiled_call_impl is None:
         return nullcontext()  # set_stance imports all of dynamo
     return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
-def evaluating(model: Transformer) -> Iterator[None]:
-    """Within the body: no dropout, no compilation; the model's mode is restored afterwards."""
+def evaluating(model: Transformer, compiled: Objective | None = None) -> Iterator[None]:
+    """Within the body: no dropout, eager or with what is compiled already; the model's mode is restored afterwards."""
     was_training = model.training
     model.eval()
-    with eager(model):
+    with eager(model) if compiled is None else no_recompilation(compiled):
         yield
     model.train(was_training)
 
 
-def validation_nats(model: Transformer, windows: Batch, batch_size: int, dtype: torch.dtype) -> float:
+class ForwardGraph:
+    """What training compiled, compiled for evaluation too: a graph without gradients and dropout, of one shape.
+
+    Attributes: ready, whether it is there; None = not tried yet.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective, self.ready = objective, None
+
+    @classmethod
+    def of(cls, plan: Plan, objective: Objective) -> ForwardGraph | None:
+        """That of a run; None on CPUs, where the run does not compile, and where it evaluates little. By its settings,
+        not by the clock: a run that goes on evaluates as it began.
+        """
+        cfg = plan.cfg.train
+        windows = [windows for windows in (plan.val_windows, plan.train_windows) if windows is not None]
+        pays = sum(len(each.inputs) for each in windows) >= WORTH * cfg.global_batch * cfg.eval_interval
+        return cls(objective) if pays and plan.device.type == "cuda" and is_compiled(objective) else None
+
+    def compiled(self, once: Callable[[Objective], object]) -> Objective | None:
+        """The objective, once its graph is made by `once` with the first batch; None where the compiler fails."""
+        if self.ready is None:
+            self.ready = True
+            started, was_training = time.perf_counter(), self.objective.training
+            self.objective.eval()
+            try:
+                once(self.objective)
+                log(f"compiled the evaluation in {time.perf_counter() - started:.0f} s")
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as e:  # as in `layout.compile_as`
+                warn(f"torch.compile fails for the evaluation ({type(e).__name__}), which goes on without")
+                self.ready = False
+            self.objective.train(was_training)
+        return self.objective if self.ready else None
+
+
+def validation_nats(
+    model: Transformer, windows: Batch, batch_size: int, dtype: torch.dtype, graph: ForwardGraph | None = None
+) -> float:
     """Sum of nats over the scored tokens of the windows; the model's mode is restored."""
-    with evaluating(model):
-        starts = range(0, len(windows.inputs), batch_size)
-        found = [nats(model, windows, dtype, slice(i, i + batch_size)) for i in starts]
+    starts, compiled = range(0, len(windows.inputs), batch_size), None
+    if graph is not None and len(starts):
+        compiled = graph.compiled(lambda objective: nats(model, windows, dtype, slice(batch_size), objective))
+    with evaluating(model, compiled):
+        found = [nats(model, windows, dtype, slice(i, i + batch_size), compiled) for i in starts]
         return sum(torch.stack(found).tolist()) if found else 0.0  # the only wait for the device
 
 
@@ -109,9 +166,9 @@ def text_size(ids: np.ndarray, scored: np.ndarray, tokenizer: Tokenizer) -> tupl
     return len(np.unique(character[scored_bytes])) + turns, int(scored_bytes.sum()) + turns
 
 
-def mean_loss(plan: Plan, windows: Batch) -> float:
+def mean_loss(plan: Plan, windows: Batch, graph: ForwardGraph | None = None) -> float:
     """Nats per scored token, without dropout, over windows that are divided among the ranks."""
-    nats = validation_nats(plan.model, plan.world.share(windows), plan.micro, plan.dtype)
+    nats = validation_nats(plan.model, plan.world.share(windows), plan.micro, plan.dtype, graph)
     if is_sharded(plan.model):
         plan.model.reshard()  # the forward pass leaves the outermost weights gathered
     total = plan.world.sum(torch.tensor(nats, dtype=torch.float64))

@@ -26,6 +26,7 @@ from miaobi.train.world import World
 
 EAGER = (None, ())
 """Nothing compiled; for `use_compiled`."""
+WITHOUT = "continuing without it (--compile=False avoids this warning)"
 
 
 class Objective(nn.Module):
@@ -113,7 +114,7 @@ def shard(model: Transformer, world: World, cfg: TrainConfig, device: torch.devi
     )
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)  # embeddings in fp32: what they give is where the states begin
     register_fsdp_forward_method(model, "hidden")
     model.to_empty(device=device)
 
@@ -166,12 +167,14 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def compile_as(objective: Objective, part: str, autotuned: bool, once: Callable[[], object]) -> bool:
+def compile_as(
+    objective: Objective, part: str, autotuned: bool, once: Callable[[], object], instead: str = WITHOUT
+) -> bool:
     """Compile the `blocks` (one graph for all layers) or the `whole` objective after the embedding, with its loss, and
     try it by calling `once`. If that fails: a warning, False, and nothing changes.
 
-    autotuned: Inductor times other matrix products than the library's (max_autotune). Shapes are static: a smaller last
-    micro-batch runs uncompiled (see `no_recompilation`).
+    autotuned: Inductor times other matrix products than the library's (max_autotune). instead: what the warning says is
+    done now. Shapes are static: a smaller last micro-batch runs uncompiled (see `no_recompilation`).
     """
     before, started = compiled_parts(objective), time.perf_counter()
     keep_compiled_code_private()
@@ -189,10 +192,7 @@ def compile_as(objective: Objective, part: str, autotuned: bool, once: Callable[
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # the compiler's own, and what Triton, ptxas and their subprocesses raise
-        warn(
-            f"torch.compile does not work here ({type(e).__name__}); continuing without it "
-            "(--compile=False avoids this warning)"
-        )
+        warn(f"torch.compile does not work here ({type(e).__name__}); {instead}")
         use_compiled(objective, before)
         return False
     finally:

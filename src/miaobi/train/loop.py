@@ -23,7 +23,7 @@ from miaobi.settings import Origin
 from miaobi.train.alarms import Alarms
 from miaobi.train.computing import decide_mode
 from miaobi.train.data import opening
-from miaobi.train.evaluate import bits_per_char, evaluating, mean_loss, to_device
+from miaobi.train.evaluate import ForwardGraph, bits_per_char, evaluating, mean_loss, to_device
 from miaobi.train.layout import Objective, is_sharded, no_recompilation, reducing, whole
 from miaobi.train.micro import halved_micro_batch
 from miaobi.train.optimizer import set_rate, step_all
@@ -83,6 +83,7 @@ class Run:
         self.metrics: Metrics | None = None
         self.interrupted: str | None = None
         self.flex, self.peak = False, math.inf
+        self.graph: ForwardGraph | None = None
         self.deadline = Deadline.of(plan, clock() if begun is None else begun)
         self.fetching = 0.0  # seconds spent on reading batches, since the last line of metrics
 
@@ -105,6 +106,7 @@ class Run:
         if first:
             log(f"continuing from step {first}")
         self.plan, self.flex = decide_mode(plan, self.objective)
+        self.graph = ForwardGraph.of(self.plan, self.objective)
         plan, self.threads = self.plan, Threads(alone=self.world.size == 1)
         self.peak = peak_flops(plan.device, plan.dtype)
         if self.world.size > 1 and not is_sharded(self.model):
@@ -236,7 +238,7 @@ class Run:
         total = torch.zeros((), device=plan.device)
         starts = range(0, len(batch.inputs), plan.micro)
         for micro, i in enumerate(starts):
-            x, y, positions, mask = to_device(batch, slice(i, i + plan.micro), plan.device, self.flex)
+            x, y, positions, mask = to_device(batch, slice(i, i + plan.micro), plan.device, self.flex, plan.dtype)
             if self.model.cfg.dropout or plan.cfg.lora.lora_dropout:
                 torch.manual_seed(derive(cfg.seed, "dropout", step, micro, world.rank))
             with reducing(self.objective, self.model, micro == len(starts) - 1):
@@ -249,7 +251,7 @@ class Run:
 
     def validation_loss(self) -> float:
         """Nats per scored token over the validation windows."""
-        return mean_loss(self.plan, self.plan.val_windows)
+        return mean_loss(self.plan, self.plan.val_windows, self.graph)
 
     def is_due(self, step: int) -> bool:
         """Whether the run is evaluated after `step` steps."""
@@ -274,7 +276,7 @@ class Run:
             p.val_loss = plan.average.lower_loss(p.val_loss, self.validation_loss)
         p.val_bits_per_char = bits_per_char(plan, p.val_loss)
         p.note_evaluation()
-        now = mean_loss(plan, plan.train_windows) if plan.train_windows is not None else None
+        now = mean_loss(plan, plan.train_windows, self.graph) if plan.train_windows is not None else None
         if self.metrics is not None:
             self.metrics.log(p.step, val_loss=p.val_loss, val_bits_per_char=p.val_bits_per_char, train_eval_loss=now)
         before = "none" if p.train_loss is None else f"{p.train_loss:.4f}"

@@ -24,7 +24,7 @@ from miaobi.model import cpu_attention
 from miaobi.model.transformer import head_dim
 from miaobi.train import compile_time
 from miaobi.train.compile_time import machine_facts, short_digest, write_cache
-from miaobi.train.layout import EAGER, Objective, compile_as, compiled_parts, use_compiled
+from miaobi.train.layout import EAGER, WITHOUT, Objective, compile_as, compiled_parts, use_compiled
 from miaobi.train.threads import OtherPrograms
 from miaobi.train.watch import duration
 
@@ -59,6 +59,8 @@ class ExecutionMode:
     """Compiled with max_autotune: products fused with what follows them, where that is faster."""
     micro: int = 0
     """Sequences at once; 0 = as many as `recipe.micro_batch` says."""
+    plain_mask: bool = False
+    """Compiled, but documents are told apart by a matrix: FlexAttention does not work on this card."""
     seconds: float = 0.0
     """Measured time of a forward and backward pass, per sequence; 0 = not measured."""
     why: str = "not measured: the run is short"
@@ -70,6 +72,7 @@ class ExecutionMode:
 
     def __str__(self) -> str:
         how = f"compiled ({self.compiled}{', max_autotune' if self.autotuned else ''})" if self.compiled else "eager"
+        how += " without FlexAttention" * self.plain_mask
         return f"{self.dtype}, {self.attention} attention, {how}{f', {self.micro} at once' if self.micro else ''}"
 
 
@@ -79,8 +82,7 @@ class Workload:
 
     objective: Objective
     example: Callable[[int, bool], tuple]
-    """(sequences, whether it is compiled) -> arguments of the objective. The mask of FlexAttention is of another
-    kind."""
+    """(sequences, whether documents are told apart by FlexAttention's mask) -> arguments of the objective."""
     device: torch.device
     steps: int
     """Left in this run."""
@@ -90,13 +92,19 @@ class Workload:
     """Sequences at once, as `recipe.micro_batch` says."""
     is_fixed: bool = False
     """Whether the user set `micro`."""
+    flex: bool = False
+    """Whether compiled modes may use FlexAttention, and there are documents to tell apart."""
     ready: dict[ExecutionMode, tuple] = field(default_factory=dict)
     """Modes that are compiled already -> their `compiled_parts`."""
     others: list[float] = field(default_factory=list)
     """Cores that other programs used during each timing."""
 
-    def apply(self, mode: ExecutionMode) -> bool:
-        """Compute in `mode` from now on. If the compiler fails: a warning, False, and nothing changes."""
+    def apply(self, mode: ExecutionMode) -> ExecutionMode | None:
+        """Compute in `mode` from now on. Returns it, without FlexAttention if that fails. If the compiler fails: a
+        warning, None, and nothing changes.
+        """
+        if mode.compiled and any(known.plain_mask for known in self.ready):  # it has failed before
+            mode = replace(mode, plain_mask=True)
         if mode.tiled and not tiled_fits(self):
             warn("this run began with miaobi's own attention kernel, which needs a C++ compiler; it continues with "
                  "torch's, which rounds differently")  # fmt: skip
@@ -109,20 +117,21 @@ class Workload:
             use_compiled(self.objective, self.ready[known])
         else:
             log(f"compiling now, which takes about {compiling_seconds(self, mode):.0f} s: {mode.why}")
-            started = time.perf_counter()
-            if not compile_as(self.objective, mode.compiled, mode.autotuned, lambda: self.time_pass(mode)):
-                return False
+            started, flex = time.perf_counter(), self.flex and not mode.plain_mask
+            instead = "trying without FlexAttention" if flex else WITHOUT
+            if not compile_as(self.objective, mode.compiled, mode.autotuned, lambda: self.time_pass(mode), instead):
+                return self.apply(replace(mode, plain_mask=True)) if flex else None
             kind, times = compiling_kind(self, mode)
             compile_time.remember(self.device, kind, (time.perf_counter() - started) / times)
             self.ready[known] = compiled_parts(self.objective)
-        return True
+        return mode
 
     def time_pass(self, mode: ExecutionMode) -> float:
         """Seconds per sequence of a forward and backward pass. Gradients are cleared and random states restored;
         attention and compilation are as `apply` has set them.
         """
         dtype = getattr(torch, mode.dtype)
-        example = self.example(mode.micro or self.micro, bool(mode.compiled))
+        example = self.example(mode.micro or self.micro, self.flex and bool(mode.compiled) and not mode.plain_mask)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             self.wait()
             started = time.perf_counter()
@@ -295,7 +304,7 @@ def choose_compiled(work: Workload, best: ExecutionMode, usual: str, why: str) -
             continue
         if mode.autotuned:
             mode = replace(mode, explicit=best.explicit, tiled=best.tiled)
-        if not work.apply(mode):
+        if (mode := work.apply(mode)) is None:
             break
         # On a GPU eager attention over packed documents would fill the memory, so it is not timed there.
         candidates = [mode] if work.device.type == "cuda" and not best.compiled else [best, mode]
@@ -336,14 +345,10 @@ def cache_file(key: str) -> Path:
 def checked(fields: dict[str, Any]) -> ExecutionMode:
     """Fields read from a file as `ExecutionMode`. Raises ValueError or TypeError for values that are not valid."""
     mode = ExecutionMode(**fields)
-    flags = all(isinstance(flag, bool) for flag in (mode.explicit, mode.tiled, mode.autotuned))
-    numbers = (
-        type(mode.micro) is int
-        and mode.micro >= 0
-        and isinstance(mode.seconds, int | float)
-        and 0 <= mode.seconds < math.inf
-    )
-    if not (flags and numbers and isinstance(mode.why, str)):
+    flags = all(isinstance(flag, bool) for flag in (mode.explicit, mode.tiled, mode.autotuned, mode.plain_mask))
+    is_count = type(mode.micro) is int and mode.micro >= 0
+    is_time = isinstance(mode.seconds, int | float) and 0 <= mode.seconds < math.inf
+    if not (flags and is_count and is_time and isinstance(mode.why, str)):
         raise TypeError(f"{mode} is not known")
     if mode.dtype not in ("float32", "bfloat16", "float16") or mode.compiled not in ("", "blocks", "whole"):
         raise ValueError(f"{mode} is not known")
