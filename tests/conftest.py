@@ -52,11 +52,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["MIAOBI_CPU_BF16"] = config.getoption("bf16")  # subprocesses inherit it
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than cores: tests of hosts, ranks, pages and signals wait much of their time."""
-    return min(4, len(os.sched_getaffinity(0)) + 1) if hasattr(os, "sched_getaffinity") else 2
-
-
 LONGEST = (
     "train/test_ranks.py", "train/test_hosts.py", "benchmarks/test_common.py", "test_packaging.py",
     "serve/test_page.py", "corpus/test_ray.py", "test_demo.py", "test_cache.py", "serve/test_page_files.py",

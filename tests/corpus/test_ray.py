@@ -78,7 +78,7 @@ def on_ray() -> Iterator[Callable]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RAY_ADDRESS", address)
             driver = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-            yield lambda function, *args: driver.submit(function, *args).result(timeout=120)
+            yield lambda function, *args: driver.submit(function, *args).result(timeout=400)
             driver.shutdown()
     finally:
         cluster.send_signal(signal.SIGTERM)
