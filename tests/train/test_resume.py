@@ -184,7 +184,7 @@ PLACES = ["the first step", "a step", "an evaluation", "saving the model", "savi
 def killed(settings, tmp_path_factory) -> Path:
     """A directory of runs, each killed at its place."""
     folder = tmp_path_factory.mktemp("killed")
-    arguments = flags(settings("qwen3", folder / "LOCATION"))
+    arguments = flags(settings("qwen3", folder / "PLACE"))
     done = processes.run(["-c", DRIVER, ",".join(PLACES), *arguments])
     for place in PLACES:
         assert f"{place}={int(signal.SIGKILL)}" in done.stdout.splitlines(), done.stdout + done.stderr[-3000:]
