@@ -41,6 +41,13 @@ def test_the_iterations_are_as_near_to_the_exact_ones_as_plain_ones(monkeypatch,
     assert off.max() < most
 
 
+@pytest.fixture
+def in_float32(monkeypatch):
+    """Iterations in float32, also on a CPU with bf16 units."""
+    monkeypatch.setattr(orthogonal, "iteration_dtype", lambda device: torch.float32)
+
+
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("shape", [(40, 40), (40, 72), (33, 90)])
 def test_halves_of_symmetric_products_make_the_whole(monkeypatch, shape):
     """Where blocks do not divide the rows too."""
@@ -67,6 +74,7 @@ def test_singular_values_end_near_one(shape, scale):
     assert values.max() < 1.3
 
 
+@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("scale", [1.0, 1e-7, 1e4])
 def test_iterations_in_float16_keep_gradients_of_any_size(monkeypatch, scale):
     """What GPUs without bf16 units run: a gradient of 1e-7 would be 0 in float16, one of 1e5 infinite."""
