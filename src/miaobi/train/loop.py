@@ -82,8 +82,7 @@ class Run:
         self.objective: nn.Module = Objective(plan.model)
         self.metrics: Metrics | None = None
         self.interrupted: str | None = None
-        self.flex, self.peak = False, math.inf
-        self.graph: ForwardGraph | None = None
+        self.flex, self.peak, self.graph = False, math.inf, None
         self.deadline = Deadline.of(plan, clock() if begun is None else begun)
         self.fetching = 0.0  # seconds spent on reading batches, since the last line of metrics
 
@@ -106,9 +105,8 @@ class Run:
         if first:
             log(f"continuing from step {first}")
         self.plan, self.flex = decide_mode(plan, self.objective)
-        self.graph = ForwardGraph.of(self.plan, self.objective)
-        plan, self.threads = self.plan, Threads(alone=self.world.size == 1)
-        self.peak = peak_flops(plan.device, plan.dtype)
+        plan, self.graph = self.plan, ForwardGraph.of(self.plan, self.objective)
+        self.threads, self.peak = Threads(alone=self.world.size == 1), peak_flops(plan.device, plan.dtype)
         if self.world.size > 1 and not is_sharded(self.model):
             self.objective = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
         if self.world.is_first:
