@@ -25,9 +25,9 @@ class Memory:
     """(size,): the last token of each row, whose keys and values are not there yet."""
     positions: Tensor
     """(size,): where those go."""
-    whole: Tensor
+    integers: Tensor
     """(3, size) int64, as `Drawing.numbers` has it."""
-    shares: Tensor
+    floats: Tensor
     """(4, size) float32, as `Drawing.numbers` has it."""
     drawn: Tensor
     """(size,): what was drawn last; -1 where logits were not finite."""
@@ -42,8 +42,8 @@ class Memory:
         size, device = len(caches[0].k), model.wte.weight.device
         masks = torch.zeros(2, size, model.cfg.vocab_size, dtype=torch.bool, device=device)
         numbers = torch.zeros(6, size, dtype=torch.long, device=device)
-        shares = torch.ones(4, size, device=device)
-        return cls(caches, *masks, numbers[0], numbers[1], numbers[2:5], shares, numbers[5],
+        floats = torch.ones(4, size, device=device)
+        return cls(caches, *masks, numbers[0], numbers[1], numbers[2:5], floats, numbers[5],
                    token_keys(model.cfg.vocab_size, device))  # fmt: skip
 
     def padded(self, positions: list[int], rows: int) -> list[int]:
@@ -53,11 +53,11 @@ class Memory:
     def put(self, tokens: list[int], positions: list[int], how: list[Drawing], rows: int) -> None:
         """Say how `rows` rows go on, of which the first are told of."""
         idle = [Drawing(0, 0, 0.0, 0, 1.0, 0.0, 1.0)] * (rows - len(how))
-        whole, shares = Drawing.numbers([*how, *idle], len(self.keys))
+        integers, floats = Drawing.numbers([*how, *idle], len(self.keys))
         self.ids[:rows].copy_(torch.tensor(tokens + [0] * (rows - len(tokens))))
         self.positions[:rows].copy_(torch.tensor(self.padded(positions, rows)))
-        self.whole[:, :rows].copy_(whole)
-        self.shares[:, :rows].copy_(shares)
+        self.integers[:, :rows].copy_(integers)
+        self.floats[:, :rows].copy_(floats)
 
 
 def drawn_on(memory: Memory, logits: Tensor, kind: Kind) -> Tensor:
@@ -65,14 +65,14 @@ def drawn_on(memory: Memory, logits: Tensor, kind: Kind) -> Tensor:
     Returns the tokens (rows,), which are in `memory.drawn`.
     """
     rows, last = len(logits), memory.caches[0].k.shape[2] - 1
-    whole, seen = memory.whole[:, :rows], memory.seen[:rows]
+    integers, seen = memory.integers[:, :rows], memory.seen[:rows]
     allowed = logits.masked_fill(memory.barred[:rows], -torch.inf)
-    tokens = drawn(allowed, seen, whole, memory.shares[:, :rows], memory.keys, kind)
+    tokens = drawn(allowed, seen, integers, memory.floats[:, :rows], memory.keys, kind)
     if kind.penalizes:
         seen.scatter_(1, tokens[:, None], True)
     memory.ids[:rows].copy_(tokens)
     memory.positions[:rows].add_(1).clamp_(max=last)
-    whole[1].add_(1)
+    integers[1].add_(1)
     most = logits.amax(-1)  # what is nan is above everything
     return memory.drawn[:rows].copy_(tokens).masked_fill_(most - most != 0, -1)
 

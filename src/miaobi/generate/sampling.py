@@ -100,11 +100,11 @@ class Drawing(NamedTuple):
         """Those of B rows, on the CPU: int64 (3, B), of which the last is the rank of the last token that top_k keeps,
         and float32 (4, B). What is switched off is what cuts nothing.
         """
-        whole = [(row.seed, row.count, min(row.top_k or vocab_size, vocab_size) - 1 if row.temperature else 0)
+        integers = [(row.seed, row.count, min(row.top_k or vocab_size, vocab_size) - 1 if row.temperature else 0)
                  for row in rows]  # fmt: skip
-        shares = [(row.temperature, row.top_p if row.top_p < 1.0 else 2.0, row.min_p, row.repetition_penalty)
+        floats = [(row.temperature, row.top_p if row.top_p < 1.0 else 2.0, row.min_p, row.repetition_penalty)
                   for row in rows]  # fmt: skip
-        return torch.tensor(whole).T.contiguous(), torch.tensor(shares, dtype=torch.float32).T.contiguous()
+        return torch.tensor(integers).T.contiguous(), torch.tensor(floats, dtype=torch.float32).T.contiguous()
 
 
 TIES = 32
@@ -133,15 +133,15 @@ class Kind(NamedTuple):
                    any(row.repetition_penalty != 1.0 for row in rows), 0 < len(drawing) < len(rows))  # fmt: skip
 
 
-def drawn(logits: Tensor, seen: Tensor, whole: Tensor, shares: Tensor, keys: Tensor, kind: Kind) -> Tensor:
+def drawn(logits: Tensor, seen: Tensor, integers: Tensor, floats: Tensor, keys: Tensor, kind: Kind) -> Tensor:
     """One token per row, by its own settings, as `penalize_repeats`, `filter_logits` and `next_token` have it: no host
     takes part in it, so that it can be recorded, and any number of rows takes as many launches as one.
 
-    logits, seen: (B, V). whole, shares: `Drawing.numbers`. keys: `token_keys`. kind: `Kind.of`, or more than that.
+    logits, seen: (B, V). integers, floats: `Drawing.numbers`. keys: `token_keys`. kind: `Kind.of`, or more than that.
     Returns (B,) int64.
     """
-    seeds, counts, last = whole
-    temperature, top_p, min_p, penalty = shares.unsqueeze(-1)  # (B, 1) each
+    seeds, counts, last = integers
+    temperature, top_p, min_p, penalty = floats.unsqueeze(-1)  # (B, 1) each
     logits = logits.float()
     if kind.penalizes:
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -308,9 +308,9 @@ class Slots:
                 stream.bias(logits[row])
         if self.by_hash:
             how, vocab_size = [stream.drawing() for stream in self.running], logits.shape[-1]
-            whole, shares = (part.to(self.device) for part in Drawing.numbers(how, vocab_size))
+            integers, floats = (part.to(self.device) for part in Drawing.numbers(how, vocab_size))
             keys, kind = token_keys(vocab_size, self.device), Kind.of(how, vocab_size)
-            tokens = drawn(logits, self.seen[:n], whole, shares, keys, kind)
+            tokens = drawn(logits, self.seen[:n], integers, floats, keys, kind)
         else:
             tokens = drawn_in_groups(logits, self.seen[:n], [(stream.cfg, stream.generator) for stream in self.running])
         self.tell(own, tokens)
